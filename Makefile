@@ -1,0 +1,47 @@
+# Two commands on a fresh machine with Python >= 3.11 and pip: `make demo` and `make test`.
+PYTHON ?= python3
+VENV   ?= .venv
+RUN     = $(VENV)/bin
+
+.PHONY: demo test check fmt docs bench clean
+
+demo: $(VENV)/.installed
+	$(RUN)/surgeon demo
+
+test: $(VENV)/.installed-test
+	$(RUN)/python -m pytest
+
+check: $(VENV)/.installed-dev
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+	$(RUN)/python -m pytest
+
+fmt: $(VENV)/.installed-dev
+	$(RUN)/ruff check --fix .
+	$(RUN)/ruff format .
+
+docs: $(VENV)/.installed-dev  # docs/cli.md and the tour in README.md are made from the program
+	$(RUN)/python scripts/make_docs.py
+
+bench: $(VENV)/.installed-test
+	$(RUN)/python benchmarks/convert.py
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torchvision pins torch, so what needs both is resolved in one go
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(RUN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
+	$(RUN)/python -m pip install --quiet --editable '.[test]'
+	touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
+	$(RUN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@ $(VENV)/.installed $(VENV)/.installed-test

@@ -1,0 +1,70 @@
+"""Swap the convolutions of a network you have for other blocks, train it, fold it back, and prove it with numbers.
+
+    plan      = surgeon.plan(model, "acnet", example=(1, 3, 224, 224))
+    converted = surgeon.convert(model, plan)
+    deployed  = surgeon.fuse(converted)
+    report    = surgeon.verify(converted, deployed, example=(1, 3, 224, 224))
+
+`import surgeon` imports neither torch nor anything slow; the names below come when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from surgeon import errors
+from surgeon._version import __version__
+
+if TYPE_CHECKING:
+    from surgeon.blocks.acblock import ACBlock
+    from surgeon.blocks.hetconv import HetConv
+    from surgeon.equivalence import Report
+    from surgeon.plans import Plan
+    from surgeon.recipe import Recipe
+    from surgeon.sites import Survey
+    from surgeon.surgery import convert, convert_, fuse, fuse_, load, plan, save, survey, verify
+
+_HOMES = {
+    "ACBlock": "surgeon.blocks.acblock",
+    "HetConv": "surgeon.blocks.hetconv",
+    "Plan": "surgeon.plans",
+    "Recipe": "surgeon.recipe",
+    "Report": "surgeon.equivalence",
+    "Survey": "surgeon.sites",
+    **dict.fromkeys(
+        ("convert", "convert_", "fuse", "fuse_", "load", "plan", "save", "survey", "verify"), "surgeon.surgery"
+    ),
+}
+
+__all__ = [
+    "ACBlock",
+    "HetConv",
+    "Plan",
+    "Recipe",
+    "Report",
+    "Survey",
+    "__version__",
+    "convert",
+    "convert_",
+    "errors",
+    "fuse",
+    "fuse_",
+    "load",
+    "plan",
+    "save",
+    "survey",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'surgeon' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,5 @@
+"""`python -m surgeon` is `surgeon`."""
+
+from surgeon.cli import main
+
+main()

@@ -1,0 +1,269 @@
+"""ACBlock: a k×k, a k×1 and a 1×k convolution side by side, each with its own norm, summed.
+
+    y = bn_s(F_s∗x) + bn_v(F_v∗x) + bn_h(F_h∗x)
+
+Trained, it strengthens the middle row and column (the skeleton) of the kernel; folded, it is one k×k convolution:
+
+    F = γ_s/σ_s·F_s + γ_v/σ_v·F_v (laid on column c) + γ_h/σ_h·F_h (laid on row r),   b = Σ β − μ·γ/σ
+
+A strip that lies on row r of a kernel of height k sees what that row sees: its input is padded by p − r·d above and by
+p − (k−1−r)·d below, where a negative number crops.
+
+Ding et al. 2019, ACNet, arXiv:1908.03930, section 3 and eq. 4–6; placement `border` is its control experiment (4.4).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from surgeon import kernels
+from surgeon.blocks import base
+from surgeon.blocks.base import Example
+from surgeon.spec import ConvSpec, Pads
+
+
+class ACBlockOptions(base.BlockOptions):
+    """How an ACBlock starts and where its strips lie."""
+
+    init: Literal["takeover", "split", "scratch"] = Field(
+        "takeover",
+        description="takeover: the conv and its norm become the square branch, the strips start at gamma 0 (same "
+        "function, in training too where a norm was taken over); split: random strips, taken off the square kernel "
+        "(same function in eval mode); scratch: the paper's random start",
+    )
+    placement: Literal["skeleton", "border"] = Field(
+        "skeleton", description="strips on the middle row and column, or on the last ones (the paper's control)"
+    )
+    gamma: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="scale of the three norms of `init: scratch`; 1 unless given, 1/3 keeps the variance of one branch",
+    )
+
+    @model_validator(mode="after")
+    def _gamma_needs_scratch(self) -> Self:
+        if self.gamma is not None and self.init != "scratch":
+            raise ValueError(f"gamma is for init: scratch; init: {self.init} sets it from the model")
+        return self
+
+
+class ACBlock(base.Foldable):
+    """Three parallel branches for one k×k conv: (n, c_in, h, w) → (n, c_out, h', w').
+
+    Submodules are named as in the published code, so its checkpoints load.
+    """
+
+    name = "acblock"
+    title = "k×k + k×1 + 1×k branches, each with a norm; folds back to one conv"
+    paper = "Ding et al. 2019, ACNet, arXiv:1908.03930"
+    Options = ACBlockOptions
+
+    def __init__(self, spec: ConvSpec, norm: _BatchNorm, *, like: Tensor, placement: str = "skeleton") -> None:
+        """Lay out the branches with tensors like `like`, uninitialised kernels, and norms like `norm`."""
+        super().__init__()
+        self.spec = spec.change(bias=False)
+        self.placement = placement
+        kh, kw = spec.kernel
+        self.row, self.column = (kh // 2, kw // 2) if placement == "skeleton" else (kh - 1, kw - 1)
+        ver_spec, self.ver_shift = self._strip((kh, 1))
+        hor_spec, self.hor_shift = self._strip((1, kw))
+        self.square_conv = self.spec.build(like=like)
+        self.square_bn = norm
+        self.ver_conv = ver_spec.build(like=like)
+        self.ver_bn = _fresh_norm(norm)
+        self.hor_conv = hor_spec.build(like=like)
+        self.hor_bn = _fresh_norm(norm)
+
+    def _strip(self, kernel: tuple[int, int]) -> tuple[ConvSpec, Pads | None]:
+        """Give the spec of a strip, and how its input is to be shifted where the strip's own padding cannot do it."""
+        return self.spec.part(
+            kernel, row=self.row if kernel[0] == 1 else 0, column=self.column if kernel[1] == 1 else 0
+        )
+
+    @classmethod
+    def refusal(cls, spec: ConvSpec, size: tuple[int, int] | None, options: base.BlockOptions) -> str | None:
+        kh, kw = spec.kernel
+        if spec.kernel == (1, 1):
+            return "a 1x1 kernel has no rows and columns to strengthen"
+        if even := [k for k in spec.kernel if k % 2 == 0]:
+            return f"kernel {kh}x{kw} has no centre: {even[0]} is even"
+        if 1 in spec.kernel:
+            return f"kernel {kh}x{kw} is a strip already"
+        return None
+
+    @classmethod
+    def keeps_function(cls, options: base.BlockOptions) -> bool:
+        assert isinstance(options, ACBlockOptions)
+        return options.init != "scratch"
+
+    @classmethod
+    def takes_norm(cls, options: base.BlockOptions) -> bool:
+        return True
+
+    @classmethod
+    def note(cls, options: base.BlockOptions, norm_obstacle: str | None) -> str | None:
+        assert isinstance(options, ACBlockOptions)
+        if options.init == "scratch":
+            return "starts at random: what the conv has learnt is lost"
+        if norm_obstacle is not None:
+            return f"same function in eval mode only: {norm_obstacle}"
+        return (
+            "same function in eval mode only: the branches are normed one by one" if options.init == "split" else None
+        )
+
+    @classmethod
+    def from_conv(
+        cls, conv: nn.Conv2d, options: base.BlockOptions, *, norm: _BatchNorm | None, generator: torch.Generator
+    ) -> Self:
+        assert isinstance(options, ACBlockOptions)
+        own = _identity_norm(conv) if norm is None else _taken_over(norm, conv.bias)
+        is_scratch = options.init == "scratch"
+        block = cls(
+            ConvSpec.of(conv), _fresh_norm(own) if is_scratch else own, like=conv.weight, placement=options.placement
+        )
+        with torch.no_grad():
+            if is_scratch:
+                block._start_from_scratch_(options.gamma or 1.0, generator)
+            elif options.init == "split":
+                block._split_(conv.weight, generator)
+            else:
+                block._take_over_(conv.weight, generator)
+        block._follow_(conv, own)
+        return block
+
+    @classmethod
+    def examples(cls) -> Iterator[Example]:
+        specs = [
+            ConvSpec(4, 6, (3, 3), padding=(1, 1)),
+            ConvSpec(4, 6, (3, 3), padding=(1, 1), bias=False, stride=(2, 2)),
+            ConvSpec(4, 8, (5, 3), padding=(1, 0), dilation=(1, 2), groups=2),
+            ConvSpec(6, 6, (3, 3), padding="same", dilation=(2, 1), groups=6, padding_mode="reflect"),
+        ]
+        for spec in specs:
+            for placement in ("skeleton", "border"):
+                for init in ("takeover", "split", "scratch"):
+                    options = ACBlockOptions.model_validate({"init": init, "placement": placement})
+                    yield Example(spec, options)
+                    yield Example(spec, options, with_norm=True)
+
+    def forward(self, input: Tensor) -> Tensor:
+        x, mode = input, self.spec.padding_mode
+        square = self.square_bn(self.square_conv(x))
+        ver = self.ver_bn(self.ver_conv(x if self.ver_shift is None else kernels.shift(x, self.ver_shift, mode)))
+        hor = self.hor_bn(self.hor_conv(x if self.hor_shift is None else kernels.shift(x, self.hor_shift, mode)))
+        return square + ver + hor  # type: ignore[no-any-return]
+
+    def fold(self) -> nn.Conv2d:
+        size = self.spec.kernel
+        with torch.no_grad():
+            square, square_bias = _fold_branch(self.square_conv, self.square_bn)
+            ver, ver_bias = _fold_branch(self.ver_conv, self.ver_bn)
+            hor, hor_bias = _fold_branch(self.hor_conv, self.hor_bn)
+            kernel, bias = kernels.add(
+                (square, square_bias),
+                (kernels.embed(ver, size, column=self.column), ver_bias),
+                (kernels.embed(hor, size, row=self.row), hor_bias),
+            )
+            conv = self.spec.change(bias=True).build(like=self.square_conv.weight)
+            conv.weight.copy_(kernel)
+            assert conv.bias is not None
+            conv.bias.copy_(bias)
+        conv.requires_grad_(self.square_conv.weight.requires_grad)
+        return conv.train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"{self.spec}, placement={self.placement}"
+
+    def _start_from_scratch_(self, gamma: float, generator: torch.Generator) -> None:
+        for conv, norm in self._branches():
+            conv.weight.copy_(base.kaiming_uniform(tuple(conv.weight.shape), generator))
+            norm.weight.fill_(gamma)
+
+    def _take_over_(self, weight: Tensor, generator: torch.Generator) -> None:
+        assert isinstance(weight, nn.Parameter)
+        self.square_conv.weight = weight
+        for conv, norm in self._branches()[1:]:
+            conv.weight.copy_(base.kaiming_uniform(tuple(conv.weight.shape), generator))
+            norm.weight.zero_()
+
+    def _split_(self, weight: Tensor, generator: torch.Generator) -> None:
+        """Draw the strips as large as the kernel's own taps, and take them off the kernel that carries them."""
+        size, kernel = self.spec.kernel, weight.double()
+        places = ({"column": self.column}, {"row": self.row})
+        for (conv, norm), place in zip(self._branches()[1:], places, strict=True):
+            noise = torch.randn(conv.weight.shape, generator=generator, dtype=torch.float64)
+            strip = noise.to(weight.device) * weight.double().square().mean().sqrt()
+            conv.weight.copy_(strip)
+            kernel = kernel - kernels.embed(strip, size, **place)
+            assert norm.running_var is not None
+            assert self.square_bn.running_var is not None
+            norm.running_var.copy_(self.square_bn.running_var)  # the same scale as the square branch, and no shift
+            if self.square_bn.affine:
+                norm.weight.copy_(self.square_bn.weight)
+        self.square_conv.weight.copy_(kernel)
+
+    def _follow_(self, conv: nn.Conv2d, norm: _BatchNorm) -> None:
+        """Take over what the conv and its norm train, and the mode that they are in."""
+        for module in (self.square_conv, self.ver_conv, self.hor_conv, self.ver_bn, self.hor_bn):
+            module.requires_grad_(conv.weight.requires_grad)
+        if self.square_bn is not norm:
+            self.square_bn.requires_grad_(conv.weight.requires_grad)
+        mode = norm.training  # read first: the norm may be the square branch's own, and a frozen one stays in eval mode
+        self.train(conv.training)
+        for _, branch_norm in self._branches():
+            branch_norm.train(mode)
+
+    def _branches(self) -> tuple[tuple[nn.Conv2d, _BatchNorm], ...]:
+        return (
+            (self.square_conv, self.square_bn),
+            (self.ver_conv, self.ver_bn),
+            (self.hor_conv, self.hor_bn),
+        )
+
+
+def _fold_branch(conv: nn.Conv2d, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    bias = None if conv.bias is None else conv.bias.double()
+    return kernels.fold_bn(conv.weight.double(), bias, kernels.Norm.of(norm).double())
+
+
+def _fresh_norm(norm: _BatchNorm) -> _BatchNorm:
+    """Make an affine norm of the same kind with statistics 0 and 1."""
+    assert norm.running_var is not None
+    options: dict[str, Any] = {"device": norm.running_var.device, "dtype": norm.running_var.dtype}
+    if isinstance(norm, nn.SyncBatchNorm):
+        options["process_group"] = norm.process_group
+    return type(norm)(norm.num_features, eps=norm.eps, momentum=norm.momentum, **options)
+
+
+def _identity_norm(conv: nn.Conv2d) -> _BatchNorm:
+    """Make a norm that does nothing in eval mode but add the conv's bias."""
+    norm = nn.BatchNorm2d(conv.out_channels, device=conv.weight.device, dtype=conv.weight.dtype)
+    with torch.no_grad():
+        norm.weight.fill_((1 + norm.eps) ** 0.5)
+    norm.weight.requires_grad_(conv.weight.requires_grad)
+    if conv.bias is not None:
+        norm.bias = nn.Parameter(conv.bias) if not isinstance(conv.bias, nn.Parameter) else conv.bias
+    else:
+        norm.bias.requires_grad_(conv.weight.requires_grad)
+    return norm.train(conv.training)
+
+
+def _taken_over(norm: _BatchNorm, bias: Tensor | None) -> _BatchNorm:
+    """Copy a norm, sharing its parameters; the bias of the conv before it moves into the running mean."""
+    shared: list[object] = [*norm.parameters()]
+    if isinstance(norm, nn.SyncBatchNorm):
+        shared.append(norm.process_group)  # a connection to other processes has no copy
+    norm = copy.deepcopy(norm, memo={id(value): value for value in shared})
+    if bias is not None:
+        assert norm.running_mean is not None
+        with torch.no_grad():
+            norm.running_mean.copy_(norm.running_mean.double() - bias.double())
+    return norm

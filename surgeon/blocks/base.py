@@ -1,0 +1,124 @@
+"""The contract of a block: what a replacement for an `nn.Conv2d` has to be.
+
+A new block is one file in this folder with one subclass of `Block` (or `Foldable`); recipes, plans, the command line
+and the contract test (`tests/test_contract.py`) find it by themselves.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from surgeon.spec import ConvSpec
+
+
+class BlockOptions(BaseModel):
+    """What a recipe may say under `with:`; every block subclasses this."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A conv and options that the contract test tries a block on; the size is that of its input."""
+
+    spec: ConvSpec
+    options: BlockOptions
+    size: tuple[int, int] = (9, 8)
+    with_norm: bool = False  # the conv comes with the norm that follows it
+
+
+class Block(nn.Module, abc.ABC):
+    """A module that stands where an `nn.Conv2d` stood: it takes the same input and gives the same output shape."""
+
+    name: ClassVar[str]  # as recipes write it
+    title: ClassVar[str]  # one line for `surgeon blocks`
+    paper: ClassVar[str]
+    Options: ClassVar[type[BlockOptions]]
+    spec: ConvSpec  # of the conv whose work it does
+
+    @classmethod
+    @abc.abstractmethod
+    def refusal(cls, spec: ConvSpec, size: tuple[int, int] | None, options: BlockOptions) -> str | None:
+        """Say why this block cannot replace such a conv, or None if it can. `size` is the input's, where known."""
+
+    @classmethod
+    @abc.abstractmethod
+    def keeps_function(cls, options: BlockOptions) -> bool:
+        """Whether the block, in eval mode, computes what the conv it replaces computed."""
+
+    @classmethod
+    def takes_norm(cls, options: BlockOptions) -> bool:
+        """Whether the block wants to take over the batch norm that follows the conv."""
+        return False
+
+    @classmethod
+    def note(cls, options: BlockOptions, norm_obstacle: str | None) -> str | None:
+        """Say what the plan should add about a swap; `norm_obstacle` is why no norm is taken over, if none is."""
+        return None
+
+    @classmethod
+    def ideal_share(cls, spec: ConvSpec, options: BlockOptions) -> float | None:
+        """The share of the conv's multiply-adds that the paper counts, where that is not what is executed."""
+        return None
+
+    @classmethod
+    @abc.abstractmethod
+    def from_conv(
+        cls, conv: nn.Conv2d, options: BlockOptions, *, norm: _BatchNorm | None, generator: torch.Generator
+    ) -> Self:
+        """Build the block from a conv that is not refused, with its dtype, device, memory format and training flag.
+
+        The conv's tensors may be shared, never changed. `norm` is the norm to take over, where there is one. What is
+        random is drawn from `generator`, on the CPU and in float64, so that a model gets the same numbers in any dtype.
+        """
+
+    @classmethod
+    @abc.abstractmethod
+    def examples(cls) -> Iterator[Example]:
+        """Convs and options that the contract test tries."""
+
+    # What people read off a conv can be read off the block in its place.
+    in_channels = property(lambda self: self.spec.c_in)
+    out_channels = property(lambda self: self.spec.c_out)
+    kernel_size = property(lambda self: self.spec.kernel)
+    stride = property(lambda self: self.spec.stride)
+    padding = property(lambda self: self.spec.padding)
+    dilation = property(lambda self: self.spec.dilation)
+    groups = property(lambda self: self.spec.groups)
+    padding_mode = property(lambda self: self.spec.padding_mode)
+
+
+class Foldable(Block):
+    """A block that one plain conv can do the work of, once it is trained."""
+
+    folds_for_free: ClassVar[bool] = True  # False: the plain conv costs more than the block
+
+    @abc.abstractmethod
+    def fold(self) -> nn.Conv2d:
+        """Return the conv that computes in eval mode what this block does; the block is left as it was.
+
+        The arithmetic is done in float64 and cast once to the block's dtype.
+        """
+
+    def fuse(self) -> nn.Conv2d:
+        """Fold, under the name that `timm.utils.reparameterize_model` calls."""
+        return self.fold()
+
+
+def kaiming_uniform(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Draw a kernel as `nn.Conv2d` draws its own: uniform on ±1/√fan_in; float64 on the CPU."""
+    return uniform(shape, math.prod(shape[1:]), generator)
+
+
+def uniform(shape: tuple[int, ...], fan_in: int, generator: torch.Generator) -> torch.Tensor:
+    """Draw uniformly on ±1/√fan_in; float64 on the CPU."""
+    return (torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1) / math.sqrt(fan_in)

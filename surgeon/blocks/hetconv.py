@@ -1,0 +1,257 @@
+"""HetConv: of the M input channels of a filter, M/P get a K×K kernel and the others a single centre tap.
+
+    y_i = Σ_{j ∈ S(i)} F_ij ∗ x_j  +  Σ_{j ∉ S(i)} w_ij · x_j,   |S(i)| = M/P
+
+It is exactly the dense convolution whose off-centre taps are zero outside the K×K pairs, at 1/P + (1 − 1/P)/K² of its
+cost. It is executed as a K×K convolution in P groups and a 1×1 convolution over all channels, 1/P + 1/K²: the pairs
+inside a group have their centre tap in the K×K kernel, and the 1×1 kernel is zero there, by construction. Only the taps
+that the function has are parameters, so training and weight decay cannot pull two copies of one tap apart.
+
+Which pairs are K×K is the layout, for filter i of N:
+
+    block         S(i) = the ⌊i·P/N⌋-th run of M/P channels
+    interleaved   S(i) = {j : j ≡ i mod P}
+
+Sorted by their number modulo P, interleaved channels are runs: everything here happens in that order ("sorted").
+
+Singh et al. 2019, HetConv, arXiv:1903.04120, section 3 and eq. 3–6.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Literal, Self
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from surgeon import kernels
+from surgeon.blocks import base
+from surgeon.blocks.base import Example
+from surgeon.spec import ConvSpec
+
+Layout = Literal["block", "interleaved"]
+
+
+class HetConvOptions(base.BlockOptions):
+    """How many channels of a filter keep their K×K kernels, which ones, and what they start with."""
+
+    p: int = Field(
+        4, ge=2, description="one in p channels of a filter keeps its k×k kernel; p divides both channel counts"
+    )
+    layout: Layout = Field(
+        "block", description="the k×k channels of a filter: a run of its group's channels, or every p-th channel"
+    )
+    init: Literal["project", "scratch"] = Field(
+        "project", description="project: the nearest in weights to the conv that was there; scratch: a random start"
+    )
+
+
+class HetConv(base.Foldable):
+    """A cheaper stand-in for a dense k×k conv: (n, c_in, h, w) → (n, c_out, h', w'). Approximates it, by design.
+
+    Parameters, with filters and channels sorted: `weight` (out, in/p, kh, kw), the k×k kernels of a group's filters
+    over its channels, and `pointwise` (out, in − in/p), the centre taps over the channels of all other groups.
+    """
+
+    name = "hetconv"
+    title = "k×k kernels for one in p channels of a filter, 1×1 for the others"
+    paper = "Singh et al. 2019, HetConv, arXiv:1903.04120"
+    Options = HetConvOptions
+    folds_for_free = False
+
+    def __init__(self, spec: ConvSpec, p: int, layout: Layout, *, like: Tensor) -> None:
+        """Lay out parameters like `like`, uninitialised."""
+        super().__init__()
+        self.spec, self.p, self.layout = spec, p, layout
+        self.grouped = spec.change(groups=p)
+        kh, kw = spec.kernel
+        self.centre, self.centre_shift = spec.part((1, 1), row=kh // 2, column=kw // 2)
+        conv = self.grouped.build(like=like)
+        self.weight, self.bias = conv.weight, conv.bias
+        self.pointwise = nn.Parameter(like.new_empty(spec.c_out, spec.c_in - spec.c_in // p))
+
+    @classmethod
+    def refusal(cls, spec: ConvSpec, size: tuple[int, int] | None, options: base.BlockOptions) -> str | None:
+        assert isinstance(options, HetConvOptions)
+        kh, kw = spec.kernel
+        if spec.kernel == (1, 1):
+            return "a 1x1 kernel has nothing to leave out"
+        if even := [k for k in spec.kernel if k % 2 == 0]:
+            return f"kernel {kh}x{kw} has no centre tap: {even[0]} is even"
+        if spec.groups != 1:
+            return f"it has {spec.groups} groups already; HetConv thins out a dense conv"
+        common = math.gcd(spec.c_in, spec.c_out)
+        if common % options.p:
+            would = [str(p) for p in range(2, common + 1) if common % p == 0]
+            counts = f"{spec.c_in} input and {spec.c_out} output channels cannot be cut into {options.p} parts"
+            return f"{counts}; {', '.join(would)} would do" if would else f"{counts}, nor into any other number"
+        return None
+
+    @classmethod
+    def keeps_function(cls, options: base.BlockOptions) -> bool:
+        return False
+
+    @classmethod
+    def note(cls, options: base.BlockOptions, norm_obstacle: str | None) -> str | None:
+        assert isinstance(options, HetConvOptions)
+        if options.init == "scratch":
+            return "starts at random: what the conv has learnt is lost"
+        return "approximates the conv: taps are left out, and want training"
+
+    @classmethod
+    def ideal_share(cls, spec: ConvSpec, options: base.BlockOptions) -> float:
+        """The paper's share, 1/P + (1 − 1/P)/K² (eq. 6); executed are the zeros of the 1×1 kernel too."""
+        assert isinstance(options, HetConvOptions)
+        kh, kw = spec.kernel
+        return 1 / options.p + (1 - 1 / options.p) / (kh * kw)
+
+    @classmethod
+    def from_conv(
+        cls, conv: nn.Conv2d, options: base.BlockOptions, *, norm: _BatchNorm | None, generator: torch.Generator
+    ) -> Self:
+        assert isinstance(options, HetConvOptions)
+        block = cls(ConvSpec.of(conv), options.p, options.layout, like=conv.weight)
+        dense: Tensor = conv.weight
+        if options.init == "scratch":
+            fan_in = block.weight[0].numel() + block.pointwise.shape[1]
+            dense = base.uniform(tuple(dense.shape), fan_in, generator).to(dense.device)
+        with torch.no_grad():
+            block._project_(dense, conv.bias)
+        block.weight.requires_grad_(conv.weight.requires_grad)
+        block.pointwise.requires_grad_(conv.weight.requires_grad)
+        if block.bias is not None and conv.bias is not None:
+            block.bias.requires_grad_(conv.bias.requires_grad)
+        return block.train(conv.training)
+
+    @classmethod
+    def from_grouped_and_pointwise(cls, grouped: nn.Conv2d, pointwise: nn.Conv2d) -> Self:
+        """Convert the pair that other code calls HetConv: a grouped k×k conv plus a dense 1×1 conv, summed.
+
+        Its 1×1 kernel has taps inside the groups too; they are added to the centre taps of the k×k kernels, so the
+        function is the same. Both convs as `nn.Conv2d` lays them out (layout `block`); biases are summed.
+
+        Raises:
+            ValueError: the convs do not see the same pixels, or are not such a pair.
+        """
+        spec, other = ConvSpec.of(grouped), ConvSpec.of(pointwise)
+        (kh, kw), biases = spec.kernel, [conv.bias for conv in (grouped, pointwise) if conv.bias is not None]
+        dense = spec.change(groups=1, bias=bool(biases))
+        centre, shift = dense.part((1, 1), row=kh // 2, column=kw // 2)
+        if spec.groups < 2 or shift is not None or other != centre.change(bias=other.bias, dilation=other.dilation):
+            raise ValueError(f"{spec} and {other} are not a grouped conv and the 1x1 conv at its centre")
+        block = cls(dense, spec.groups, "block", like=grouped.weight)
+        with torch.no_grad():
+            none = grouped.weight.new_zeros(block.pointwise.shape, dtype=torch.float64)
+            kernel = block._spread(grouped.weight.double(), none)
+            kernel += kernels.embed(pointwise.weight.double(), spec.kernel, row=kh // 2, column=kw // 2)
+            block._project_(kernel, torch.stack(biases).double().sum(0) if biases else None)
+        return block.train(grouped.training)
+
+    @classmethod
+    def examples(cls) -> Iterator[Example]:
+        specs = [
+            ConvSpec(8, 12, (3, 3), padding=(1, 1)),
+            ConvSpec(8, 4, (3, 3), padding=(0, 2), stride=(2, 1), bias=False),
+            ConvSpec(8, 8, (5, 3), padding="same", dilation=(1, 2), padding_mode="circular"),
+        ]
+        for spec in specs:
+            for options in (
+                {"p": 2},
+                {"p": 4, "layout": "interleaved"},
+                {"p": 2, "layout": "interleaved", "init": "scratch"},
+            ):
+                yield Example(spec, HetConvOptions.model_validate(options))
+
+    def forward(self, input: Tensor) -> Tensor:
+        spec = self.spec
+        x = self._sorted(input)
+        seen = x if self.centre_shift is None else kernels.shift(x, self.centre_shift, spec.padding_mode)
+        inside = kernels.convolve(x, self.weight, None, self.grouped)
+        y = inside + kernels.convolve(seen, self._pointwise_kernel(), None, self.centre)
+        y = y if self.layout == "block" else F.channel_shuffle(y, self.p)
+        return y if self.bias is None else y + self.bias[:, None, None]
+
+    def fold(self) -> nn.Conv2d:
+        """Return the dense conv that computes the same, with zeros where HetConv has no taps; it costs what it did."""
+        conv = self.spec.build(like=self.weight)
+        with torch.no_grad():
+            conv.weight.copy_(self._spread(self.weight, self.pointwise))
+            if conv.bias is not None and self.bias is not None:
+                conv.bias.copy_(self.bias)
+        conv.requires_grad_(self.weight.requires_grad)
+        return conv.train(self.training)
+
+    to_dense = fold
+
+    def extra_repr(self) -> str:
+        return f"{self.spec}, p={self.p}, layout={self.layout}"
+
+    def _sorted(self, x: Tensor) -> Tensor:
+        """Bring the channels of (n, in, h, w) into group order."""
+        return x if self.layout == "block" else F.channel_shuffle(x, self.spec.c_in // self.p)
+
+    def _pointwise_kernel(self) -> Tensor:
+        """The 1×1 kernel over all sorted channels, (out, in, 1, 1), zero inside the groups."""
+        taps = self.pointwise.view(self.p, -1, self.p - 1, self.spec.c_in // self.p).transpose(1, 2)
+        full = _with_diagonal(taps).transpose(1, 2)  # (group, filter, group, channel)
+        return full.reshape(self.spec.c_out, self.spec.c_in, 1, 1)
+
+    def _cut(self, kernel: Tensor) -> Tensor:
+        """View a dense kernel (out, in, kh, kw) as (group, group, filter, channel, kh, kw)."""
+        p, (kh, kw) = self.p, self.spec.kernel
+        if self.layout == "block":
+            return kernel.view(p, -1, p, self.spec.c_in // p, kh, kw).transpose(1, 2)
+        return kernel.view(-1, p, self.spec.c_in // p, p, kh, kw).permute(1, 3, 0, 2, 4, 5)
+
+    def _spread(self, weight: Tensor, pointwise: Tensor) -> Tensor:
+        """Lay the taps that there are into a dense kernel of zeros (out, in, kh, kw)."""
+        (kh, kw), p = self.spec.kernel, self.p
+        kernel = weight.new_zeros(self.spec.weight_shape)
+        cut = self._cut(kernel)
+        taps = pointwise.view(p, -1, p - 1, self.spec.c_in // p).transpose(1, 2)
+        cut[..., kh // 2, kw // 2] = _with_diagonal(taps)
+        cut.diagonal(dim1=0, dim2=1).copy_(weight.view(p, -1, *weight.shape[1:]).movedim(0, -1))
+        return kernel
+
+    def _project_(self, kernel: Tensor, bias: Tensor | None) -> None:
+        """Take over from a dense kernel (out, in, kh, kw) the taps that there are."""
+        kh, kw = self.spec.kernel
+        cut = self._cut(kernel.contiguous())
+        self.weight.copy_(cut.diagonal(dim1=0, dim2=1).movedim(-1, 0).reshape(self.weight.shape))
+        others = _without_diagonal(cut[..., kh // 2, kw // 2])  # (group, other group, filter, channel)
+        self.pointwise.copy_(others.transpose(1, 2).reshape(self.pointwise.shape))
+        if self.bias is not None and bias is not None:
+            self.bias.copy_(bias)
+
+
+def _without_diagonal(square: Tensor) -> Tensor:
+    """Leave out the diagonal of the first two axes: (p, p, …) → (p, p − 1, …).
+
+    After the first entry, every (p + 1)-th is one of the diagonal.
+
+    >>> _without_diagonal(torch.arange(9).view(3, 3))
+    tensor([[1, 2],
+            [3, 5],
+            [6, 7]])
+    """
+    p, _, *rest = square.shape
+    return square.flatten(0, 1)[1:].view(p - 1, p + 1, *rest)[:, :-1].reshape(p, p - 1, *rest)
+
+
+def _with_diagonal(taps: Tensor) -> Tensor:
+    """Put zeros on the diagonal: (p, p − 1, …) → (p, p, …).
+
+    >>> _with_diagonal(torch.tensor([[1, 2], [3, 5], [6, 7]]))
+    tensor([[0, 1, 2],
+            [3, 0, 5],
+            [6, 7, 0]])
+    """
+    p, _, *rest = taps.shape
+    rows = taps.reshape(p - 1, p, *rest)
+    rows = torch.cat([rows, rows.new_zeros(p - 1, 1, *rest)], 1).flatten(0, 1)
+    return torch.cat([rows.new_zeros(1, *rest), rows]).view(p, p, *rest)

@@ -1,0 +1,85 @@
+"""Everything surgeon raises on purpose.
+
+    SurgeonError                    caught once, in cli.py: message and next step, no traceback
+    ├── RecipeError     exit 2      every fault of a recipe or plan file at once, each with file:line:column
+    ├── ModelError      exit 2      no such model, wrong weights, refused classes
+    ├── CaptureError    exit 2      what tracing or a trial run met, and where
+    ├── PlanError       exit 2      a rule that claims nothing; a plan that does not fit this model
+    ├── StoreError      exit 2      file exists, disk full, wrong format
+    ├── VerifyError     exit 2      outputs that cannot be compared
+    └── PassError       exit 70     our bug: names the pass and keeps the traceback
+
+A refused conv is not an error: it is a skip with a reason, and stands in the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+class SurgeonError(Exception):
+    """What went wrong (`problem`), what to do next (`todo`), and the facts behind it (`facts`)."""
+
+    exit_code = 2
+
+    def __init__(self, problem: str, *, todo: str, **facts: Any) -> None:
+        super().__init__(f"{problem}. {todo}")
+        self.problem = problem
+        self.todo = todo
+        self.facts = facts
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing that is wrong in a file: where it stands, which value, what is wrong."""
+
+    where: str  # file:line:column, or the option that brought the value in
+    path: str  # rules[2].with.alpha
+    what: str  # 1.5 is not in [0, 1]
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in (self.where, self.path, self.what) if part)
+
+
+class RecipeError(SurgeonError):
+    """A recipe or plan file that cannot be used; `faults` lists everything wrong with it, in file order."""
+
+    def __init__(self, faults: Sequence[Fault], *, todo: str = "") -> None:
+        self.faults = tuple(faults)
+        count = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
+        todo = todo or "`surgeon recipes acnet` prints one that works."
+        super().__init__("\n".join([*map(str, self.faults), count]), todo=todo)
+
+
+class ModelError(SurgeonError):
+    """A model that cannot be read or built."""
+
+
+class CaptureError(SurgeonError):
+    """A model that cannot be followed or run as asked."""
+
+
+class PlanError(SurgeonError):
+    """A plan that cannot be made, or does not fit this model."""
+
+
+class StoreError(SurgeonError):
+    """A file that cannot be written or read back."""
+
+
+class VerifyError(SurgeonError):
+    """Two models whose outputs cannot be compared."""
+
+
+class PassError(SurgeonError):
+    """A fault of surgeon's own: a pass broke its contract. Chained to what happened, so the traceback is kept."""
+
+    exit_code = 70
+
+    def __init__(self, name: str, problem: str) -> None:
+        super().__init__(
+            f"surgeon's own pass '{name}' failed: {problem}",
+            todo="This is a fault of surgeon, not of your model; please report it with the traceback above.",
+        )

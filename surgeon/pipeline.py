@@ -1,0 +1,175 @@
+"""One short function per command: the table of contents of the whole program.
+
+Files in, files out; what happens in between is `surgery`. Nothing here prints: `say` takes notices.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from surgeon import equivalence, examples, plans, sites, source, store, surgery
+from surgeon import recipe as recipes
+from surgeon.blocks import Foldable
+from surgeon.distance import worst
+from surgeon.equivalence import Report
+from surgeon.examples import Inputs
+from surgeon.plans import Plan
+from surgeon.sites import Survey
+from surgeon.source import Loaded, Trust
+from surgeon.surgery import SelfCheck
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What the person says about a model, the same for every command."""
+
+    arch: str | None = None
+    arch_args: tuple[str, ...] = ()
+    trust: Trust = field(default_factory=Trust)
+    inputs: tuple[str, ...] = ()  # shapes, as `--input` takes them
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """What convert did: the plan, what it measured, and where the model is."""
+
+    plan: Plan
+    check: SelfCheck
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """What fuse did: the blocks that were folded, the parameters before and after, and where the model is."""
+
+    folded: tuple[str, ...]
+    params: tuple[int, int]
+    distance: float | None
+    path: Path
+
+
+def survey(name: str, given: Given, say: Say) -> Survey:
+    model = _load(name, given, say).model
+    return sites.survey(model, _inputs(model, given, say))
+
+
+def plan(name: str, recipe: str, given: Given, say: Say, *, overrides: Sequence[str] = ()) -> Plan:
+    wanted = recipes.load(recipe, overrides)
+    model = _load(name, given, say).model
+    return plans.make(wanted, sites.survey(model, _inputs(model, given, say)), seed=given.seed)
+
+
+def convert(
+    name: str,
+    how: str | Plan,
+    given: Given,
+    say: Say,
+    *,
+    overrides: Sequence[str] = (),
+    output: Path | None,
+    force: bool,
+) -> Converted:
+    """Convert by a recipe's name or path, or by a plan that was read from a file."""
+    wanted = how if isinstance(how, Plan) else recipes.load(how, overrides)
+    label = wanted.recipe.name if isinstance(wanted, Plan) else wanted.name
+    path = store.claim(output or _beside(name, label), force=force)
+    loaded = _load(name, given, say)
+    model, inputs = loaded.model, _inputs(loaded.model, given, say)
+    surveyed = sites.survey(model, inputs)
+    if isinstance(wanted, Plan):
+        plans.check(wanted, surveyed)
+    decided = wanted if isinstance(wanted, Plan) else plans.make(wanted, surveyed, seed=given.seed)
+    check = surgery.carry_out_(model, decided, inputs)
+    _save(loaded, path, say, force=force)
+    return Converted(decided, check, path)
+
+
+def fuse(
+    name: str, given: Given, say: Say, *, dense: bool = False, output: Path | None = None, force: bool = False
+) -> Fused:
+    path = store.claim(output or _beside(name, "fused"), force=force)
+    loaded = _load(name, given, say)
+    model = loaded.model
+    inputs = _inputs(model, given, say)
+    before, params = _outputs(model, inputs), _count(model)
+    folded = surgery.fold_all_(model, dense=dense)
+    cheaper = sorted({m.name for m in model.modules() if isinstance(m, Foldable)})
+    if cheaper:
+        say(f"{', '.join(cheaper)} stays, for it costs less than the conv it folds to; --dense folds it all the same")
+    elif not folded:
+        say("there is no block in it that can be folded; it is written as it is")
+    distance = _distance(_outputs(model, inputs), before)
+    _save(loaded, path, say, force=force)
+    return Fused(folded, (params, _count(model)), distance, path)
+
+
+def verify(name_a: str, name_b: str, given: Given, say: Say) -> Report:
+    a, b = (_load(name, given, say).model for name in (name_a, name_b))
+    shapes = [examples.parse(text) for text in given.inputs]
+    return surgery.verify(a, b, shapes or None, seed=given.seed)
+
+
+def write_plan(decided: Plan, path: Path, *, force: bool) -> None:
+    """Write a plan file: JSON if its name ends so, else YAML."""
+    store.claim(path, force=force, suffixes=(".yaml", ".yml", ".json"))
+    text = decided.dump(as_json=path.suffix == ".json")
+    store.write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def _load(name: str, given: Given, say: Say) -> Loaded:
+    rebuild = functools.partial(store.rebuild, trust=given.trust, seed=given.seed)
+    loaded = source.load(
+        name, arch=given.arch, arch_args=given.arch_args, trust=given.trust, seed=given.seed, rebuild=rebuild
+    )
+    for notice in loaded.notices:
+        say(notice)
+    return loaded
+
+
+def _save(loaded: Loaded, path: Path, say: Say, *, force: bool) -> None:
+    architecture = store.architecture_of(loaded)
+    store.save(loaded.model, path, architecture=architecture, force=force)
+    if needed := store.to_open_again(loaded.model, path, architecture):
+        say(needed)
+
+
+def _inputs(model: nn.Module, given: Given, say: Say) -> Inputs | None:
+    """Make the input that was given, or find one."""
+    example = examples.parse(given.inputs[0]) if given.inputs else None
+    inputs = surgery.inputs_for(model, example, seed=given.seed)
+    if inputs is None:
+        say("no input is known that the model accepts, so shapes and costs are left out; --input 1,3,224,224 gives one")
+    elif inputs.is_guess:
+        say(f"no --input was given; {inputs} works and is used")
+    return inputs
+
+
+def _outputs(model: nn.Module, inputs: Inputs | None) -> Any:
+    return None if inputs is None else equivalence.outputs(model, inputs)
+
+
+def _distance(after: Any, before: Any) -> float | None:
+    return None if before is None else worst(after, before)
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _beside(name: str, label: str) -> Path:
+    """Name the result after its origin: model.pt → model.acnet.pt, torchvision:resnet18 → resnet18.acnet.pt."""
+    path = Path(name)
+    if path.suffix in store.SUFFIXES:
+        return path.with_name(f"{path.stem}.{label}{path.suffix}")
+    if path.exists():
+        return path.with_name(f"{path.stem}.{label}.pt")
+    return Path(f"{name.rpartition(':')[2]}.{label}.pt")

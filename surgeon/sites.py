@@ -1,0 +1,267 @@
+"""nn.Module → sites: every conv of a model with its names, geometry, shapes, calls and readers.
+
+A site also says what stands in the way: `obstacle` is why the conv cannot be swapped at all, `norm_obstacle` why a
+block cannot take over the norm behind it. Both are sentences that end up in the plan.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils import parametrize
+
+from surgeon import capture as capturing
+from surgeon.blocks import Block
+from surgeon.capture import Call, Capture
+from surgeon.cost import Cost, measure
+from surgeon.examples import Inputs
+from surgeon.spec import ConvSpec
+
+NO_NORM = "no norm follows"
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)  # what a block can take over: the plain ones, not subclasses
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One conv of a model; `paths` are all its names, the first is the one that plans and reports use."""
+
+    paths: tuple[str, ...]
+    kind: str  # the class
+    spec: ConvSpec | None  # None where it is not a Conv2d
+    calls: int | None  # per run of the model; None where neither a graph nor a run tells
+    readers: tuple[str, ...]  # classes and functions that read its output
+    obstacle: str | None
+    norm: tuple[str, ...]  # all names of the norm that a block can take over
+    norm_obstacle: str | None
+    runs: tuple[Call, ...]  # shapes, call by call, where an input is known
+    dtype: torch.dtype
+    cost: Cost  # of the conv alone, all calls of a run
+    norm_cost: Cost  # of the norm that can be taken over
+
+    @property
+    def path(self) -> str:
+        return self.paths[0]
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width of the input, of the first call."""
+        return (self.runs[0].shape_in[-2], self.runs[0].shape_in[-1]) if self.runs else None
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """All sites of a model in the order of its modules, and what was known when they were looked at."""
+
+    fingerprint: str
+    sites: tuple[Site, ...]
+    blocks: dict[str, int]  # blocks that are in the model already
+    capture: Capture
+    inputs: Inputs | None
+    cost: Cost
+
+
+def survey(model: nn.Module, inputs: Inputs | None = None) -> Survey:
+    """Look at every conv of a model; without inputs there are no shapes and no multiply-adds.
+
+    >>> [str(site.spec) for site in survey(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())).sites]
+    ['3→8, 3x3']
+
+    Raises:
+        CaptureError: the model does not accept the inputs.
+    """
+    captured = capturing.capture(model)
+    runs = capturing.observe(model, inputs.tensors) if inputs else {}
+    facts = _Facts(model, captured, runs)
+    sites = tuple(_site(facts, module) for module in facts.convs())
+    blocks = Counter(m.name for m in model.modules() if isinstance(m, Block))
+    cost = measure(model, inputs.tensors if inputs else None)
+    return Survey(fingerprint(model), sites, dict(blocks), captured, inputs, cost)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash the architecture: names and classes of modules, geometry of convs, names and shapes of stored tensors."""
+    lines = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        geometry = str(ConvSpec.of(module)) if type(module) is nn.Conv2d else ""
+        lines.append(f"{name} {type(module).__qualname__} {geometry}")
+    tensors = {key: value for key, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+    lines += [f"{key} {tuple(tensor.shape)}" for key, tensor in tensors.items()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+@dataclass(slots=True)
+class _Graph:
+    """The calls of an island by module, and the names it is known under."""
+
+    calls: dict[nn.Module, list[fx.Node]]
+    modules: dict[str, nn.Module]
+    names: tuple[str, ...]
+    tensors_read: set[str]
+
+
+class _Facts:
+    """What graphs and names tell about the modules of one model."""
+
+    def __init__(self, model: nn.Module, captured: Capture, runs: dict[str, list[Call]]) -> None:
+        self.model = model
+        self.runs = runs
+        self.names = capturing.names(model)
+        self.owners = _owners(model)
+        self.graph_of: dict[nn.Module, _Graph] = {}
+        self.islands = {island.path: self._read(island) for island in captured.islands}
+
+    def convs(self) -> Iterator[nn.Module]:
+        """Give every conv outside surgeon's blocks."""
+        inside = {m for block in self.names if isinstance(block, Block) for m in block.modules()}
+        return (module for module in self.names if capturing.is_conv(module) and module not in inside)
+
+    def calls_of(self, module: nn.Module) -> int:
+        """How often a run has called a module; 0 where there was none."""
+        return len(self.runs.get(self.names[module][0], []))
+
+    def is_traced(self, module: nn.Module) -> bool:
+        """Whether the module lies in an island."""
+        return any(module in graph.modules.values() for graph in self.islands.values())
+
+    def _read(self, island: capturing.Island) -> _Graph:
+        root = self.model.get_submodule(island.path)
+        modules = dict(root.named_modules(remove_duplicate=False))
+        graph = _Graph({}, modules, self.names[root], set())
+        for node in island.graph.nodes:
+            if node.op == "call_module":
+                module = modules[node.target]
+                graph.calls.setdefault(module, []).append(node)
+                self.graph_of[module] = graph
+            elif node.op == "get_attr":
+                graph.tensors_read.add(node.target)
+        return graph
+
+
+def _site(facts: _Facts, module: nn.Module) -> Site:
+    runs = facts.runs.get(facts.names[module][0], [])
+    graph = facts.graph_of.get(module)
+    nodes = graph.calls[module] if graph else []
+    norm, norm_obstacle = _norm_behind(facts, module)
+    if norm is not None and (count := facts.calls_of(norm)) != len(runs):
+        norm, norm_obstacle = None, f"a run calls it {len(runs)} times, and its norm {count} times"
+    spec = ConvSpec.of(module) if isinstance(module, nn.Conv2d) else None
+    return Site(
+        paths=facts.names[module],
+        kind=type(module).__name__,
+        spec=spec,
+        calls=len(runs) if runs else (len(nodes) or None),
+        readers=tuple(_reader(graph, user) for node in nodes for user in node.users) if graph else (),
+        obstacle=_obstacle(facts, module),
+        norm=facts.names[norm] if norm is not None else (),
+        norm_obstacle=norm_obstacle,
+        runs=tuple(runs),
+        dtype=next(module.parameters()).dtype,
+        cost=measure_calls(module, runs),
+        norm_cost=Cost(0, 0, 0) if norm is None else replace(measure(norm), macs=0),
+    )
+
+
+def measure_calls(module: nn.Module, calls: Sequence[Call]) -> Cost:
+    """Measure a module over all calls of a run."""
+    costs = {shape: measure(module, [torch.empty(shape, device="meta")]) for shape in {c.shape_in for c in calls}}
+    macs = [costs[call.shape_in].macs for call in calls]
+    known = [count for count in macs if count is not None]
+    return replace(measure(module), macs=sum(known) if calls and len(known) == len(macs) else None)
+
+
+def _obstacle(facts: _Facts, module: nn.Module) -> str | None:
+    """Say why a conv cannot be swapped by any block."""
+    if not isinstance(module, nn.Conv2d):
+        return f"{type(module).__name__}: only Conv2d is swapped"
+    if parametrize.is_parametrized(module):
+        return "its weight is computed by a parametrization; torch.nn.utils.parametrize can remove that"
+    if type(module) is not nn.Conv2d:
+        return f"{type(module).__qualname__} is a Conv2d of its own kind; only torch's own is swapped"
+    if _has_hooks(module):
+        return "hooks are attached to it, and would see something else"
+    if facts.names[module][0] == "":
+        return "it is the whole model: there is no module that holds it"
+    for parameter in module.parameters():
+        if others := facts.owners[id(parameter)] - {module}:
+            return f"its weights are also those of {facts.names[others.pop()][0]}"
+    graph = facts.graph_of.get(module)
+    if graph and any(graph.modules[t.rpartition(".")[0]] is module for t in graph.tensors_read):
+        return "the network also reads its weight directly"
+    return None
+
+
+def _norm_behind(facts: _Facts, conv: nn.Module) -> tuple[nn.Module | None, str | None]:
+    """Find the norm that belongs to this conv alone, or say why there is none."""
+    graph = facts.graph_of.get(conv)
+    if graph is None:
+        return None, "it is never called" if facts.is_traced(conv) else "what follows it could not be traced"
+    nodes = graph.calls[conv]
+    if len(nodes) != 1:
+        return None, f"it is called {len(nodes)} times"
+    users = list(nodes[0].users)
+    readers = [_reader(graph, user) for user in users]
+    norm = graph.modules[str(users[0].target)] if users and users[0].op == "call_module" else None
+    if len(users) != 1:
+        return None, f"its output is read by {' and '.join(readers)}" if users else "nothing reads its output"
+    if norm is None or not _is_norm(norm):
+        return None, NO_NORM
+    return _judge_norm(facts, graph, conv, norm)
+
+
+def _judge_norm(facts: _Facts, graph: _Graph, conv: nn.Module, norm: nn.Module) -> tuple[nn.Module | None, str | None]:
+    """Check all that taking over a norm assumes of it."""
+    name = facts.names[norm][0]
+    prefixes = tuple(f"{path}." if path else "" for path in graph.names)
+    outside = [path for path in (*facts.names[conv], *facts.names[norm]) if not path.startswith(prefixes)]
+    if not isinstance(norm, _NORMS) or type(norm) not in _NORMS:
+        return None, f"{name} is a {type(norm).__name__}; only torch's own BatchNorm2d can be taken over"
+    if (count := len(graph.calls[norm])) != 1:
+        return None, f"{name} is called {count} times"
+    if norm.running_mean is None or norm.running_var is None:
+        return None, f"{name} keeps no running statistics"
+    if outside:
+        return None, f"it is also reached as {outside[0]}"
+    if _has_hooks(norm):
+        return None, f"hooks are attached to {name}"
+    if any(facts.owners[id(p)] != {norm} for p in norm.parameters()):
+        return None, f"{name} shares its parameters"
+    if any(graph.modules[t.rpartition(".")[0]] is norm for t in graph.tensors_read):
+        return None, f"the network also reads the parameters of {name} directly"
+    return norm, None
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, _NormBase | nn.GroupNorm | nn.LayerNorm) or "norm" in type(module).__name__.lower()
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return any(hooks)
+
+
+def _owners(model: nn.Module) -> dict[int, set[nn.Module]]:
+    """Give the modules that hold each parameter, by its id."""
+    owners: dict[int, set[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), set()).add(module)
+    return owners
+
+
+def _reader(graph: _Graph, node: fx.Node) -> str:
+    if node.op == "call_module":
+        return type(graph.modules[str(node.target)]).__name__
+    if node.op == "output":
+        return "output"
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))

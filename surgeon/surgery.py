@@ -1,0 +1,310 @@
+"""The library: survey, plan, convert, fuse and verify models that are in memory.
+
+model     = torchvision.models.resnet50(weights="DEFAULT")
+plan      = surgeon.plan(model, "acnet", example=(1, 3, 224, 224))
+converted = surgeon.convert(model, plan)
+deployed  = surgeon.fuse(converted)
+report    = surgeon.verify(converted, deployed, example=(1, 3, 224, 224))
+assert report.equivalent, report
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from surgeon import equivalence, examples, plans, sites, source, store
+from surgeon import recipe as recipes
+from surgeon.capture import duplicate, shadow
+from surgeon.distance import as_double, worst, worst_ulps
+from surgeon.equivalence import EXACT, Report
+from surgeon.errors import CaptureError, PassError, PlanError, SurgeonError, VerifyError
+from surgeon.examples import Example, Inputs
+from surgeon.fold import fold_blocks_
+from surgeon.operate import Swap, build, place_, prepare, undo_
+from surgeon.plans import Plan
+from surgeon.recipe import Recipe
+from surgeon.sites import Survey
+from surgeon.source import Architecture, Trust
+
+# Relative L2 that no rounding explains once every block is proved; a norm that is applied twice or never is above it.
+_GROSS = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 0.9, torch.bfloat16: 0.9}
+_UNSEEN = "the network uses a conv in a way that its graph does not show"
+Model = TypeVar("Model", bound=nn.Module)
+RecipeLike = str | PathLike[str] | Mapping[str, Any] | Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class SelfCheck:
+    """What convert measured of its own work, as relative L2 in eval mode.
+
+    `worst`: of the blocks that keep the function, made in float64, against what they replace; `approximate` do not keep
+    it, by design. `whole`: the whole network before and after, in its own dtype; None where no input is known.
+    """
+
+    sites: int
+    worst: float | None
+    worst_path: str | None
+    approximate: int
+    whole: float | None = None
+
+
+def survey(model: nn.Module, example: Example | None = None) -> Survey:
+    """List every conv of a model: names, geometry, shapes, calls, and what follows.
+
+    >>> [site.path for site in survey(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())).sites]
+    ['0']
+    """
+    return sites.survey(model, inputs_for(model, example))
+
+
+def plan(
+    model: nn.Module,
+    recipe: RecipeLike,
+    example: Example | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    seed: int = 0,
+) -> Plan:
+    """Decide for every conv what a recipe makes of it; the model is not touched.
+
+    `recipe` is the name of a bundled one, a path, a dict or a `Recipe`; `overrides` are as `--set` takes them.
+
+    >>> [entry.swap for entry in plan(nn.Sequential(nn.Conv2d(3, 8, 3)), "acnet").convs]
+    ['acblock']
+
+    Raises:
+        RecipeError: every fault of the recipe. PlanError: a rule claims nothing.
+    """
+    return plans.make(_recipe(recipe, overrides), survey(model, example), seed=seed)
+
+
+def convert(
+    model: Model,
+    how: Plan | RecipeLike,
+    example: Example | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    seed: int = 0,
+) -> Model:
+    """Return a copy of `model` with its convs swapped as a plan or recipe says.
+
+    >>> type(convert(nn.Sequential(nn.Conv2d(3, 8, 3)), "acnet")[0]).__name__
+    'ACBlock'
+    """
+    return convert_(duplicate(model), how, example, overrides=overrides, seed=seed)
+
+
+def convert_(
+    model: Model,
+    how: Plan | RecipeLike,
+    example: Example | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    seed: int = 0,
+) -> Model:
+    """Swap the convs of `model` itself, and return it; where something is wrong it stays as it was."""
+    inputs = inputs_for(model, example, seed=seed)
+    surveyed = sites.survey(model, inputs)
+    if isinstance(how, Plan):
+        plans.check(how, surveyed)
+        carry_out_(model, how, inputs)
+    else:
+        carry_out_(model, plans.make(_recipe(how, overrides), surveyed, seed=seed), inputs)
+    return model
+
+
+@torch.inference_mode(False)
+def carry_out_(model: nn.Module, checked: Plan, inputs: Inputs | None) -> SelfCheck:
+    """Operate, measure what was done, and note it in the model's history.
+
+    Raises:
+        PlanError: there is nothing to swap. PassError: a block that keeps the function does not.
+        CaptureError: the network does more with its convs than could be seen. The model is as it was.
+    """
+    if not checked.swaps:
+        reasons = list(dict.fromkeys(entry.skip for entry in checked.convs if entry.skip))
+        raise PlanError(
+            f"nothing is swapped: {'; '.join(reasons[:3]) or 'the model has no convs'}",
+            todo="`surgeon plan` gives the reason for every conv.",
+        )
+    parent = store.content_hash(model)
+    swaps = prepare(model, checked)
+    check = _check_sites(swaps, checked.seed)
+    has_numbers = not any(parameter.is_meta for parameter in model.parameters())
+    before = equivalence.outputs(model, inputs) if inputs is not None and has_numbers else None
+    place_(model, swaps)
+    if before is not None and inputs is not None:
+        try:
+            check = replace(check, whole=_check_whole(model, inputs, before, approximate=bool(check.approximate)))
+        except SurgeonError:
+            undo_(model, swaps)
+            raise
+    step = store.Step("convert", parent, store.content_hash(model), checked.to_dict(), store.versions())
+    store.record_(model, step)
+    return check
+
+
+def _check_sites(swaps: Sequence[Swap], seed: int) -> SelfCheck:
+    """Make every block again in float64; measure it against what it replaces, and the stored block against it."""
+    check = SelfCheck(len(swaps), None, None, sum(not one.entry.keeps_function for one in swaps))
+    for one in swaps:
+        if one.conv.weight.is_meta:  # no numbers, nothing to measure
+            continue
+        path, conv = one.entry.path, shadow(one.conv, as_double)
+        norm = None if one.norm is None else shadow(one.norm, as_double)
+        twin = build(one.entry, conv, norm, seed)
+        if not (ulps := worst_ulps(one.block, twin)) <= 1:
+            raise PassError("convert", f"{path} is stored {ulps:.3g} units in the last place from its float64 twin")
+        if one.entry.keeps_function:
+            apart = equivalence.local_distance(twin, conv, norm)
+            if not apart <= EXACT:
+                raise PassError("convert", f"{path} is {apart:.1e} from the conv it replaces, in float64")
+            if check.worst is None or apart > check.worst:
+                check = replace(check, worst=apart, worst_path=path)
+    return check
+
+
+def _check_whole(model: nn.Module, inputs: Inputs, before: Any, *, approximate: bool) -> float:
+    """Run the converted network. Every block has been proved by now, so what is far off is used in a way unseen."""
+    todo = "Leave out the convs that are read in other ways than by calling them: `surgeon plan -o plan.yaml`, edit it."
+    try:
+        apart = worst(equivalence.outputs(model, inputs), before)
+    except VerifyError as error:
+        raise CaptureError(f"{_UNSEEN}: {error.problem}", todo=todo) from error
+    dtype = next(model.parameters()).dtype
+    if not approximate and not apart <= _GROSS.get(dtype, math.inf):
+        raise CaptureError(f"{_UNSEEN}: after the swaps it is {apart:.1e} from what it was", todo=todo)
+    return apart
+
+
+def fuse(model: Model, *, dense: bool = False) -> Model:
+    """Return a copy of `model` in which every foldable block is one plain conv again.
+
+    Blocks that cost less than the conv they fold to (HetConv) stay, unless `dense` asks for them too.
+
+    >>> type(fuse(convert(nn.Sequential(nn.Conv2d(3, 8, 3)), "acnet"))[0]).__name__
+    'Conv2d'
+    """
+    return fuse_(duplicate(model), dense=dense)
+
+
+def fuse_(model: Model, *, dense: bool = False) -> Model:
+    """Fold the blocks of `model` itself, and return it."""
+    fold_all_(model, dense=dense)
+    return model
+
+
+def fold_all_(model: nn.Module, *, dense: bool = False) -> tuple[str, ...]:
+    """Fold, note it in the model's history if there was anything to fold, and return the names of what was folded."""
+    parent = store.content_hash(model)
+    folded = fold_blocks_(model, dense=dense)
+    if folded:
+        store.record_(model, store.Step("fuse", parent, store.content_hash(model), None, store.versions(), dense))
+    return folded
+
+
+def verify(a: nn.Module, b: nn.Module, example: Example | Sequence[Example] | None = None, *, seed: int = 0) -> Report:
+    """Say whether `b` computes what `a` does, how far apart they are, and where they part.
+
+    `example` is one input or a list of them, each a shape or a tensor. Where b's history says that it was made from a,
+    the same is done to a in float64, and b must be that, rounded once.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3))
+    >>> verify(model, convert(model, "acnet"), (1, 3, 8, 8)).verdict
+    'equivalent'
+
+    Raises:
+        VerifyError: outputs of other structure, shape or dtype.
+    """
+    given: list[Any] = example if isinstance(example, list) else [example]
+    inputs = [inputs_for(b if one is None and store.history(b) else a, one, seed=seed) for one in given]
+    known = [one for one in inputs if one is not None]
+    if not known:
+        raise CaptureError("no input is known that the model accepts", todo="Give one: --input 1,3,224,224.")
+    steps = _steps_between(a, b)
+    return equivalence.verify(
+        a, b, known, replay=_replay(a, steps), approximate=any(map(_is_approximate, steps)), seed=seed
+    )
+
+
+def load(
+    name: str | PathLike[str],
+    *,
+    arch: str | None = None,
+    arch_args: Mapping[str, Any] | None = None,
+    allow: Sequence[str] = (),
+    unsafe_pickle: bool = False,
+    seed: int = 0,
+) -> nn.Module:
+    """Load a model file without running what is in it, or build a network that is named.
+
+    `arch` is the network that a file of weights belongs to; `allow` names packages whose modules a pickle may hold.
+
+    >>> type(load("torchvision:resnet18")).__name__
+    'ResNet'
+
+    Raises:
+        ModelError, StoreError: it cannot be read; the message says what to do.
+    """
+    trust = Trust(allow=tuple(allow), unsafe_pickle=unsafe_pickle)
+    rebuild = functools.partial(store.rebuild, trust=trust, seed=seed)
+    return source.load(
+        fspath(name), arch=arch, arch_args=arch_args or {}, trust=trust, seed=seed, rebuild=rebuild
+    ).model
+
+
+def save(model: nn.Module, path: str | PathLike[str], *, arch: str | None = None, force: bool = False) -> None:
+    """Write a model atomically: `.pt` as a module, `.safetensors` as weights with a manifest that names `arch`.
+
+    Raises:
+        StoreError: the file exists and `force` is not given, or it cannot be written.
+    """
+    store.save(model, Path(path), architecture=Architecture(arch) if arch else None, force=force)
+
+
+def inputs_for(model: nn.Module, example: Example | None, *, seed: int = 0) -> Inputs | None:
+    """Take the example that was given, or the one of the model's plan, or one that the model accepts."""
+    if example is not None:
+        return examples.make(example, seed=seed)
+    for step in reversed(store.history(model)):
+        if step.plan and (shapes := step.plan.get("input")) and len(shapes) == 1:
+            return examples.make(tuple(shapes[0]), seed=seed)
+    return examples.guess(model, seed=seed)
+
+
+def _recipe(recipe: RecipeLike, overrides: Sequence[str]) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, Mapping):
+        return recipes.from_dict(dict(recipe), overrides)
+    return recipes.load(recipe, overrides)
+
+
+def _steps_between(a: nn.Module, b: nn.Module) -> tuple[store.Step, ...]:
+    """Find how `b` was made from `a`, if every step is known and nothing was trained in between."""
+    steps = store.history(b)
+    start = store.content_hash(a) if steps else ""
+    for i, step in enumerate(steps):
+        chain = steps[i:]
+        if step.parent == start and all(one.result == two.parent for one, two in itertools.pairwise(chain)):
+            return chain
+    return ()
+
+
+def _replay(a: nn.Module, steps: Sequence[store.Step]) -> nn.Module | None:
+    """Do the same again to a float64 copy."""
+    return store.redo_(shadow(a, as_double), steps) if steps else None
+
+
+def _is_approximate(step: store.Step) -> bool:
+    return step.plan is not None and not Plan.model_validate(step.plan).keeps_function

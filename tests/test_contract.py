@@ -1,0 +1,315 @@
+"""The contract that every block keeps, on every example that it gives of itself.
+
+A block that is added to `surgeon/blocks` is tested here without a word being added.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Iterator
+
+import pytest
+import timm.utils
+import torch
+from helpers import relative, shake_
+from torch import Tensor, nn
+
+from surgeon.blocks import Block, Example, Foldable, registry
+
+EXACT = 1e-12
+GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+
+CASES = [(block, example) for block in registry().values() for example in block.examples()]
+
+
+def name_of(case: object) -> str:
+    if isinstance(case, type):
+        return case.name
+    assert isinstance(case, Example)
+    chosen = [f"{key}={value}" for key, value in case.options.model_dump(exclude_defaults=True).items()]
+    words = [str(case.spec).replace("→", "-"), *chosen, *(["norm"] if case.with_norm else [])]  # pytest wants ASCII
+    return " ".join(words).replace(", ", " ")
+
+
+every_example = pytest.mark.parametrize(("kind", "example"), CASES, ids=name_of)
+every_foldable = pytest.mark.parametrize(
+    ("kind", "example"), [case for case in CASES if issubclass(case[0], Foldable)], ids=name_of
+)
+
+Original = tuple[nn.Conv2d, nn.BatchNorm2d | None]
+
+
+def original(example: Example, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Original:
+    """Make the conv of an example, and its shaken norm if it has one."""
+    spec = example.spec
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        conv = nn.Conv2d(
+            spec.c_in,
+            spec.c_out,
+            spec.kernel,
+            stride=spec.stride,
+            padding=spec.padding,
+            dilation=spec.dilation,
+            groups=spec.groups,
+            bias=spec.bias,
+            padding_mode=spec.padding_mode,
+            dtype=dtype,
+        )
+    norm = shake_(nn.BatchNorm2d(spec.c_out, dtype=dtype), seed=1) if example.with_norm else None
+    return conv.to(device), None if norm is None else norm.to(device)
+
+
+def replaced(kind: type[Block], example: Example, made: Original, seed: int = 0) -> Block:
+    conv, norm = made
+    return kind.from_conv(conv, example.options, norm=norm, generator=torch.Generator().manual_seed(seed))
+
+
+def input_of(example: Example, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Tensor:
+    shape = (2, example.spec.c_in, *example.size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(device, dtype)
+
+
+def run(made: Original, x: Tensor) -> Tensor:
+    conv, norm = made
+    return conv(x) if norm is None else norm(conv(x))
+
+
+def state(module: nn.Module) -> dict[str, Tensor]:
+    return {key: tensor.clone() for key, tensor in module.state_dict().items()}
+
+
+def is_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
+def floats(module: nn.Module) -> Iterator[Tensor]:
+    return (tensor for tensor in module.state_dict().values() if tensor.is_floating_point())
+
+
+def modules_of(made: Original) -> nn.ModuleList:
+    return nn.ModuleList(module for module in made if module is not None)
+
+
+def test_there_are_blocks_with_examples() -> None:
+    assert {kind for kind, _ in CASES} == set(registry().values())
+    assert "acblock" in registry()
+
+
+@every_example
+def test_an_example_is_one_that_the_block_accepts(kind: type[Block], example: Example) -> None:
+    assert isinstance(example.options, kind.Options)
+    assert kind.refusal(example.spec, example.size, example.options) is None
+    assert kind.refusal(example.spec, None, example.options) is None
+
+
+@every_example
+@pytest.mark.parametrize("training", [True, False])
+def test_it_gives_the_shape_of_the_conv_and_finite_gradients(
+    kind: type[Block], example: Example, training: bool
+) -> None:
+    made, x = original(example), input_of(example)
+    block = replaced(kind, example, made).train(training)
+    y = block(x)
+    assert y.shape == run(made, x).shape
+    assert y.isfinite().all()
+    (y * torch.randn_like(y)).sum().backward()
+    trained = {name: p.grad for name, p in block.named_parameters() if p.requires_grad}
+    assert trained
+    assert [name for name, grad in trained.items() if grad is None or not grad.isfinite().all()] == []
+
+
+@every_example
+def test_what_is_read_off_the_conv_can_be_read_off_the_block(kind: type[Block], example: Example) -> None:
+    conv, norm = original(example)
+    block, x = replaced(kind, example, (conv, norm)).eval(), input_of(example)
+    assert {name: getattr(block, name) for name in GEOMETRY} == {name: getattr(conv, name) for name in GEOMETRY}
+    assert torch.equal(block(input=x), block(x))  # as conv(input=x)
+
+
+@every_example
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_dtype_and_device_carry_over(kind: type[Block], example: Example, dtype: torch.dtype, device: str) -> None:
+    made = original(example, dtype, device)
+    block = replaced(kind, example, made)
+    assert {(tensor.dtype, tensor.device.type) for tensor in floats(block)} == {(dtype, device)}
+    for training in (True, False):
+        y = block.train(training)(input_of(example, dtype, device))
+        assert (y.dtype, y.device.type) == (dtype, device)
+        assert y.shape == run(made, input_of(example, dtype, device)).shape
+    if isinstance(block, Foldable):
+        folded = block.fold()
+        assert {(tensor.dtype, tensor.device.type) for tensor in floats(folded)} == {(dtype, device)}
+
+
+@every_example
+def test_memory_format_carries_over(kind: type[Block], example: Example) -> None:
+    conv, norm = original(example)
+    block = replaced(kind, example, (conv.to(memory_format=torch.channels_last), norm))
+    weights = [p for p in block.parameters() if p.dim() == 4]
+    if isinstance(block, Foldable):
+        weights.append(block.fold().weight)
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    plain = replaced(kind, example, original(example))
+    assert all(weight.is_contiguous() for weight in plain.parameters())
+    x = input_of(example)
+    assert relative(block.eval()(x.to(memory_format=torch.channels_last)), plain.eval()(x)) <= EXACT
+
+
+@every_example
+@pytest.mark.parametrize("training", [True, False])
+def test_the_training_flag_carries_over(kind: type[Block], example: Example, training: bool) -> None:
+    made = original(example)
+    modules_of(made).train(training)
+    block = replaced(kind, example, made)
+    assert {module.training for module in block.modules()} == {training}
+    if isinstance(block, Foldable):
+        assert block.fold().training == training
+
+
+@every_example
+@pytest.mark.parametrize("trained", [True, False])
+def test_requires_grad_carries_over(kind: type[Block], example: Example, trained: bool) -> None:
+    made = original(example)
+    modules_of(made).requires_grad_(trained)
+    block = replaced(kind, example, made)
+    assert {p.requires_grad for p in block.parameters()} == {trained}
+    if isinstance(block, Foldable):
+        assert {p.requires_grad for p in block.fold().parameters()} == {trained}
+
+
+@every_example
+def test_what_is_handed_in_is_not_changed(kind: type[Block], example: Example) -> None:
+    made = original(example)
+    given = modules_of(made)
+    before, flags = state(given), [(m.training, [p.requires_grad for p in m.parameters()]) for m in given]
+    y = run(made, input_of(example)).detach()
+    given.load_state_dict(before)  # the run above has moved the norm's statistics
+    replaced(kind, example, made)
+    assert is_same(state(given), before)
+    assert [(m.training, [p.requires_grad for p in m.parameters()]) for m in given] == flags
+    assert torch.equal(run(made, input_of(example)), y)
+
+
+@every_example
+def test_running_the_block_leaves_the_norm_that_was_handed_in(kind: type[Block], example: Example) -> None:
+    made = original(example)
+    before = state(modules_of(made))
+    replaced(kind, example, made).train()(input_of(example))
+    assert is_same(state(modules_of(made)), before)
+
+
+@every_example
+def test_the_function_is_kept_or_it_is_not_as_the_block_says(kind: type[Block], example: Example) -> None:
+    made, x = original(example), input_of(example)
+    modules_of(made).eval()
+    apart = relative(replaced(kind, example, made)(x), run(made, x))
+    if kind.keeps_function(example.options):
+        assert apart <= EXACT
+    else:
+        assert apart > 1e-3
+
+
+@every_example
+def test_random_numbers_come_from_the_generator_alone(kind: type[Block], example: Example) -> None:
+    torch.manual_seed(1)
+    one = replaced(kind, example, original(example))
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    two = replaced(kind, example, original(example))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert is_same(state(one), state(two))
+
+
+@every_example
+def test_float32_gets_the_numbers_of_float64_rounded_once(kind: type[Block], example: Example) -> None:
+    made = original(example, torch.float32)
+    wide = copy.deepcopy(modules_of(made)).double()
+    narrow_block = replaced(kind, example, made)
+    wide_block = replaced(kind, example, (wide[0], wide[1] if example.with_norm else None))
+    assert is_same(state(narrow_block), state(wide_block.float()))
+
+
+@every_example
+def test_copies_pickles_and_state_dicts_are_the_same_block(kind: type[Block], example: Example) -> None:
+    block, x = shake_(replaced(kind, example, original(example))).eval(), input_of(example)
+    file = io.BytesIO()
+    torch.save(block, file)
+    file.seek(0)
+    other = shake_(replaced(kind, example, original(example), seed=5), seed=5).eval()
+    other.load_state_dict(copy.deepcopy(block.state_dict()))
+    for twin in (copy.deepcopy(block), torch.load(file, weights_only=False), other):
+        assert type(twin) is kind
+        assert repr(twin) == repr(block)
+        assert is_same(state(twin), state(block))
+        assert torch.equal(twin(x), block(x))
+        with torch.no_grad():
+            next(twin.parameters()).add_(1)
+        assert not is_same(state(twin), state(block))  # nothing is shared
+
+
+def foldable(kind: type[Block], example: Example, **how: torch.dtype) -> Foldable:
+    """Make a block, every norm of it shaken after it was built: what training would leave behind."""
+    block = shake_(replaced(kind, example, original(example, **how)), seed=3).eval()
+    assert isinstance(block, Foldable)
+    return block
+
+
+@every_foldable
+def test_it_folds_to_one_conv_and_a_wrong_tap_would_show(kind: type[Block], example: Example) -> None:
+    block, x = foldable(kind, example), input_of(example)
+    folded = block.fold()
+    assert relative(folded(x), block(x)) <= EXACT
+    with torch.no_grad():
+        folded.weight[-1, -1, 0, 0] += 1e-6
+    assert relative(folded(x), block(x)) > 1e3 * EXACT
+
+
+@every_foldable
+def test_the_folded_conv_has_the_geometry_of_the_original(kind: type[Block], example: Example) -> None:
+    conv, _ = original(example)
+    folded = foldable(kind, example).fold()
+    assert type(folded) is nn.Conv2d
+    assert folded.weight.shape == conv.weight.shape
+    assert folded.bias is not None or conv.bias is None  # a norm that is folded in leaves a bias
+    assert {name: getattr(folded, name) for name in GEOMETRY} == {name: getattr(conv, name) for name in GEOMETRY}
+    assert all(p.is_leaf and isinstance(p, nn.Parameter) for p in folded.parameters())
+
+
+@every_foldable
+def test_folding_leaves_the_block_as_it_was(kind: type[Block], example: Example) -> None:
+    block = foldable(kind, example)
+    before, shown = state(block), repr(block)
+    folded = block.fold()
+    with torch.no_grad():
+        for parameter in folded.parameters():
+            parameter.zero_()  # it shares nothing with the block either
+    assert is_same(state(block), before)
+    assert repr(block) == shown
+    assert all(p.grad is None and p.requires_grad for p in block.parameters())
+
+
+@every_foldable
+def test_folding_while_training_gives_the_conv_of_eval_mode(kind: type[Block], example: Example) -> None:
+    block = foldable(kind, example)
+    expected = state(block.fold())
+    assert is_same(state(block.train().fold()), expected)
+    assert {module.training for module in block.modules()} == {True}
+
+
+@every_foldable
+def test_a_float32_fold_is_the_float64_fold_rounded_once(kind: type[Block], example: Example) -> None:
+    block = foldable(kind, example, dtype=torch.float32)
+    assert is_same(state(block.fold()), state(copy.deepcopy(block).double().fold().float()))
+
+
+@every_foldable
+def test_timm_folds_it_too(kind: type[Block], example: Example) -> None:
+    model = nn.Sequential(nn.Sequential(foldable(kind, example)), nn.ReLU()).eval()
+    deployed = timm.utils.reparameterize_model(model)
+    assert type(deployed[0][0]) is nn.Conv2d
+    x = input_of(example)
+    assert relative(deployed(x), model(x)) <= EXACT
+    assert type(model[0][0]) is kind

@@ -1,0 +1,236 @@
+"""verify: what it passes, what it catches, and that it can tell where."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import run_surgeon, shake_
+from torch import Tensor, nn
+
+import surgeon
+from surgeon.demo.net import SmallResNet
+from surgeon.distance import relative_l2, ulp
+from surgeon.errors import VerifyError
+
+INPUT = (1, 1, 28, 28)
+
+
+def _resnet(dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    return shake_(SmallResNet(), 1, gently=True).to(dtype)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with net.pt, net.acnet.pt and net.acnet.fused.pt, in float32."""
+    folder = tmp_path_factory.mktemp("verify")
+    torch.save(_resnet(), folder / "net.pt")
+    assert run_surgeon("convert", folder / "net.pt", "--recipe", "acnet", "--input=1,1,28,28") == 0
+    assert run_surgeon("fuse", folder / "net.acnet.pt") == 0
+    return folder
+
+
+def _change_one_tap(source: Path, target: Path, key: str, amount: float = 1e-6) -> None:
+    model = torch.load(source, weights_only=False)
+    with torch.no_grad():
+        model.state_dict()[key].view(-1)[4] += amount
+    torch.save(model, target)
+
+
+def test_one_tap_that_is_1e_6_off_is_caught_and_named(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    faulty = files / "faulty.pt"
+    _change_one_tap(files / "net.acnet.fused.pt", faulty, "layer3.0.conv1.weight")
+    capsys.readouterr()
+    assert run_surgeon("verify", files / "net.acnet.pt", faulty, "--json") == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["first_to_part"] == "layer3.0.conv1"
+    assert [site["path"] for site in report["sites"] if site["parts"]] == ["layer3.0.conv1"]
+    mathematics = next(check for check in report["checks"] if check["name"] == "mathematics")
+    assert mathematics["passed"]  # no output would have shown it
+
+
+def test_a_changed_tensor_outside_the_blocks_is_caught_too(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    faulty = files / "faulty.pt"
+    _change_one_tap(files / "net.acnet.fused.pt", faulty, "fc.weight")
+    capsys.readouterr()
+    assert run_surgeon("verify", files / "net.acnet.pt", faulty) == 1
+    assert "first to part: fc" in capsys.readouterr().out
+
+
+def test_the_untouched_pair_passes_and_says_what_was_measured(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_surgeon("verify", files / "net.acnet.pt", files / "net.acnet.fused.pt", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["verdict"] == "equivalent"
+    assert {check["name"] for check in report["checks"]} == {"mathematics", "stored tensors", "modules", "rounding"}
+    swapped = [site for site in report["sites"] if site["kind_a"] == "ACBlock"]
+    assert len(swapped) == 7
+    assert all(0 < site["isolated"] < 1e-6 for site in swapped)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_module_that_was_changed_is_caught_although_every_tensor_is_right(dtype: torch.dtype) -> None:
+    converted = surgeon.convert(_resnet(dtype), "acnet", INPUT)
+    fused = surgeon.fuse(converted)
+    assert surgeon.verify(converted, fused, INPUT).equivalent
+    fused.layer2[0].downsample[1].eps *= 1.001
+    report = surgeon.verify(converted, fused, INPUT)
+    assert report.verdict == "different"
+    assert [check.name for check in report.checks if not check.passed] == ["modules"]
+
+
+def test_a_chain_of_operations_is_replayed_from_its_start(files: Path) -> None:
+    assert run_surgeon("verify", files / "net.pt", files / "net.acnet.fused.pt") == 0
+
+
+def test_several_inputs_are_all_measured(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shapes = ["--input=1,1,28,28", "--input=2,1,33,40"]
+    assert run_surgeon("verify", files / "net.acnet.pt", files / "net.acnet.fused.pt", *shapes, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [row["input"] for row in report["distances"]] == ["1×1×28×28", "2×1×33×40"]
+
+
+def test_another_network_of_the_same_kind_is_different(files: Path) -> None:
+    other = files / "other.pt"
+    torch.save(shake_(_resnet(), 2, gently=True), other)
+    assert run_surgeon("verify", files / "net.pt", other) == 1
+
+
+def test_a_random_start_is_approximate_by_design(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_surgeon("convert", files / "net.pt", "--recipe", "acnet-scratch", "--input=1,1,28,28", "--force") == 0
+    capsys.readouterr()
+    assert run_surgeon("verify", files / "net.pt", files / "net.acnet-scratch.pt", "--json") == 3
+    report = json.loads(capsys.readouterr().out)
+    assert report["verdict"] == "approximate"
+    assert report["distances"][0]["own"] > 0.01
+
+
+def test_an_approximate_model_that_was_changed_afterwards_is_different(files: Path) -> None:
+    assert run_surgeon("convert", files / "net.pt", "--recipe", "acnet-scratch", "--input=1,1,28,28", "--force") == 0
+    _change_one_tap(files / "net.acnet-scratch.pt", files / "faulty.pt", "layer1.0.conv1.ver_conv.weight")
+    assert run_surgeon("verify", files / "net.pt", files / "faulty.pt") == 1
+
+
+class TestPairsOfUnknownOrigin:
+    """No history: the difference must be explained by how the weights are stored."""
+
+    def _forgotten(self, model: nn.Module) -> nn.Module:
+        model = copy.deepcopy(model)
+        del model.surgeon_provenance
+        return model
+
+    def test_a_fold_by_other_hands_passes(self) -> None:
+        converted = surgeon.convert(_resnet(), "acnet", INPUT)
+        fused = self._forgotten(surgeon.fuse(converted))
+        report = surgeon.verify(converted, fused, INPUT)
+        assert report.equivalent, report
+        assert report.checks[0].name == "storage"
+
+    def test_the_original_and_its_fold_are_compared_behind_the_norm(self) -> None:
+        original = _resnet()
+        fused = self._forgotten(surgeon.fuse(surgeon.convert(original, "acnet", INPUT)))
+        report = surgeon.verify(original, fused, INPUT)
+        assert report.equivalent, report
+        assert all(site.isolated < 1e-6 for site in report.sites)
+
+    def test_a_wrong_fold_parts_at_its_site(self) -> None:
+        converted = surgeon.convert(_resnet(), "acnet", INPUT)
+        fused = self._forgotten(surgeon.fuse(converted))
+        with torch.no_grad():
+            fused.layer2[0].conv2.bias += 1e-3
+        report = surgeon.verify(converted, fused, INPUT)
+        assert report.verdict == "different"
+        assert report.first_to_part == "layer2.0.conv2"
+
+    def test_a_model_equals_itself_in_every_dtype(self) -> None:
+        for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            model = _resnet(dtype)
+            assert surgeon.verify(model, copy.deepcopy(model), INPUT).equivalent
+
+
+class _Returns(nn.Module):
+    """Gives what `shape` makes of a conv's output."""
+
+    def __init__(self, shape: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.shape = shape
+
+    def forward(self, x: Tensor) -> object:
+        return self.shape(self.conv(x))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda y: (y, y),
+        lambda y: [y, y, y],
+        lambda y: {"out": y},
+        lambda y: y[:, :1],
+        lambda y: y.double().float().unsqueeze(0),
+        lambda y: y.half(),
+        lambda y: "nothing",
+    ],
+    ids=["fewer outputs", "list", "dict", "narrower", "one more axis", "dtype", "no tensor"],
+)
+def test_outputs_that_do_not_match_cannot_be_compared(other: Callable[[Tensor], object]) -> None:
+    with pytest.raises(VerifyError):
+        surgeon.verify(_Returns(lambda y: [y, y]), _Returns(other), (1, 3, 8, 8))
+
+
+def test_every_output_counts() -> None:
+    a = _Returns(lambda y: {"a": y, "b": [y, y]})
+    b = _Returns(lambda y: {"a": y, "b": [y, y * 1.001]})
+    assert surgeon.verify(a, copy.deepcopy(a), (1, 3, 8, 8)).equivalent
+    assert surgeon.verify(a, b, (1, 3, 8, 8)).verdict == "different"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_inf_pass_only_where_they_are_identical(bad: float) -> None:
+    def spoil(y: Tensor) -> Tensor:
+        y = y.clone()
+        y[0, 0, 0, 0] = bad
+        return y
+
+    assert surgeon.verify(_Returns(spoil), _Returns(spoil), (1, 3, 8, 8)).equivalent
+    assert surgeon.verify(_Returns(lambda y: y), _Returns(spoil), (1, 3, 8, 8)).verdict == "different"
+    assert surgeon.verify(_Returns(spoil), _Returns(lambda y: y), (1, 3, 8, 8)).verdict == "different"
+
+
+def test_every_module_keeps_its_own_flag_and_its_tensors() -> None:
+    model = _resnet().train()
+    model.layer2.eval()
+    other = copy.deepcopy(model)
+    flags = {name: module.training for name, module in model.named_modules()}
+    state = copy.deepcopy(model.state_dict())
+    surgeon.verify(model, other, INPUT)
+    assert {name: module.training for name, module in model.named_modules()} == flags
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_a_report_is_true_where_the_models_are_equivalent() -> None:
+    model = _resnet()
+    assert surgeon.verify(model, model, INPUT)
+    assert not surgeon.verify(model, shake_(copy.deepcopy(model), 9), INPUT)
+
+
+def test_relative_l2_is_not_fooled() -> None:
+    ones = torch.ones(4)
+    assert relative_l2(2 * ones, ones) == 1
+    assert relative_l2(0 * ones, 0 * ones) == 0
+    assert relative_l2(ones, 0 * ones) == float("inf")
+    nan = torch.tensor([1.0, float("nan")])
+    assert relative_l2(nan, nan) == 0
+    assert relative_l2(torch.tensor([1.0, float("inf")]), nan) == float("inf")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_ulp_is_the_distance_to_the_next_number(dtype: torch.dtype) -> None:
+    x = torch.tensor([1.0, 1.5, 0.3, -7.0, 1000.0], dtype=dtype)
+    above = torch.nextafter(x.abs(), torch.full_like(x, float("inf")))
+    assert torch.equal(ulp(x), above.double() - x.abs().double())
