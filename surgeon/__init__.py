@@ -32,6 +32,7 @@ _HOMES = {
     "Recipe": "surgeon.recipe",
     "Report": "surgeon.equivalence",
     "Survey": "surgeon.sites",
+    "SurgeonError": "surgeon.errors",
     **dict.fromkeys(
         ("convert", "convert_", "fuse", "fuse_", "load", "plan", "save", "survey", "verify"), "surgeon.surgery"
     ),
@@ -43,6 +44,7 @@ __all__ = [
     "Plan",
     "Recipe",
     "Report",
+    "SurgeonError",
     "Survey",
     "__version__",
     "convert",

@@ -33,12 +33,14 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 
 from surgeon.blocks import Block
 from surgeon.errors import CaptureError
 
 Model = TypeVar("Model", bound=nn.Module)
 _OURS_AND_TORCHS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+_TORCHS_OWN = vars(nn.Module()).keys()  # _modules, _parameters, hooks
 _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 
 
@@ -72,6 +74,14 @@ class Call:
     shape_out: tuple[int, ...]
 
 
+@dataclass(slots=True)
+class Observed:
+    """What a run showed: the calls by name, in order of the first; modules whose parameters others read."""
+
+    calls: dict[str, list[Call]] = field(default_factory=lambda: defaultdict(list))
+    read_directly: set[str] = field(default_factory=set)
+
+
 def capture(model: nn.Module) -> Capture:
     """Find the islands of a model.
 
@@ -84,8 +94,8 @@ def capture(model: nn.Module) -> Capture:
     return found
 
 
-def observe(model: nn.Module, inputs: Sequence[Tensor], *, meta_only: bool = False) -> dict[str, list[Call]]:
-    """Run the model once in eval mode and note every call of a conv, norm or block: name → calls, by first call.
+def observe(model: nn.Module, inputs: Sequence[Tensor], *, meta_only: bool = False) -> Observed:
+    """Run the model once in eval mode and note every call of a conv, norm or block.
 
     The run is made on the meta device, which computes nothing; where the model needs values it is made for real.
 
@@ -96,11 +106,11 @@ def observe(model: nn.Module, inputs: Sequence[Tensor], *, meta_only: bool = Fal
         return _observe(shadow(model, to_meta), [to_meta(t) for t in inputs])
     except Exception as error:
         if meta_only:
-            raise _refusal(inputs, error) from error
+            raise _refusal(model, inputs, error) from error
     try:
         return _observe(shadow(model), inputs)
     except Exception as error:
-        raise _refusal(inputs, error) from error
+        raise _refusal(model, inputs, error) from error
 
 
 def is_conv(module: nn.Module) -> bool:
@@ -113,6 +123,27 @@ def names(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
     for name, module in model.named_modules(remove_duplicate=False):
         found[module].append(name)
     return {module: tuple(paths) for module, paths in found.items()}
+
+
+def kept_aside(model: nn.Module) -> dict[nn.Module, str]:
+    """Find modules that are also kept where torch does not look: in plain lists, dicts and attributes."""
+    found: dict[nn.Module, str] = {}
+
+    def look(value: Any, where: str, depth: int) -> None:
+        if isinstance(value, nn.Module):
+            found.setdefault(value, where)
+        elif depth and isinstance(value, list | tuple | set):
+            for part in value:
+                look(part, where, depth - 1)
+        elif depth and isinstance(value, dict):
+            for part in value.values():
+                look(part, where, depth - 1)
+
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute not in _TORCHS_OWN:
+                look(value, f"{name}.{attribute}".removeprefix("."), 3)
+    return found
 
 
 def shadow(model: Model, cast: Callable[[Tensor], Tensor] | None = None) -> Model:
@@ -191,6 +222,16 @@ def where(error: BaseException) -> str:
     return f"{type(error).__name__}: {said[0].rstrip('.')}{place}"
 
 
+def how_to_call(model: nn.Module, given: int) -> str:
+    """Say what to do where a model did not run on as many inputs as were given."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    needed = [p.name for p in positional if p.default is p.empty]
+    if len(needed) > max(given, 1):
+        return f"It takes {' and '.join(needed)}; from Python: example=({', '.join(needed)}), tensors or shapes."
+    return "Give the shape that it was made for: --input 1,3,224,224."
+
+
 class _Tracer(fx.Tracer):
     """Stops at convs and norms, whatever their subclass, and at surgeon's blocks."""
 
@@ -266,23 +307,54 @@ def _steps(graph: fx.Graph) -> list[tuple[str, Any]]:
     return steps
 
 
-def _observe(model: nn.Module, inputs: Sequence[Tensor]) -> dict[str, list[Call]]:
-    calls: dict[str, list[Call]] = defaultdict(list)
+def _observe(model: nn.Module, inputs: Sequence[Tensor]) -> Observed:
+    seen, running = Observed(), _Running(model)
 
-    def note(name: str) -> Any:
+    def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
+        running.stack.append(module)
+
+    def end(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+            running.stack.pop()
             given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
             if given and isinstance(out, Tensor):
-                calls[name].append(Call(tuple(given[0].shape), tuple(out.shape)))
+                seen.calls[name].append(Call(tuple(given[0].shape), tuple(out.shape)))
 
         return hook
 
     for name, module in model.named_modules():
         if isinstance(module, Block | _ConvNd | _NormBase):
-            module.register_forward_hook(note(name), with_kwargs=True)
-    with quietly():
-        in_mode(model, False)(*_as_stored(model, inputs))
-    return dict(calls)
+            module.register_forward_pre_hook(begin)
+            module.register_forward_hook(end(name), with_kwargs=True)
+    given = _as_stored(model, inputs)
+    with quietly(), running:
+        in_mode(model, False)(*given)
+    seen.read_directly = running.read_directly
+    return seen
+
+
+class _Running(TorchFunctionMode):
+    """Notes convs and norms whose parameters go into a computation that is not in a call of their own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.stack: list[nn.Module] = []
+        self.read_directly: set[str] = set()
+        self.owners = {
+            id(parameter): (name, module)
+            for name, module in model.named_modules()
+            if isinstance(module, _ConvNd | _NormBase)
+            for parameter in module.parameters(recurse=False)
+        }
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):  # what gives no tensor has only looked at the shape or the dtype
+            for value in (*args, *(kwargs or {}).values()):
+                name, owner = self.owners.get(id(value), ("", None))
+                if owner is not None and not any(module is owner for module in self.stack):
+                    self.read_directly.add(name)
+        return result
 
 
 def _as_stored(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -291,9 +363,8 @@ def _as_stored(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]
     return tuple(t.to(dtype) if t.is_floating_point() else t for t in inputs)
 
 
-def _refusal(inputs: Sequence[Tensor], error: Exception) -> CaptureError:
+def _refusal(model: nn.Module, inputs: Sequence[Tensor], error: Exception) -> CaptureError:
     shapes = ", ".join("×".join(map(str, t.shape)) for t in inputs)
     return CaptureError(
-        f"the model does not run on an input of {shapes}: {where(error)}",
-        todo="Give the shape that it was made for: --input 1,3,224,224.",
+        f"the model does not run on an input of {shapes}: {where(error)}", todo=how_to_call(model, len(inputs))
     )

@@ -63,7 +63,7 @@ Input = Annotated[
         help="The shape of an example input, such as 1,3,224,224; verify takes several.",
     ),
 ]
-Seed = Annotated[int, typer.Option(min=0, help="For inputs and for what starts at random.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="For inputs and for what starts at random.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of tables.")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Overwrite the output if it exists.")]
 Output = Annotated[
@@ -284,6 +284,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # `surgeon survey … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except Exception as error:
+        traceback.print_exc()
+        print(f"surgeon: {PassError('command line', repr(error))}", file=sys.stderr)
+        sys.exit(PassError.exit_code)
 
 
 def _console(*, stderr: bool) -> Console:

@@ -6,7 +6,9 @@ ulp         = the distance from a number to the next one that its dtype can hold
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,35 +52,83 @@ def worst(out_b: Any, out_a: Any, *, any_dtype: bool = False) -> float:
     return max(relative_l2(b, a) for b, a in pairs(out_b, out_a, any_dtype=any_dtype))
 
 
+def pooled(outs_b: Sequence[Any], outs_a: Sequence[Any]) -> float:
+    """Relative L2 over the outputs of several runs together, of the output that is furthest apart; any dtypes."""
+    runs = [pairs(b, a, any_dtype=True) for b, a in zip(outs_b, outs_a, strict=True)]
+    leaves = [zip(*leaf, strict=True) for leaf in zip(*runs, strict=True)]
+    return max(relative_l2(_joined(b), _joined(a)) for b, a in leaves)
+
+
 def pairs(out_b: Any, out_a: Any, *, any_dtype: bool = False) -> list[tuple[Tensor, Tensor]]:
     """Match outputs leaf by leaf; nothing is left over and nothing is broadcast."""
-    leaves_a, tree_a = pytree.tree_flatten(out_a)
-    leaves_b, tree_b = pytree.tree_flatten(out_b)
+    leaves_a, tree_a = pytree.tree_flatten(_opened(out_a))
+    leaves_b, tree_b = pytree.tree_flatten(_opened(out_b))
     if tree_a != tree_b:
         raise VerifyError(
             f"the outputs have other structures: {tree_a} against {tree_b}",
             todo="Compare models with the same outputs.",
         )
     pairs = []
-    for i, (one, other) in enumerate(zip(leaves_a, leaves_b, strict=True)):
+    for i, (one, other) in enumerate(zip(map(_number, leaves_a), map(_number, leaves_b), strict=True)):
         if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
-            if one != other:
-                raise VerifyError(f"output {i} is {one!r} against {other!r}", todo="Only tensors may differ.")
+            _compare_plain(i, one, other)
             continue
         if one.shape != other.shape or (one.dtype != other.dtype and not any_dtype):
             raise VerifyError(
                 f"output {i} is {_kind(one)} against {_kind(other)}",
                 todo="Compare models with the same heads, stored in the same dtype.",
             )
-        pairs.append((other, one))
+        if one.numel():
+            pairs.append((other, one))
     if not pairs:
-        raise VerifyError("the models return no tensors", todo="Nothing can be compared.")
+        raise VerifyError(
+            "the models return no numbers", todo="Nothing can be compared; give an input for which they do."
+        )
     return pairs
+
+
+def has_numbers(out: Any) -> bool:
+    """Whether there is anything in an output to compare; a detector that finds nothing returns empty tensors."""
+    return any(t.numel() for t in tensors(out))
 
 
 def tensors(out: Any) -> list[Tensor]:
     """Give all tensors in an output."""
-    return [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in map(_number, pytree.tree_leaves(_opened(out))) if isinstance(leaf, Tensor)]
+
+
+def _opened(out: Any) -> Any:
+    """Turn dataclasses, which are leaves to torch, into dicts."""
+
+    def is_record(value: Any) -> bool:
+        return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+    def open_(leaf: Any) -> Any:
+        if not is_record(leaf):
+            return leaf
+        return {f.name: _opened(getattr(leaf, f.name)) for f in dataclasses.fields(leaf)}
+
+    return pytree.tree_map(open_, out, is_leaf=is_record)
+
+
+def _number(leaf: Any) -> Any:
+    """A float beside the tensors is an output like them."""
+    return torch.tensor(leaf, dtype=torch.float64) if isinstance(leaf, float) else leaf
+
+
+def _compare_plain(i: int, one: Any, other: Any) -> None:
+    for leaf in (one, other):
+        if not isinstance(leaf, str | int | bool | None | Tensor):
+            raise VerifyError(
+                f"output {i} is a {type(leaf).__name__}, which surgeon cannot look into",
+                todo="Return tensors, alone or in dicts, lists, tuples or dataclasses.",
+            )
+    if isinstance(one, Tensor) or isinstance(other, Tensor) or one != other:
+        raise VerifyError(f"output {i} is {one!r} against {other!r}", todo="Only tensors and floats may differ.")
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat([part.flatten() for part in parts])
 
 
 def ulp(tensor: Tensor) -> Tensor:

@@ -48,9 +48,9 @@ class RecipeError(SurgeonError):
 
     def __init__(self, faults: Sequence[Fault], *, todo: str = "") -> None:
         self.faults = tuple(faults)
-        count = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
         todo = todo or "`surgeon recipes acnet` prints one that works."
-        super().__init__("\n".join([*map(str, self.faults), count]), todo=todo)
+        count = [f"{len(self.faults)} faults"] * (len(self.faults) > 1)
+        super().__init__("\n".join([*map(str, self.faults), *count]), todo=todo)
 
 
 class ModelError(SurgeonError):

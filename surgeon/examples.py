@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from surgeon.capture import observe
 from surgeon.errors import CaptureError
 
 Shape = tuple[int, ...]
-Example = Shape | Tensor | tuple[Tensor, ...]  # a shape, or the arguments themselves
+Example = Shape | Tensor | tuple[Tensor | Shape, ...]  # a shape, or the arguments themselves, or their shapes
 
 # What torchvision's own networks were trained on, where it is not 224×224.
 _TORCHVISION_SIZES = {"torchvision.models.inception": (3, 299, 299)}
@@ -32,6 +33,13 @@ class Inputs:
     def cast(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Give the tensors with their floating point ones in `dtype`."""
         return tuple(t.to(dtype) if t.is_floating_point() else t for t in self.tensors)
+
+    def alike(self, count: int, seed: int) -> list[Inputs]:
+        """Draw more inputs of this kind: noise of the same shape, mean and spread; none if there is nothing to draw."""
+        if not any(t.is_floating_point() for t in self.tensors):
+            return []
+        generator = torch.Generator().manual_seed(seed + 1)
+        return [Inputs(tuple(_like(t, generator) for t in self.tensors)) for _ in range(count)]
 
     def __str__(self) -> str:
         return ", ".join("×".join(map(str, shape)) for shape in self.shapes)
@@ -60,18 +68,14 @@ def make(example: Example, *, seed: int = 0) -> Inputs:
     >>> make((1, 3, 8, 8)).shapes
     ((1, 3, 8, 8),)
     """
-    if isinstance(example, Tensor):
-        return Inputs((example,))
-    if example and all(isinstance(part, Tensor) for part in example):
-        return Inputs(tuple(part for part in example if isinstance(part, Tensor)))
-    if not example or not all(isinstance(part, int) and part > 0 for part in example):
+    generator = torch.Generator().manual_seed(seed)
+    parts: Any = [example] if isinstance(example, Tensor) or _is_shape(example) else example
+    if not parts or not all(isinstance(part, Tensor) or _is_shape(part) for part in parts):
         raise CaptureError(
-            f"example {example!r} is neither a shape, nor a tensor, nor tensors",
+            f"example {example!r} is neither a shape, nor a tensor, nor several of them",
             todo="Give a shape such as (1, 3, 224, 224).",
         )
-    generator = torch.Generator().manual_seed(seed)
-    shape = tuple(part for part in example if isinstance(part, int))
-    return Inputs((torch.randn(shape, generator=generator, dtype=torch.float64),))
+    return Inputs(tuple(part if isinstance(part, Tensor) else _noise(part, generator) for part in parts))
 
 
 def guess(model: nn.Module, *, seed: int = 0) -> Inputs | None:
@@ -84,6 +88,21 @@ def guess(model: nn.Module, *, seed: int = 0) -> Inputs | None:
             continue
         return Inputs(inputs.tensors, is_guess=True)
     return None
+
+
+def _is_shape(part: object) -> TypeGuard[Sequence[int]]:
+    return isinstance(part, tuple | list) and bool(part) and all(type(side) is int and side > 0 for side in part)
+
+
+def _noise(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
+
+
+def _like(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    spread, mean = tensor.double().std(correction=0).item(), tensor.double().mean().item()
+    return (_noise(tensor.shape, generator) * (spread or 1.0) + mean).to(tensor)
 
 
 def _candidates(model: nn.Module) -> Iterator[Shape]:

@@ -9,14 +9,12 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
-from surgeon import equivalence, examples, plans, sites, source, store, surgery
+from surgeon import examples, plans, sites, source, store, surgery
 from surgeon import recipe as recipes
 from surgeon.blocks import Foldable
-from surgeon.distance import worst
 from surgeon.equivalence import Report
 from surgeon.examples import Inputs
 from surgeon.plans import Plan
@@ -81,9 +79,10 @@ def convert(
     """Convert by a recipe's name or path, or by a plan that was read from a file."""
     wanted = how if isinstance(how, Plan) else recipes.load(how, overrides)
     label = wanted.recipe.name if isinstance(wanted, Plan) else wanted.name
-    path = store.claim(output or _beside(name, label), force=force)
+    path = store.claim(output or _beside(name, label), force=force, origin=name)
     loaded = _load(name, given, say)
-    model, inputs = loaded.model, _inputs(loaded.model, given, say)
+    model = loaded.model
+    inputs = _inputs(model, given, say, plan=wanted if isinstance(wanted, Plan) else None)
     surveyed = sites.survey(model, inputs)
     if isinstance(wanted, Plan):
         plans.check(wanted, surveyed)
@@ -96,18 +95,15 @@ def convert(
 def fuse(
     name: str, given: Given, say: Say, *, dense: bool = False, output: Path | None = None, force: bool = False
 ) -> Fused:
-    path = store.claim(output or _beside(name, "fused"), force=force)
+    path = store.claim(output or _beside(name, "fused"), force=force, origin=name)
     loaded = _load(name, given, say)
-    model = loaded.model
-    inputs = _inputs(model, given, say)
-    before, params = _outputs(model, inputs), _count(model)
-    folded = surgery.fold_all_(model, dense=dense)
+    model, params = loaded.model, _count(loaded.model)
+    folded, distance = surgery.fold_all_(model, _inputs(model, given, say), dense=dense)
     cheaper = sorted({m.name for m in model.modules() if isinstance(m, Foldable)})
     if cheaper:
         say(f"{', '.join(cheaper)} stays, for it costs less than the conv it folds to; --dense folds it all the same")
     elif not folded:
         say("there is no block in it that can be folded; it is written as it is")
-    distance = _distance(_outputs(model, inputs), before)
     _save(loaded, path, say, force=force)
     return Fused(folded, (params, _count(model)), distance, path)
 
@@ -142,23 +138,15 @@ def _save(loaded: Loaded, path: Path, say: Say, *, force: bool) -> None:
         say(needed)
 
 
-def _inputs(model: nn.Module, given: Given, say: Say) -> Inputs | None:
-    """Make the input that was given, or find one."""
+def _inputs(model: nn.Module, given: Given, say: Say, *, plan: Plan | None = None) -> Inputs | None:
+    """Make the input that was given, or the one of a plan, or find one."""
     example = examples.parse(given.inputs[0]) if given.inputs else None
-    inputs = surgery.inputs_for(model, example, seed=given.seed)
+    inputs = surgery.inputs_for(model, example, plan=plan, seed=given.seed)
     if inputs is None:
         say("no input is known that the model accepts, so shapes and costs are left out; --input 1,3,224,224 gives one")
     elif inputs.is_guess:
         say(f"no --input was given; {inputs} works and is used")
     return inputs
-
-
-def _outputs(model: nn.Module, inputs: Inputs | None) -> Any:
-    return None if inputs is None else equivalence.outputs(model, inputs)
-
-
-def _distance(after: Any, before: Any) -> float | None:
-    return None if before is None else worst(after, before)
 
 
 def _count(model: nn.Module) -> int:

@@ -437,4 +437,4 @@ def text_of(file: Traversable) -> str:
         where = f"{file.name}:{len(before)}:{len(before[-1]) + 1}"
         raise RecipeError([Fault(where, "", "not UTF-8 text")]) from error
     except OSError as error:
-        raise RecipeError([Fault(file.name, "", f"cannot be read: {error.strerror}")]) from error
+        raise RecipeError([Fault(file.name or str(file), "", f"cannot be read: {error.strerror}")]) from error

@@ -138,6 +138,7 @@ def report_view(report: Report) -> RenderableType:
         parts.append(_sites(rows, len(report.sites)))
     if report.first_to_part:
         parts.append(Text(f"first to part: {report.first_to_part}", style="red"))
+    parts += [Text(remark, style="red") for remark in report.remarks]
     style, words = _VERDICTS[report.verdict]
     return Group(*parts, Text(words, style=style))
 
@@ -158,7 +159,8 @@ def _plan_row(entry: Entry) -> tuple[str, ...]:
 def _beside(path: str, other: str) -> str:
     """Shorten the name of a module that has the same parent."""
     parent = path.rpartition(".")[0]
-    return other.removeprefix(f"{parent}.") if parent == other.rpartition(".")[0] else other
+    short = other.removeprefix(f"{parent}.")
+    return short if parent == other.rpartition(".")[0] and not short.isdigit() else other
 
 
 def _option_lines(plan: Plan) -> Iterator[str]:

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from surgeon import capture as capturing
 from surgeon.blocks import Block
-from surgeon.capture import Call, Capture
+from surgeon.capture import Call, Capture, Observed
 from surgeon.cost import Cost, measure
 from surgeon.examples import Inputs
 from surgeon.spec import ConvSpec
@@ -76,8 +76,8 @@ def survey(model: nn.Module, inputs: Inputs | None = None) -> Survey:
         CaptureError: the model does not accept the inputs.
     """
     captured = capturing.capture(model)
-    runs = capturing.observe(model, inputs.tensors) if inputs else {}
-    facts = _Facts(model, captured, runs)
+    observed = capturing.observe(model, inputs.tensors) if inputs else Observed()
+    facts = _Facts(model, captured, observed)
     sites = tuple(_site(facts, module) for module in facts.convs())
     blocks = Counter(m.name for m in model.modules() if isinstance(m, Block))
     cost = measure(model, inputs.tensors if inputs else None)
@@ -102,18 +102,20 @@ class _Graph:
     calls: dict[nn.Module, list[fx.Node]]
     modules: dict[str, nn.Module]
     names: tuple[str, ...]
-    tensors_read: set[str]
 
 
 class _Facts:
     """What graphs and names tell about the modules of one model."""
 
-    def __init__(self, model: nn.Module, captured: Capture, runs: dict[str, list[Call]]) -> None:
+    def __init__(self, model: nn.Module, captured: Capture, observed: Observed) -> None:
         self.model = model
-        self.runs = runs
+        self.runs = observed.calls
         self.names = capturing.names(model)
         self.owners = _owners(model)
         self.graph_of: dict[nn.Module, _Graph] = {}
+        self.traced: set[nn.Module] = set()
+        self.read_directly = {model.get_submodule(name) for name in observed.read_directly}
+        self.kept_aside = capturing.kept_aside(model)
         self.islands = {island.path: self._read(island) for island in captured.islands}
 
     def convs(self) -> Iterator[nn.Module]:
@@ -125,21 +127,18 @@ class _Facts:
         """How often a run has called a module; 0 where there was none."""
         return len(self.runs.get(self.names[module][0], []))
 
-    def is_traced(self, module: nn.Module) -> bool:
-        """Whether the module lies in an island."""
-        return any(module in graph.modules.values() for graph in self.islands.values())
-
     def _read(self, island: capturing.Island) -> _Graph:
         root = self.model.get_submodule(island.path)
         modules = dict(root.named_modules(remove_duplicate=False))
-        graph = _Graph({}, modules, self.names[root], set())
+        self.traced.update(modules.values())
+        graph = _Graph({}, modules, self.names[root])
         for node in island.graph.nodes:
             if node.op == "call_module":
                 module = modules[node.target]
                 graph.calls.setdefault(module, []).append(node)
                 self.graph_of[module] = graph
-            elif node.op == "get_attr":
-                graph.tensors_read.add(node.target)
+            elif node.op == "get_attr" and (holder := modules.get(node.target.rpartition(".")[0])) is not None:
+                self.read_directly.add(holder)
         return graph
 
 
@@ -183,16 +182,19 @@ def _obstacle(facts: _Facts, module: nn.Module) -> str | None:
         return "its weight is computed by a parametrization; torch.nn.utils.parametrize can remove that"
     if type(module) is not nn.Conv2d:
         return f"{type(module).__qualname__} is a Conv2d of its own kind; only torch's own is swapped"
-    if _has_hooks(module):
-        return "hooks are attached to it, and would see something else"
+    if custom := custom_call(module, "it"):
+        return f"{custom}, which a block would not have"
     if facts.names[module][0] == "":
         return "it is the whole model: there is no module that holds it"
     for parameter in module.parameters():
         if others := facts.owners[id(parameter)] - {module}:
             return f"its weights are also those of {facts.names[others.pop()][0]}"
-    graph = facts.graph_of.get(module)
-    if graph and any(graph.modules[t.rpartition(".")[0]] is module for t in graph.tensors_read):
+    if module in facts.read_directly:
         return "the network also reads its weight directly"
+    if module in facts.kept_aside:
+        return f"it is also kept in {facts.kept_aside[module]}, where a swap would not reach it"
+    if module not in facts.graph_of and module in facts.traced:
+        return "it is never called"
     return None
 
 
@@ -200,7 +202,7 @@ def _norm_behind(facts: _Facts, conv: nn.Module) -> tuple[nn.Module | None, str 
     """Find the norm that belongs to this conv alone, or say why there is none."""
     graph = facts.graph_of.get(conv)
     if graph is None:
-        return None, "it is never called" if facts.is_traced(conv) else "what follows it could not be traced"
+        return None, "it is never called" if conv in facts.traced else "what follows it could not be traced"
     nodes = graph.calls[conv]
     if len(nodes) != 1:
         return None, f"it is called {len(nodes)} times"
@@ -227,12 +229,14 @@ def _judge_norm(facts: _Facts, graph: _Graph, conv: nn.Module, norm: nn.Module) 
         return None, f"{name} keeps no running statistics"
     if outside:
         return None, f"it is also reached as {outside[0]}"
-    if _has_hooks(norm):
-        return None, f"hooks are attached to {name}"
+    if custom := custom_call(norm, name):
+        return None, custom
     if any(facts.owners[id(p)] != {norm} for p in norm.parameters()):
         return None, f"{name} shares its parameters"
-    if any(graph.modules[t.rpartition(".")[0]] is norm for t in graph.tensors_read):
+    if norm in facts.read_directly:
         return None, f"the network also reads the parameters of {name} directly"
+    if norm in facts.kept_aside:
+        return None, f"{name} is also kept in {facts.kept_aside[norm]}"
     return norm, None
 
 
@@ -240,14 +244,17 @@ def _is_norm(module: nn.Module) -> bool:
     return isinstance(module, _NormBase | nn.GroupNorm | nn.LayerNorm) or "norm" in type(module).__name__.lower()
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def custom_call(module: nn.Module, name: str) -> str | None:
+    """Say what else a module, called `name`, does when it is called than its class does."""
     hooks = (
         module._forward_hooks,
         module._forward_pre_hooks,
         module._backward_hooks,
         module._backward_pre_hooks,
     )
-    return any(hooks)
+    if any(hooks):
+        return f"hooks are attached to {name}"
+    return f"{name} has a forward of its own" if "forward" in vars(module) else None
 
 
 def _owners(model: nn.Module) -> dict[int, set[nn.Module]]:

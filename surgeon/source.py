@@ -57,6 +57,7 @@ FETCHING = {"weights", "weights_backbone", "pretrained", "pretrained_cfg", "pret
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # what torch < 1.6 wrote first
 
 State = dict[str, Tensor]
+files_run: dict[str, Path] = {}  # the Python files that a person named, by the names of their modules
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,8 @@ def load(
         ModelError: whatever is wrong, in one sentence, and what to do about it.
     """
     args = _parse(arch_args)
+    if not name:
+        raise ModelError("the name of the model is empty", todo="Name a file, or a network: torchvision:resnet50.")
     if _is_factory(name) and arch is None:
         architecture = Architecture(name, args)
         model, notices = _bare(_make(architecture, seed), name)
@@ -115,6 +118,8 @@ def load(
         raise ModelError(f"{name} is a network already", todo=f"Leave out --arch {arch}.")
     if args and arch is None:
         raise ModelError(f"--arch-arg has nothing to go to: {name} is a file", todo="Name the network with --arch.")
+    if args and arch is not None and not _is_factory(arch):
+        raise ModelError(f"{arch} is a file and takes no arguments", todo="Leave out --arch-arg.")
     return _load_file(name, None if arch is None else Architecture(arch, args), trust, seed, rebuild)
 
 
@@ -125,8 +130,6 @@ def build(architecture: Architecture, *, trust: Trust = Trust(), seed: int = 0) 
     """
     if _is_factory(architecture.name):
         return _bare(_make(architecture, seed), architecture.name)[0]
-    if architecture.args:
-        raise ModelError(f"{architecture.name} is a file and takes no arguments", todo="Leave out --arch-arg.")
     return load(architecture.name, trust=trust, seed=seed).model
 
 
@@ -209,22 +212,42 @@ def _load_file(
     name: str, architecture: Architecture | None, trust: Trust, seed: int, rebuild: Rebuild | None
 ) -> Loaded:
     path = Path(name)
-    content, notices = _read(path, trust)
+    content, notices = _read(path, _trusting(architecture, trust))
     header = metadata(path)
-    if isinstance(content, nn.Module) and architecture is None:
+    if isinstance(content, nn.Module):
+        if architecture is not None:
+            notices.append(f"{name} holds a whole network, which is used as it is, without --arch")
         return Loaded(content, None, name, header, tuple(notices))
-    state = content.state_dict() if isinstance(content, nn.Module) else content
+    state = content
     if rebuild is not None and MANIFEST in header:
         model = rebuild(header[MANIFEST], architecture)
     elif architecture is not None:
         model = build(architecture, trust=trust, seed=seed)
     else:
         raise ModelError(f"{name} holds weights only", todo="Say whose they are: --arch torchvision:resnet50, say.")
-    dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
-    if len(dtypes) == 1:  # a model in half precision is one, and is not to be verified as if it were not
-        model = model.to(dtypes.pop())
+    _cast_(model, state)
     load_weights(model, state, name)
     return Loaded(model, architecture, name, header, tuple(notices))
+
+
+def _trusting(architecture: Architecture | None, trust: Trust) -> Trust:
+    """Whoever names code of their own with --arch admits the modules that it defines."""
+    source = architecture.name.rpartition(":")[0] if architecture and _is_factory(architecture.name) else ""
+    if source in ("", *LIBRARIES):
+        return trust
+    module = _module_of(source).__name__
+    return replace(trust, allow=(*trust.allow, module))
+
+
+def _cast_(model: nn.Module, state: State) -> None:
+    """Give a network that was built the dtypes of its stored tensors; what is not stored follows where all agree."""
+    dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+    if len(dtypes) == 1:  # a model in half precision is one, and is not to be verified as if it were not
+        model.to(dtypes.pop())
+        return
+    for key, own in model.state_dict(keep_vars=True).items():
+        if key in state and own.is_floating_point() and state[key].is_floating_point():
+            own.data = own.data.to(state[key].dtype)
 
 
 def _read(path: Path, trust: Trust) -> tuple[nn.Module | State, list[str]]:
@@ -407,12 +430,7 @@ def _check_known(name: str, names: Sequence[str], library: str) -> None:
 
 def _own(source: str, name: str, args: Mapping[str, Any]) -> Callable[[], object]:
     """Find a factory in the person's own code, `pkg.mod:factory` or `file.py:Net`."""
-    try:
-        module = _run_file(Path(source)) if source.endswith(".py") else _import(source)
-    except ModelError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise _failed(f"importing {source}", error, "Try it with `python -c` first.") from error
+    module = _module_of(source)
     try:
         factory = functools.reduce(getattr, name.split("."), module)
     except AttributeError as error:
@@ -421,6 +439,15 @@ def _own(source: str, name: str, args: Mapping[str, Any]) -> Callable[[], object
     if not callable(factory):
         raise ModelError(f"{source}:{name} is a {type(factory).__name__}", todo="Name a class or a function.")
     return functools.partial(factory, **args)
+
+
+def _module_of(source: str) -> ModuleType:
+    try:
+        return _run_file(Path(source)) if source.endswith(".py") else _import(source)
+    except ModelError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise _failed(f"importing {source}", error, "Try it with `python -c` first.") from error
 
 
 def _import(name: str) -> ModuleType:
@@ -448,6 +475,7 @@ def _run_file(path: Path) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    files_run[path.stem] = path
     try:
         with pickles.on_path(path.parent, first=True):
             spec.loader.exec_module(module)

@@ -23,13 +23,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from surgeon._version import __version__
+from surgeon.capture import shadow
+from surgeon.distance import as_double
 from surgeon.errors import StoreError
 from surgeon.fold import fold_blocks_
 from surgeon.operate import operate_
 from surgeon.pickles import PACKAGES, lies_in
 from surgeon.plans import Plan
 from surgeon.sites import fingerprint
-from surgeon.source import MANIFEST, Architecture, Loaded, Trust, build, build_named_in_file
+from surgeon.source import MANIFEST, Architecture, Loaded, Trust, build, build_named_in_file, files_run
 
 _ATTRIBUTE = "surgeon_provenance"  # on the model itself, so that it survives training and the person's own torch.save
 _FORMAT = 1
@@ -71,6 +73,14 @@ def redo_(model: nn.Module, steps: Sequence[Step]) -> nn.Module:
         else:
             operate_(model, Plan.model_validate(step.plan))
     return model
+
+
+def redo_rounding_(model: nn.Module, steps: Sequence[Step]) -> nn.Module:
+    """The same in float64, but between two operations every tensor is rounded to its dtype, as it is in a file."""
+    for step in steps[:-1]:
+        exact = redo_(shadow(model, as_double), [step])
+        redo_(model, [step]).load_state_dict(exact.state_dict())
+    return redo_(shadow(model, as_double), steps[-1:])
 
 
 def rebuild(manifest: str, given: Architecture | None, *, trust: Trust, seed: int) -> nn.Module:
@@ -123,12 +133,15 @@ def content_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def claim(path: Path, *, force: bool, suffixes: Sequence[str] = SUFFIXES) -> Path:
-    """Make sure, before any work is done, that a file may be written.
+def claim(path: Path, *, force: bool, suffixes: Sequence[str] = SUFFIXES, origin: str | None = None) -> Path:
+    """Make sure, before any work is done, that a file may be written; `origin` is what it is made from.
 
     Raises:
-        StoreError: it exists and `force` was not given, its folder does not, or its suffix is not one of ours.
+        StoreError: it exists and `force` was not given, or it is its own origin; its folder does not exist, or its
+            suffix is not one of ours.
     """
+    if origin is not None and path.resolve() == Path(origin).resolve():
+        raise StoreError(f"{path} is the model that this is made from", todo="Give another name with -o.")
     if path.is_dir():
         raise StoreError(f"{path} is a directory", todo="Name a file: -o model.acnet.pt.")
     if path.suffix not in suffixes:
@@ -174,10 +187,20 @@ def to_open_again(model: nn.Module, path: Path, architecture: Architecture | Non
     if path.suffix == ".safetensors":
         return f"to open {path} again, name its network with --arch" if architecture is None else None
     foreign = {
-        m.__module__.partition(".")[0] for m in map(type, model.modules()) if not lies_in(m.__module__, PACKAGES)
+        m.__module__.partition(".")[0]: type(m)
+        for m in reversed(list(model.modules()))
+        if not lies_in(m.__module__, PACKAGES)
     }
-    flags = " ".join(f"--allow {package}" for package in sorted(foreign))
-    return f"to open {path} again, give {flags}" if flags else None
+    flags = [_admission(module, kind) for module, kind in sorted(foreign.items())]
+    return f"to open {path} again, give {' '.join(flags)}" if flags else None
+
+
+def _admission(module: str, kind: type[nn.Module]) -> str:
+    """Name the option that lets a pickle hold the modules of a person's own code."""
+    file = files_run.get(module)
+    if file is None or file.parent.resolve() == Path.cwd():
+        return f"--allow {module}"
+    return f"--arch {file}:{kind.__qualname__}"
 
 
 def _steps(data: Any) -> tuple[Step, ...]:

@@ -25,9 +25,9 @@ from torch import nn
 from surgeon import equivalence, examples, plans, sites, source, store
 from surgeon import recipe as recipes
 from surgeon.capture import duplicate, shadow
-from surgeon.distance import as_double, worst, worst_ulps
+from surgeon.distance import as_double, has_numbers, worst, worst_ulps
 from surgeon.equivalence import EXACT, Report
-from surgeon.errors import CaptureError, PassError, PlanError, SurgeonError, VerifyError
+from surgeon.errors import CaptureError, ModelError, PassError, PlanError, SurgeonError, VerifyError
 from surgeon.examples import Example, Inputs
 from surgeon.fold import fold_blocks_
 from surgeon.operate import Swap, build, place_, prepare, undo_
@@ -101,7 +101,7 @@ def convert(
     >>> type(convert(nn.Sequential(nn.Conv2d(3, 8, 3)), "acnet")[0]).__name__
     'ACBlock'
     """
-    return convert_(duplicate(model), how, example, overrides=overrides, seed=seed)
+    return convert_(duplicate(_checked(model)), how, example, overrides=overrides, seed=seed)
 
 
 def convert_(
@@ -113,7 +113,7 @@ def convert_(
     seed: int = 0,
 ) -> Model:
     """Swap the convs of `model` itself, and return it; where something is wrong it stays as it was."""
-    inputs = inputs_for(model, example, seed=seed)
+    inputs = inputs_for(model, example, plan=how if isinstance(how, Plan) else None, seed=seed)
     surveyed = sites.survey(model, inputs)
     if isinstance(how, Plan):
         plans.check(how, surveyed)
@@ -141,7 +141,7 @@ def carry_out_(model: nn.Module, checked: Plan, inputs: Inputs | None) -> SelfCh
     swaps = prepare(model, checked)
     check = _check_sites(swaps, checked.seed)
     has_numbers = not any(parameter.is_meta for parameter in model.parameters())
-    before = equivalence.outputs(model, inputs) if inputs is not None and has_numbers else None
+    before = _outputs(model, inputs) if has_numbers else None
     place_(model, swaps)
     if before is not None and inputs is not None:
         try:
@@ -181,8 +181,7 @@ def _check_whole(model: nn.Module, inputs: Inputs, before: Any, *, approximate: 
         apart = worst(equivalence.outputs(model, inputs), before)
     except VerifyError as error:
         raise CaptureError(f"{_UNSEEN}: {error.problem}", todo=todo) from error
-    dtype = next(model.parameters()).dtype
-    if not approximate and not apart <= _GROSS.get(dtype, math.inf):
+    if not approximate and not apart <= _gross(model):
         raise CaptureError(f"{_UNSEEN}: after the swaps it is {apart:.1e} from what it was", todo=todo)
     return apart
 
@@ -194,23 +193,55 @@ def fuse(model: Model, *, dense: bool = False) -> Model:
 
     >>> type(fuse(convert(nn.Sequential(nn.Conv2d(3, 8, 3)), "acnet"))[0]).__name__
     'Conv2d'
+
+    Raises:
+        PlanError: a block that cannot be folded as it is now; nothing is done.
     """
-    return fuse_(duplicate(model), dense=dense)
+    return fuse_(duplicate(_checked(model)), dense=dense)
 
 
 def fuse_(model: Model, *, dense: bool = False) -> Model:
     """Fold the blocks of `model` itself, and return it."""
-    fold_all_(model, dense=dense)
+    fold_all_(_checked(model), None, dense=dense)
     return model
 
 
-def fold_all_(model: nn.Module, *, dense: bool = False) -> tuple[str, ...]:
-    """Fold, note it in the model's history if there was anything to fold, and return the names of what was folded."""
-    parent = store.content_hash(model)
+def fold_all_(model: nn.Module, inputs: Inputs | None, *, dense: bool = False) -> tuple[tuple[str, ...], float | None]:
+    """Fold, note it in the model's history, and return the names of what was folded, and how far it moved the output.
+
+    Raises:
+        PassError: it moved the output by more than rounding can; the model is spoilt then.
+    """
+    parent, before = store.content_hash(model), _outputs(model, inputs)
     folded = fold_blocks_(model, dense=dense)
     if folded:
         store.record_(model, store.Step("fuse", parent, store.content_hash(model), None, store.versions(), dense))
-    return folded
+    if before is None or inputs is None:
+        return folded, None
+    distance = worst(equivalence.outputs(model, inputs), before)
+    if not distance <= _gross(model):
+        raise PassError("fuse", f"the network is {distance:.1e} from what it was before its blocks were folded")
+    return folded, distance
+
+
+def _outputs(model: nn.Module, inputs: Inputs | None) -> Any:
+    """Run the model where an input is known; None where there is none, or no number comes out."""
+    if inputs is None:
+        return None
+    out = equivalence.outputs(model, inputs)
+    return out if has_numbers(out) else None
+
+
+def _gross(model: nn.Module) -> float:
+    return _GROSS.get(equivalence.dtype_of(model), math.inf)
+
+
+def _checked(model: Model) -> Model:
+    """Make sure, before anything is done with it, that a model is one."""
+    if isinstance(model, nn.Module):
+        return model
+    todo = f"surgeon.load({model!r}) opens a file." if isinstance(model, str | PathLike) else "Give an nn.Module."
+    raise ModelError(f"a {type(model).__name__} is no model", todo=todo)
 
 
 def verify(a: nn.Module, b: nn.Module, example: Example | Sequence[Example] | None = None, *, seed: int = 0) -> Report:
@@ -226,15 +257,25 @@ def verify(a: nn.Module, b: nn.Module, example: Example | Sequence[Example] | No
     Raises:
         VerifyError: outputs of other structure, shape or dtype.
     """
-    given: list[Any] = example if isinstance(example, list) else [example]
+    is_list = isinstance(example, list) and not all(isinstance(side, int) for side in example)
+    given: Any = example if is_list else [example]
     inputs = [inputs_for(b if one is None and store.history(b) else a, one, seed=seed) for one in given]
     known = [one for one in inputs if one is not None]
     if not known:
         raise CaptureError("no input is known that the model accepts", todo="Give one: --input 1,3,224,224.")
     steps = _steps_between(a, b)
-    return equivalence.verify(
-        a, b, known, replay=_replay(a, steps), approximate=any(map(_is_approximate, steps)), seed=seed
+    found = equivalence.verify(
+        a,
+        b,
+        known,
+        replay=store.redo_(shadow(a, as_double), steps) if steps else None,
+        stored=store.redo_rounding_(duplicate(a), steps) if len(steps) > 1 else None,
+        approximate=any(map(_is_approximate, steps)),
+        seed=seed,
     )
+    if steps and not found and store.content_hash(b) != steps[-1].result:
+        found = replace(found, remarks=(f"B's tensors were changed after the {steps[-1].operation} that made it",))
+    return found
 
 
 def load(
@@ -272,13 +313,16 @@ def save(model: nn.Module, path: str | PathLike[str], *, arch: str | None = None
     store.save(model, Path(path), architecture=Architecture(arch) if arch else None, force=force)
 
 
-def inputs_for(model: nn.Module, example: Example | None, *, seed: int = 0) -> Inputs | None:
-    """Take the example that was given, or the one of the model's plan, or one that the model accepts."""
+def inputs_for(model: nn.Module, example: Example | None, *, plan: Plan | None = None, seed: int = 0) -> Inputs | None:
+    """Take the example that was given, or that of the plan, or of the model's history, or one that it accepts."""
+    _checked(model)
     if example is not None:
         return examples.make(example, seed=seed)
-    for step in reversed(store.history(model)):
-        if step.plan and (shapes := step.plan.get("input")) and len(shapes) == 1:
-            return examples.make(tuple(shapes[0]), seed=seed)
+    shapes = [plan.input] if plan is not None else []
+    shapes += [step.plan.get("input") for step in reversed(store.history(model)) if step.plan]
+    for known in shapes:
+        if known and len(known) == 1:
+            return examples.make(tuple(known[0]), seed=seed)
     return examples.guess(model, seed=seed)
 
 
@@ -299,11 +343,6 @@ def _steps_between(a: nn.Module, b: nn.Module) -> tuple[store.Step, ...]:
         if step.parent == start and all(one.result == two.parent for one, two in itertools.pairwise(chain)):
             return chain
     return ()
-
-
-def _replay(a: nn.Module, steps: Sequence[store.Step]) -> nn.Module | None:
-    """Do the same again to a float64 copy."""
-    return store.redo_(shadow(a, as_double), steps) if steps else None
 
 
 def _is_approximate(step: store.Step) -> bool:

@@ -132,7 +132,7 @@ def test_a_converted_network_has_the_islands_that_it_had():
 def convs_called(net: nn.Module) -> dict[str, list[Call]]:
     """What a run notes of convs; it notes norms too."""
     kinds = {name: type(module) for name, module in net.named_modules()}
-    return {name: calls for name, calls in observe(net, [INPUT]).items() if kinds[name] is not nn.BatchNorm2d}
+    return {name: calls for name, calls in observe(net, [INPUT]).calls.items() if kinds[name] is not nn.BatchNorm2d}
 
 
 def test_every_call_is_noted_with_its_shapes_in_order():
@@ -142,12 +142,12 @@ def test_every_call_is_noted_with_its_shapes_in_order():
     stages = convs_called(tiny.FollowsStages())
     assert list(stages) == ["stages.0.conv", "stages.1.conv", "heads.a.conv", "heads.b.1"]
     strided = nn.Sequential(nn.Conv2d(4, 6, 3, stride=2))
-    assert observe(strided, [INPUT]) == {"0": [Call(SHAPE, (2, 6, 4, 3))]}
+    assert observe(strided, [INPUT]).calls == {"0": [Call(SHAPE, (2, 6, 4, 3))]}
 
 
 def test_blocks_are_noted_as_one_call():
     converted = surgeon.convert(ConvNorm(), "acnet", SHAPE)
-    assert observe(converted, [INPUT])["conv"] == [MAP]
+    assert observe(converted, [INPUT]).calls["conv"] == [MAP]
 
 
 def test_two_names_are_noted_under_the_first():
@@ -163,12 +163,12 @@ def test_the_input_is_cast_to_what_the_network_is_stored_in(dtype: torch.dtype):
 def test_a_network_that_needs_no_values_is_not_computed():
     conv = nn.Conv2d(4, 4, 3, padding=1)
     huge = (64, 4, 20000, 20000)  # 400 GB
-    assert observe(nn.Sequential(conv, conv), [torch.empty(huge, device="meta")]) == {"0": [Call(huge, huge)] * 2}
+    assert observe(nn.Sequential(conv, conv), [torch.empty(huge, device="meta")]).calls == {"0": [Call(huge, huge)] * 2}
 
 
 def test_a_network_that_needs_values_is_run_for_real():
-    assert observe(tiny.NeedsValues(), [INPUT]) == {"conv": [MAP, MAP]}
-    assert observe(tiny.NeedsValues(), [torch.full(SHAPE, 1e30)])["conv"] != []
+    assert observe(tiny.NeedsValues(), [INPUT]).calls == {"conv": [MAP, MAP]}
+    assert observe(tiny.NeedsValues(), [torch.full(SHAPE, 1e30)]).calls["conv"] != []
     with pytest.raises(CaptureError):
         observe(tiny.NeedsValues(), [INPUT], meta_only=True)
 

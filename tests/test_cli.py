@@ -56,6 +56,14 @@ def test_the_whole_path(run, tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"net.pt", "net.acnet.pt", "net.acnet.fused.pt"}
 
 
+def test_a_plan_brings_its_input(run) -> None:
+    assert run("plan", "net.pt", "--recipe", "acnet", "-i", "2,1,33,40", "-o", "plan.yaml").code == 0
+    converted = run("convert", "net.pt", "--plan", "plan.yaml")
+    assert converted.code == 0
+    assert "no --input was given" not in converted.err
+    assert "2×1×33×40" in converted.out
+
+
 def test_a_plan_is_written_edited_and_carried_out(run, tmp_path: Path) -> None:
     assert run("plan", "net.pt", "--recipe", "acnet", "-o", "plan.yaml").code == 0
     head, *entries = Path("plan.yaml").read_text().split("\n- path:")
@@ -131,7 +139,9 @@ BAD = {
     "a bad shape": (("survey", "net.pt", "--input", "1,3,a"), "1,3,224,224"),
     "a shape that does not fit": (("convert", "net.pt", "-r", "acnet", "--input", "1,3,28,28"), "--input"),
     "a bad output name": (("convert", "net.pt", "-r", "acnet", "-o", "out.xyz"), ".pt"),
-    "an output that exists": (("convert", "net.pt", "-r", "acnet", "-o", "net.pt"), "--force"),
+    "an output that exists": (("convert", "net.pt", "-r", "acnet", "-o", "linear.pt"), "--force"),
+    "an output that is the input": (("convert", "net.pt", "-r", "acnet", "-o", "net.pt", "--force"), "made from"),
+    "a seed that is too large": (("survey", "net.pt", "--seed", "9" * 30), "--seed"),
     "an unknown command": (("cnovert", "net.pt"), ""),
     "an unknown option": (("survey", "net.pt", "--nope"), ""),
     "an unknown network": (("survey", "torchvision:resnet81"), "resnet18"),
@@ -171,6 +181,13 @@ def test_a_fault_of_ours_is_70_and_keeps_the_traceback(run, monkeypatch: pytest.
     assert "Traceback" in result.err
     assert "convert" in result.err
     assert not Path("net.acnet.pt").exists()
+
+
+def test_a_fault_that_nobody_foresaw_is_70_too(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("surgeon.equivalence.verify", lambda *_, **__: 1 / 0)
+    result = run("verify", "net.pt", "net.pt")
+    assert result.code == 70  # 1 would say that they differ
+    assert "ZeroDivisionError" in result.err
 
 
 @pytest.mark.parametrize("command", COMMANDS)

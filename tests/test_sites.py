@@ -69,6 +69,16 @@ def hooked(module: str, kind: str) -> Callable[[], nn.Module]:
     return build
 
 
+def own_forward(module: str) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        net = ConvNorm()
+        changed = net.get_submodule(module)
+        changed.forward = lambda x: type(changed).forward(changed, x) * 2
+        return net
+
+    return build
+
+
 def reparametrised(how: Callable[..., nn.Module]) -> Callable[[], nn.Module]:
     return lambda: ConvNorm(conv=how(conv3()))
 
@@ -112,7 +122,8 @@ SWAPPED = [
         Case(f"a {kind} on the norm", hooked("bn", kind), norm_stays="hooks are attached to bn")
         for kind in ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook")
     ),
-    Case("never called", tiny.NeverCalled, "spare", ("spare",), None, (), norm_stays=" "),
+    Case("a norm with a forward of its own", own_forward("bn"), norm_stays="bn has a forward of its own"),
+    Case("the norm is kept in a list too", tiny.NormKeptInAList, norm_stays="bn is also kept in norms"),
     Case("no bias", with_conv(conv3(bias=False)), **TAKEN),
     Case("geometry", with_conv(nn.Conv2d(4, 4, 5, (1, 2), (2, 1), (2, 1), 2, padding_mode="reflect")), **TAKEN),
     Case("a functional convolution beside it", tiny.AffineByHand, readers=("output",), norm_stays="no norm follows"),
@@ -123,6 +134,11 @@ KEPT = [
         Case(f"a {kind} on the conv", hooked("conv", kind), stays="hooks", norm=("bn",))
         for kind in ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook")
     ),
+    Case("a forward of its own", own_forward("conv"), stays="it has a forward of its own", norm=("bn",)),
+    Case("kept in a list too", tiny.KeptInAList, stays="also kept in layers", norm=("bn",)),
+    Case("never called", tiny.NeverCalled, "spare", ("spare",), None, (), "it is never called", norm_stays="never"),
+    Case("only its weight is read", tiny.WeightReadOnly, "spare", ("spare",), None, (), "reads its weight",
+         norm_stays="never"),
     Case("tied weights", tiny.TiedWeights, "one", ("one",), readers=("Conv2d",), stays="two",
          norm_stays="no norm follows"),
     Case("the network reads its weight", tiny.ReadsTheWeight, stays="weight", **TAKEN),
@@ -177,6 +193,14 @@ def test_a_swap_keeps_the_function_and_reaches_every_name(case: Case):
 TRAINABLE = [case for case in SWAPPED if case.norm and "SyncBatchNorm" not in case.readers]  # that trains on GPUs only
 
 
+def test_a_weight_that_is_read_where_tracing_cannot_follow_is_seen_in_a_run():
+    net = tiny.WeightReadUnseen()
+    assert site_of(net, "spare").obstacle == "the network also reads its weight directly"
+    converted = surgeon.convert(net, "acnet", SHAPE)
+    assert isinstance(converted.conv, ACBlock)
+    assert type(converted.spare) is nn.Conv2d
+
+
 @pytest.mark.parametrize("case", TRAINABLE, ids=lambda case: case.name)
 def test_a_norm_that_is_taken_over_keeps_the_function_in_training_too(case: Case):
     net = network(case).train()
@@ -214,6 +238,7 @@ def test_a_conv_with_an_obstacle_stays_and_the_plan_says_why(case: Case):
     entry = next(entry for entry in plan.convs if entry.path == case.path)
     assert entry.swap is None
     assert case.stays in str(entry.skip)
+    plan = plan.model_copy(update={"convs": (entry,)})
     with pytest.raises(PlanError, match=f"nothing is swapped: .*{case.stays}"):
         surgeon.convert(net, plan)
 

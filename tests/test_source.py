@@ -20,7 +20,8 @@ import torchvision
 from torch import fx, nn
 from torch.nn import functional as F
 
-from surgeon import pickles, source
+import surgeon
+from surgeon import pickles, source, store
 from surgeon.errors import ModelError
 from surgeon.source import Architecture, Trust
 from surgeon.spec import ConvSpec, Pads
@@ -365,6 +366,36 @@ def test_weights_go_into_the_named_architecture(name: str, here: Path) -> None:
     assert same(source.load(name, arch="whole.pt", trust=Trust(allow=("mynet",))).model, model)
     state, notices = source.read_tensors(Path(name))
     assert (state.keys(), notices) == (model.state_dict().keys(), [])
+
+
+def test_a_file_that_holds_a_network_needs_no_architecture(here: Path) -> None:
+    model = surgeon.convert(source.load("torchvision:resnet18").model, "acnet", (1, 3, 32, 32))
+    torch.save(model, "net.acnet.pt")
+    loaded = source.load("net.acnet.pt", arch="torchvision:resnet18")
+    assert same(loaded.model, model)
+    assert loaded.notices == ("net.acnet.pt holds a whole network, which is used as it is, without --arch",)
+
+
+def test_naming_the_file_of_a_class_admits_it(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("away").mkdir()
+    Path("away/others.py").write_text("from torch import nn\nclass Net(nn.Sequential): pass\n")
+    model = source.load("away/others.py:Net").model
+    model.append(torch.nn.Conv2d(3, 3, 3))
+    torch.save(model, "net.pt")
+    assert "give --arch away/others.py:Net" in str(store.to_open_again(model, Path("net.pt"), None))
+    monkeypatch.delitem(sys.modules, "others")  # another process
+    assert "others.Net" in refusal("net.pt")
+    assert isinstance(source.load("net.pt", arch="away/others.py:Net").model[0], torch.nn.Conv2d)
+    monkeypatch.delitem(sys.modules, "others")
+
+
+def test_every_tensor_keeps_its_own_dtype(here: Path) -> None:
+    state = source.load("mynet.py:Net").model.state_dict()
+    first, *others = state
+    state = {first: state[first].bfloat16()} | {key: state[key] for key in others}
+    save_state(state, "w.safetensors")
+    loaded = source.load("w.safetensors", arch="mynet.py:Net").model.state_dict()
+    assert {key: tensor.dtype for key, tensor in loaded.items()} == {key: t.dtype for key, t in state.items()}
 
 
 def test_safetensors_are_known_by_their_content(here: Path) -> None:

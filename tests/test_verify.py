@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 import surgeon
 from surgeon.demo.net import SmallResNet
 from surgeon.distance import relative_l2, ulp
-from surgeon.errors import VerifyError
+from surgeon.errors import CaptureError, VerifyError
 
 INPUT = (1, 1, 28, 28)
 
@@ -115,6 +116,35 @@ def test_an_approximate_model_that_was_changed_afterwards_is_different(files: Pa
     assert run_surgeon("verify", files / "net.pt", files / "faulty.pt") == 1
 
 
+@pytest.mark.parametrize("recipe", ["acnet", "acnet-scratch", {"init": "split"}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_chain_is_replayed_as_it_was_stored(recipe: object, dtype: torch.dtype) -> None:
+    if isinstance(recipe, dict):
+        recipe = {"surgeon": 1, "title": "T", "rules": [{"swap": "acblock", "match": {"kernel": 3}, "with": recipe}]}
+    original = _resnet(dtype)
+    fused = surgeon.fuse(surgeon.convert(original, recipe, INPUT))
+    report = surgeon.verify(original, fused, INPUT)
+    assert report.verdict == ("approximate" if recipe == "acnet-scratch" else "equivalent"), report
+    with torch.no_grad():
+        fused.layer3[0].conv1.weight[0, 0, 0, 0] *= 1 + 8 * torch.finfo(dtype).eps
+    report = surgeon.verify(original, fused, INPUT)
+    assert (report.verdict, report.first_to_part) == ("different", "layer3.0.conv1")
+    assert report.remarks == ("B's tensors were changed after the fuse that made it",)
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_the_luck_of_a_single_number_is_no_verdict(outputs: int) -> None:
+    """Alone, the rounding error of one number is less than half of another's in three of ten cases."""
+    for seed in range(12):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, outputs))
+        converted = surgeon.convert(shake_(net, seed), "acnet", (1, 2, 8, 8))
+        report = surgeon.verify(converted, surgeon.fuse(converted), (1, 2, 8, 8))
+        assert report.equivalent, report
+        rounding = next(check for check in report.checks if check.name == "rounding")
+        assert f"{64 // outputs} inputs of it" in rounding.says
+
+
 class TestPairsOfUnknownOrigin:
     """No history: the difference must be explained by how the weights are stored."""
 
@@ -175,8 +205,10 @@ class _Returns(nn.Module):
         lambda y: y.double().float().unsqueeze(0),
         lambda y: y.half(),
         lambda y: "nothing",
+        lambda y: [y, object()],
+        lambda y: [y[:0], y[:0]],
     ],
-    ids=["fewer outputs", "list", "dict", "narrower", "one more axis", "dtype", "no tensor"],
+    ids=["fewer outputs", "list", "dict", "narrower", "one more axis", "dtype", "no tensor", "an object", "empty"],
 )
 def test_outputs_that_do_not_match_cannot_be_compared(other: Callable[[Tensor], object]) -> None:
     with pytest.raises(VerifyError):
@@ -188,6 +220,62 @@ def test_every_output_counts() -> None:
     b = _Returns(lambda y: {"a": y, "b": [y, y * 1.001]})
     assert surgeon.verify(a, copy.deepcopy(a), (1, 3, 8, 8)).equivalent
     assert surgeon.verify(a, b, (1, 3, 8, 8)).verdict == "different"
+
+
+@dataclass
+class _Scores:
+    logits: Tensor
+    loss: float
+    names: tuple[str, ...] = ("a", "b")
+
+
+def test_dataclasses_and_floats_are_looked_into() -> None:
+    def net(by: float, plus: float) -> nn.Module:
+        return _Returns(lambda y: [_Scores(y * by, float(y.sum()) + plus)])
+
+    assert surgeon.verify(net(1, 0), net(1, 0), (1, 3, 8, 8)).equivalent
+    assert surgeon.verify(net(1, 0), net(1.001, 0), (1, 3, 8, 8)).verdict == "different"
+    assert surgeon.verify(net(1, 0), net(1, 0.1), (1, 3, 8, 8)).verdict == "different"
+
+
+def test_both_parts_of_complex_numbers_count() -> None:
+    a = _Returns(lambda y: torch.complex(y, y))
+    assert surgeon.verify(a, copy.deepcopy(a), (1, 3, 8, 8)).equivalent
+    report = surgeon.verify(a, _Returns(lambda y: torch.complex(y, y * 1.01)), (1, 3, 8, 8))
+    assert report.verdict == "different"
+    assert report.distances[0].max_abs > 1e-3
+
+
+def test_outputs_that_are_empty_for_every_input_are_nothing_to_compare() -> None:
+    nothing = _Returns(lambda y: {"boxes": y[:0]})
+    with pytest.raises(VerifyError, match="no numbers"):
+        surgeon.verify(nothing, nothing, (1, 3, 8, 8))
+    converted = surgeon.convert(nothing, "acnet", (1, 3, 8, 8))  # there is still every block to check
+    assert isinstance(converted.conv, surgeon.ACBlock)
+
+
+def test_two_dtypes_are_named() -> None:
+    with pytest.raises(VerifyError, match="A is stored in float32 and B in float64"):
+        surgeon.verify(_resnet(), _resnet(torch.float64), INPUT)
+
+
+class _TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, image: Tensor, mask: Tensor) -> Tensor:
+        return self.conv(image) * mask
+
+
+def test_a_network_of_several_inputs_gets_them_from_python() -> None:
+    net = _TwoInputs()
+    with pytest.raises(CaptureError, match=r"It takes image and mask; from Python: example=\(image, mask\)"):
+        surgeon.convert(net, "acnet", (1, 3, 8, 8))
+    example = ((1, 3, 8, 8), (1, 1, 6, 6))
+    converted = surgeon.convert(net, "acnet", example)
+    assert surgeon.verify(net, converted, example).equivalent
+    assert surgeon.verify(net, converted, [example, (torch.ones(2, 3, 9, 9), torch.ones(7, 7))]).equivalent
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -312,6 +312,44 @@ class NeverCalled(ConvNorm):
         self.spare = conv3()
 
 
+class WeightReadOnly(ConvNorm):
+    """The spare conv lends its weight, and is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = conv3()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.conv2d(x, self.spare.weight, padding=1))
+
+
+class WeightReadUnseen(WeightReadOnly):
+    """The same where tracing cannot follow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.shape[1] == 4 and bool((x == x).all()) else x
+
+
+class KeptInAList(ConvNorm):
+    """Called by a name that torch does not know; the registered one is never used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = {"first": [self.conv]}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.layers["first"][0](x)))
+
+
+class NormKeptInAList(ConvNorm):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = [self.bn]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.norms[0](self.conv(x)))
+
+
 class ReadTwice(ConvNorm):
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x)

@@ -179,6 +179,15 @@ class ACBlock(base.Foldable):
         conv.requires_grad_(self.square_conv.weight.requires_grad)
         return conv.train(self.training)
 
+    def unfoldable(self) -> str | None:
+        for name in ("square_bn", "ver_bn", "hor_bn"):
+            norm = getattr(self, name)
+            if not isinstance(norm, _BatchNorm):
+                return f"{name} is a {type(norm).__name__} now"
+            if norm.running_mean is None or norm.running_var is None:
+                return f"{name} keeps no running statistics"
+        return None
+
     def extra_repr(self) -> str:
         return f"{self.spec}, placement={self.placement}"
 

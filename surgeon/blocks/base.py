@@ -109,6 +109,10 @@ class Foldable(Block):
         The arithmetic is done in float64 and cast once to the block's dtype.
         """
 
+    def unfoldable(self) -> str | None:
+        """Say why the block as it is now, after whatever was done to it, cannot be folded."""
+        return None
+
     def fuse(self) -> nn.Conv2d:
         """Fold, under the name that `timm.utils.reparameterize_model` calls."""
         return self.fold()
