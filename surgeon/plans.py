@@ -24,6 +24,7 @@ from surgeon.sites import Site, Survey, measure_calls
 from surgeon.yamlmarks import Form
 
 _NO_RULE = "no rule claims it"
+_COSTS = ("params", "macs", "activations")
 
 
 class Change(Form):
@@ -49,7 +50,9 @@ class Entry(Form):
     skip: str | None = None
     params: Change | None = None
     macs: Change | None = None
+    activations: Change | None = None  # bytes that are written
     ideal_macs: int | None = None  # after the swap, as the block's paper counts them, where that is less than executed
+    kept_energy: dict[str, float] | None = None  # of a conv that is thinned out, by each way in which that can be done
 
     @model_validator(mode="after")
     def _is_one_of_two(self) -> Self:
@@ -103,10 +106,11 @@ class RecipeText(Form):
 
 
 class Total(Form):
-    """Of the whole model; MACs for one run with the plan's input."""
+    """Of the whole model; MACs and bytes of activations for one run with the plan's input."""
 
     params: Change
     macs: Change | None = None
+    activations: Change | None = None
     ideal_macs: int | None = None
 
 
@@ -156,7 +160,10 @@ def make(recipe: Recipe, survey: Survey, *, seed: int = 0) -> Plan:
         if not rule.optional and not any(rule is claim for claim in claims):
             _refuse_idle_rule(rule, survey)
     measured = _Measured()
-    entries = [_entry(site, rule, measured) for site, rule in zip(survey.sites, claims, strict=True)]
+    entries = [
+        _entry(site, rule, measured, survey.weights.get(site.path))
+        for site, rule in zip(survey.sites, claims, strict=True)
+    ]
     return Plan.model_validate(
         {
             "surgeon-plan": 1,
@@ -259,7 +266,7 @@ def _nearest(rule: Rule, paths: list[str]) -> list[str]:
     return list(dict.fromkeys(found or paths))[:3] if any(patterns) else []
 
 
-def _entry(site: Site, rule: Rule | None, measured: _Measured) -> Entry:
+def _entry(site: Site, rule: Rule | None, measured: _Measured, weight: torch.Tensor | None) -> Entry:
     facts: dict[str, Any] = {
         "path": site.path,
         "aliases": site.paths[1:],
@@ -284,6 +291,8 @@ def _entry(site: Site, rule: Rule | None, measured: _Measured) -> Entry:
     }
     after = measured.block(site, rule.swap, rule.options, takes_norm=bool(takes_norm))
     assert site.spec is not None
+    if weight is not None and not weight.is_meta and (kept := block.kept_energy(weight, rule.options)):
+        facts["kept_energy"] = {way: round(share, 4) for way, share in kept.items()}
     if (share := block.ideal_share(site.spec, rule.options)) is not None and site.cost.macs is not None:
         facts["ideal_macs"] = round(share * site.cost.macs)
     return Entry.model_validate(facts | _changes(before, after))
@@ -303,22 +312,21 @@ def _skip(site: Site, rule: Rule | None) -> str | None:
 
 
 def _changes(before: Cost, after: Cost) -> dict[str, Change]:
-    changes = {"params": Change(before=before.params, after=after.params)}
-    if before.macs is not None and after.macs is not None:
-        changes["macs"] = Change(before=before.macs, after=after.macs)
-    return changes
+    pairs = {name: (getattr(before, name), getattr(after, name)) for name in _COSTS}
+    return {name: Change(before=one, after=other) for name, (one, other) in pairs.items() if None not in (one, other)}
 
 
 def _total(cost: Cost, entries: Iterable[Entry]) -> Total:
     """Add what the swaps change to what the model costs."""
     swaps = [entry for entry in entries if entry.swap is not None]
-    params = sum(entry.params.after - entry.params.before for entry in swaps if entry.params)
-    changes: dict[str, Any] = {"params": Change(before=cost.params, after=cost.params + params)}
-    if cost.macs is not None:
-        macs = sum(entry.macs.after - entry.macs.before for entry in swaps if entry.macs)
-        changes["macs"] = Change(before=cost.macs, after=cost.macs + macs)
-        unexecuted = [entry.macs.after - entry.ideal_macs for entry in swaps if entry.macs and entry.ideal_macs]
-        changes["ideal_macs"] = cost.macs + macs - sum(unexecuted) if unexecuted else None
+    changes: dict[str, Any] = {}
+    for name in _COSTS:
+        made = [change for entry in swaps if (change := getattr(entry, name)) is not None]
+        if (before := getattr(cost, name)) is not None:
+            changes[name] = Change(before=before, after=before + sum(one.after - one.before for one in made))
+    unexecuted = [entry.macs.after - entry.ideal_macs for entry in swaps if entry.macs and entry.ideal_macs]
+    if unexecuted and cost.macs is not None:
+        changes["ideal_macs"] = changes["macs"].after - sum(unexecuted)
     return Total.model_validate(changes)
 
 

@@ -30,19 +30,23 @@ _MOST_ROWS = 12  # of what could go on for pages; JSON has all of it
 
 def survey_view(survey: Survey) -> RenderableType:
     """List every conv, and what tracing could not follow."""
-    table = _table("conv", "geometry", "input", "calls", "read by", "remark")
+    table = _table("conv", "geometry", "input", "calls", "parameters", "MACs", "activations", "read by", "remark")
     for site in survey.sites:
         table.add_row(
             "\n".join(site.paths),
             str(site.spec or site.kind),
             _size(site.size),
             "?" if site.calls is None else str(site.calls),
+            _amount(site.cost.params),
+            _amount(site.cost.macs),
+            _amount(site.cost.activations, "B"),
             ", ".join(site.readers) or "?",
             site.obstacle or (f"norm: {site.norm[0]}" if site.norm else site.norm_obstacle or ""),
         )
     lines = [f"{_convs(len(survey.sites))}, {_amount(survey.cost.params)} parameters"]
     if survey.cost.macs is not None:
-        lines[0] += f", {_amount(survey.cost.macs)} MACs at {survey.inputs}"
+        written = _amount(survey.cost.activations, "B")
+        lines[0] += f", {_amount(survey.cost.macs)} MACs and {written} of activations at {survey.inputs}"
     lines += [f"already in it: {count} {name}" for name, count in survey.blocks.items()]
     opaque = survey.capture.opaque
     lines += [f"not traced: {part.path or 'the model itself'}: {part.reason}" for part in opaque[:_MOST_ROWS]]
@@ -77,14 +81,14 @@ def survey_data(survey: Survey) -> dict[str, Any]:
 
 def plan_view(plan: Plan, *, every_conv: bool = True) -> RenderableType:
     """List what happens to every conv; or only the swaps, with the skips counted by reason."""
-    table = _table("conv", "geometry", "becomes", "parameters", "MACs", "why, and what to know")
+    table = _table("conv", "geometry", "becomes", "parameters", "MACs", "activations", "why, and what to know")
     for entry in plan.convs if every_conv else plan.swaps:
         table.add_row(*_plan_row(entry))
     skips = sorted((entry.skip or "", entry.path) for entry in plan.convs if entry.skip)
     for reason, group in groupby(() if every_conv else skips, key=lambda skip: skip[0]):
         paths = [path for _, path in group]
         shown = ", ".join(paths[:2]) + (", …" if len(paths) > 2 else "")
-        table.add_row(shown, _convs(len(paths)), "stays", "", "", reason, style="dim")
+        table.add_row(shown, _convs(len(paths)), "stays", "", "", "", reason, style="dim")
     return Group(table, *map(_plain, [*_option_lines(plan), _cost_line(plan)]))
 
 
@@ -145,15 +149,25 @@ def report_view(report: Report) -> RenderableType:
 
 def _plan_row(entry: Entry) -> tuple[str, ...]:
     remarks = [f"takes over {_beside(entry.path, entry.takes_norm[0])}"] if entry.takes_norm else []
-    remarks += [text for text in (entry.note, entry.skip) if text]
+    remarks += [text for text in (entry.note, _kept(entry), entry.skip) if text]
     return (
         "\n".join(entry.paths),
         entry.conv,
         entry.swap or "stays",
         _change(entry.params, entry.swap),
         _change(entry.macs, entry.swap) + _ideal(entry.ideal_macs),
+        _change(entry.activations, entry.swap, "B"),
         "; ".join(remarks),
     )
+
+
+def _kept(entry: Entry) -> str | None:
+    """Say how much off-centre energy a swap keeps, and how much the other ways would."""
+    if entry.kept_energy is None:
+        return None
+    chosen = str(entry.options["layout"])
+    others = ", ".join(f"{way} {share:.0%}" for way, share in entry.kept_energy.items() if way != chosen)
+    return f"keeps {entry.kept_energy[chosen]:.0%} of the energy off the centre ({others})"
 
 
 def _beside(path: str, other: str) -> str:
@@ -175,7 +189,9 @@ def _cost_line(plan: Plan) -> str:
     line = f"{swaps} of {_convs(len(plan.convs))} swapped; parameters {_ratio(total.params)}"
     if total.macs and plan.input:
         shapes = ", ".join("×".join(map(str, shape)) for shape in plan.input)
-        line += f"; MACs {_ratio(total.macs)}{_ideal(total.ideal_macs)} at {shapes}"
+        line += f"; MACs {_ratio(total.macs)}{_ideal(total.ideal_macs)}"
+        line += f"; activations {_ratio(total.activations, 'B')}" if total.activations else ""
+        line += f" at {shapes}"
     return line
 
 
@@ -210,7 +226,18 @@ def _sites(rows: Sequence[SiteDistance], count: int) -> Table:
 
 
 def _table(*columns: str) -> Table:
-    numbers = {"parameters", "MACs", "calls", "isolated", "propagated", "stored, ulp", "max abs", "max rel", "SQNR dB"}
+    numbers = {
+        "parameters",
+        "MACs",
+        "activations",
+        "calls",
+        "isolated",
+        "propagated",
+        "stored, ulp",
+        "max abs",
+        "max rel",
+        "SQNR dB",
+    }
     table = Table(box=None, pad_edge=False, header_style="bold", caption_justify="left")
     for column in columns:
         table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
@@ -229,27 +256,30 @@ def _size(size: tuple[int, int] | None) -> str:
     return "" if size is None else f"{size[0]}×{size[1]}"
 
 
-def _change(change: Change | None, swap: str | None) -> str:
+def _change(change: Change | None, swap: str | None, unit: str = "") -> str:
     if change is None:
         return ""
-    return f"{_amount(change.before)} → {_amount(change.after)}" if swap else _amount(change.before)
+    before, after = _amount(change.before, unit), _amount(change.after, unit)
+    return f"{before} → {after}" if swap else before
 
 
 def _ideal(macs: int | None) -> str:
     return "" if macs is None else f" (paper: {_amount(macs)})"
 
 
-def _ratio(change: Change) -> str:
+def _ratio(change: Change, unit: str = "") -> str:
     ratio = f" (×{change.after / change.before:.2f})" if change.before else ""
-    return f"{_amount(change.before)} → {_amount(change.after)}{ratio}"
+    return f"{_amount(change.before, unit)} → {_amount(change.after, unit)}{ratio}"
 
 
-def _amount(number: int) -> str:
-    """Write a count with three digits: 36.9 k, 25.6 M, 4.09 G."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+def _amount(number: int | None, unit: str = "") -> str:
+    """Write a count with three digits: 36.9 k, 25.6 M, 4.09 G; 3.21 MB with the unit B."""
+    if number is None:
+        return ""
+    for prefix, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
-            return f"{number / size:#.3g}".rstrip(".") + f" {unit}"
-    return str(number)
+            return f"{number / size:#.3g}".rstrip(".") + f" {prefix}{unit}"
+    return f"{number} {unit}".rstrip()
 
 
 def recipes_view(recipes: Sequence[Recipe]) -> RenderableType:

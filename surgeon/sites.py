@@ -64,6 +64,7 @@ class Survey:
     capture: Capture
     inputs: Inputs | None
     cost: Cost
+    weights: dict[str, torch.Tensor]  # the model's own, by the first name of their conv
 
 
 def survey(model: nn.Module, inputs: Inputs | None = None) -> Survey:
@@ -81,7 +82,8 @@ def survey(model: nn.Module, inputs: Inputs | None = None) -> Survey:
     sites = tuple(_site(facts, module) for module in facts.convs())
     blocks = Counter(m.name for m in model.modules() if isinstance(m, Block))
     cost = measure(model, inputs.tensors if inputs else None)
-    return Survey(fingerprint(model), sites, dict(blocks), captured, inputs, cost)
+    weights = {facts.names[m][0]: m.weight for m in facts.convs() if type(m) is nn.Conv2d}
+    return Survey(fingerprint(model), sites, dict(blocks), captured, inputs, cost, weights)
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -162,16 +164,22 @@ def _site(facts: _Facts, module: nn.Module) -> Site:
         runs=tuple(runs),
         dtype=next(module.parameters()).dtype,
         cost=measure_calls(module, runs),
-        norm_cost=Cost(0, 0, 0) if norm is None else replace(measure(norm), macs=0),
+        norm_cost=Cost(0, 0, 0, 0) if norm is None else measure_calls(norm, facts.runs.get(facts.names[norm][0], [])),
     )
 
 
 def measure_calls(module: nn.Module, calls: Sequence[Call]) -> Cost:
     """Measure a module over all calls of a run."""
-    costs = {shape: measure(module, [torch.empty(shape, device="meta")]) for shape in {c.shape_in for c in calls}}
-    macs = [costs[call.shape_in].macs for call in calls]
-    known = [count for count in macs if count is not None]
-    return replace(measure(module), macs=sum(known) if calls and len(known) == len(macs) else None)
+    stored = measure(module)
+    if not calls:
+        return stored
+    shapes = Counter(call.shape_in for call in calls)
+    runs = [measure(module, [torch.empty(shape, device="meta")]).times(count) for shape, count in shapes.items()]
+    return replace(
+        stored,
+        macs=sum(run.macs for run in runs if run.macs is not None),
+        activations=sum(run.activations for run in runs if run.activations is not None),
+    )
 
 
 def _obstacle(facts: _Facts, module: nn.Module) -> str | None:

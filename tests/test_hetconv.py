@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -17,23 +18,32 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import surgeon
 from surgeon.blocks.hetconv import HetConv, HetConvOptions
+from surgeon.demo import data
+from surgeon.demo.net import SmallResNet
 from surgeon.spec import ConvSpec
 
 
-def has_kernel(i: int, j: int, spec: ConvSpec, p: int, layout: str) -> bool:
-    """Whether filter i has a K×K kernel on channel j."""
-    if layout == "interleaved":
-        return i % p == j % p
-    return i // (spec.c_out // p) == j // (spec.c_in // p)
+def groups(block: HetConv) -> tuple[list[int], list[int]]:
+    """The group of every filter and of every channel."""
+    spec, p = block.spec, block.p
+    filters, channels = list(range(spec.c_out)), list(range(spec.c_in))
+    if block.layout == "interleaved":
+        return [i % p for i in filters], [j % p for j in channels]
+    if block.layout == "best":
+        filters = block.filter_place.tolist()
+        order = block.channel_order.tolist()
+        channels = [order.index(j) for j in channels]
+    return [i // (spec.c_out // p) for i in filters], [j // (spec.c_in // p) for j in channels]
 
 
-def masked(weight: Tensor, spec: ConvSpec, p: int, layout: str) -> Tensor:
+def masked(weight: Tensor, block: HetConv) -> Tensor:
     """Zero every off-centre tap that HetConv does not have."""
-    kh, kw = spec.kernel
+    kh, kw = block.spec.kernel
     weight = weight.clone()
-    for i in range(spec.c_out):
-        for j in range(spec.c_in):
-            if not has_kernel(i, j, spec, p, layout):
+    filters, channels = groups(block)
+    for i, row in enumerate(filters):
+        for j, column in enumerate(channels):
+            if row != column:
                 centre = weight[i, j, kh // 2, kw // 2].clone()
                 weight[i, j] = 0
                 weight[i, j, kh // 2, kw // 2] = centre
@@ -78,7 +88,7 @@ def cases(draw: st.DrawFn) -> tuple[ConvSpec, int, str]:
             padding_mode=draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"])),
         ),
         p,
-        draw(st.sampled_from(["block", "interleaved"])),
+        draw(st.sampled_from(["block", "interleaved", "best"])),
     )
 
 
@@ -91,22 +101,84 @@ def test_in_every_geometry_it_is_the_masked_conv(case: tuple[ConvSpec, int, str]
     block = thinned(conv, p=p, layout=layout)
     x = torch.randn(2, spec.c_in, 20, 21, dtype=torch.float64)
     with torch.no_grad():
-        expected = reference(conv, masked(conv.weight, spec, p, layout), x)
+        expected = reference(conv, masked(conv.weight, block), x)
         assert relative(block(x), expected) <= 1e-12
         assert relative(block.fold()(x), expected) <= 1e-12
 
 
-@pytest.mark.parametrize("layout", ["block", "interleaved"])
+@pytest.mark.parametrize("layout", ["block", "interleaved", "best"])
 def test_projection_is_exact_and_nearest(layout: str) -> None:
     spec = ConvSpec(12, 8, (3, 3), padding=(1, 1))
     conv = dense(spec)
-    folded = thinned(conv, p=4, layout=layout).fold()
-    assert torch.equal(folded.weight, masked(conv.weight, spec, 4, layout))
+    block = thinned(conv, p=4, layout=layout)
+    folded = block.fold()
+    assert torch.equal(folded.weight, masked(conv.weight, block))
     again = thinned(folded, p=4, layout=layout)
     assert torch.equal(again.fold().weight, folded.weight)  # what is one already is kept as it is
 
 
-@pytest.mark.parametrize("layout", ["block", "interleaved"])
+def off_centre(weight: Tensor) -> Tensor:
+    """Energy outside the centre tap of 3×3 kernels."""
+    weight = weight.detach()
+    return weight.square().sum() - weight[..., 1, 1].square().sum()
+
+
+def test_the_best_groups_are_found_where_they_are() -> None:
+    """A conv whose 3×3 kernels are within four hidden groups of filters and channels: nothing is lost."""
+    torch.manual_seed(0)
+    conv = dense(ConvSpec(16, 24, (3, 3), padding=(1, 1)))
+    rows, columns = torch.randperm(24) % 4, torch.randperm(16) % 4
+    with torch.no_grad():
+        outside = rows[:, None] != columns
+        centre = conv.weight[..., 1, 1].clone()
+        conv.weight[outside] = 0
+        conv.weight[..., 1, 1] = centre
+    block = thinned(conv, p=4, layout="best")
+    assert torch.equal(block.fold().weight, conv.weight)
+    x = torch.randn(2, 16, 9, 9, dtype=torch.float64)
+    with torch.no_grad():
+        assert relative(block(x), conv(x)) <= 1e-12
+        assert relative(thinned(conv, p=4)(x), conv(x)) > 0.1
+
+
+@pytest.mark.parametrize("p", [2, 4, 8])
+def test_the_kept_energy_is_that_of_the_folded_kernel(p: int) -> None:
+    conv = dense(ConvSpec(32, 16, (3, 3)))
+    kept = HetConv.kept_energy(conv.weight, HetConvOptions(p=p, layout="best"))
+    for layout, share in kept.items():
+        folded = thinned(conv, p=p, layout=layout).fold().weight
+        assert share == pytest.approx(float(off_centre(folded) / off_centre(conv.weight)), rel=1e-9)
+    assert kept["best"] > max(kept["block"], kept["interleaved"])
+
+
+def test_the_same_weights_give_the_same_groups_in_every_dtype_they_fit_in() -> None:
+    conv = dense(ConvSpec(32, 32, (3, 3))).bfloat16()
+    low, high = (
+        thinned(copy.deepcopy(conv).to(dtype), p=4, layout="best") for dtype in (torch.bfloat16, torch.float64)
+    )
+    assert torch.equal(low.channel_order, high.channel_order)
+    assert torch.equal(low.filter_place, high.filter_place)
+
+
+def test_groups_are_found_in_trained_weights_only() -> None:
+    with pytest.raises(ValueError, match="layout: best is found in trained weights"):
+        HetConvOptions.model_validate({"layout": "best", "init": "scratch"})
+
+
+def test_on_the_trained_demo_network_the_best_layout_is_nearest_at_every_conv() -> None:
+    model, x = SmallResNet(), data.images().test_x[:100]
+    model.load_state_dict(data.weights())
+    apart: dict[str, dict[str, float]] = {}
+    for layout in ("block", "interleaved", "best"):
+        converted = surgeon.convert(model, "hetconv-p4", x, overrides=[f"rules[0].with.layout={layout}"])
+        report = surgeon.verify(model, converted, x)
+        apart[layout] = {site.path: site.isolated for site in report.sites if site.kind_b == "HetConv"}
+    assert len(apart["best"]) == 6
+    for path, distance in apart["best"].items():
+        assert distance < 0.98 * min(apart["block"][path], apart["interleaved"][path])
+
+
+@pytest.mark.parametrize("layout", ["block", "interleaved", "best"])
 def test_training_never_grows_a_tap_that_the_function_has_not(layout: str) -> None:
     spec = ConvSpec(8, 12, (3, 3), padding=(1, 1))
     block = thinned(dense(spec), p=4, layout=layout)
@@ -121,7 +193,7 @@ def test_training_never_grows_a_tap_that_the_function_has_not(layout: str) -> No
         optimizer.step()
     trained = block.fold().weight
     assert relative(trained, start) > 0.1
-    assert torch.equal(trained, masked(trained, spec, 4, layout))
+    assert torch.equal(trained, masked(trained, block))
     with torch.no_grad():
         assert relative(block.fold()(x), block(x)) <= 1e-12
 
@@ -141,7 +213,7 @@ def test_a_pair_of_other_code_converts_exactly(stride: int, bias: tuple[bool, bo
     x = torch.randn(2, 8, 9, 10, dtype=torch.float64)
     block = HetConv.from_grouped_and_pointwise(grouped, pointwise)
     assert relative(block(x), grouped(x) + pointwise(x)) <= 1e-12
-    assert torch.equal(block.fold().weight, masked(block.fold().weight, block.spec, 4, "block"))
+    assert torch.equal(block.fold().weight, masked(block.fold().weight, block))
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,11 @@ class Block(nn.Module, abc.ABC):
         return None
 
     @classmethod
+    def kept_energy(cls, weight: torch.Tensor, options: BlockOptions) -> dict[str, float] | None:
+        """What share of a trained kernel's energy each way of thinning it out keeps, for blocks that do that."""
+        return None
+
+    @classmethod
     @abc.abstractmethod
     def from_conv(
         cls, conv: nn.Conv2d, options: BlockOptions, *, norm: _BatchNorm | None, generator: torch.Generator

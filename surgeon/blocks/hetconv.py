@@ -11,8 +11,10 @@ Which pairs are K×K is the layout, for filter i of N:
 
     block         S(i) = the ⌊i·P/N⌋-th run of M/P channels
     interleaved   S(i) = {j : j ≡ i mod P}
+    best          P groups of filters and of channels such that the pairs within them hold much off-centre energy,
+                  Σ F_ij² over all taps but the centre: what a trained conv loses is what the other pairs hold
 
-Sorted by their number modulo P, interleaved channels are runs: everything here happens in that order ("sorted").
+With filters and channels sorted by group, groups are runs: everything here happens in that order ("sorted").
 
 Singh et al. 2019, HetConv, arXiv:1903.04120, section 3 and eq. 3–6.
 """
@@ -24,7 +26,7 @@ from collections.abc import Iterator
 from typing import Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -32,9 +34,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from surgeon import kernels
 from surgeon.blocks import base
 from surgeon.blocks.base import Example
+from surgeon.grouping import best_groups, share_kept
 from surgeon.spec import ConvSpec
 
-Layout = Literal["block", "interleaved"]
+Layout = Literal["block", "interleaved", "best"]
 
 
 class HetConvOptions(base.BlockOptions):
@@ -44,18 +47,28 @@ class HetConvOptions(base.BlockOptions):
         4, ge=2, description="one in p channels of a filter keeps its k×k kernel; p divides both channel counts"
     )
     layout: Layout = Field(
-        "block", description="the k×k channels of a filter: a run of its group's channels, or every p-th channel"
+        "block",
+        description="the k×k channels of a filter: a run of channels (block), every p-th one (interleaved), or those "
+        "where the conv's off-centre energy is (best; costs two gathers of the feature map)",
     )
     init: Literal["project", "scratch"] = Field(
         "project", description="project: the nearest in weights to the conv that was there; scratch: a random start"
     )
+
+    @model_validator(mode="after")
+    def _best_needs_weights(self) -> Self:
+        if self.layout == "best" and self.init == "scratch":
+            raise ValueError("layout: best is found in trained weights, which init: scratch does not use")
+        return self
 
 
 class HetConv(base.Foldable):
     """A cheaper stand-in for a dense k×k conv: (n, c_in, h, w) → (n, c_out, h', w'). Approximates it, by design.
 
     Parameters, with filters and channels sorted: `weight` (out, in/p, kh, kw), the k×k kernels of a group's filters
-    over its channels, and `pointwise` (out, in − in/p), the centre taps over the channels of all other groups.
+    over its channels, and `pointwise` (out, in − in/p), the centre taps over the channels of all other groups. Layout
+    `best` has two buffers: `channel_order` (in), the channel at each sorted place, and `filter_place` (out), the
+    sorted place of each filter.
     """
 
     name = "hetconv"
@@ -74,6 +87,11 @@ class HetConv(base.Foldable):
         conv = self.grouped.build(like=like)
         self.weight, self.bias = conv.weight, conv.bias
         self.pointwise = nn.Parameter(like.new_empty(spec.c_out, spec.c_in - spec.c_in // p))
+        self.channel_order: Tensor
+        self.filter_place: Tensor
+        if layout == "best":
+            self.register_buffer("channel_order", torch.arange(spec.c_in, device=like.device))
+            self.register_buffer("filter_place", torch.arange(spec.c_out, device=like.device))
 
     @classmethod
     def refusal(cls, spec: ConvSpec, size: tuple[int, int] | None, options: base.BlockOptions) -> str | None:
@@ -111,12 +129,26 @@ class HetConv(base.Foldable):
         return 1 / options.p + (1 - 1 / options.p) / (kh * kw)
 
     @classmethod
+    def kept_energy(cls, weight: Tensor, options: base.BlockOptions) -> dict[str, float] | None:
+        assert isinstance(options, HetConvOptions)
+        if options.init == "scratch":
+            return None
+        energy, known = _off_centre_energy(weight), _fixed_groups(weight, options.p)
+        if options.layout == "best":
+            known["best"] = _best_groups(weight, options.p)
+        return {layout: share_kept(energy, *groups) for layout, groups in known.items()}
+
+    @classmethod
     def from_conv(
         cls, conv: nn.Conv2d, options: base.BlockOptions, *, norm: _BatchNorm | None, generator: torch.Generator
     ) -> Self:
         assert isinstance(options, HetConvOptions)
         block = cls(ConvSpec.of(conv), options.p, options.layout, like=conv.weight)
         dense: Tensor = conv.weight
+        if options.layout == "best" and not dense.is_meta:
+            filters, channels = _best_groups(dense, options.p)
+            block.channel_order.copy_(channels.argsort(stable=True))
+            block.filter_place.copy_(filters.argsort(stable=True).argsort())
         if options.init == "scratch":
             fan_in = block.weight[0].numel() + block.pointwise.shape[1]
             dense = base.uniform(tuple(dense.shape), fan_in, generator).to(dense.device)
@@ -164,6 +196,7 @@ class HetConv(base.Foldable):
                 {"p": 2},
                 {"p": 4, "layout": "interleaved"},
                 {"p": 2, "layout": "interleaved", "init": "scratch"},
+                {"p": 4, "layout": "best"},
             ):
                 yield Example(spec, HetConvOptions.model_validate(options))
 
@@ -173,7 +206,10 @@ class HetConv(base.Foldable):
         seen = x if self.centre_shift is None else kernels.shift(x, self.centre_shift, spec.padding_mode)
         inside = kernels.convolve(x, self.weight, None, self.grouped)
         y = inside + kernels.convolve(seen, self._pointwise_kernel(), None, self.centre)
-        y = y if self.layout == "block" else F.channel_shuffle(y, self.p)
+        if self.layout == "best":
+            y = y.index_select(1, self.filter_place)
+        elif self.layout == "interleaved":
+            y = F.channel_shuffle(y, self.p)
         return y if self.bias is None else y + self.bias[:, None, None]
 
     def fold(self) -> nn.Conv2d:
@@ -193,7 +229,17 @@ class HetConv(base.Foldable):
 
     def _sorted(self, x: Tensor) -> Tensor:
         """Bring the channels of (n, in, h, w) into group order."""
+        if self.layout == "best":
+            return x.index_select(1, self.channel_order)
         return x if self.layout == "block" else F.channel_shuffle(x, self.spec.c_in // self.p)
+
+    def _orders(self) -> tuple[Tensor, Tensor]:
+        """Give the filter and the channel at each sorted place."""
+        if self.layout == "best":
+            return self.filter_place.argsort(), self.channel_order
+        counts = (torch.arange(count, device=self.weight.device) for count in (self.spec.c_out, self.spec.c_in))
+        filters, channels = (c if self.layout == "block" else c.view(-1, self.p).t().flatten() for c in counts)
+        return filters, channels
 
     def _pointwise_kernel(self) -> Tensor:
         """The 1×1 kernel over all sorted channels, (out, in, 1, 1), zero inside the groups."""
@@ -202,11 +248,8 @@ class HetConv(base.Foldable):
         return full.reshape(self.spec.c_out, self.spec.c_in, 1, 1)
 
     def _cut(self, kernel: Tensor) -> Tensor:
-        """View a dense kernel (out, in, kh, kw) as (group, group, filter, channel, kh, kw)."""
-        p, (kh, kw) = self.p, self.spec.kernel
-        if self.layout == "block":
-            return kernel.view(p, -1, p, self.spec.c_in // p, kh, kw).transpose(1, 2)
-        return kernel.view(-1, p, self.spec.c_in // p, p, kh, kw).permute(1, 3, 0, 2, 4, 5)
+        """View a sorted dense kernel (out, in, kh, kw) as (group, group, filter, channel, kh, kw)."""
+        return kernel.view(self.p, -1, self.p, self.spec.c_in // self.p, *self.spec.kernel).transpose(1, 2)
 
     def _spread(self, weight: Tensor, pointwise: Tensor) -> Tensor:
         """Lay the taps that there are into a dense kernel of zeros (out, in, kh, kw)."""
@@ -216,17 +259,37 @@ class HetConv(base.Foldable):
         taps = pointwise.view(p, -1, p - 1, self.spec.c_in // p).transpose(1, 2)
         cut[..., kh // 2, kw // 2] = _with_diagonal(taps)
         cut.diagonal(dim1=0, dim2=1).copy_(weight.view(p, -1, *weight.shape[1:]).movedim(0, -1))
-        return kernel
+        filters, channels = self._orders()
+        return kernel[filters.argsort()][:, channels.argsort()]
 
     def _project_(self, kernel: Tensor, bias: Tensor | None) -> None:
         """Take over from a dense kernel (out, in, kh, kw) the taps that there are."""
         kh, kw = self.spec.kernel
-        cut = self._cut(kernel.contiguous())
+        filters, channels = self._orders()
+        cut = self._cut(kernel[filters][:, channels].contiguous())
         self.weight.copy_(cut.diagonal(dim1=0, dim2=1).movedim(-1, 0).reshape(self.weight.shape))
         others = _without_diagonal(cut[..., kh // 2, kw // 2])  # (group, other group, filter, channel)
         self.pointwise.copy_(others.transpose(1, 2).reshape(self.pointwise.shape))
         if self.bias is not None and bias is not None:
             self.bias.copy_(bias)
+
+
+def _off_centre_energy(weight: Tensor) -> Tensor:
+    """The energy that a pair of filter and channel loses with its k×k kernel: (out, in), in float64."""
+    taps = weight.detach().double().square()
+    return taps.sum((2, 3)) - taps[..., taps.shape[2] // 2, taps.shape[3] // 2]
+
+
+def _fixed_groups(weight: Tensor, p: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """The groups of filters and of channels in the layouts that look at no weights."""
+    out, into = (torch.arange(count, device=weight.device) for count in weight.shape[:2])
+    return {"block": (out * p // len(out), into * p // len(into)), "interleaved": (out % p, into % p)}
+
+
+def _best_groups(weight: Tensor, p: int) -> tuple[Tensor, Tensor]:
+    starts = [(rows.cpu(), columns.cpu()) for rows, columns in _fixed_groups(weight, p).values()]
+    rows, columns = best_groups(_off_centre_energy(weight), p, starts)
+    return rows.to(weight.device), columns.to(weight.device)
 
 
 def _without_diagonal(square: Tensor) -> Tensor:
