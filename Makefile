@@ -26,6 +26,8 @@ docs: $(VENV)/.installed-dev  # docs/cli.md and the tour in README.md are made f
 
 bench: $(VENV)/.installed-test
 	$(RUN)/python benchmarks/convert.py
+	$(RUN)/python benchmarks/hetconv.py
+	$(RUN)/python benchmarks/kept_energy.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from surgeon._version import __version__
 from surgeon.errors import PassError, SurgeonError
@@ -214,6 +215,35 @@ def plan(
     _show(decided.to_dict() if json else report.plan_view(decided, every_conv=output is None))
 
 
+@app.command(epilog="Example: surgeon bench model.pt model.hetconv-p4.pt --batch 8 --channels-last")
+@_about_models
+def bench(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="A [B …]", help="The models; ratios are to the first one.", show_default=False),
+    ],
+    given: "Given",
+    batch: Annotated[
+        list[int] | None, typer.Option("--batch", "-b", min=1, help="Images in a run; may be repeated.  [default: 1]")
+    ] = None,
+    threads: Annotated[
+        list[int] | None, typer.Option("--threads", "-t", min=1, help="Threads of torch; may be repeated.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=3, help="How often every model has its turn.")] = 15,
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="Measure that memory format too.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Measure with torch.compile too.")] = False,
+    train: Annotated[bool, typer.Option("--train", help="Time a training step: forward and backward.")] = False,
+    json: Json = False,
+) -> None:
+    """Time models against each other, by turns in one run, as they are and with their norms folded."""
+    with _bar() as progress:
+        from surgeon import pipeline, report
+
+        how = pipeline.Trials(tuple(batch or (1,)), tuple(threads or ()), rounds, channels_last, compiled, train)
+        timings = pipeline.bench(models, given, _say, how, progress)
+    _show(report.bench_data(timings) if json else report.bench_view(timings))
+
+
 @app.command(epilog="Example: surgeon recipes acnet > mine.yaml")
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this bundled recipe.", show_default=False)] = None,
@@ -309,6 +339,15 @@ def _working(what: str) -> Iterator[None]:
         return
     with _err.status(f"{what} …"):
         yield
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[str, float], None]]:
+    """Draw a progress bar on a terminal; nothing is printed elsewhere."""
+    columns = (BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as progress:
+        task = progress.add_task("loading", total=1.0)
+        yield lambda what, share: progress.update(task, description=what, completed=share)
 
 
 def _say(notice: str) -> None:

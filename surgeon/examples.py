@@ -34,6 +34,10 @@ class Inputs:
         """Give the tensors with their floating point ones in `dtype`."""
         return tuple(t.to(dtype) if t.is_floating_point() else t for t in self.tensors)
 
+    def batched(self, count: int) -> Inputs:
+        """Repeat or cut every tensor to a batch of `count`."""
+        return Inputs(tuple(t[torch.arange(count) % len(t)] for t in self.tensors))
+
     def alike(self, count: int, seed: int) -> list[Inputs]:
         """Draw more inputs of this kind: noise of the same shape, mean and spread; none if there is nothing to draw."""
         if not any(t.is_floating_point() for t in self.tensors):

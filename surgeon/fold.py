@@ -1,16 +1,20 @@
-"""Foldable blocks → plain convs.
+"""Foldable blocks → plain convs, and norms → the convs before them.
 
 What a block folds to is its own business (`Foldable.fold`); here every block of a model is folded, under all its names.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from surgeon.blocks import Foldable
+from surgeon import kernels
+from surgeon.blocks import Block, Foldable
 from surgeon.capture import names
 from surgeon.errors import PlanError
-from surgeon.sites import custom_call
+from surgeon.sites import custom_call, norms_behind
+from surgeon.spec import ConvSpec
 
 _TODO = "Undo what was done to it since it was converted, or train and deploy it unfolded."
 
@@ -37,6 +41,38 @@ def fold_blocks_(model: nn.Module, *, dense: bool = False) -> tuple[str, ...]:
         for path in paths:
             model.set_submodule(path, conv)
     return tuple(paths[0] for paths in folded)
+
+
+def fold_norms_(model: nn.Module) -> tuple[str, ...]:
+    """Fold every batch norm that belongs to one conv or block alone into it, in eval mode; returns the norms' names.
+
+    Done in float64 and cast once. What is left of a norm is an Identity.
+    """
+    folded = {}
+    for paths, norm_paths in norms_behind(model):
+        module, norm = model.get_submodule(paths[0]), model.get_submodule(norm_paths[0])
+        assert isinstance(norm, _BatchNorm)
+        made = module.with_norm(norm) if isinstance(module, Block) else _with_norm(module, norm)
+        if made is not None:
+            folded[norm_paths] = (paths, made)
+    for norm_paths, (paths, made) in folded.items():
+        for path in paths:
+            model.set_submodule(path, made)
+        for path in norm_paths:
+            model.set_submodule(path, nn.Identity())
+    return tuple(norm_paths[0] for norm_paths in folded)
+
+
+def _with_norm(conv: nn.Module, norm: _BatchNorm) -> nn.Conv2d:
+    assert isinstance(conv, nn.Conv2d)
+    made = ConvSpec.of(conv).change(bias=True).build(like=conv.weight)
+    with torch.no_grad():
+        bias = None if conv.bias is None else conv.bias.double()
+        kernel, bias = kernels.fold_bn(conv.weight.double(), bias, kernels.Norm.of(norm).double())
+        made.weight.copy_(kernel)
+        assert made.bias is not None
+        made.bias.copy_(bias)
+    return made.train(conv.training)
 
 
 def _customised(block: Foldable) -> str | None:

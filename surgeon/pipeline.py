@@ -12,10 +12,13 @@ from pathlib import Path
 
 from torch import nn
 
+from surgeon import bench as benching
 from surgeon import examples, plans, sites, source, store, surgery
 from surgeon import recipe as recipes
+from surgeon.bench import Progress, Timing
 from surgeon.blocks import Foldable
 from surgeon.equivalence import Report
+from surgeon.errors import CaptureError
 from surgeon.examples import Inputs
 from surgeon.plans import Plan
 from surgeon.sites import Survey
@@ -53,6 +56,18 @@ class Fused:
     params: tuple[int, int]
     distance: float | None
     path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Trials:
+    """How `bench` runs models: every batch size with every number of threads, each that many rounds."""
+
+    batches: tuple[int, ...] = (1,)
+    threads: tuple[int, ...] = ()
+    rounds: int = 15
+    channels_last: bool = False
+    compiled: bool = False
+    train: bool = False
 
 
 def survey(name: str, given: Given, say: Say) -> Survey:
@@ -114,6 +129,18 @@ def verify(name_a: str, name_b: str, given: Given, say: Say) -> Report:
     return surgery.verify(a, b, shapes or None, seed=given.seed)
 
 
+def bench(names: Sequence[str], given: Given, say: Say, how: Trials, progress: Progress) -> tuple[Timing, ...]:
+    """Time models against each other on inputs of the first one's kind."""
+    models = [(label, _load(name, given, say).model) for label, name in zip(_labels(names), names, strict=True)]
+    inputs = _inputs(models[0][1], given, say)
+    if inputs is None:
+        raise CaptureError("no input is known to run them on", todo="Give one: --input 1,3,224,224.")
+    settings = benching.settings_for(
+        how.batches, how.threads, channels_last=how.channels_last, compiled=how.compiled, train=how.train
+    )
+    return benching.run(models, inputs, settings, rounds=how.rounds, progress=progress)
+
+
 def write_plan(decided: Plan, path: Path, *, force: bool) -> None:
     """Write a plan file: JSON if its name ends so, else YAML."""
     store.claim(path, force=force, suffixes=(".yaml", ".yml", ".json"))
@@ -147,6 +174,12 @@ def _inputs(model: nn.Module, given: Given, say: Say, *, plan: Plan | None = Non
     elif inputs.is_guess:
         say(f"no --input was given; {inputs} works and is used")
     return inputs
+
+
+def _labels(names: Sequence[str]) -> list[str]:
+    """Shorten files to their own names, unless two are called alike."""
+    short = [Path(name).name for name in names]
+    return short if len(set(short)) == len(short) else list(names)
 
 
 def _count(model: nn.Module) -> int:

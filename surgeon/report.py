@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from surgeon.bench import Timing
 from surgeon.blocks import Block
 from surgeon.demo.run import Demo
 from surgeon.equivalence import Report, SiteDistance
@@ -226,18 +227,8 @@ def _sites(rows: Sequence[SiteDistance], count: int) -> Table:
 
 
 def _table(*columns: str) -> Table:
-    numbers = {
-        "parameters",
-        "MACs",
-        "activations",
-        "calls",
-        "isolated",
-        "propagated",
-        "stored, ulp",
-        "max abs",
-        "max rel",
-        "SQNR dB",
-    }
+    numbers = {"parameters", "MACs", "activations", "calls", "isolated", "propagated", "stored, ulp", "max abs"}
+    numbers |= {"max rel", "SQNR dB", "ms", "± %", "per second", "× MACs", "× time", "peak memory"}
     table = Table(box=None, pad_edge=False, header_style="bold", caption_justify="left")
     for column in columns:
         table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
@@ -280,6 +271,40 @@ def _amount(number: int | None, unit: str = "") -> str:
         if number >= size:
             return f"{number / size:#.3g}".rstrip(".") + f" {prefix}{unit}"
     return f"{number} {unit}".rstrip()
+
+
+def bench_view(timings: Sequence[Timing]) -> RenderableType:
+    """One table per setting: what every model costs on paper and on the clock, and how much of that to believe."""
+    parts: list[RenderableType] = []
+    for setting, group in groupby(timings, key=lambda timing: timing.setting):
+        table = _table(
+            "model", "form", "ms", "± %", "per second", "MACs", "× MACs", "× time", "quartiles", "peak memory"
+        )
+        for one in group:
+            low, high = one.quartiles
+            table.add_row(
+                one.model,
+                one.form,
+                f"{one.seconds * 1e3:.3g}",
+                f"{one.spread * 100:.0f}",
+                f"{one.per_second:.3g}",
+                _amount(one.macs),
+                "" if one.macs_ratio is None else f"{one.macs_ratio:.3f}",
+                f"{one.time_ratio:.3f}" + ("" if one.is_believable else " ?"),
+                f"{low:.3f} … {high:.3f}",
+                _amount(one.peak_bytes, "B"),
+            )
+        parts += [Text(str(setting), style="bold"), table]
+    if doubtful := [one for one in timings if not one.is_believable]:
+        names = ", ".join(dict.fromkeys(one.model for one in doubtful))
+        line = f"? the spread is too wide to believe ({names}): close other programs, or give more --rounds"
+        parts.append(Text(line, style="yellow"))
+    note = "× is to the first model in the same form; memory is what one run needs beyond the model"
+    return Group(*parts, Text(note, style="dim"))
+
+
+def bench_data(timings: Sequence[Timing]) -> list[dict[str, Any]]:
+    return [asdict(one) | {"per_second": one.per_second, "believable": one.is_believable} for one in timings]
 
 
 def recipes_view(recipes: Sequence[Recipe]) -> RenderableType:

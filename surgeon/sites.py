@@ -86,6 +86,17 @@ def survey(model: nn.Module, inputs: Inputs | None = None) -> Survey:
     return Survey(fingerprint(model), sites, dict(blocks), captured, inputs, cost, weights)
 
 
+def norms_behind(model: nn.Module) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Give all names of every conv or block that has a norm of its own behind it, and all names of that norm."""
+    facts = _Facts(model, capturing.capture(model), Observed())
+    found = []
+    for module in [*facts.convs(), *(m for m in facts.names if isinstance(m, Block))]:
+        norm, _ = _norm_behind(facts, module)
+        if norm is not None and not (isinstance(module, nn.Conv2d) and _obstacle(facts, module)):
+            found.append((facts.names[module], facts.names[norm]))
+    return found
+
+
 def fingerprint(model: nn.Module) -> str:
     """Hash the architecture: names and classes of modules, geometry of convs, names and shapes of stored tensors."""
     lines = []

@@ -19,7 +19,7 @@ import surgeon
 from surgeon.cli import app, main
 from surgeon.demo.net import SmallResNet
 
-COMMANDS = ("convert", "fuse", "verify", "survey", "plan", "recipes", "blocks", "demo")
+COMMANDS = ("convert", "fuse", "verify", "survey", "plan", "bench", "recipes", "blocks", "demo")
 
 
 class Result:

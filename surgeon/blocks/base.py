@@ -101,6 +101,10 @@ class Block(nn.Module, abc.ABC):
     groups = property(lambda self: self.spec.groups)
     padding_mode = property(lambda self: self.spec.padding_mode)
 
+    def with_norm(self, norm: _BatchNorm) -> Self | None:
+        """Return a block that computes what this one and the norm behind it do in eval mode, if it can be one."""
+        return None
+
 
 class Foldable(Block):
     """A block that one plain conv can do the work of, once it is trained."""

@@ -224,6 +224,17 @@ class HetConv(base.Foldable):
 
     to_dense = fold
 
+    def with_norm(self, norm: _BatchNorm) -> Self:
+        block = type(self)(self.spec.change(bias=True), self.p, self.layout, like=self.weight)
+        with torch.no_grad():
+            if self.layout == "best":
+                block.channel_order.copy_(self.channel_order)
+                block.filter_place.copy_(self.filter_place)
+            kernel = self._spread(self.weight.double(), self.pointwise.double())
+            bias = None if self.bias is None else self.bias.double()
+            block._project_(*kernels.fold_bn(kernel, bias, kernels.Norm.of(norm).double()))
+        return block.train(self.training)
+
     def extra_repr(self) -> str:
         return f"{self.spec}, p={self.p}, layout={self.layout}"
 
