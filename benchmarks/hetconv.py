@@ -54,10 +54,9 @@ def show(name: str, dense: Timing, one: Timing) -> None:
     share = 1 / one.time_ratio / promised
     layout = "channels_last" if one.setting.channels_last else "NCHW"
     mark = "" if share >= GOAL else f"   below {GOAL}"
-    print(
-        f"{name:>8} {layout:>13} {dense.seconds * 1e3:9.2f} {one.model[2:]:>3} {one.seconds * 1e3:7.2f} {promised:9.2f} "
-        f"{1 / one.time_ratio:9.2f} {share:6.2f}   {1 / high / promised:.2f} … {1 / low / promised:.2f}{mark}"
-    )
+    times = f"{dense.seconds * 1e3:9.2f} {one.model[2:]:>3} {one.seconds * 1e3:7.2f}"
+    found = f"{promised:9.2f} {1 / one.time_ratio:9.2f} {share:6.2f}"
+    print(f"{name:>8} {layout:>13} {times} {found}   {1 / high / promised:.2f} … {1 / low / promised:.2f}{mark}")
 
 
 if __name__ == "__main__":

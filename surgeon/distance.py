@@ -52,11 +52,11 @@ def worst(out_b: Any, out_a: Any, *, any_dtype: bool = False) -> float:
     return max(relative_l2(b, a) for b, a in pairs(out_b, out_a, any_dtype=any_dtype))
 
 
-def pooled(outs_b: Sequence[Any], outs_a: Sequence[Any]) -> float:
-    """Relative L2 over the outputs of several runs together, of the output that is furthest apart; any dtypes."""
+def pooled(outs_b: Sequence[Any], outs_a: Sequence[Any]) -> list[float]:
+    """Relative L2 of every output over several runs together; any dtypes."""
     runs = [pairs(b, a, any_dtype=True) for b, a in zip(outs_b, outs_a, strict=True)]
     leaves = [zip(*leaf, strict=True) for leaf in zip(*runs, strict=True)]
-    return max(relative_l2(_joined(b), _joined(a)) for b, a in leaves)
+    return [relative_l2(_joined(b), _joined(a)) for b, a in leaves]
 
 
 def pairs(out_b: Any, out_a: Any, *, any_dtype: bool = False) -> list[tuple[Tensor, Tensor]]:
@@ -68,7 +68,7 @@ def pairs(out_b: Any, out_a: Any, *, any_dtype: bool = False) -> list[tuple[Tens
             f"the outputs have other structures: {tree_a} against {tree_b}",
             todo="Compare models with the same outputs.",
         )
-    pairs = []
+    found = []
     for i, (one, other) in enumerate(zip(map(_number, leaves_a), map(_number, leaves_b), strict=True)):
         if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
             _compare_plain(i, one, other)
@@ -79,12 +79,12 @@ def pairs(out_b: Any, out_a: Any, *, any_dtype: bool = False) -> list[tuple[Tens
                 todo="Compare models with the same heads, stored in the same dtype.",
             )
         if one.numel():
-            pairs.append((other, one))
-    if not pairs:
+            found.append((other, one))
+    if not found:
         raise VerifyError(
             "the models return no numbers", todo="Nothing can be compared; give an input for which they do."
         )
-    return pairs
+    return found
 
 
 def has_numbers(out: Any) -> bool:
@@ -161,7 +161,10 @@ def as_double(tensor: Tensor) -> Tensor:
 
 
 class Jitter:
-    """Moves every number by half a unit in its last place, up or down; the result is float64."""
+    """Moves every number by half a unit in its last place, up or down; the result is float64.
+
+    A float64 number has no halves, so it is moved by a whole one.
+    """
 
     def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
@@ -170,7 +173,7 @@ class Jitter:
         if not tensor.is_floating_point():
             return tensor.clone()
         coin = torch.randint(0, 2, tensor.shape, generator=self.generator).to(tensor.device) - 0.5
-        return tensor.double() + coin * ulp(tensor)
+        return tensor.double() + coin * ulp(tensor) * (2 if tensor.dtype == torch.float64 else 1)
 
 
 def _ulps(stored: Tensor, exact: Tensor) -> float:
@@ -181,12 +184,14 @@ def _ulps(stored: Tensor, exact: Tensor) -> float:
     if not stored.is_floating_point():
         return 0.0 if torch.equal(stored, exact) else math.inf
     rounded = exact.to(stored.dtype)
-    if torch.equal(stored, rounded) or not stored.numel():
+    same = (stored == rounded) | (stored.isnan() & rounded.isnan())
+    if same.all():
         return 0.0
+    stored, rounded = stored[~same], rounded[~same]
     # float64's own rounding in the arithmetic is no fault: taps that cancel are as exact as the largest one
-    unit = ulp(rounded).clamp_min(2.0**-51 * exact.abs().max().item())
-    worst = ((stored.double() - rounded.double()).abs() / unit).max().item()
-    return math.inf if math.isnan(worst) else worst
+    unit = ulp(rounded).clamp_min(2.0**-51 * exact.nan_to_num().abs().max().item())
+    largest = ((stored.double() - rounded.double()).abs() / unit).max().item()
+    return math.inf if math.isnan(largest) else largest
 
 
 def _kind(tensor: Tensor) -> str:

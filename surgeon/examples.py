@@ -73,12 +73,11 @@ def make(example: Example, *, seed: int = 0) -> Inputs:
     ((1, 3, 8, 8),)
     """
     generator = torch.Generator().manual_seed(seed)
+    if not isinstance(example, Tensor | tuple | list):
+        raise _no_example(example)
     parts: Any = [example] if isinstance(example, Tensor) or _is_shape(example) else example
     if not parts or not all(isinstance(part, Tensor) or _is_shape(part) for part in parts):
-        raise CaptureError(
-            f"example {example!r} is neither a shape, nor a tensor, nor several of them",
-            todo="Give a shape such as (1, 3, 224, 224).",
-        )
+        raise _no_example(example)
     return Inputs(tuple(part if isinstance(part, Tensor) else _noise(part, generator) for part in parts))
 
 
@@ -98,8 +97,19 @@ def _is_shape(part: object) -> TypeGuard[Sequence[int]]:
     return isinstance(part, tuple | list) and bool(part) and all(type(side) is int and side > 0 for side in part)
 
 
+def _no_example(example: object) -> CaptureError:
+    return CaptureError(
+        f"example {example!r} is neither a shape, nor a tensor, nor several of them",
+        todo="Give a shape such as (1, 3, 224, 224).",
+    )
+
+
 def _noise(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    return torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
+    try:
+        return torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
+    except (RuntimeError, MemoryError, OverflowError) as error:
+        sides = "×".join(map(str, shape))
+        raise CaptureError(f"an input of {sides} does not fit into memory", todo="Give a smaller shape.") from error
 
 
 def _like(tensor: Tensor, generator: torch.Generator) -> Tensor:

@@ -8,7 +8,8 @@ depends on the file, so a file is read three times:
    imported, and then each must be, whatever it calls itself, an `nn.Module` class of an admitted package.
 2. **Calls.** The program is followed on paper. torch lets a file call whatever it may name, with arguments of the
    file's choice: `timm.task.distillation.DistillationTeacher` downloads what it is told to. But an honest file makes
-   its modules blank, fills each one once, and hides none of their methods. So nothing else is allowed.
+   its modules blank, fills each one once, hides none of their methods, and holds no class that could be dangerous to
+   call. So nothing else is allowed.
 3. **Load.** `torch.load(weights_only=True)`, with exactly those names.
 """
 
@@ -61,6 +62,10 @@ HARMLESS = frozenset(
     }
 )
 
+# Classes of torchvision and timm that honest models hold as values, besides those of torch.nn (one model of each
+# family was looked at). Any other could be a network that fetches what it is told to, put where a forward calls it.
+STORED = frozenset({"timm.models.nextvit.NextConvBlock", "timm.models.nextvit.NextTransformerBlock"})
+
 
 @dataclass(frozen=True, slots=True)
 class Trust:
@@ -82,7 +87,7 @@ def read(path: Path, trust: Trust) -> Any:
         admitted = _admitted(path, _names(path, file), trust)
         names: list[Any] = [(found, name) for name, found in admitted.items()]
         try:
-            culprit = _misuse(file, admitted)
+            culprit = _misuse(file, admitted, trust)
             if culprit is None:
                 file.seek(0)
                 with torch.serialization.safe_globals(names):
@@ -243,7 +248,7 @@ class _Value:
             seen.update(map(id, value.parts))
 
 
-def _misuse(file: IO[bytes], admitted: Mapping[str, object]) -> str | None:
+def _misuse(file: IO[bytes], admitted: Mapping[str, object], trust: Trust) -> str | None:
     """Follow the pickle without executing it, and say what it does that would run code of the admitted names."""
     file.seek(0)
     # torch's own reader: another one might find another data.pkl in a doctored archive.
@@ -257,7 +262,7 @@ def _misuse(file: IO[bytes], admitted: Mapping[str, object]) -> str | None:
             stack.append(memo[argument])
         else:
             taken = _take(stack, opcode)
-            if culprit := _objection(opcode.name, taken, admitted):
+            if culprit := _objection(opcode.name, taken, admitted, trust):
                 return culprit
             if opcode.name in ("BUILD", "APPEND", "APPENDS", "SETITEM", "SETITEMS"):  # these change what they take
                 taken[0].parts += taken[1:]
@@ -280,11 +285,21 @@ def _take(stack: list[_Value], opcode: pickletools.OpcodeInfo) -> list[_Value]:
     return first + items
 
 
-def _objection(opcode: str, taken: Sequence[_Value], admitted: Mapping[str, object]) -> str | None:
+def _may_be_stored(name: str, trust: Trust) -> bool:
+    """Whether a module may hold this class as a value, such as the kind of its norms."""
+    return name in STORED or lies_in(name, ("torch.nn", *trust.allow))
+
+
+def _objection(opcode: str, taken: Sequence[_Value], admitted: Mapping[str, object], trust: Trust) -> str | None:
     """Say what is wrong with one step of the program; `taken` is what it pops."""
+    is_call = opcode in ("REDUCE", "NEWOBJ")
+    for value in taken[1:] if is_call else taken:
+        kind = admitted.get(value.name)
+        if isinstance(kind, type) and issubclass(kind, nn.Module) and not _may_be_stored(value.name, trust):
+            return f"stores {value.name} itself, which another module could call with what the file says"
     if opcode == "BUILD":
         return _objection_to_filling(taken[0], taken[1], admitted)
-    if opcode not in ("REDUCE", "NEWOBJ"):
+    if not is_call:
         return None
     called, arguments = taken
     kind = admitted.get(called.name)

@@ -26,7 +26,7 @@ from surgeon import equivalence, examples, plans, sites, source, store
 from surgeon import recipe as recipes
 from surgeon.capture import duplicate, shadow
 from surgeon.distance import as_double, has_numbers, worst, worst_ulps
-from surgeon.equivalence import EXACT, Report
+from surgeon.equivalence import EXACT, Replay, Report
 from surgeon.errors import CaptureError, ModelError, PassError, PlanError, SurgeonError, VerifyError
 from surgeon.examples import Example, Inputs
 from surgeon.fold import fold_blocks_
@@ -257,6 +257,7 @@ def verify(a: nn.Module, b: nn.Module, example: Example | Sequence[Example] | No
     Raises:
         VerifyError: outputs of other structure, shape or dtype.
     """
+    _checked(a), _checked(b)
     is_list = isinstance(example, list) and not all(isinstance(side, int) for side in example)
     given: Any = example if is_list else [example]
     inputs = [inputs_for(b if one is None and store.history(b) else a, one, seed=seed) for one in given]
@@ -268,13 +269,13 @@ def verify(a: nn.Module, b: nn.Module, example: Example | Sequence[Example] | No
         a,
         b,
         known,
-        replay=store.redo_(shadow(a, as_double), steps) if steps else None,
-        stored=store.redo_rounding_(duplicate(a), steps) if len(steps) > 1 else None,
+        replay=_replay(a, steps) if steps else None,
         approximate=any(map(_is_approximate, steps)),
         seed=seed,
     )
     if steps and not found and store.content_hash(b) != steps[-1].result:
-        found = replace(found, remarks=(f"B's tensors were changed after the {steps[-1].operation} that made it",))
+        changed = f"B's tensors were changed after the {steps[-1].operation} that made it"
+        found = replace(found, remarks=(*found.remarks, changed))
     return found
 
 
@@ -343,6 +344,12 @@ def _steps_between(a: nn.Module, b: nn.Module) -> tuple[store.Step, ...]:
         if step.parent == start and all(one.result == two.parent for one, two in itertools.pairwise(chain)):
             return chain
     return ()
+
+
+def _replay(a: nn.Module, steps: Sequence[store.Step]) -> Replay:
+    """Do the same to a copy again."""
+    exact = store.redo_(shadow(a, as_double), steps)
+    return Replay(exact, exact if len(steps) == 1 else store.redo_rounding_(duplicate(a), steps))
 
 
 def _is_approximate(step: store.Step) -> bool:

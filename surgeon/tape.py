@@ -66,7 +66,7 @@ class Tape:
                 call = Call(_clones(args), _clones(kwargs), _clones(out))
                 self.calls.setdefault(path, []).append(call)
                 made[id(out)] = (path, call, out)
-            elif known := made.get(id(args[0])):
+            elif known := made.get(id(next(iter((*args, *kwargs.values())), None))):
                 site, call, _ = known
                 self.ends[site], call.out = path, _clones(out)
 
