@@ -204,8 +204,8 @@ class HetConv(base.Foldable):
         spec = self.spec
         x = self._sorted(input)
         seen = x if self.centre_shift is None else kernels.shift(x, self.centre_shift, spec.padding_mode)
-        inside = kernels.convolve(x, self.weight, None, self.grouped)
-        y = inside + kernels.convolve(seen, self._pointwise_kernel(), None, self.centre)
+        y = kernels.convolve(x, self.weight, None, self.grouped)
+        y = kernels.add_convolved_(y, seen, self._pointwise_kernel(), self.centre)
         if self.layout == "best":
             y = y.index_select(1, self.filter_place)
         elif self.layout == "interleaved":
