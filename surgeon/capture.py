@@ -25,6 +25,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -160,6 +161,13 @@ def shadow(model: Model, cast: Callable[[Tensor], Tensor] | None = None) -> Mode
         made = cast(tensor.detach())
         return nn.Parameter(made, tensor.requires_grad) if is_parameter else made
 
+    for name, module in model.named_modules():
+        own = vars(module).get("forward")
+        if isinstance(own, FunctionType) and any(True for _ in module.children()):
+            raise CaptureError(
+                f"{name or 'the model'} has a function in place of its forward, which would run the original in a copy",
+                todo="Make it a method of a class.",
+            )
     if lazy := [name for name, parameter in model.named_parameters() if is_lazy(parameter)]:
         raise CaptureError(
             f"{lazy[0]} has no shape yet",
@@ -229,6 +237,8 @@ def how_to_call(model: nn.Module, given: int) -> str:
     needed = [p.name for p in positional if p.default is p.empty]
     if len(needed) > max(given, 1):
         return f"It takes {' and '.join(needed)}; from Python: example=({', '.join(needed)}), tensors or shapes."
+    if len(dtypes := {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()}) > 1:
+        return f"Its parameters are {' and '.join(sorted(dtypes))}; if that is why, save it in one dtype."
     return "Give the shape that it was made for: --input 1,3,224,224."
 
 

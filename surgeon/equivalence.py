@@ -74,7 +74,7 @@ class Distance:
 
     input: str
     float64: float  # relative L2 with both run in float64 as stored
-    own: float | None  # relative L2 in the models' own dtype; None where shapes depend on rounding
+    own: float  # relative L2 in the models' own dtype
     max_abs: float
     max_rel: float
     sqnr_db: float
@@ -158,7 +158,7 @@ def verify(
         verdict="different" if not passed else "approximate" if approximate else "equivalent",
         dtype=_word(bench.dtype),
         checks=tuple(checks),
-        distances=tuple(run.distance for run in runs),
+        distances=tuple(run.distance for run in runs if run.distance is not None),
         sites=sites,
         remarks=tuple(_remarks(runs)),
     )
@@ -191,7 +191,8 @@ def local_distance(block: nn.Module, conv: nn.Conv2d, norm: nn.Module | None) ->
 class _Run:
     """What was measured for one input."""
 
-    distance: Distance
+    label: str  # of the input
+    distance: Distance | None  # None where the shapes of outputs depend on rounding
     exact: float | None  # replay against A, in float64
     modules: float | None  # B against the replay with B's tensors, in float64
     storage: list[tuple[float, float]]  # output by output: B, and jittered A, against A in float64; without a replay
@@ -227,12 +228,13 @@ class _Bench:
             truth = self._call(self.a, inputs, torch.float64)
         with tape.comparing(self.b):
             out_b = self._call(self.b, inputs, torch.float64)
-        pairs(out_b, truth)  # other structures are an error, and no question of rounding
+        if self.replay is None:
+            pairs(out_b, truth)  # what has other outputs cannot be compared
         more = self._more(inputs, truth)
         draws = [inputs, *more]
         truths = [truth, *(self._call(self.a, one, torch.float64) for one in more)]
         owns = [[self._call(model, one, self.dtype) for one in draws] for model in (self.own_a, self.own_b)]
-        is_steady = all(map(_match, owns[0], truths)) and all(map(_match, owns[1], truths))
+        is_steady = _match(out_b, truth) and all(map(_match, [*owns[0], *owns[1]], [*truths, *truths]))
         if not is_steady and self.jittered is not None:
             raise VerifyError(
                 f"the shapes of the outputs depend on rounding: in {_word(self.dtype)} they are not those of float64",
@@ -240,7 +242,8 @@ class _Bench:
             )
         found = [t for t in tensors(truth) if t.is_floating_point() and t.numel()]
         return _Run(
-            distance=_distance(str(inputs), (out_b, truth), (owns[1][0], owns[0][0]) if is_steady else None),
+            label=str(inputs),
+            distance=_distance(str(inputs), (out_b, truth), (owns[1][0], owns[0][0])) if is_steady else None,
             exact=None if self.replay is None else worst(self._call(self.replay, inputs, torch.float64), truth),
             modules=None if self.twin is None else worst(out_b, self._call(self.twin, inputs, torch.float64)),
             storage=self._storage(out_b, more, truths, draws),
@@ -319,14 +322,14 @@ def _call(model: nn.Module, inputs: Sequence[Tensor], seed: int) -> Any:
             ) from error
 
 
-def _distance(label: str, exact: tuple[Any, Any], own: tuple[Any, Any] | None) -> Distance:
-    outs = pairs(*exact) if own is None else pairs(*own)
+def _distance(label: str, exact: tuple[Any, Any], own: tuple[Any, Any]) -> Distance:
+    outs = pairs(*own)
     rows = [_row(_real(b), _real(a)) for b, a in outs]
     scores = [(b, a) for b, a in outs if a.dim() == 2 and a.shape[1] > 1 and not a.is_complex()]
     return Distance(
         input=label,
         float64=worst(*exact),
-        own=None if own is None else worst(*own),
+        own=worst(*own),
         max_abs=max(row[0] for row in rows),
         max_rel=max(row[1] for row in rows),
         sqnr_db=min(row[2] for row in rows),
@@ -401,7 +404,7 @@ def _furthest(outputs: Sequence[tuple[float, float]]) -> Iterator[tuple[int, flo
 
 def _where(run: _Run, output: int) -> str:
     several = max(len(run.storage), len(run.rounding)) > 1
-    words = [run.distance.input, *[f"{run.draws} inputs of it"] * (run.draws > 1), *[f"output {output}"] * several]
+    words = [run.label, *[f"{run.draws} inputs of it"] * (run.draws > 1), *[f"output {output}"] * several]
     return "".join(f"{word}, " for word in words)
 
 
@@ -414,8 +417,8 @@ def _numbers(runs: Sequence[_Run]) -> Iterator[Check]:
 def _remarks(runs: Sequence[_Run]) -> Iterator[str]:
     if any(run.odd for run in runs):
         yield "NaN or Inf in the outputs of B"  # where they are not A's, relative L2 is infinite
-    if any(run.distance.own is None for run in runs):
-        yield "the shapes of the outputs depend on rounding, so they were compared in float64 only"
+    if any(run.distance is None for run in runs):
+        yield "the shapes of the outputs depend on rounding, so B's were compared with those of the replay alone"
 
 
 def _word(dtype: torch.dtype) -> str:

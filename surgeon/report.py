@@ -138,7 +138,7 @@ def report_view(report: Report) -> RenderableType:
         Text.assemble(("  ok  ", "green") if check.passed else (" FAIL ", "bold red"), f"{check.name}: {check.says}")
         for check in report.checks
     ]
-    parts.append(_distances(report))
+    parts += [_distances(report)] if report.distances else []
     if rows := list(_telling(report.sites)):
         parts.append(_sites(rows, len(report.sites)))
     if report.first_to_part:
@@ -200,7 +200,7 @@ def _distances(report: Report) -> Table:
     table = _table("input", "float64", report.dtype, "max abs", "max rel", "SQNR dB", "cosine", "top-1 same")
     for row in report.distances:
         top1 = "" if row.top1 is None else f"{row.top1:.1%}"
-        numbers = ["" if n is None else f"{n:.1e}" for n in (row.float64, row.own, row.max_abs, row.max_rel)]
+        numbers = [f"{n:.1e}" for n in (row.float64, row.own, row.max_abs, row.max_rel)]
         table.add_row(row.input, *numbers, f"{row.sqnr_db:.1f}", f"{row.cosine:.9f}", top1)
     return table
 

@@ -139,7 +139,7 @@ def build_named_in_file(architecture: Architecture, *, trust: Trust = Trust(), s
     Only torchvision and timm are called, nothing is fetched, and another file is read as a safe one.
     """
     source = architecture.name.rpartition(":")[0]
-    if source not in (*LIBRARIES, ""):
+    if ":" in architecture.name and source not in LIBRARIES:
         raise ModelError(
             f"the file says that it was made from {architecture.name}, which is code that would run",
             todo=f"If you trust that code, name it yourself: --arch {architecture.name}",
@@ -174,6 +174,11 @@ def load_weights(model: nn.Module, state: State, origin: str) -> None:
     Tensors that the model holds under several names need to be there under one: safetensors files store them once.
     """
     own = model.state_dict()
+    for key, tensor in state.items():
+        if key in own and (loss := _loss(tensor.dtype, own[key].dtype)):
+            raise ModelError(
+                f"{key} in {origin} holds {loss}", todo="Save the weights in the dtype that the network has."
+            )
     given = {_place(own[key]): tensor for key, tensor in state.items() if key in own}
     tied = {key: given[_place(tensor)] for key, tensor in own.items() if key not in state and _place(tensor) in given}
     if tied:
@@ -184,6 +189,15 @@ def load_weights(model: nn.Module, state: State, origin: str) -> None:
         problem, todo = _misfit(own, state)
         what = problem or str(error).splitlines()[-1].strip()
         raise ModelError(f"the weights in {origin} do not fit the network: {what}", todo=todo) from error
+
+
+def _loss(stored: torch.dtype, own: torch.dtype) -> str | None:
+    """Say what a number would lose if it were copied into a tensor of another kind, beyond digits."""
+    if stored.is_complex and not own.is_complex:
+        return "complex numbers, and the network real ones"
+    if own.is_floating_point and not stored.is_floating_point:
+        return f"{str(stored).removeprefix('torch.')} numbers, and the network floating point ones"
+    return None
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:

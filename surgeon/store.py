@@ -16,12 +16,14 @@ import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from surgeon import plans, sites
 from surgeon._version import __version__
 from surgeon.capture import shadow
 from surgeon.distance import as_double
@@ -30,17 +32,18 @@ from surgeon.fold import fold_blocks_
 from surgeon.operate import operate_
 from surgeon.pickles import PACKAGES, lies_in
 from surgeon.plans import Plan
-from surgeon.sites import fingerprint
 from surgeon.source import MANIFEST, Architecture, Loaded, Trust, build, build_named_in_file, files_run
 
 _ATTRIBUTE = "surgeon_provenance"  # on the model itself, so that it survives training and the person's own torch.save
-_FORMAT = 1
+_FORMAT = 1  # of histories and manifests; another one is refused
 SUFFIXES = (".pt", ".pth", ".safetensors")
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
     """One operation: `plan` is what convert carried out; `parent` and `result` hash all tensors before and after."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     operation: str  # convert or fuse
     parent: str
@@ -71,7 +74,9 @@ def redo_(model: nn.Module, steps: Sequence[Step]) -> nn.Module:
         if step.plan is None:
             fold_blocks_(model, dense=step.dense)
         else:
-            operate_(model, Plan.model_validate(step.plan))
+            plan = Plan.model_validate(step.plan)
+            plans.check(plan, sites.survey(model))  # the history may have come with a file
+            operate_(model, plan)
     return model
 
 
@@ -89,12 +94,7 @@ def rebuild(manifest: str, given: Architecture | None, *, trust: Trust, seed: in
     Raises:
         StoreError: the manifest is not ours, names no architecture (give one with --arch), or another one than given.
     """
-    try:
-        data = json.loads(manifest)
-        named = Architecture(**data["architecture"]) if data["architecture"] else None
-    except (ValueError, TypeError, KeyError) as error:
-        raise _foreign() from error
-    steps = _steps(data)
+    named, steps = _named(manifest), _steps(_data(manifest))
     if given is None and named is None:
         raise StoreError(
             "the file holds weights, and does not say of which network",
@@ -105,7 +105,7 @@ def rebuild(manifest: str, given: Architecture | None, *, trust: Trust, seed: in
     elif named is not None:  # the file chose the name, so it may only be one of a library's
         model = build_named_in_file(named, trust=trust, seed=seed)
     for step in steps[len(history(model)) :]:
-        if step.plan is not None and step.plan.get("model") != fingerprint(model):
+        if step.plan is not None and step.plan["model"] != sites.fingerprint(model):
             raise StoreError("the file was not made from that network", todo="Name what it was made from with --arch.")
         redo_(model, [step])
     setattr(model, _ATTRIBUTE, {"format": _FORMAT, "history": [asdict(step) for step in steps]})
@@ -116,8 +116,7 @@ def architecture_of(loaded: Loaded) -> Architecture | None:
     """Say how a loaded network is built, if that was named now or when its file was written."""
     if loaded.architecture is not None or MANIFEST not in loaded.metadata:
         return loaded.architecture
-    named = json.loads(loaded.metadata[MANIFEST])["architecture"]
-    return Architecture(**named) if named else None
+    return _named(loaded.metadata[MANIFEST])
 
 
 def content_hash(model: nn.Module) -> str:
@@ -203,11 +202,38 @@ def _admission(module: str, kind: type[nn.Module]) -> str:
     return f"--arch {file}:{kind.__qualname__}"
 
 
-def _steps(data: Any) -> tuple[Step, ...]:
+def _data(manifest: str) -> Any:
     try:
-        return tuple(Step(**step) for step in data["history"])
-    except (TypeError, KeyError) as error:
+        return json.loads(manifest)
+    except ValueError as error:
         raise _foreign() from error
+
+
+def _named(manifest: str) -> Architecture | None:
+    """Say how a network is built, as far as a manifest tells."""
+    named = _data(manifest)
+    try:
+        return _ARCHITECTURE.validate_python(named["architecture"])
+    except (ValidationError, TypeError, KeyError) as error:
+        raise _foreign() from error
+
+
+def _steps(data: Any) -> tuple[Step, ...]:
+    """Read a history, which may have come with a file: nothing in it is believed before it has been looked at."""
+    try:
+        if data.get("format", _FORMAT) != _FORMAT:
+            raise _foreign()
+        steps = _HISTORY.validate_python(data["history"])
+        for step in steps:
+            if step.plan is not None:
+                Plan.model_validate(step.plan)
+    except (ValidationError, TypeError, KeyError, AttributeError) as error:
+        raise _foreign() from error
+    return steps
+
+
+_HISTORY = TypeAdapter(tuple[Step, ...])
+_ARCHITECTURE = TypeAdapter(Architecture | None)
 
 
 def _foreign() -> StoreError:
@@ -218,30 +244,28 @@ def _foreign() -> StoreError:
 
 
 def _save_tensors(model: nn.Module, architecture: Architecture | None, path: Path) -> None:
-    tensors, ties = _untied(model.state_dict())
+    tensors = _untied(model.state_dict())
     manifest = {
         "format": _FORMAT,
         "architecture": None if architecture is None else asdict(architecture),
-        "ties": ties,
         **vars(model).get(_ATTRIBUTE, {}),
     }
     save_file(tensors, path, metadata={"format": "pt", MANIFEST: json.dumps(manifest)})
 
 
-def _untied(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Separate a state dict into tensors that share nothing, and names of tensors that are another one."""
+def _untied(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give the tensors that share nothing; what is a second name of one is found again in the network itself."""
     first: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
-    tensors, ties = {}, {}
+    tensors = {}
     for key, tensor in state.items():
         if not isinstance(tensor, Tensor):
             raise StoreError(f"{key} is no tensor, and safetensors holds nothing else", todo="Write a .pt file.")
         place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
-        if tensor.numel() and (known := first.setdefault(place, key)) != key:
-            ties[key] = known
-        else:
-            whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-            tensors[key] = tensor.detach().contiguous() if whole else tensor.detach().clone().contiguous()
-    return tensors, ties
+        if tensor.numel() and first.setdefault(place, key) != key:
+            continue
+        whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+        tensors[key] = tensor.detach().contiguous() if whole else tensor.detach().clone().contiguous()
+    return tensors
 
 
 def _feed(digest: hashlib._Hash, tensor: Tensor) -> None:

@@ -145,6 +145,13 @@ def test_every_call_is_noted_with_its_shapes_in_order():
     assert observe(strided, [INPUT]).calls == {"0": [Call(SHAPE, (2, 6, 4, 3))]}
 
 
+def test_a_closure_as_forward_cannot_be_copied() -> None:
+    net = ConvNorm()
+    net.forward = lambda x: ConvNorm.forward(net, x)
+    with pytest.raises(CaptureError, match="the model has a function in place of its forward"):
+        surgeon.convert(net, "acnet", SHAPE)
+
+
 def test_blocks_are_noted_as_one_call():
     converted = surgeon.convert(ConvNorm(), "acnet", SHAPE)
     assert observe(converted, [INPUT]).calls["conv"] == [MAP]

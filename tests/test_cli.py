@@ -141,6 +141,8 @@ BAD = {
     "a bad output name": (("convert", "net.pt", "-r", "acnet", "-o", "out.xyz"), ".pt"),
     "an output that exists": (("convert", "net.pt", "-r", "acnet", "-o", "linear.pt"), "--force"),
     "an output that is the input": (("convert", "net.pt", "-r", "acnet", "-o", "net.pt", "--force"), "made from"),
+    "two inputs where one is meant": (("survey", "net.pt", "-i", "1,1,28,28", "-i", "2,1,28,28"), "only verify"),
+    "an input that fits nowhere": (("survey", "net.pt", "-i", "1,1,99999999,99999999"), "memory"),
     "a seed that is too large": (("survey", "net.pt", "--seed", "9" * 30), "--seed"),
     "an unknown command": (("cnovert", "net.pt"), ""),
     "an unknown option": (("survey", "net.pt", "--nope"), ""),

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from surgeon import kernels
 from surgeon.kernels import Norm
+from surgeon.spec import ConvSpec
 
 EXACT = 1e-13
 
@@ -101,6 +102,24 @@ def test_an_embedded_strip_sees_the_pixels_of_its_row() -> None:
     x, strip = randn(1, 2, 9, 8), randn(3, 2, 1, 3)
     wide = F.conv2d(x, kernels.embed(strip, (5, 3), row=3), dilation=2)
     assert relative(wide, F.conv2d(x[:, :, 6:-2], strip, dilation=2)) <= EXACT
+
+
+PLACED = [ConvSpec(6, 4, (1, 1)), ConvSpec(6, 4, (3, 3), padding=(1, 1), stride=(2, 2))]
+
+
+@pytest.mark.parametrize("spec", PLACED, ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_adding_a_convolution_in_place(spec: ConvSpec, memory_format: torch.memory_format) -> None:
+    x = torch.randn(2, 6, 9, 8, dtype=torch.float64).to(memory_format=memory_format)
+    weight = torch.randn(spec.weight_shape, dtype=torch.float64)
+    term = F.conv2d(x, weight, None, spec.stride, spec.padding)
+    y = torch.randn_like(term).to(memory_format=memory_format)
+    expected = y + term
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            into = y.clone()
+            assert kernels.add_convolved_(into, x, weight, spec) is into
+            assert relative(into, expected) <= 1e-14
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

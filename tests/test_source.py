@@ -368,6 +368,25 @@ def test_weights_go_into_the_named_architecture(name: str, here: Path) -> None:
     assert (state.keys(), notices) == (model.state_dict().keys(), [])
 
 
+def test_a_class_may_not_hide_where_a_forward_would_call_it(here: Path) -> None:
+    """A blank module of torchvision's whose `conv` is a class of timm's that fetches what it is told to."""
+    inner = torchvision.models.detection.rpn.RPNHead(4, 3)
+    del inner.conv
+    inner.__dict__["conv"] = timm.task.distillation.DistillationTeacher
+    torch.save(inner, "evil.pt")
+    assert "stores timm.task.distillation.DistillationTeacher itself" in refusal("evil.pt")
+    inner.__dict__["conv"] = nn.BatchNorm2d  # the kind of its norms, as honest models have it
+    torch.save(inner, "honest.pt")
+    assert source.load("honest.pt").model.conv is nn.BatchNorm2d
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64])
+def test_numbers_of_another_kind_are_not_cast(dtype: torch.dtype, here: Path) -> None:
+    state = source.load("mynet.py:Net").model.state_dict()
+    save_state({**state, "conv.weight": state["conv.weight"].to(dtype)}, "w.safetensors")
+    assert "conv.weight in w.safetensors holds" in refusal("w.safetensors", arch="mynet.py:Net")
+
+
 def test_a_file_that_holds_a_network_needs_no_architecture(here: Path) -> None:
     model = surgeon.convert(source.load("torchvision:resnet18").model, "acnet", (1, 3, 32, 32))
     torch.save(model, "net.acnet.pt")

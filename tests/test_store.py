@@ -17,7 +17,7 @@ from torch import nn
 import surgeon
 from surgeon import store
 from surgeon.demo.net import SmallResNet
-from surgeon.errors import ModelError, StoreError
+from surgeon.errors import ModelError, StoreError, SurgeonError
 
 INPUT = (1, 1, 28, 28)
 ARCH = "surgeon.demo.net:SmallResNet"
@@ -169,11 +169,66 @@ def test_a_manifest_that_is_not_ours_is_refused(converted: nn.Module, manifest: 
         surgeon.load(path)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"plan": 5},
+        {"plan": "zz"},
+        {"plan": {"surgeon-plan": 1}},
+        {"operation": 3},
+        {"parent": None},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_a_history_that_is_not_ours_is_refused(converted: nn.Module, change: dict[str, object], tmp_path: Path) -> None:
+    (step,) = converted.surgeon_provenance["history"]
+    converted.surgeon_provenance = {"format": 1, "history": [{**step, **change}]}
+    surgeon.save(converted, tmp_path / "net.pt")
+    with pytest.raises(StoreError, match="is not one of surgeon"):
+        surgeon.verify(converted, surgeon.load(tmp_path / "net.pt"), INPUT)
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        (("path",), "no.such.conv"),
+        (("takes_norm",), ["fc"]),
+        (("with", "init"), "sideways"),
+        (("swap",), "hetconv"),
+    ],
+    ids=str,
+)
+def test_a_plan_in_a_file_is_checked_before_it_is_carried_out(
+    converted: nn.Module, where: tuple[str, ...], value: object, tmp_path: Path
+) -> None:
+    entry = next(one for one in converted.surgeon_provenance["history"][0]["plan"]["convs"] if "swap" in one)
+    for key in where[:-1]:
+        entry = entry.setdefault(key, {})
+    entry[where[-1]] = value
+    surgeon.save(converted, tmp_path / "net.safetensors", arch=ARCH)
+    with pytest.raises(SurgeonError) as caught:
+        surgeon.load(tmp_path / "net.safetensors", arch=ARCH)
+    assert caught.value.exit_code == 2
+
+
+def test_a_later_format_is_refused(converted: nn.Module, tmp_path: Path) -> None:
+    converted.surgeon_provenance["format"] = 2
+    surgeon.save(converted, tmp_path / "net.safetensors", arch=ARCH)
+    with pytest.raises(StoreError, match="is not one of surgeon"):
+        surgeon.load(tmp_path / "net.safetensors", arch=ARCH)
+
+
 def test_a_manifest_cannot_name_code(converted: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     marker = tmp_path / "ran"
     (tmp_path / "evil.py").write_text(f"open({str(marker)!r}, 'w')\ndef net(**_): ...\n")
-    for name, args in {"os:system": {"command": f"touch {marker}"}, "evil:net": {}, "evil.py:net": {}}.items():
+    for name, args in {
+        "os:system": {"command": f"touch {marker}"},
+        "evil:net": {},
+        "evil.py:net": {},
+        ":x": {},
+    }.items():
         manifest = {"format": 1, "architecture": {"name": name, "args": args}, "history": []}
         path = _with_manifest(tmp_path / "net.safetensors", converted, manifest)
         with pytest.raises(ModelError):

@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import run_surgeon, shake_
+from tiny import SHAPE, ConvNorm
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import surgeon
 from surgeon.demo.net import SmallResNet
 from surgeon.distance import relative_l2, ulp
-from surgeon.errors import CaptureError, VerifyError
+from surgeon.errors import CaptureError, ModelError, VerifyError
 
 INPUT = (1, 1, 28, 28)
 
@@ -145,8 +147,120 @@ def test_the_luck_of_a_single_number_is_no_verdict(outputs: int) -> None:
         assert f"{64 // outputs} inputs of it" in rounding.says
 
 
+class _TwoHeads(nn.Module):
+    """A head that jumps where a number crosses a threshold, and an ordinary one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+        self.head, self.other = nn.Conv2d(8, 5, 3), nn.Conv2d(8, 5, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.body(x)
+        return {"mask": (self.head(y) * 1e4).sin(), "aux": self.other(y)}
+
+
+def test_every_output_has_a_limit_of_its_own() -> None:
+    a = _TwoHeads()
+    b = copy.deepcopy(a)
+    assert surgeon.verify(a, b, (1, 3, 16, 16)).equivalent
+    with torch.no_grad():
+        b.other.weight *= 1.001
+    report = surgeon.verify(a, b, (1, 3, 16, 16))
+    assert report.verdict == "different"
+    assert any("output 1" in check.says for check in report.checks if not check.passed)
+
+
+def test_where_no_number_is_finite_nothing_is_shown() -> None:
+    a = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3))
+    with torch.no_grad():
+        a[1].running_var[0] = float("nan")
+    b = copy.deepcopy(a)
+    with torch.no_grad():
+        b[2].weight *= 3
+    report = surgeon.verify(a, b, (1, 3, 8, 8))
+    assert report.verdict == "different"
+    assert "hold no finite number" in str(report)
+
+
+def test_numbers_that_are_not_finite_are_no_fault_where_they_belong() -> None:
+    """A buffer that nothing reads, and a conv of NaN: what surgeon makes of them is the same."""
+    net = nn.Sequential(ConvNorm(), ConvNorm())
+    net.register_buffer("stats", torch.tensor([float("nan"), 1.0]))
+    converted = surgeon.convert(net, "acnet", SHAPE)
+    assert surgeon.verify(net, converted, SHAPE).equivalent
+    assert surgeon.verify(converted, surgeon.fuse(converted), SHAPE).equivalent
+    with torch.no_grad():
+        net[0].conv.weight[0] = float("nan")
+    assert isinstance(surgeon.convert(net, "acnet", SHAPE)[0].conv, surgeon.ACBlock)
+
+
+class _ByKeyword(ConvNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(input=self.conv(input=x))
+
+
+def test_a_norm_may_be_called_by_keyword() -> None:
+    net = shake_(_ByKeyword())
+    converted = surgeon.convert(net, "acnet", SHAPE)
+    assert isinstance(converted.bn, nn.Identity)
+    assert surgeon.verify(net, converted, SHAPE).equivalent
+
+
+class _Detector(nn.Module):
+    """Gives as many boxes as there are numbers above a threshold, which rounding moves across it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return y[(y * 1e9).sin() > 0]
+
+
+def test_outputs_whose_shapes_depend_on_rounding_are_compared_in_float64() -> None:
+    net = _Detector()
+    converted = surgeon.convert(net, "acnet", (1, 3, 12, 12))
+    report = surgeon.verify(net, converted, (1, 3, 12, 12))
+    assert report.equivalent, report
+    assert "depend on rounding" in report.remarks[0]
+    with pytest.raises(VerifyError, match="depend on rounding"):
+        surgeon.verify(net, copy.deepcopy(net), (1, 3, 12, 12))
+
+
+@pytest.mark.parametrize("bad", ["net.pt", None, 3, {}])
+def test_what_is_no_model_is_said(bad: object) -> None:
+    for pair in ((bad, ConvNorm()), (ConvNorm(), bad)):
+        with pytest.raises(ModelError, match="is no model"):
+            surgeon.verify(*pair, SHAPE)
+    with pytest.raises(CaptureError, match="example 5 is neither"):
+        surgeon.verify(ConvNorm(), ConvNorm(), 5)
+
+
 class TestPairsOfUnknownOrigin:
     """No history: the difference must be explained by how the weights are stored."""
+
+    @pytest.mark.parametrize("outputs", [1, 10, 200])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_folds_by_torchs_own_hand_pass(self, dtype: torch.dtype, outputs: int) -> None:
+        for seed in range(8):
+            torch.manual_seed(seed)
+            net = shake_(
+                nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(288, outputs)), seed
+            )
+            other = copy.deepcopy(net.eval().double())
+            other[0], other[1] = fuse_conv_bn_eval(other[0], other[1]), nn.Identity()
+            net, other = net.to(dtype), other.to(dtype)
+            report = surgeon.verify(net, other, (1, 3, 8, 8))
+            assert report.equivalent, report
+            assert report.first_to_part is None
+            with torch.no_grad():
+                other[0].bias[0] += 1e-3
+            report = surgeon.verify(net, other, (1, 3, 8, 8))
+            assert (report.verdict, report.first_to_part) == ("different", "0")
 
     def _forgotten(self, model: nn.Module) -> nn.Module:
         model = copy.deepcopy(model)
