@@ -19,6 +19,7 @@ from surgeon._version import __version__
 if TYPE_CHECKING:
     from surgeon.blocks.acblock import ACBlock
     from surgeon.blocks.hetconv import HetConv
+    from surgeon.blocks.octave import OctaveConv
     from surgeon.equivalence import Report
     from surgeon.plans import Plan
     from surgeon.recipe import Recipe
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "ACBlock": "surgeon.blocks.acblock",
     "HetConv": "surgeon.blocks.hetconv",
+    "OctaveConv": "surgeon.blocks.octave",
     "Plan": "surgeon.plans",
     "Recipe": "surgeon.recipe",
     "Report": "surgeon.equivalence",
@@ -41,6 +43,7 @@ _HOMES = {
 __all__ = [
     "ACBlock",
     "HetConv",
+    "OctaveConv",
     "Plan",
     "Recipe",
     "Report",

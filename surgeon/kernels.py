@@ -10,6 +10,7 @@ Ding et al. 2019, ACNet, arXiv:1908.03930, eq. 4–6 and section 3.3.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -93,6 +94,22 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> 
     if spec.padding_mode != "zeros":
         x, spec = shift(x, spec.pads, spec.padding_mode), spec.change(padding=(0, 0))
     return nn.functional.conv2d(x, weight, bias, spec.stride, spec.padding, spec.dilation, spec.groups)
+
+
+def pool(x: Tensor) -> Tensor:
+    """Halve the resolution by averages of 2×2 pixels, of what there is of them at the border; ⌈h/2⌉ × ⌈w/2⌉."""
+    return nn.functional.avg_pool2d(x, 2, 2, ceil_mode=True, count_include_pad=False)
+
+
+def up(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Double the resolution by repeating every pixel, and crop to (h, w); `pool` undoes it bit for bit.
+
+    >>> up(torch.tensor([[[[1.0, 2.0]]]]), (2, 3))
+    tensor([[[[1., 1., 2.],
+              [1., 1., 2.]]]])
+    """
+    h, w = size
+    return nn.functional.interpolate(x, scale_factor=2, mode="nearest")[..., :h, :w]
 
 
 def add_convolved_(y: Tensor, x: Tensor, weight: Tensor, spec: ConvSpec) -> Tensor:
