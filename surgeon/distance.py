@@ -184,6 +184,8 @@ def _ulps(stored: Tensor, exact: Tensor) -> float:
     if not stored.is_floating_point():
         return 0.0 if torch.equal(stored, exact) else math.inf
     rounded = exact.to(stored.dtype)
+    if torch.equal(stored, rounded):
+        return 0.0
     same = (stored == rounded) | (stored.isnan() & rounded.isnan())
     if same.all():
         return 0.0

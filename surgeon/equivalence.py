@@ -285,10 +285,10 @@ def _match(own: Any, truth: Any) -> bool:
 
 
 def _with_tensors_of(b: nn.Module, replay: nn.Module) -> nn.Module | None:
-    """Copy the replay and give it B's tensors; None where they do not fit, which another check tells."""
-    twin = shadow(replay, torch.clone)
+    """Copy the replay's modules and give them B's tensors; None where they do not fit, which another check tells."""
+    twin = shadow(replay)
     try:
-        twin.load_state_dict(b.state_dict())
+        twin.load_state_dict(b.state_dict(), assign=True)
     except RuntimeError:
         return None
     return twin

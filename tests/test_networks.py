@@ -37,8 +37,8 @@ NETS = {
     "densenet121": Net(_torchvision("densenet121"), 64),
     "mobilenet_v3_large": Net(_torchvision("mobilenet_v3_large"), 64, takes_all_norms=True),
     "inception_v3": Net(_torchvision("inception_v3", init_weights=False), 128, takes_all_norms=True, train_side=299),
-    "timm vgg11": Net(lambda: timm.create_model("vgg11"), 224),
-    "timm resnet50_clip": Net(lambda: timm.create_model("resnet50_clip"), 224),
+    "timm vgg11": Net(lambda: timm.create_model("vgg11", mlp_ratio=0.125), 64),
+    "timm resnet50_clip": Net(lambda: timm.create_model("resnet50_clip", img_size=64), 64),
 }
 NORMED = [name for name, net in NETS.items() if net.takes_all_norms]
 
