@@ -36,12 +36,14 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
-from surgeon.blocks import Block
+from surgeon.blocks import Block, Operator
 from surgeon.errors import CaptureError
+from surgeon.graph import Rewritten
 
 Model = TypeVar("Model", bound=nn.Module)
 _OURS_AND_TORCHS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 _TORCHS_OWN = vars(nn.Module()).keys()  # _modules, _parameters, hooks
+FOLLOWS_MODE = "follows_mode"  # in the meta of a functional dropout whose flag is self.training
 _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 
 
@@ -246,11 +248,11 @@ class _Tracer(fx.Tracer):
     """Stops at convs and norms, whatever their subclass, and at surgeon's blocks."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, Block | _ConvNd | _BatchNorm) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, Operator | _ConvNd | _BatchNorm) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _explore(module: nn.Module, path: str, found: Capture, seen: set[nn.Module]) -> None:
-    if module in seen or isinstance(module, Block | _ConvNd) or not any(map(is_conv, module.modules())):
+    if module in seen or isinstance(module, Operator | _ConvNd) or not any(map(_is_site, module.modules())):
         return
     seen.add(module)
     if not isinstance(module, nn.ModuleList | nn.ModuleDict):
@@ -263,8 +265,14 @@ def _explore(module: nn.Module, path: str, found: Capture, seen: set[nn.Module])
         _explore(child, f"{path}.{name}" if path else name, found, seen)
 
 
+def _is_site(module: nn.Module) -> bool:
+    return isinstance(module, Operator | _ConvNd)
+
+
 def _trace(module: nn.Module, *, is_root: bool) -> fx.Graph | str:
     """Trace in both modes; the graph, or why there is none."""
+    if isinstance(module, Rewritten):
+        return module.graph
     defaults = {
         p.name: p.default
         for p in inspect.signature(module.forward).parameters.values()
@@ -279,7 +287,18 @@ def _trace(module: nn.Module, *, is_root: bool) -> fx.Graph | str:
         if difference := _difference(graphs[0], other):
             when = "with and without its optional arguments" if i else "in train and eval mode"
             return f"the graph is not the same {when}, first at {difference}"
+    _mark_(graphs[0], graphs[1])
     return graphs[0]
+
+
+def _mark_(training: fx.Graph, evaluating: fx.Graph) -> None:
+    """Note which functional dropouts follow the mode of their module."""
+    for one, other in zip(_dropouts(training), _dropouts(evaluating), strict=True):
+        one.meta[FOLLOWS_MODE] = one.kwargs.get("training") != other.kwargs.get("training")
+
+
+def _dropouts(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.target in _DROPOUTS]
 
 
 def _trace_once(module: nn.Module, training: bool, arguments: dict[str, Any]) -> fx.Graph:

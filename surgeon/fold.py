@@ -67,8 +67,7 @@ def _with_norm(conv: nn.Module, norm: _BatchNorm) -> nn.Conv2d:
     assert isinstance(conv, nn.Conv2d)
     made = ConvSpec.of(conv).change(bias=True).build(like=conv.weight)
     with torch.no_grad():
-        bias = None if conv.bias is None else conv.bias.double()
-        kernel, bias = kernels.fold_bn(conv.weight.double(), bias, kernels.Norm.of(norm).double())
+        kernel, bias = kernels.with_norm(conv.weight, conv.bias, norm)
         made.weight.copy_(kernel)
         assert made.bias is not None
         made.bias.copy_(bias)

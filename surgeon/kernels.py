@@ -62,6 +62,13 @@ def fold_bn(kernel: Tensor, bias: Tensor | None, norm: Norm) -> tuple[Tensor, Te
     return kernel * scale[:, None, None, None], norm.bias + shift * scale
 
 
+def with_norm(weight: Tensor, bias: Tensor | None, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Fold a norm into the tensors of the conv before it, in float64, cast once to their dtype."""
+    bias64 = None if bias is None else bias.detach().double()
+    made = fold_bn(weight.detach().double(), bias64, Norm.of(norm).double())
+    return made[0].to(weight.dtype), made[1].to(weight.dtype)
+
+
 def embed(strip: Tensor, kernel: tuple[int, int], *, row: int = 0, column: int = 0) -> Tensor:
     """Lay a small kernel into a larger one of zeros, its first tap at (row, column).
 
@@ -94,22 +101,6 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> 
     if spec.padding_mode != "zeros":
         x, spec = shift(x, spec.pads, spec.padding_mode), spec.change(padding=(0, 0))
     return nn.functional.conv2d(x, weight, bias, spec.stride, spec.padding, spec.dilation, spec.groups)
-
-
-def pool(x: Tensor) -> Tensor:
-    """Halve the resolution by averages of 2×2 pixels, of what there is of them at the border; ⌈h/2⌉ × ⌈w/2⌉."""
-    return nn.functional.avg_pool2d(x, 2, 2, ceil_mode=True, count_include_pad=False)
-
-
-def up(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Double the resolution by repeating every pixel, and crop to (h, w); `pool` undoes it bit for bit.
-
-    >>> up(torch.tensor([[[[1.0, 2.0]]]]), (2, 3))
-    tensor([[[[1., 1., 2.],
-              [1., 1., 2.]]]])
-    """
-    h, w = size
-    return nn.functional.interpolate(x, scale_factor=2, mode="nearest")[..., :h, :w]
 
 
 def add_convolved_(y: Tensor, x: Tensor, weight: Tensor, spec: ConvSpec) -> Tensor:

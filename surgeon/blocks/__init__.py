@@ -7,9 +7,9 @@ import inspect
 import pkgutil
 from functools import cache
 
-from surgeon.blocks.base import Block, BlockOptions, Example, Foldable
+from surgeon.blocks.base import Block, BlockOptions, Deployable, Example, Foldable, Operator
 
-__all__ = ["Block", "BlockOptions", "Example", "Foldable", "registry"]
+__all__ = ["Block", "BlockOptions", "Deployable", "Example", "Foldable", "Operator", "registry"]
 
 
 @cache

@@ -36,14 +36,19 @@ class Example:
     with_norm: bool = False  # the conv comes with the norm that follows it
 
 
-class Block(nn.Module, abc.ABC):
+class Operator(nn.Module):
+    """One step of a graph: tracing does not look into it."""
+
+    spec: ConvSpec  # of the conv whose work it does
+
+
+class Block(Operator, abc.ABC):
     """A module that stands where an `nn.Conv2d` stood: it takes the same input and gives the same output shape."""
 
     name: ClassVar[str]  # as recipes write it
     title: ClassVar[str]  # one line for `surgeon blocks`
     paper: ClassVar[str]
     Options: ClassVar[type[BlockOptions]]
-    spec: ConvSpec  # of the conv whose work it does
 
     @classmethod
     @abc.abstractmethod
@@ -125,6 +130,14 @@ class Foldable(Block):
     def fuse(self) -> nn.Conv2d:
         """Fold, under the name that `timm.utils.reparameterize_model` calls."""
         return self.fold()
+
+
+class Deployable(Block):
+    """A block that no single conv can do the work of, but that has a form of plain convs to deploy."""
+
+    @abc.abstractmethod
+    def deploy(self) -> nn.Module:
+        """Return that form, of the block as it is in eval mode; the block is left as it was."""
 
 
 def kaiming_uniform(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:

@@ -1,17 +1,15 @@
 """OctaveConv: a convolution whose channels come in two streams, the low one at half the resolution.
 
-Of C channels the first C − ⌊αC⌋ are high and the rest are low. On plain tensors, with pool 2×2 average pooling and up
-nearest-neighbour ×2, cropped to the size of the high stream:
-
-    split(x) = (x_high, pool(x_low)),   join(h, l) = cat(h, up(l)),   split(join(h, l)) = (h, l)
+Which channels are low is said by ranges (`surgeon/streams.py`, where split, join, pool and up are). On plain tensors
 
     y = join(high, low) of split(x) = (h, l)
     high = W_hh ∗ h + up(W_lh ∗ l)
     low  = W_hl ∗ pool(h) + W_ll ∗ l
 
-The four kernels are parts of one kernel of the shape that the conv had, so the octave model has the keys and shapes of
-the model it comes from. With α_in = 0 or α_out = 0 (the first and the last conv of a region) there is no low stream
-there. At stride 2 the maps are pooled and then convolved at stride 1:
+and on a pair (h, l) it gives the pair (high, low): what is left of it in a graph from which joins and splits have been
+taken out. The four kernels are parts of one kernel of the shape that the conv had, so the octave model has the keys and
+shapes of the model it comes from. With α_in = 0 or α_out = 0 (the first and the last conv of a region) there is no low
+stream there. At stride 2 the maps are pooled and then convolved at stride 1:
 
     paper      h ← pool(h), and l stays where it makes high: it has that resolution already
     pool-both  h ← pool(h), l ← pool(l)
@@ -24,44 +22,63 @@ Chen et al. 2019, Drop an Octave, arXiv:1904.05049, section 3 and eq. 2–5.
 
 from __future__ import annotations
 
+import abc
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Annotated, Literal, Self, overload
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from surgeon import kernels
+from surgeon import kernels, streams
 from surgeon.blocks import base
 from surgeon.blocks.base import Example
 from surgeon.spec import ConvSpec
+from surgeon.streams import Ranges
+
+Streams = tuple[Tensor, Tensor | None]
+_Count = Annotated[int, Field(ge=0)]
 
 
 class OctaveConvOptions(base.BlockOptions):
     """What share of the channels is low, before and behind the conv."""
 
-    alpha: float = Field(
-        0.5, ge=0, lt=1, description="share of low channels, before and behind the conv unless they are given apart"
-    )
+    alpha: float = Field(0.5, ge=0, lt=1, description="share of low channels, before and behind the conv")
     alpha_in: float | None = Field(
-        None, ge=0, lt=1, description="share before the conv; 0 for the first conv of a region"
+        None, ge=0, lt=1, description="share before the conv; left out, it is planned: what the conv reads decides"
     )
     alpha_out: float | None = Field(
-        None, ge=0, lt=1, description="share behind the conv; 0 for the last conv of a region"
+        None, ge=0, lt=1, description="share behind the conv; left out, it is planned: who reads the conv decides"
+    )
+    low_in: tuple[tuple[_Count, _Count], ...] | None = Field(
+        None, description="the low input channels as ranges [start, stop], where they are not the last; planned"
     )
     downsample: Literal["paper", "pool-both"] = Field(
         "paper",
         description="at stride 2, paper: the low stream makes the high one as it is; pool-both: both streams are "
         "pooled first, as a second lineage of code does",
     )
+    min_size: int = Field(
+        6, ge=1, description="a conv whose low map would have a shorter side than this writes high channels only"
+    )
+    strided: Literal["pool", "keep"] = Field(
+        "pool",
+        description="what becomes of a conv of stride 2 without low channels: pooled, then convolved at stride 1, as in "
+        "the paper's code, or kept as it is",
+    )
+    seams: Literal["remove", "keep"] = Field(
+        "remove", description="remove: hand the streams on from conv to conv; keep: each conv splits and joins"
+    )
 
     @model_validator(mode="after")
-    def _something_is_low(self) -> Self:
-        if not any(self.alphas):
-            raise ValueError("alpha is 0 before and behind the conv: nothing would be low")
+    def _ranges_follow_each_other(self) -> Self:
+        borders = [border for limits in self.low_in or () for border in limits]
+        if any(one >= other for one, other in zip(borders[::2], borders[1::2], strict=True)) or borders != sorted(borders):
+            raise ValueError("low_in needs ranges [start, stop] that follow each other")
         return self
 
     @property
@@ -70,19 +87,70 @@ class OctaveConvOptions(base.BlockOptions):
         before, behind = self.alpha_in, self.alpha_out
         return self.alpha if before is None else before, self.alpha if behind is None else behind
 
-
-@dataclass(frozen=True, slots=True)
-class _Path:
-    """One of the four kernels: what it reads, and where it lies in the conv's own kernel."""
-
-    reads_low: bool
-    channels: slice  # of the stream that it reads
-    rows: slice  # of the kernel: its filters
-    columns: slice  # of the kernel: the channels within a group
-    spec: ConvSpec
+    def ranges(self, spec: ConvSpec) -> tuple[Ranges, Ranges]:
+        """The low channels before and behind the conv."""
+        before, behind = self.alphas
+        low_in = streams.last(before, spec.c_in) if self.low_in is None else self.low_in
+        return low_in, streams.last(behind, spec.c_out)
 
 
-class OctaveConv(base.Block):
+class TwoStreams(base.Operator):
+    """What reads and writes two streams: (n, c_in, h, w) → (n, c_out, h', w'), or a pair of streams → a pair of streams.
+
+    The low stream of a pair is None where there is none. `low_in` and `low_out` are the ranges of the low channels.
+    """
+
+    downsample: str
+    low_in: Ranges
+    low_out: Ranges
+
+    @overload
+    def forward(self, input: Tensor) -> Tensor: ...
+
+    @overload
+    def forward(self, input: Streams) -> Streams: ...
+
+    def forward(self, input: Tensor | Streams) -> Tensor | Streams:
+        if not isinstance(input, Tensor):
+            return self.core(*input)
+        high, low = self.core(*(streams.split(input, self.low_in) if self.low_in else (input, None)))
+        return high if low is None else streams.join(high, low, self.low_out)
+
+    def core(self, high: Tensor, low: Tensor | None) -> Streams:
+        """Convolve the two streams: (n, high, h, w) and (n, low, ⌈h/2⌉, ⌈w/2⌉) or None, to the like."""
+        high, fine, low, needs_up = self._resampled(high, low)
+        made = self._to_high(high)
+        if fine is not None:
+            extra = self._low_to_high(fine)
+            made = streams.add_up(made, extra) if needs_up else made + extra
+        if not self.low_out:
+            return made, None
+        return made, self._to_low(streams.pool(high) if low is None else torch.cat([streams.pool(high), low], 1))
+
+    def extra_repr(self) -> str:
+        low = [" ".join(f"{start}:{stop}" for start, stop in ranges) or "none" for ranges in (self.low_in, self.low_out)]
+        words = [str(self.spec), f"low {low[0]} → {low[1]}"]
+        return ", ".join([*words, *[f"downsample={self.downsample}"] * (self.spec.stride == (2, 2))])
+
+    def _resampled(self, high: Tensor, low: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None, bool]:
+        """Give h, l on its way to the high stream, l on its way to the low one; and whether the second is to be upped."""
+        if self.spec.stride == (1, 1):
+            return high, low, low, True
+        pooled, pools_both = None if low is None else streams.pool(low), self.downsample == "pool-both"
+        return streams.pool(high), pooled if pools_both else low, pooled, pools_both
+
+    @abc.abstractmethod
+    def _to_high(self, high: Tensor) -> Tensor: ...
+
+    @abc.abstractmethod
+    def _low_to_high(self, low: Tensor) -> Tensor: ...
+
+    @abc.abstractmethod
+    def _to_low(self, both: Tensor) -> Tensor:
+        """Convolve pool(h) and l, side by side: (n, c_in, h, w)."""
+
+
+class OctaveConv(TwoStreams, base.Deployable):
     """Two streams in place of a conv, joined again: (n, c_in, h, w) → (n, c_out, h', w'). Approximates it, by design.
 
     `weight` and `bias` are those of the conv.
@@ -97,7 +165,8 @@ class OctaveConv(base.Block):
         """Take over the parameters of a conv that is not refused."""
         super().__init__()
         self.spec, self.downsample = ConvSpec.of(conv), options.downsample
-        self.alpha_in, self.alpha_out = options.alphas
+        self.low_in, self.low_out = options.ranges(self.spec)
+        self.keeps_seams = options.seams == "keep"
         self.weight, self.bias = conv.weight, conv.bias
 
     @classmethod
@@ -111,9 +180,11 @@ class OctaveConv(base.Block):
         if growth != [d * (k - 1) for d, k in zip(spec.dilation, spec.kernel, strict=True)]:
             return "its padding does not keep the size of the map, so the two streams would drift apart"
         for which, alpha, count in zip(("input", "output"), options.alphas, (spec.c_in, spec.c_out), strict=True):
-            if alpha and not math.floor(alpha * count):
+            if alpha and not math.floor(alpha * count) and not (which == "input" and options.low_in is not None):
                 return f"alpha {alpha:g} of {count} {which} channels leaves none for the low stream"
-        if spec.groups > 1 and (cut := _cut_group(spec, options.alphas)):
+        if options.low_in and (options.low_in[-1][1] > spec.c_in or streams.count(options.low_in) == spec.c_in):
+            return f"low_in does not leave some of {spec.c_in} input channels high"
+        if spec.groups > 1 and (cut := _cut_group(spec, options)):
             return cut
         if size is not None and spec.padding_mode in ("reflect", "circular"):
             return _too_small(spec, size)
@@ -125,6 +196,9 @@ class OctaveConv(base.Block):
 
     @classmethod
     def note(cls, options: base.BlockOptions, norm_obstacle: str | None) -> str | None:
+        assert isinstance(options, OctaveConvOptions)
+        if not any(options.alphas):
+            return "approximates the conv: its input is pooled, and convolved at stride 1"
         return "approximates the conv: low channels lose their fine detail, and want training"
 
     @classmethod
@@ -145,101 +219,163 @@ class OctaveConv(base.Block):
         for spec in specs:
             for options in ({"alpha": 0.5}, {"alpha_in": 0.0}, {"alpha_out": 0.0}, {"downsample": "pool-both"}):
                 yield Example(spec, OctaveConvOptions.model_validate(options))
+        yield Example(specs[0], OctaveConvOptions(low_in=((1, 3), (5, 6))))
 
-    def forward(self, input: Tensor) -> Tensor:
-        low_in = _low(self.alpha_in, self.spec.c_in)
-        high, low = input[:, : self.spec.c_in - low_in], input[:, self.spec.c_in - low_in :]
-        return self._joined(*self.core(high, kernels.pool(low) if low_in else None))
+    def core(self, high: Tensor, low: Tensor | None) -> Streams:
+        return self._grouped(high, low) if self.spec.groups > 1 else super().core(high, low)
 
-    def core(self, high: Tensor, low: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Convolve the two streams: (n, high, h, w) and (n, low, ⌈h/2⌉, ⌈w/2⌉) or None, to the like."""
-        is_strided = self.spec.stride == (2, 2)
-        fine = low  # what makes the high stream
-        if is_strided:
-            high = kernels.pool(high)
-            low = None if low is None else kernels.pool(low)
-            fine = low if self.downsample == "pool-both" else fine
-        needs_up = not is_strided or self.downsample == "pool-both"
+    def with_norm(self, norm: _BatchNorm) -> Self:
+        """Fold a norm into all four kernels at once: each of its channels belongs to one stream."""
+        made = copy.deepcopy(self)
+        weight, bias = kernels.with_norm(self.weight, self.bias, norm)
+        made.spec, made.weight, made.bias = self.spec.change(bias=True), nn.Parameter(weight), nn.Parameter(bias)
+        return made
+
+    def deploy(self) -> nn.Module:
+        """Return the same as plain convs: `high` and `low_to_high`, and `low`, which reads both streams at once."""
+        if self.spec.groups == 1:
+            return FusedOctave(self)
+        return copy.deepcopy(self)
+
+    def kernel(self, filters: Ranges, channels: Ranges) -> Tensor:
+        """Cut the kernel of one path, or of several side by side, out of the conv's own."""
+        return streams.take(streams.take(self.weight, filters, 0), streams.merged(channels))
+
+    def _to_high(self, high: Tensor) -> Tensor:
+        return self._run(high, self._high_out, self._high_in, with_bias=True)
+
+    def _low_to_high(self, low: Tensor) -> Tensor:
+        return self._run(low, self._high_out, self.low_in)
+
+    def _to_low(self, both: Tensor) -> Tensor:
+        return self._run(both, self.low_out, (*self._high_in, *self.low_in), with_bias=True)
+
+    @property
+    def _high_in(self) -> Ranges:
+        return streams.others(self.low_in, self.spec.c_in)
+
+    @property
+    def _high_out(self) -> Ranges:
+        return streams.others(self.low_out, self.spec.c_out)
+
+    def _run(self, x: Tensor, filters: Ranges, channels: Ranges, *, with_bias: bool = False) -> Tensor:
+        weight = self.kernel(filters, channels)
+        bias = streams.take(self.bias, filters, 0) if with_bias and self.bias is not None else None
+        spec = self.spec.change(c_in=weight.shape[1], c_out=weight.shape[0], stride=(1, 1))
+        return kernels.convolve(x, weight, bias, spec)
+
+    def _grouped(self, high: Tensor, low: Tensor | None) -> Streams:
+        """Convolve group by group: what each stream gets from the other comes behind or before its own channels."""
+        high, fine, low, needs_up = self._resampled(high, low)
         highs, lows = [], []
         for path in self._paths(to_low=False):
             source = fine if path.reads_low else high
             assert source is not None
-            made = self._run(path, source)
-            highs.append(kernels.up(made, high.shape[-2:]) if path.reads_low and needs_up else made)
+            made = self._convolved(path, source)
+            highs.append(streams.up(made, high.shape[-2:]) if path.reads_low and needs_up else made)
         for path in self._paths(to_low=True):
-            source = low if path.reads_low else kernels.pool(high)
+            source = low if path.reads_low else streams.pool(high)
             assert source is not None
-            lows.append(self._run(path, source))
+            lows.append(self._convolved(path, source))
         return self._stream(highs, to_low=False), self._stream(lows, to_low=True) if lows else None
-
-    def extra_repr(self) -> str:
-        return f"{self.spec}, alpha={self.alpha_in:g}→{self.alpha_out:g}" + (
-            f", downsample={self.downsample}" if self.spec.stride == (2, 2) else ""
-        )
-
-    def _joined(self, high: Tensor, low: Tensor | None) -> Tensor:
-        return high if low is None else torch.cat([high, kernels.up(low, high.shape[-2:])], 1)
 
     def _stream(self, made: list[Tensor], *, to_low: bool) -> Tensor:
         """Put together what the paths to one stream give, and add its part of the bias."""
-        stream = torch.cat(made, 1) if self.spec.groups > 1 else sum(made[1:], made[0])
+        stream = made[0] if len(made) == 1 else torch.cat(made, 1)
         if self.bias is None:
             return stream
-        border = self.spec.c_out - _low(self.alpha_out, self.spec.c_out)
+        border = self.spec.c_out - streams.count(self.low_out)
         return stream + (self.bias[border:] if to_low else self.bias[:border])[:, None, None]
 
-    def _run(self, path: _Path, x: Tensor) -> Tensor:
-        return kernels.convolve(x[:, path.channels], self.weight[path.rows, path.columns], None, path.spec)
+    def _convolved(self, path: _Path, x: Tensor) -> Tensor:
+        return kernels.convolve(x[:, path.channels], self.weight[path.rows], None, path.spec)
 
     def _paths(self, *, to_low: bool) -> Iterator[_Path]:
-        """Give the paths to one stream, that from the high one first."""
+        """Give the paths to one stream of a grouped conv, that from the high one first."""
         spec = self.spec
-        low_in, low_out = _low(self.alpha_in, spec.c_in), _low(self.alpha_out, spec.c_out)
-        high_in, high_out = spec.c_in - low_in, spec.c_out - low_out
+        high_in, high_out = spec.c_in - streams.count(self.low_in), spec.c_out - streams.count(self.low_out)
         filters = range(high_out, spec.c_out) if to_low else range(high_out)
+        per_in, per_out = spec.c_in // spec.groups, spec.c_out // spec.groups
         for reads_low, channels in ((False, range(high_in)), (True, range(high_in, spec.c_in))):
-            if spec.groups == 1:
-                if channels and filters:
-                    yield self._path(reads_low, channels, filters, high_in)
-                continue
-            per_in, per_out = spec.c_in // spec.groups, spec.c_out // spec.groups
             first = max(channels.start // per_in, filters.start // per_out)
             last = min(channels.stop // per_in, filters.stop // per_out)
             if first < last:
-                groups_in = range(first * per_in, last * per_in)
-                yield self._path(reads_low, groups_in, range(first * per_out, last * per_out), high_in)
-
-    def _path(self, reads_low: bool, channels: range, filters: range, high_in: int) -> _Path:
-        start = high_in if reads_low else 0
-        spec, is_grouped = self.spec, self.spec.groups > 1
-        part = spec.change(
-            c_in=len(channels),
-            c_out=len(filters),
-            groups=len(channels) * spec.groups // spec.c_in if is_grouped else 1,
-            stride=(1, 1),
-            bias=False,
-        )
-        columns = slice(None) if is_grouped else slice(channels.start, channels.stop)
-        return _Path(
-            reads_low,
-            slice(channels.start - start, channels.stop - start),
-            slice(filters.start, filters.stop),
-            columns,
-            part,
-        )
+                start = high_in if reads_low else 0
+                yield _Path(
+                    reads_low,
+                    slice(first * per_in - start, last * per_in - start),
+                    slice(first * per_out, last * per_out),
+                    spec.change(
+                        c_in=(last - first) * per_in,
+                        c_out=(last - first) * per_out,
+                        groups=last - first,
+                        stride=(1, 1),
+                        bias=False,
+                    ),
+                )
 
 
-def _low(alpha: float, channels: int) -> int:
-    """The number of low channels, ⌊αC⌋ as in the paper's code."""
-    return math.floor(alpha * channels)
+@dataclass(frozen=True, slots=True)
+class _Path:
+    """A kernel of a grouped conv that leads from one stream to one: what it reads, and where its filters are."""
+
+    reads_low: bool
+    channels: slice  # of the stream that it reads
+    rows: slice  # of the kernel: its filters
+    spec: ConvSpec
 
 
-def _cut_group(spec: ConvSpec, alphas: tuple[float, float]) -> str | None:
-    """Say which α would cut through a group."""
-    for which, alpha, count in zip(("input", "output"), alphas, (spec.c_in, spec.c_out), strict=True):
+class FusedOctave(TwoStreams):
+    """An OctaveConv in plain convs, to deploy: `high`, `low_to_high`, and `low` over pool(h) and l side by side."""
+
+    def __init__(self, block: OctaveConv) -> None:
+        super().__init__()
+        self.spec, self.downsample = block.spec, block.downsample
+        self.low_in, self.low_out = block.low_in, block.low_out
+        high_out, high_in = streams.others(block.low_out, self.spec.c_out), streams.others(block.low_in, self.spec.c_in)
+        self.high = _conv(block, high_out, high_in, with_bias=True)
+        self.low_to_high = _conv(block, high_out, block.low_in) if block.low_in else None
+        self.low = _conv(block, block.low_out, (*high_in, *block.low_in), with_bias=True) if block.low_out else None
+        self.train(block.training)
+
+    def _to_high(self, high: Tensor) -> Tensor:
+        made: Tensor = self.high(high)
+        return made
+
+    def _low_to_high(self, low: Tensor) -> Tensor:
+        assert self.low_to_high is not None
+        made: Tensor = self.low_to_high(low)
+        return made
+
+    def _to_low(self, both: Tensor) -> Tensor:
+        assert self.low is not None
+        made: Tensor = self.low(both)
+        return made
+
+
+def _conv(block: OctaveConv, filters: Ranges, channels: Ranges, *, with_bias: bool = False) -> nn.Conv2d:
+    """Make a plain conv of one or two paths of a block."""
+    kernel = block.kernel(filters, channels).detach()
+    bias = streams.take(block.bias, filters, 0).detach() if with_bias and block.bias is not None else None
+    spec = block.spec.change(c_in=kernel.shape[1], c_out=kernel.shape[0], stride=(1, 1), bias=bias is not None)
+    conv = spec.build(like=block.weight)
+    with torch.no_grad():
+        conv.weight.copy_(kernel)
+        if bias is not None:
+            assert conv.bias is not None
+            conv.bias.copy_(bias)
+    return conv
+
+
+def _cut_group(spec: ConvSpec, options: OctaveConvOptions) -> str | None:
+    """Say which α would cut through a group, or that the low channels of a grouped conv are not the last."""
+    if options.low_in and (len(options.low_in) > 1 or options.low_in[0][1] != spec.c_in):
+        return "it reads a concatenation, and its groups cannot follow where the low channels lie there"
+    lows = (streams.count(ranges) for ranges in options.ranges(spec))
+    for which, count, low in zip(("input", "output"), (spec.c_in, spec.c_out), lows, strict=True):
         per_group = count // spec.groups
-        if low := _low(alpha, count) % per_group:
-            return f"alpha {alpha:g} cuts a group of {per_group} {which} channels into {per_group - low} and {low}"
+        if rest := low % per_group:
+            return f"{low} low channels cut a group of {per_group} {which} channels into {per_group - rest} and {rest}"
     return None
 
 
