@@ -1,6 +1,7 @@
-"""Foldable blocks → plain convs, and norms → the convs before them.
+"""Blocks → plain convs, and norms → the convs before them.
 
-What a block folds to is its own business (`Foldable.fold`); here every block of a model is folded, under all its names.
+What a block folds to is its own business (`Foldable.fold`, `Deployable.deploy`); here every block of a model is folded,
+under all its names. A block that no single conv can stand for takes in the norm behind it first.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from surgeon import kernels
-from surgeon.blocks import Block, Foldable
+from surgeon.blocks import Block, Deployable, Foldable
 from surgeon.capture import names
 from surgeon.errors import PlanError
 from surgeon.sites import custom_call, norms_behind
@@ -36,11 +37,29 @@ def fold_blocks_(model: nn.Module, *, dense: bool = False) -> tuple[str, ...]:
         alone = "it is the whole model; its own fold() makes the conv" if "" in paths else None
         if why := alone or _customised(block) or block.unfoldable():
             raise PlanError(f"{paths[0] or 'the model'} cannot be folded: {why}", todo=_TODO)
-    folded = {paths: block.fold() for paths, block in blocks}  # first all, then none can fail half-way
-    for paths, conv in folded.items():
+    folded: dict[tuple[str, ...], nn.Module] = {paths: block.fold() for paths, block in blocks}
+    deployed, norms = _deployed(model)
+    for paths, made in (folded | deployed).items():  # all of them are there, so nothing can fail half-way
         for path in paths:
-            model.set_submodule(path, conv)
-    return tuple(paths[0] for paths in folded)
+            model.set_submodule(path, made)
+    for path in norms:
+        model.set_submodule(path, nn.Identity())
+    return tuple(paths[0] for paths in folded | deployed)
+
+
+def _deployed(model: nn.Module) -> tuple[dict[tuple[str, ...], nn.Module], list[str]]:
+    """Make the deployment form of every block that has one, with its norm; and list the norms that are in there."""
+    blocks = {paths: m for m, paths in names(model).items() if isinstance(m, Deployable)}
+    for paths, block in blocks.items():
+        if why := _customised(block):
+            raise PlanError(f"{paths[0]} cannot be folded: {why}", todo=_TODO)
+    norms: list[str] = []
+    for paths, norm_paths in norms_behind(model) if blocks else ():
+        norm = model.get_submodule(norm_paths[0])
+        if paths in blocks and isinstance(norm, _BatchNorm) and (made := blocks[paths].with_norm(norm)) is not None:
+            blocks[paths] = made
+            norms += norm_paths
+    return {paths: block.deploy() for paths, block in blocks.items()}, norms
 
 
 def fold_norms_(model: nn.Module) -> tuple[str, ...]:
@@ -74,7 +93,7 @@ def _with_norm(conv: nn.Module, norm: _BatchNorm) -> nn.Conv2d:
     return made.train(conv.training)
 
 
-def _customised(block: Foldable) -> str | None:
+def _customised(block: nn.Module) -> str | None:
     """Say what somebody has added to a block or to one of its parts that a plain conv would not have."""
     for name, module in block.named_modules():
         if custom := custom_call(module, f"its {name}" if name else "it"):

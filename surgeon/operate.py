@@ -1,7 +1,8 @@
 """plan → rewritten model. Decides nothing: whether a swap can be made has been settled by `plans.check`.
 
 Three steps, so that a fault on the way leaves the model as it was: prepare builds every block and touches nothing,
-place puts them in, and undo takes them out again.
+place puts them in, and undo takes them out again. Where there are octave convs, a fourth lets their streams go from conv
+to conv.
 """
 
 from __future__ import annotations
@@ -14,9 +15,14 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from surgeon import seams
 from surgeon.blocks import Block
+from surgeon.capture import shadow, to_meta
+from surgeon.cost import measure
 from surgeon.errors import PassError
-from surgeon.plans import Entry, Plan
+from surgeon.plans import Entry, Plan, SeamLeft
+from surgeon.seams import LowPass, Outcome
+from surgeon.sites import Survey
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +35,40 @@ class Swap:
     block: Block
 
 
-def operate_(model: nn.Module, plan: Plan) -> tuple[Swap, ...]:
+def operate_(model: nn.Module, plan: Plan) -> Outcome:
     """Carry out a checked plan on `model` itself."""
-    swaps = prepare(model, plan)
-    place_(model, swaps)
-    return swaps
+    place_(model, prepare(model, plan))
+    return stream_(model, plan)
+
+
+def stream_(model: nn.Module, plan: Plan, *, only_low_pass: bool = False) -> Outcome:
+    """Take the seams between octave convs out; or, with `only_low_pass`, low-pass what the plan says and leave them."""
+    if not plan.has_streams:
+        return Outcome()
+    low_passes = [LowPass(one.island, one.step, one.operand) for one in plan.low_passed]
+    return seams.remove_(model, low_passes, only_low_pass=only_low_pass)
+
+
+def foresee(plan: Plan, survey: Survey) -> Plan:
+    """Say in a plan what comes of its octave convs: which islands become graphs, which seams stay, what all of it costs.
+
+    It is carried out on a copy without numbers.
+    """
+    if not plan.has_streams:
+        return plan
+    model = shadow(survey.model, to_meta)
+    outcome = operate_(model, plan)
+    left = tuple(dict.fromkeys(SeamLeft(island=one.island, kind=one.kind, reason=one.reason) for one in outcome.seams))
+    after = measure(model, survey.inputs.tensors if survey.inputs else None)
+    changes = {name: getattr(after, name) for name in ("params", "macs", "activations")}
+    total = plan.total.model_copy(
+        update={
+            name: change.model_copy(update={"after": changes[name]})
+            for name in changes
+            if (change := getattr(plan.total, name)) is not None
+        }
+    )
+    return plan.model_copy(update={"rewritten": outcome.rewritten, "seams": left, "total": total})
 
 
 def prepare(model: nn.Module, plan: Plan) -> tuple[Swap, ...]:

@@ -78,7 +78,7 @@ def survey(name: str, given: Given, say: Say) -> Survey:
 def plan(name: str, recipe: str, given: Given, say: Say, *, overrides: Sequence[str] = ()) -> Plan:
     wanted = recipes.load(recipe, overrides)
     model = _load(name, given, say).model
-    return plans.make(wanted, sites.survey(model, _inputs(model, given, say)), seed=given.seed)
+    return surgery.decide(wanted, sites.survey(model, _inputs(model, given, say)), seed=given.seed)
 
 
 def convert(
@@ -101,7 +101,7 @@ def convert(
     surveyed = sites.survey(model, inputs)
     if isinstance(wanted, Plan):
         plans.check(wanted, surveyed)
-    decided = wanted if isinstance(wanted, Plan) else plans.make(wanted, surveyed, seed=given.seed)
+    decided = wanted if isinstance(wanted, Plan) else surgery.decide(wanted, surveyed, seed=given.seed)
     check = surgery.carry_out_(model, decided, inputs)
     _save(loaded, path, say, force=force)
     return Converted(decided, check, path)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -15,11 +16,13 @@ import torch
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from surgeon import yamlmarks
+from surgeon import regions, yamlmarks
 from surgeon.blocks import Block, BlockOptions, registry
+from surgeon.blocks.octave import OctaveConv, OctaveConvOptions
 from surgeon.cost import Cost
 from surgeon.errors import PlanError
 from surgeon.recipe import Recipe, Rule, Subject, text_of
+from surgeon.regions import Roles
 from surgeon.sites import Site, Survey, measure_calls
 from surgeon.yamlmarks import Form
 
@@ -114,6 +117,22 @@ class Total(Form):
     ideal_macs: int | None = None
 
 
+class LowPassed(Form):
+    """A map that is low-passed where it is added to an octave one; take the entry out, and it is a seam there."""
+
+    island: str
+    step: str
+    operand: str
+
+
+class SeamLeft(Form):
+    """A place where two streams have to be joined or split, and why; `local`: an island that stays conv by conv."""
+
+    island: str
+    kind: Literal["join", "split", "local"]
+    reason: str
+
+
 class Plan(Form):
     """What will be done to one model, conv by conv."""
 
@@ -123,7 +142,14 @@ class Plan(Form):
     seed: int = 0
     recipe: RecipeText
     total: Total
+    rewritten: tuple[str, ...] = ()  # islands that become graphs, so that octave streams go from conv to conv
+    low_passed: tuple[LowPassed, ...] = ()
+    seams: tuple[SeamLeft, ...] = ()
     convs: tuple[Entry, ...]
+
+    @property
+    def has_streams(self) -> bool:
+        return any(issubclass(entry.block, OctaveConv) for entry in self.swaps)
 
     @property
     def swaps(self) -> tuple[Entry, ...]:
@@ -159,11 +185,9 @@ def make(recipe: Recipe, survey: Survey, *, seed: int = 0) -> Plan:
     for rule in recipe.rules:
         if not rule.optional and not any(rule is claim for claim in claims):
             _refuse_idle_rule(rule, survey)
-    measured = _Measured()
-    entries = [
-        _entry(site, rule, measured, survey.weights.get(site.path))
-        for site, rule in zip(survey.sites, claims, strict=True)
-    ]
+    measured, claimed = _Measured(), list(zip(survey.sites, claims, strict=True))
+    roles = _roles(survey, claimed)
+    entries = [_entry(site, rule, roles, measured, survey.weights.get(site.path)) for site, rule in claimed]
     return Plan.model_validate(
         {
             "surgeon-plan": 1,
@@ -172,6 +196,7 @@ def make(recipe: Recipe, survey: Survey, *, seed: int = 0) -> Plan:
             "seed": seed,
             "recipe": RecipeText(name=recipe.name, text=recipe.text, overrides=recipe.overrides),
             "total": _total(survey.cost, entries),
+            "low_passed": [LowPassed.model_validate(asdict(one)) for one in roles.low_passes],
             "convs": entries,
         }
     )
@@ -209,6 +234,12 @@ def check(plan: Plan, survey: Survey) -> None:
     sites = {site.path: site for site in survey.sites}
     misfits = [f"{entry.path}: {why}" for entry in plan.convs if (why := _misfit(entry, sites.get(entry.path)))]
     seen = [entry.path for entry in plan.convs]
+    steps = {(island.path, node.name) for island in survey.capture.islands for node in island.graph.nodes}
+    misfits += [
+        f"low_passed {one.step}: there is no such step that reads {one.operand}"
+        for one in plan.low_passed
+        if not {(one.island, one.step), (one.island, one.operand)} <= steps
+    ]
     misfits += [f"{path}: it stands in the plan twice" for path in sorted({p for p in seen if seen.count(p) > 1})]
     if misfits:
         raise PlanError(
@@ -266,7 +297,19 @@ def _nearest(rule: Rule, paths: list[str]) -> list[str]:
     return list(dict.fromkeys(found or paths))[:3] if any(patterns) else []
 
 
-def _entry(site: Site, rule: Rule | None, measured: _Measured, weight: torch.Tensor | None) -> Entry:
+def _roles(survey: Survey, claimed: Sequence[tuple[Site, Rule | None]]) -> Roles:
+    """Plan how far the streams of octave convs go."""
+    wanted = {
+        site.path: rule.options
+        for site, rule in claimed
+        if rule is not None and site.obstacle is None and isinstance(rule.options, OctaveConvOptions)
+    }
+    return regions.assign(survey.model, survey.capture.islands, survey.sites, wanted) if wanted else Roles()
+
+
+def _entry(
+    site: Site, rule: Rule | None, roles: Roles, measured: _Measured, weight: torch.Tensor | None
+) -> Entry:
     facts: dict[str, Any] = {
         "path": site.path,
         "aliases": site.paths[1:],
@@ -275,25 +318,26 @@ def _entry(site: Site, rule: Rule | None, measured: _Measured, weight: torch.Ten
         "size": site.size,
         "rule": str(rule) if rule else None,
     }
-    if skip := _skip(site, rule):
+    if skip := _skip(site, rule) or roles.skips.get(site.path):
         return Entry.model_validate(facts | {"skip": skip} | _changes(site.cost, site.cost))
     assert rule is not None
     assert rule.swap is not None
-    assert rule.options is not None
+    options = roles.options.get(site.path, rule.options)
+    assert options is not None
     block = registry()[rule.swap]
-    takes_norm = site.norm if block.takes_norm(rule.options) else ()
+    takes_norm = site.norm if block.takes_norm(options) else ()
     before = site.cost + site.norm_cost if takes_norm else site.cost
     facts |= {
         "swap": rule.swap,
-        "with": rule.options.model_dump(exclude_none=True),
+        "with": options.model_dump(exclude_none=True),
         "takes_norm": takes_norm,
-        "note": block.note(rule.options, site.norm_obstacle),
+        "note": block.note(options, site.norm_obstacle),
     }
-    after = measured.block(site, rule.swap, rule.options, takes_norm=bool(takes_norm))
+    after = measured.block(site, rule.swap, options, takes_norm=bool(takes_norm))
     assert site.spec is not None
-    if weight is not None and not weight.is_meta and (kept := block.kept_energy(weight, rule.options)):
+    if weight is not None and not weight.is_meta and (kept := block.kept_energy(weight, options)):
         facts["kept_energy"] = {way: round(share, 4) for way, share in kept.items()}
-    if (share := block.ideal_share(site.spec, rule.options)) is not None and site.cost.macs is not None:
+    if (share := block.ideal_share(site.spec, options)) is not None and site.cost.macs is not None:
         facts["ideal_macs"] = round(share * site.cost.macs)
     return Entry.model_validate(facts | _changes(before, after))
 
@@ -308,7 +352,9 @@ def _skip(site: Site, rule: Rule | None) -> str | None:
         return rule.leave
     assert rule.swap is not None
     assert rule.options is not None
-    return site.obstacle or registry()[rule.swap].refusal(site.spec, site.size, rule.options)
+    if site.obstacle or isinstance(rule.options, OctaveConvOptions):  # of an octave conv its role decides
+        return site.obstacle
+    return registry()[rule.swap].refusal(site.spec, site.size, rule.options)
 
 
 def _changes(before: Cost, after: Cost) -> dict[str, Change]:

@@ -4,7 +4,7 @@ A region is a set of convs joined by steps that two streams can go through. Of t
 OctaveConv,
 
 - one whose low map would be smaller than `min_size`, or that no larger one of them reads, writes high channels only
-  (alpha_out = 0);
+  (alpha_out = 0), unless what it writes is added to low channels;
 - one reads low channels (alpha_in = alpha) exactly where what it reads has some; behind a concatenation they lie in
   several ranges;
 - one with groups writes low channels only if it reads some.
@@ -50,11 +50,16 @@ def assign(
     """Give every wanted conv its role; a conv that is refused in its role is left out, and the others are planned anew."""
     known = {site.path: site for site in sites}
     refused: dict[str, str] = {}
+    open_ended: set[str] = set()
     while True:
         roles = Roles(skips=dict(refused))
         left = {path: options for path, options in wanted.items() if path not in refused}
-        for island in islands:
-            _Region(model, island, known, left, roles).assign()
+        regions = [_Region(model, island, known, left, roles, open_ended) for island in islands]
+        for region in regions:
+            region.assign()
+        if added := {path for region in regions for path in region.added_to_streams()} - open_ended:
+            open_ended |= added
+            continue
         for path, options in left.items():  # what no graph shows
             if path not in roles.options and path not in roles.skips:
                 roles.options[path] = _fixed(options)
@@ -84,9 +89,11 @@ class _Region:
         sites: Mapping[str, Site],
         wanted: Mapping[str, OctaveConvOptions],
         roles: Roles,
+        open_ended: set[str],
     ) -> None:
         root = model.get_submodule(island.path)
-        self.island, self.roles, self.wanted = island, roles, wanted
+        self.island, self.roles, self.wanted, self.open_ended = island, roles, wanted, open_ended
+        self.low_passed: list[fx.Node] = []
         self.modules = dict(root.named_modules(remove_duplicate=False))
         first = {module: path for path, module in reversed(list(model.named_modules(remove_duplicate=False)))}
         paths = {node: first[self.modules[str(node.target)]] for node in island.graph.nodes if node.op == "call_module"}
@@ -101,7 +108,23 @@ class _Region:
         for node in self.island.graph.nodes:
             flow = self._octave(node) if node in self.paths else channelwise.flow(node, self.modules, self.layouts)
             self.layouts[node] = flow.layout
+            self.low_passed += flow.low_pass
             self.roles.low_passes += [LowPass(self.island.path, node.name, one.name) for one in flow.low_pass]
+
+    def added_to_streams(self) -> Iterator[str]:
+        """Name the convs that could write low channels, do not, and would have to be low-passed behind that."""
+        for node in self.low_passed:
+            source: fx.Node | None = node
+            while source is not None and channelwise.role(source, self.modules) in ("norm", "elementwise"):
+                source = channelwise.operand(source)
+            if source in self.paths and self._may_open(source) and self.wanted[self.paths[source]].alpha_out is None:
+                yield self.paths[source]
+
+    def _may_open(self, node: fx.Node) -> bool:
+        site, options = self.sites[node], self.roles.options.get(self.paths[node])
+        assert site.spec is not None
+        reads_low = options is not None and bool(options.alpha_in)
+        return self._is_large(site, self.wanted[self.paths[node]]) and (site.spec.groups == 1 or reads_low)
 
     def _octave(self, node: fx.Node) -> Flow:
         """Give a conv its role, and say how the channels lie behind it."""
@@ -128,7 +151,8 @@ class _Region:
         reads_low = bool(low_in)
         alpha_out = options.alpha_out
         if alpha_out is None:
-            is_open = self._is_large(site, options) and self._has_large_reader(node) and (spec.groups == 1 or reads_low)
+            is_read = self._has_large_reader(node) or self.paths[node] in self.open_ended
+            is_open = self._is_large(site, options) and is_read and (spec.groups == 1 or reads_low)
             alpha_out = options.alpha if is_open else 0.0
         update: dict[str, object] = {"alpha_in": alpha_in if reads_low else 0.0, "alpha_out": alpha_out}
         if reads_low and alpha_in is None:

@@ -90,7 +90,7 @@ def plan_view(plan: Plan, *, every_conv: bool = True) -> RenderableType:
         paths = [path for _, path in group]
         shown = ", ".join(paths[:2]) + (", …" if len(paths) > 2 else "")
         table.add_row(shown, _convs(len(paths)), "stays", "", "", "", reason, style="dim")
-    return Group(table, *map(_plain, [*_option_lines(plan), _cost_line(plan)]))
+    return Group(table, *map(_plain, [*_option_lines(plan), *_stream_lines(plan), _cost_line(plan)]))
 
 
 def converted_view(converted: Converted) -> RenderableType:
@@ -106,6 +106,8 @@ def converted_view(converted: Converted) -> RenderableType:
         lines.append(
             f"{_convs(check.approximate)} swapped for what computes something else, as the recipe says: train on"
         )
+    if check.streams is not None:
+        lines.append(f"without seams against conv by conv, in float64: relative L2 {check.streams:.1e}")
     if check.whole is not None:
         lines.append(f"whole network, before and after, in its own dtype: relative L2 {check.whole:.1e}")
     lines.append(f"written: {converted.path}")
@@ -183,6 +185,27 @@ def _option_lines(plan: Plan) -> Iterator[str]:
     ways = Counter((entry.swap, ", ".join(f"{k}: {v}" for k, v in entry.options.items())) for entry in plan.swaps)
     for (block, options), count in ways.items():
         yield f"{block}{f' ({options})' if options else ''}: {_convs(count)}"
+
+
+def _stream_lines(plan: Plan) -> Iterator[str]:
+    """Say what is done beside the swaps of octave convs, and where their streams cannot go on."""
+    for one in plan.low_passed:
+        yield f"low-passed: '{one.operand}'{_inside(one.island)}, where '{one.step}' adds it to two streams"
+    if plan.rewritten:
+        named = ", ".join(path or "the model itself" for path in plan.rewritten[:3])
+        more = f" and {len(plan.rewritten) - 3} more" if len(plan.rewritten) > 3 else ""
+        yield f"two streams go from conv to conv; for that the forward of {named}{more} becomes a graph"
+    kinds = {"join": "two streams are joined", "split": "a map is split", "local": "every conv splits and joins"}
+    shown = plan.seams[:_MOST_ROWS]
+    yield from (f"seam: {kinds[one.kind]}{_inside(one.island)}: {one.reason}" for one in shown)
+    if len(plan.seams) > len(shown):
+        yield f"seam: {len(plan.seams) - len(shown)} more; --json lists all"
+    if plan.rewritten and not plan.seams:
+        yield "no seam is left"
+
+
+def _inside(island: str) -> str:
+    return f" in {island}" if island else ""
 
 
 def _cost_line(plan: Plan) -> str:

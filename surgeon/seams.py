@@ -15,6 +15,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import fx, nn
@@ -36,7 +37,7 @@ class Seam:
     """A place in an island where two streams are joined, or one map is split, and why it has to be."""
 
     island: str
-    kind: str  # join, split, or local: the island was left as it is
+    kind: Literal["join", "split", "local"]  # local: the island was left as it is
     reason: str
 
 
@@ -55,6 +56,7 @@ class Outcome:
 
     seams: list[Seam] = field(default_factory=list)
     fired: Counter[str] = field(default_factory=Counter)
+    rewritten: tuple[str, ...] = ()  # islands that have become graphs
     undos: list[Callable[[], None]] = field(default_factory=list)
 
     def undo_(self) -> None:
@@ -88,6 +90,7 @@ def remove_(model: nn.Module, low_passes: Sequence[LowPass] = (), *, only_low_pa
         outcome.undos.append(graph.rewrite_(root, rewriting.graph))
         outcome.seams += rewriting.seams
         outcome.fired += rewriting.fired
+        outcome.rewritten += (island.path,)
     return outcome
 
 
@@ -134,6 +137,8 @@ class _Rewriting:
             step, source = nodes[place.step], nodes[place.operand]
             other = next(value for value in channelwise.operands(step) if value is not source)
             self._lay_out_until(other)
+            if not self.layouts[other].is_octave:  # the conv that made it so is not swapped
+                continue
             with self.graph.inserting_before(step):
                 made = self.graph.call_function(streams.low_pass, (source, _listed(self.layouts[other].low)))
             step.replace_input_with(source, made)

@@ -7,6 +7,7 @@ block cannot take over the norm behind it. Both are sentences that end up in the
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,10 +22,11 @@ from surgeon.blocks import Block
 from surgeon.capture import Call, Capture, Observed
 from surgeon.cost import Cost, measure
 from surgeon.examples import Inputs
+from surgeon.pairs import PairNorm
 from surgeon.spec import ConvSpec
 
 NO_NORM = "no norm follows"
-_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)  # what a block can take over: the plain ones, not subclasses
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, PairNorm)  # what a block can take over: the plain ones, not subclasses
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,7 @@ class Survey:
     inputs: Inputs | None
     cost: Cost
     weights: dict[str, torch.Tensor]  # the model's own, by the first name of their conv
+    model: nn.Module  # what was looked at
 
 
 def survey(model: nn.Module, inputs: Inputs | None = None) -> Survey:
@@ -83,7 +86,7 @@ def survey(model: nn.Module, inputs: Inputs | None = None) -> Survey:
     blocks = Counter(m.name for m in model.modules() if isinstance(m, Block))
     cost = measure(model, inputs.tensors if inputs else None)
     weights = {facts.names[m][0]: m.weight for m in facts.convs() if type(m) is nn.Conv2d}
-    return Survey(fingerprint(model), sites, dict(blocks), captured, inputs, cost, weights)
+    return Survey(fingerprint(model), sites, dict(blocks), captured, inputs, cost, weights, model)
 
 
 def norms_behind(model: nn.Module) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
@@ -225,7 +228,7 @@ def _norm_behind(facts: _Facts, conv: nn.Module) -> tuple[nn.Module | None, str 
     nodes = graph.calls[conv]
     if len(nodes) != 1:
         return None, f"it is called {len(nodes)} times"
-    users = list(nodes[0].users)
+    users = _users(nodes[0])
     readers = [_reader(graph, user) for user in users]
     norm = graph.modules[str(users[0].target)] if users and users[0].op == "call_module" else None
     if len(users) != 1:
@@ -233,6 +236,14 @@ def _norm_behind(facts: _Facts, conv: nn.Module) -> tuple[nn.Module | None, str 
     if norm is None or not _is_norm(norm):
         return None, NO_NORM
     return _judge_norm(facts, graph, conv, norm)
+
+
+def _users(node: fx.Node) -> list[fx.Node]:
+    """Give what reads a conv or block; whoever reads the streams of a pair reads the block."""
+    users = list(node.users)
+    if users and all(user.target is operator.getitem for user in users):
+        return list(dict.fromkeys(reader for user in users for reader in user.users))
+    return users
 
 
 def _judge_norm(facts: _Facts, graph: _Graph, conv: nn.Module, norm: nn.Module) -> tuple[nn.Module | None, str | None]:

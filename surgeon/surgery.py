@@ -30,7 +30,7 @@ from surgeon.equivalence import EXACT, Replay, Report
 from surgeon.errors import CaptureError, ModelError, PassError, PlanError, SurgeonError, VerifyError
 from surgeon.examples import Example, Inputs
 from surgeon.fold import fold_blocks_
-from surgeon.operate import Swap, build, place_, prepare, undo_
+from surgeon.operate import Swap, build, foresee, place_, prepare, stream_, undo_
 from surgeon.plans import Plan
 from surgeon.recipe import Recipe
 from surgeon.sites import Survey
@@ -49,6 +49,7 @@ class SelfCheck:
 
     `worst`: of the blocks that keep the function, made in float64, against what they replace; `approximate` do not keep
     it, by design. `whole`: the whole network before and after, in its own dtype; None where no input is known.
+    `streams`: with octave streams going from conv to conv, against every conv splitting and joining, in float64.
     """
 
     sites: int
@@ -56,6 +57,7 @@ class SelfCheck:
     worst_path: str | None
     approximate: int
     whole: float | None = None
+    streams: float | None = None
 
 
 def survey(model: nn.Module, example: Example | None = None) -> Survey:
@@ -85,7 +87,12 @@ def plan(
     Raises:
         RecipeError: every fault of the recipe. PlanError: a rule claims nothing.
     """
-    return plans.make(_recipe(recipe, overrides), survey(model, example), seed=seed)
+    return decide(_recipe(recipe, overrides), survey(model, example), seed=seed)
+
+
+def decide(recipe: Recipe, surveyed: Survey, *, seed: int) -> Plan:
+    """Make a plan, and say in it what comes of it."""
+    return foresee(plans.make(recipe, surveyed, seed=seed), surveyed)
 
 
 def convert(
@@ -119,7 +126,7 @@ def convert_(
         plans.check(how, surveyed)
         carry_out_(model, how, inputs)
     else:
-        carry_out_(model, plans.make(_recipe(how, overrides), surveyed, seed=seed), inputs)
+        carry_out_(model, decide(_recipe(how, overrides), surveyed, seed=seed), inputs)
     return model
 
 
@@ -143,12 +150,17 @@ def carry_out_(model: nn.Module, checked: Plan, inputs: Inputs | None) -> SelfCh
     has_numbers = not any(parameter.is_meta for parameter in model.parameters())
     before = _outputs(model, inputs) if has_numbers else None
     place_(model, swaps)
-    if before is not None and inputs is not None:
-        try:
+    split = shadow(model, as_double) if has_numbers and inputs is not None and checked.has_streams else None
+    outcome = stream_(model, checked)
+    try:
+        if split is not None and inputs is not None and outcome.rewritten:
+            check = replace(check, streams=_check_streams(model, split, checked, inputs))
+        if before is not None and inputs is not None:
             check = replace(check, whole=_check_whole(model, inputs, before, approximate=bool(check.approximate)))
-        except SurgeonError:
-            undo_(model, swaps)
-            raise
+    except SurgeonError:
+        outcome.undo_()
+        undo_(model, swaps)
+        raise
     step = store.Step("convert", parent, store.content_hash(model), checked.to_dict(), store.versions())
     store.record_(model, step)
     return check
@@ -172,6 +184,15 @@ def _check_sites(swaps: Sequence[Swap], seed: int) -> SelfCheck:
             if check.worst is None or apart > check.worst:
                 check = replace(check, worst=apart, worst_path=path)
     return check
+
+
+def _check_streams(model: nn.Module, split: nn.Module, plan: Plan, inputs: Inputs) -> float:
+    """Compare streams that go from conv to conv with convs that split and join each for itself, in float64."""
+    stream_(split, plan, only_low_pass=True)
+    apart = worst(*(equivalence.outputs(one, inputs) for one in (shadow(model, as_double), split)))
+    if not apart <= EXACT:
+        raise PassError("seams", f"without seams the network is {apart:.1e} from itself with them, in float64")
+    return apart
 
 
 def _check_whole(model: nn.Module, inputs: Inputs, before: Any, *, approximate: bool) -> float:
@@ -337,9 +358,10 @@ def _recipe(recipe: RecipeLike, overrides: Sequence[str]) -> Recipe:
 
 def _steps_between(a: nn.Module, b: nn.Module) -> tuple[store.Step, ...]:
     """Find how `b` was made from `a`, if every step is known and nothing was trained in between."""
-    steps = store.history(b)
+    steps, known = store.history(b), store.history(a)
+    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(steps, known, strict=False)))
     start = store.content_hash(a) if steps else ""
-    for i, step in enumerate(steps):
+    for i, step in enumerate(steps[shared:], shared):  # an octave model has the tensors that it was made from
         chain = steps[i:]
         if step.parent == start and all(one.result == two.parent for one, two in itertools.pairwise(chain)):
             return chain

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
-from surgeon.blocks import Block
+from surgeon.blocks import Operator
 from surgeon.capture import is_conv, quietly
 from surgeon.distance import apart
 
@@ -65,8 +65,8 @@ class Tape:
             if path not in self.moved:
                 call = Call(_clones(args), _clones(kwargs), _clones(out))
                 self.calls.setdefault(path, []).append(call)
-                made[id(out)] = (path, call, out)
-            elif known := made.get(id(next(iter((*args, *kwargs.values())), None))):
+                made[id(_first(out))] = (path, call, out)
+            elif known := made.get(id(_first((args, kwargs)))):
                 site, call, _ = known
                 self.ends[site], call.out = path, _clones(out)
 
@@ -81,7 +81,7 @@ class Tape:
         def compare(path: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
             site = site_at[path]
             calls, done = self.calls[site], self.propagated[site]
-            done.append(apart(out, calls[len(done)].out) if len(done) < len(calls) else math.inf)
+            done.append(_apart(out, calls[len(done)].out) if len(done) < len(calls) else math.inf)
 
         with _hooks(model, list(site_at), compare):
             yield
@@ -102,12 +102,26 @@ class Tape:
             out = model.get_submodule(path)(*call.args, **call.kwargs)
             if path in self.ends:
                 out = model.get_submodule(self.ends[path])(out)
-        return apart(out, call.out)
+        return _apart(out, call.out)
 
 
 def is_site(module: nn.Module) -> bool:
-    """Whether a module is a conv or a block."""
-    return is_conv(module) or isinstance(module, Block)
+    """Whether a module is a conv, a block, or what a block is deployed as."""
+    return is_conv(module) or isinstance(module, Operator)
+
+
+def _first(values: Any) -> Any:
+    """Give the first tensor in arguments or results: of a pair, the high stream."""
+    return next((leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)), None)
+
+
+def _apart(out: Any, expected: Any) -> float:
+    """Relative L2 of a result; of a pair, that of the stream which is further apart."""
+    ours, theirs = pytree.tree_leaves(out), pytree.tree_leaves(expected)
+    if len(ours) != len(theirs):
+        return math.inf
+    both = zip(ours, theirs, strict=True)
+    return max((apart(one, other) for one, other in both if isinstance(other, Tensor)), default=0.0)
 
 
 def _clones(values: Any) -> Any:

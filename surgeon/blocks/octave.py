@@ -128,8 +128,7 @@ class TwoStreams(base.Operator):
         return made, self._to_low(streams.pool(high) if low is None else torch.cat([streams.pool(high), low], 1))
 
     def extra_repr(self) -> str:
-        low = [" ".join(f"{start}:{stop}" for start, stop in ranges) or "none" for ranges in (self.low_in, self.low_out)]
-        words = [str(self.spec), f"low {low[0]} → {low[1]}"]
+        words = [str(self.spec), f"low {in_words(self.low_in)} → {in_words(self.low_out)}"]
         return ", ".join([*words, *[f"downsample={self.downsample}"] * (self.spec.stride == (2, 2))])
 
     def _resampled(self, high: Tensor, low: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None, bool]:
@@ -197,9 +196,11 @@ class OctaveConv(TwoStreams, base.Deployable):
     @classmethod
     def note(cls, options: base.BlockOptions, norm_obstacle: str | None) -> str | None:
         assert isinstance(options, OctaveConvOptions)
-        if not any(options.alphas):
-            return "approximates the conv: its input is pooled, and convolved at stride 1"
-        return "approximates the conv: low channels lose their fine detail, and want training"
+        before, behind = options.alphas
+        if not (before or behind):
+            return "pooled, then convolved at stride 1"
+        where = f" (low: {in_words(options.low_in)})" if options.low_in else ""
+        return f"low share {before:.3g}{where} → {behind:.3g}"
 
     @classmethod
     def from_conv(
@@ -351,6 +352,10 @@ class FusedOctave(TwoStreams):
         assert self.low is not None
         made: Tensor = self.low(both)
         return made
+
+
+def in_words(ranges: Ranges) -> str:
+    return " ".join(f"{start}:{stop}" for start, stop in ranges) or "none"
 
 
 def _conv(block: OctaveConv, filters: Ranges, channels: Ranges, *, with_bias: bool = False) -> nn.Conv2d:
