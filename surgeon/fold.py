@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from surgeon import kernels
+from surgeon import kernels, seams
 from surgeon.blocks import Block, Deployable, Foldable
 from surgeon.capture import names
 from surgeon.errors import PlanError
@@ -44,6 +44,8 @@ def fold_blocks_(model: nn.Module, *, dense: bool = False) -> tuple[str, ...]:
             model.set_submodule(path, made)
     for path in norms:
         model.set_submodule(path, nn.Identity())
+    if deployed:
+        seams.deploy_(model)
     return tuple(paths[0] for paths in folded | deployed)
 
 

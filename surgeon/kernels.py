@@ -103,6 +103,13 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> 
     return nn.functional.conv2d(x, weight, bias, spec.stride, spec.padding, spec.dilation, spec.groups)
 
 
+def add_convolved(y: Tensor, x: Tensor, weight: Tensor, spec: ConvSpec) -> Tensor:
+    """y + what a bias-free conv of this spec gives for `x`; in place where no gradient is asked for."""
+    if torch.is_grad_enabled():
+        return y + convolve(x, weight, None, spec)
+    return add_convolved_(y, x, weight, spec)
+
+
 def add_convolved_(y: Tensor, x: Tensor, weight: Tensor, spec: ConvSpec) -> Tensor:
     """Add to `y` what a bias-free conv of this spec gives for `x`; in place, since one more feature map costs time.
 

@@ -22,7 +22,7 @@ from torch import fx, nn
 
 from surgeon import capture as capturing
 from surgeon import channelwise, graph, streams
-from surgeon.blocks.octave import OctaveConv
+from surgeon.blocks.octave import OctaveConv, TwoStreams
 from surgeon.capture import FOLLOWS_MODE, Island
 from surgeon.channelwise import Layout
 from surgeon.pairs import make_pair_norm_
@@ -92,6 +92,44 @@ def remove_(model: nn.Module, low_passes: Sequence[LowPass] = (), *, only_low_pa
         outcome.fired += rewriting.fired
         outcome.rewritten += (island.path,)
     return outcome
+
+
+def deploy_(model: nn.Module) -> None:
+    """Tidy the graphs of a model whose blocks are deployed: no Identities, and sums that write where they can."""
+    for module in model.modules():
+        if isinstance(module, graph.Rewritten):
+            new, modules = module.graph, dict(module.named_modules(remove_duplicate=False))
+            _drop_identities_(new, modules)
+            for node in new.nodes:
+                if _adds_to_its_own(node, modules):
+                    node.target = streams.add_into
+            graph.rewrite_(module, new)
+
+
+def _drop_identities_(new: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    for node in list(new.nodes):
+        if node.op != "call_module" or type(modules[str(node.target)]) is not nn.Identity:
+            continue
+        given = node.args[0]
+        if isinstance(given, fx.Node):
+            node.replace_all_uses_with(given)
+        else:  # a pair, of which its readers take the parts
+            for part in list(node.users):
+                part.replace_all_uses_with(given[part.args[1]])  # type: ignore[arg-type,index]
+                new.erase_node(part)
+        new.erase_node(node)
+
+
+def _adds_to_its_own(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether a step adds to what a conv has just made for it alone."""
+    if node.target not in (operator.add, torch.add) or node.kwargs or len(node.args) != 2:
+        return False
+    first, second = node.args
+    if not (isinstance(first, fx.Node) and isinstance(second, fx.Node)) or len(first.users) > 1:
+        return False
+    maker = first.args[0] if first.target is operator.getitem else first
+    is_made = isinstance(maker, fx.Node) and maker.op == "call_module" and first is not second
+    return is_made and isinstance(modules[str(maker.target)], TwoStreams)  # type: ignore[union-attr]
 
 
 def _obstacle(root: nn.Module, island: Island, rewriting: _Rewriting) -> str | None:

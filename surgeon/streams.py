@@ -101,6 +101,11 @@ def crop_to(fine: Tensor, high: Tensor) -> Tensor:
     return fine[..., : high.shape[-2], : high.shape[-1]]
 
 
+def add_into(x: Tensor, y: Tensor) -> Tensor:
+    """x + y; in place where no gradient is asked for, so only for an x that nobody else reads."""
+    return x + y if torch.is_grad_enabled() else x.add_(y)
+
+
 def add_up(high: Tensor, low: Tensor) -> Tensor:
     """high + up(low), without writing up(low); in place where no gradient is asked for, so only for what is your own.
 
@@ -108,7 +113,7 @@ def add_up(high: Tensor, low: Tensor) -> Tensor:
     does all four.
     """
     (n, c, h, w), writes = high.shape, not torch.is_grad_enabled()
-    if h % 2 == 0 and w % 2 == 0 and is_channels_last(high) and is_channels_last(low):
+    if h % 2 == 0 and w % 2 == 0 and is_channels_last(high):
         quads = high.permute(0, 2, 3, 1).view(n, h // 2, 2, w // 2, 2, c)
         once = low.permute(0, 2, 3, 1)[:, :, None, :, None, :]
         if writes:

@@ -116,16 +116,9 @@ class TwoStreams(base.Operator):
         high, low = self.core(*(streams.split(input, self.low_in) if self.low_in else (input, None)))
         return high if low is None else streams.join(high, low, self.low_out)
 
+    @abc.abstractmethod
     def core(self, high: Tensor, low: Tensor | None) -> Streams:
         """Convolve the two streams: (n, high, h, w) and (n, low, ⌈h/2⌉, ⌈w/2⌉) or None, to the like."""
-        high, fine, low, needs_up = self._resampled(high, low)
-        made = self._to_high(high)
-        if fine is not None:
-            extra = self._low_to_high(fine)
-            made = streams.add_up(made, extra) if needs_up else made + extra
-        if not self.low_out:
-            return made, None
-        return made, self._to_low(streams.pool(high) if low is None else torch.cat([streams.pool(high), low], 1))
 
     def extra_repr(self) -> str:
         words = [str(self.spec), f"low {in_words(self.low_in)} → {in_words(self.low_out)}"]
@@ -137,16 +130,6 @@ class TwoStreams(base.Operator):
             return high, low, low, True
         pooled, pools_both = None if low is None else streams.pool(low), self.downsample == "pool-both"
         return streams.pool(high), pooled if pools_both else low, pooled, pools_both
-
-    @abc.abstractmethod
-    def _to_high(self, high: Tensor) -> Tensor: ...
-
-    @abc.abstractmethod
-    def _low_to_high(self, low: Tensor) -> Tensor: ...
-
-    @abc.abstractmethod
-    def _to_low(self, both: Tensor) -> Tensor:
-        """Convolve pool(h) and l, side by side: (n, c_in, h, w)."""
 
 
 class OctaveConv(TwoStreams, base.Deployable):
@@ -223,7 +206,17 @@ class OctaveConv(TwoStreams, base.Deployable):
         yield Example(specs[0], OctaveConvOptions(low_in=((1, 3), (5, 6))))
 
     def core(self, high: Tensor, low: Tensor | None) -> Streams:
-        return self._grouped(high, low) if self.spec.groups > 1 else super().core(high, low)
+        if self.spec.groups > 1:
+            return self._grouped(high, low)
+        high, fine, low, needs_up = self._resampled(high, low)
+        made = self._run(high, self._high_out, self._high_in, with_bias=True)
+        if fine is not None:
+            extra = self._run(fine, self._high_out, self.low_in)
+            made = streams.add_up(made, extra) if needs_up else made + extra
+        if not self.low_out:
+            return made, None
+        sees = streams.pool(high) if low is None else torch.cat([streams.pool(high), low], 1)
+        return made, self._run(sees, self.low_out, (*self._high_in, *self.low_in), with_bias=True)
 
     def with_norm(self, norm: _BatchNorm) -> Self:
         """Fold a norm into all four kernels at once: each of its channels belongs to one stream."""
@@ -233,7 +226,7 @@ class OctaveConv(TwoStreams, base.Deployable):
         return made
 
     def deploy(self) -> nn.Module:
-        """Return the same as plain convs: `high` and `low_to_high`, and `low`, which reads both streams at once."""
+        """Return the same in plain convs; of a conv with groups, the block itself."""
         if self.spec.groups == 1:
             return FusedOctave(self)
         return copy.deepcopy(self)
@@ -241,15 +234,6 @@ class OctaveConv(TwoStreams, base.Deployable):
     def kernel(self, filters: Ranges, channels: Ranges) -> Tensor:
         """Cut the kernel of one path, or of several side by side, out of the conv's own."""
         return streams.take(streams.take(self.weight, filters, 0), streams.merged(channels))
-
-    def _to_high(self, high: Tensor) -> Tensor:
-        return self._run(high, self._high_out, self._high_in, with_bias=True)
-
-    def _low_to_high(self, low: Tensor) -> Tensor:
-        return self._run(low, self._high_out, self.low_in)
-
-    def _to_low(self, both: Tensor) -> Tensor:
-        return self._run(both, self.low_out, (*self._high_in, *self.low_in), with_bias=True)
 
     @property
     def _high_in(self) -> Ranges:
@@ -327,39 +311,56 @@ class _Path:
 
 
 class FusedOctave(TwoStreams):
-    """An OctaveConv in plain convs, to deploy: `high`, `low_to_high`, and `low` over pool(h) and l side by side."""
+    """An OctaveConv in plain convs, one for each path, to deploy.
+
+    Two convs that read the same low map are one (`low_to_both`), unless their kernels are 1×1: then it is faster to add
+    the second one's result, in a matrix product, to what is there.
+    """
 
     def __init__(self, block: OctaveConv) -> None:
         super().__init__()
         self.spec, self.downsample = block.spec, block.downsample
         self.low_in, self.low_out = block.low_in, block.low_out
-        high_out, high_in = streams.others(block.low_out, self.spec.c_out), streams.others(block.low_in, self.spec.c_in)
-        self.high = _conv(block, high_out, high_in, with_bias=True)
-        self.low_to_high = _conv(block, high_out, block.low_in) if block.low_in else None
-        self.low = _conv(block, block.low_out, (*high_in, *block.low_in), with_bias=True) if block.low_out else None
+        reads_once = self.spec.stride == (1, 1) or self.downsample == "pool-both"
+        shares = bool(block.low_in and block.low_out) and reads_once and self.spec.kernel != (1, 1)
+        high_in, high_out = streams.others(block.low_in, self.spec.c_in), streams.others(block.low_out, self.spec.c_out)
+        self.high_to_high = _conv(block, high_out, high_in, with_bias=True)
+        self.high_to_low = _conv(block, block.low_out, high_in, with_bias=True)
+        self.low_to_both = _conv(block, (*high_out, *block.low_out), block.low_in) if shares else None
+        self.low_to_high = None if shares else _conv(block, high_out, block.low_in)
+        self.low_to_low = None if shares else _conv(block, block.low_out, block.low_in)
         self.train(block.training)
 
-    def _to_high(self, high: Tensor) -> Tensor:
-        made: Tensor = self.high(high)
-        return made
+    def core(self, high: Tensor, low: Tensor | None) -> Streams:
+        high, fine, low, needs_up = self._resampled(high, low)
+        made: Tensor = _ran(self.high_to_high, high)
+        made_low = None if self.high_to_low is None else _ran(self.high_to_low, streams.pool(high))
+        if fine is None or low is None:
+            return made, made_low
+        if self.low_to_both is not None:
+            both = self.low_to_both(fine)
+            border = made.shape[1]
+            assert made_low is not None
+            made_low = streams.add_into(made_low, both[:, border:])
+            extra = both[:, :border]
+        else:
+            extra = _ran(self.low_to_high, fine)
+            if self.low_to_low is not None and made_low is not None:
+                spec = ConvSpec.of(self.low_to_low)
+                made_low = kernels.add_convolved(made_low, low, self.low_to_low.weight, spec)
+        return streams.add_up(made, extra) if needs_up else streams.add_into(made, extra), made_low
 
-    def _low_to_high(self, low: Tensor) -> Tensor:
-        assert self.low_to_high is not None
-        made: Tensor = self.low_to_high(low)
-        return made
 
-    def _to_low(self, both: Tensor) -> Tensor:
-        assert self.low is not None
-        made: Tensor = self.low(both)
-        return made
+def _ran(conv: nn.Conv2d | None, x: Tensor) -> Tensor:
+    assert conv is not None
+    made: Tensor = conv(x)
+    return made
 
 
-def in_words(ranges: Ranges) -> str:
-    return " ".join(f"{start}:{stop}" for start, stop in ranges) or "none"
-
-
-def _conv(block: OctaveConv, filters: Ranges, channels: Ranges, *, with_bias: bool = False) -> nn.Conv2d:
-    """Make a plain conv of one or two paths of a block."""
+def _conv(block: OctaveConv, filters: Ranges, channels: Ranges, *, with_bias: bool = False) -> nn.Conv2d | None:
+    """Make a plain conv of one or two paths of a block, if there are any."""
+    if not (filters and channels):
+        return None
     kernel = block.kernel(filters, channels).detach()
     bias = streams.take(block.bias, filters, 0).detach() if with_bias and block.bias is not None else None
     spec = block.spec.change(c_in=kernel.shape[1], c_out=kernel.shape[0], stride=(1, 1), bias=bias is not None)
@@ -370,6 +371,10 @@ def _conv(block: OctaveConv, filters: Ranges, channels: Ranges, *, with_bias: bo
             assert conv.bias is not None
             conv.bias.copy_(bias)
     return conv
+
+
+def in_words(ranges: Ranges) -> str:
+    return " ".join(f"{start}:{stop}" for start, stop in ranges) or "none"
 
 
 def _cut_group(spec: ConvSpec, options: OctaveConvOptions) -> str | None:
