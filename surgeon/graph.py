@@ -51,7 +51,7 @@ _METHODS = frozenset(
 _ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim"})
 _STREAMS = (
     *(streams.split, streams.join, streams.interleave, streams.low_pass, streams.pool, streams.take),
-    *(streams.up_to, streams.crop_to, streams.add_into),
+    *(streams.lift_to, streams.crop_to, streams.add_into),
 )
 
 

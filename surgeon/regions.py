@@ -146,6 +146,7 @@ class _Region:
             return _fixed(options)
         source = channelwise.operand(node)
         layout = self.layouts[source] if source is not None else Layout()
+        layout = layout.plain if layout.is_point else layout
         low_in = layout.low if options.alpha_in is None else streams.last(options.alpha_in, spec.c_in)
         alpha_in = options.alphas[0] if low_in == streams.last(options.alphas[0], spec.c_in) else None
         reads_low = bool(low_in)
@@ -184,6 +185,9 @@ class _Region:
         site = self.sites[node]
         if options.alpha == 0:
             return "alpha is 0"
+        source = channelwise.operand(node)
+        if source is not None and self.layouts[source].is_point:
+            return "it works on one pixel, which has no low frequencies"
         if not self._is_large(site, options):
             h, w = site.runs[0].shape_out[-2:]
             least = f"its low map would be {-(-h // 2)}×{-(-w // 2)}, smaller than min_size {options.min_size}"

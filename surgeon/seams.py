@@ -366,7 +366,7 @@ def _spatial(at: _Rewriting, node: fx.Node) -> _Streams:
         return _Streams(high, at.graph.node_copy(node, lambda n: pair.low if n is source else n))
     if channelwise.halves(node, at.modules):
         return _Streams(high, at.graph.call_function(streams.crop_to, (pair.low, high)), is_view=True)
-    lifted = at.graph.call_function(streams.up_to, (pair.low, pair.high))
+    lifted = at.graph.call_function(streams.lift_to, (pair.low, pair.high))
     return _Streams(high, at.graph.node_copy(node, lambda n: lifted if n is source else n))
 
 

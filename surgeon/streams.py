@@ -96,6 +96,12 @@ def up_to(low: Tensor, high: Tensor) -> Tensor:
     return up(low, high.shape[-2:])
 
 
+def lift_to(low: Tensor, high: Tensor) -> Tensor:
+    """up(low), laid out in memory as it lies in join(high, low), so that sums over it run in the same order."""
+    layout = torch.channels_last if is_channels_last(high) else torch.contiguous_format
+    return up_to(low, high).contiguous(memory_format=layout)
+
+
 def crop_to(fine: Tensor, high: Tensor) -> Tensor:
     """What is left of a map at the size of `high`, from the top left."""
     return fine[..., : high.shape[-2], : high.shape[-1]]

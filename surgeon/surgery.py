@@ -186,11 +186,14 @@ def _check_sites(swaps: Sequence[Swap], seed: int) -> SelfCheck:
     return check
 
 
-def _check_streams(model: nn.Module, split: nn.Module, plan: Plan, inputs: Inputs) -> float:
+def _check_streams(model: nn.Module, split: nn.Module, plan: Plan, inputs: Inputs) -> float | None:
     """Compare streams that go from conv to conv with convs that split and join each for itself, in float64."""
     stream_(split, plan, only_low_pass=True)
-    apart = worst(*(equivalence.outputs(one, inputs) for one in (shadow(model, as_double), split)))
+    expected = equivalence.outputs(split, inputs)
+    apart = worst(equivalence.outputs(shadow(model, as_double), inputs), expected)
     if not apart <= EXACT:
+        if worst(equivalence.outputs(split, inputs, seed=1), expected):
+            return None  # it draws numbers in eval mode, and other ones for two streams
         raise PassError("seams", f"without seams the network is {apart:.1e} from itself with them, in float64")
     return apart
 

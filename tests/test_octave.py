@@ -13,12 +13,13 @@ import torchvision
 from helpers import relative, run_surgeon
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from small_networks import MobileNetV1
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import surgeon
-from surgeon.blocks.octave import OctaveConv, OctaveConvOptions
+from surgeon.blocks.octave import FusedOctave, OctaveConv, OctaveConvOptions
 from surgeon.demo import data
 from surgeon.demo.net import SmallResNet
 from surgeon.spec import ConvSpec
@@ -152,13 +153,14 @@ def test_where_the_low_channels_have_no_fine_detail_nothing_is_lost() -> None:
 
 def test_it_has_the_keys_and_shapes_of_the_conv_and_each_loads_the_other() -> None:
     net = torchvision.models.resnet18(weights=None)
-    recipe = {"surgeon": 1, "title": "T", "rules": [{"swap": "octave", "match": {"kernel": 3}}]}
-    converted = surgeon.convert(net, recipe, (1, 3, 64, 64))
+    converted = surgeon.convert(net, "octave", (1, 3, 64, 64), overrides=["rules[1].with.min_size=2"])
     assert sum(isinstance(m, OctaveConv) for m in converted.modules()) == 16
     before, after = net.state_dict(), converted.state_dict()
     assert {key: tensor.shape for key, tensor in before.items()} == {key: t.shape for key, t in after.items()}
-    converted.load_state_dict(torchvision.models.resnet18(weights=None).state_dict())
+    other = torchvision.models.resnet18(weights=None)
+    converted.load_state_dict(other.state_dict())
     net.load_state_dict(converted.state_dict())
+    assert all(torch.equal(tensor, other.state_dict()[key]) for key, tensor in net.state_dict().items())
 
 
 REFUSED = {
@@ -168,7 +170,11 @@ REFUSED = {
     "no padding": (ConvSpec(8, 8, (3, 3)), {}, "does not keep the size"),
     "no low input": (ConvSpec(3, 8, (1, 1)), {"alpha": 0.25}, "alpha 0.25 of 3 input channels leaves none"),
     "no low output": (ConvSpec(8, 1, (1, 1)), {}, "alpha 0.5 of 1 output channels leaves none"),
-    "a cut group": (ConvSpec(8, 8, (1, 1), groups=2), {"alpha": 0.25}, "alpha 0.25 cuts a group of 4 input channels"),
+    "a cut group": (ConvSpec(8, 8, (1, 1), groups=2), {"alpha": 0.25}, "2 low channels cut a group of 4 input channels"),
+    "other ranges with groups": (
+        ConvSpec(8, 8, (1, 1), groups=2), {"low_in": ((0, 4),)}, "its groups cannot follow"),
+    "ranges beyond the end": (ConvSpec(8, 8, (1, 1)), {"low_in": ((4, 9),)}, "low_in does not leave"),
+    "ranges that leave nothing": (ConvSpec(8, 8, (1, 1)), {"low_in": ((0, 8),)}, "low_in does not leave"),
     "one pixel": (ConvSpec(8, 8, (3, 3), padding=(1, 1), padding_mode="reflect"), {}, "too wide for a low map of 1"),
 }
 
@@ -179,10 +185,59 @@ def test_what_cannot_be_is_refused_with_the_reason(case: str) -> None:
     assert says in OctaveConv.refusal(spec, (2, 2), OctaveConvOptions.model_validate(options))
 
 
-def test_something_has_to_be_low() -> None:
-    for options in ({"alpha": 0}, {"alpha_in": 0, "alpha_out": 0}, {"alpha": 1}):
-        with pytest.raises(ValueError, match="alpha"):
-            OctaveConvOptions.model_validate(options)
+@pytest.mark.parametrize("low_in", [((5, 3),), ((0, 3), (2, 4)), ((3, 3),)])
+def test_ranges_follow_each_other(low_in: object) -> None:
+    with pytest.raises(ValueError, match="follow each other"):
+        OctaveConvOptions.model_validate({"low_in": low_in})
+
+
+def test_not_everything_can_be_low() -> None:
+    with pytest.raises(ValueError, match="alpha"):
+        OctaveConvOptions.model_validate({"alpha": 1})
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_with_alpha_0_at_stride_1_it_is_the_conv_bit_for_bit(groups: int) -> None:
+    conv = conv_of(ConvSpec(8, 12, (3, 5), padding=(1, 2), groups=groups)).float()
+    x = torch.randn(2, 8, 9, 11)
+    with torch.no_grad():
+        assert torch.equal(octave(conv, alpha=0)(x), conv(x))
+
+
+def test_with_alpha_0_at_stride_2_it_is_pooling_and_the_conv_at_stride_1() -> None:
+    conv = conv_of(ConvSpec(8, 12, (3, 3), padding=(1, 1), stride=(2, 2)))
+    x = torch.randn(2, 8, 9, 11, dtype=torch.float64)
+    with torch.no_grad():
+        assert relative(octave(conv, alpha=0)(x), F.conv2d(pooled(x), conv.weight, conv.bias, 1, 1)) <= 1e-15
+
+
+def test_low_channels_may_lie_anywhere_in_the_input() -> None:
+    """Sorting the channels of the input, and of the kernel, so that the low ones come last, is the usual case."""
+    conv, ranges = conv_of(ConvSpec(9, 8, (3, 3), padding=(1, 1))), ((1, 3), (5, 7))
+    order = [0, 3, 4, 7, 8, 1, 2, 5, 6]
+    usual = copy.deepcopy(conv)
+    usual.weight.data = conv.weight[:, order]
+    x = torch.randn(2, 9, 7, 6, dtype=torch.float64)
+    with torch.no_grad():
+        expected = reference(usual, x[:, order], 0.45, 0.5, "paper")
+        assert relative(octave(conv, low_in=ranges, alpha_out=0.5)(x), expected) <= 1e-12
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(cases(), st.booleans())
+def test_deployed_it_computes_the_same(case: Case, channels_last: bool) -> None:
+    spec, options, size = case
+    assume(OctaveConv.refusal(spec, size, OctaveConvOptions.model_validate(options)) is None)
+    block = octave(conv_of(spec), **options)
+    deployed = block.deploy()
+    x = torch.randn(2, spec.c_in, *size, dtype=torch.float64)
+    if channels_last:
+        x, deployed = x.to(memory_format=torch.channels_last), deployed.to(memory_format=torch.channels_last)
+    expected = block(x).detach()
+    assert relative(deployed(x), expected) <= 1e-12  # with gradients nothing is done in place
+    with torch.no_grad():
+        assert relative(deployed(x), expected) <= 1e-12
+    assert {type(m) for m in deployed.modules()} <= {FusedOctave, OctaveConv, nn.Conv2d}
 
 
 @pytest.mark.parametrize("alpha", [0.25, 0.5, 0.75])
@@ -197,60 +252,45 @@ def test_a_conv_costs_what_table_1_of_the_paper_says(alpha: float) -> None:
     assert sum(t.numel() for t in outs) / (16 * 32 * 32) == 1 - 0.75 * alpha
 
 
-RESNETS = {  # multiply-adds of known PyTorch code (ResNet-50) and as published, to the printed digits
+PUBLISHED = {  # multiply-adds of known PyTorch code (exact), and as printed in the papers
     ("resnet50", 0.5): (2367143936, 0),
     ("resnet50", 0.125): (3.6e9, 0.05e9),
     ("resnet50", 0.25): (3.1e9, 0.05e9),
     ("resnet50", 0.75): (1.9e9, 0.05e9),
     ("resnet101", 0.5): (3.991e9, 0.0005e9),
     ("resnet152", 0.5): (5.615e9, 0.0005e9),
+    ("mobilenet_v1", 0.5): (318.2e6, 0.05e6),
 }
+PARAMETERS = {"resnet50": 25557032, "mobilenet_v1": 4231976}
 
 
-def roles(path: str, alpha: float) -> dict[str, float] | None:
-    """The published roles of Oct-ResNet, by hand: None where the conv stays plain."""
-    stage, first = path.split(".")[0], path.split(".")[1] == "0"
-    begins = first and ("conv1" in path or "downsample" in path)
-    if stage == "layer4":
-        return {"alpha_in": alpha, "alpha_out": 0.0} if begins else None
-    return {"alpha_in": 0.0 if stage == "layer1" and begins else alpha, "alpha_out": alpha}
-
-
-@pytest.mark.parametrize(("name", "alpha"), RESNETS)
-def test_oct_resnets_cost_what_was_published(name: str, alpha: float) -> None:
-    macs, tolerance = RESNETS[name, alpha]
+@pytest.mark.parametrize(("name", "alpha"), PUBLISHED)
+def test_the_published_networks_cost_what_was_published(name: str, alpha: float) -> None:
+    macs, tolerance = PUBLISHED[name, alpha]
     with torch.device("meta"):
-        net = torchvision.models.get_model(name, weights=None).eval()
-        x = torch.empty(1, 3, 224, 224)
-    for path, conv in [(path, m) for path, m in net.named_modules() if isinstance(m, nn.Conv2d) and "." in path]:
-        if (role := roles(path, alpha)) is not None:
-            net.set_submodule(path, octave(conv, **role))
+        net = MobileNetV1() if name == "mobilenet_v1" else torchvision.models.get_model(name, weights=None)
+    plan = surgeon.plan(net, "octave", (1, 3, 224, 224), overrides=[f"rules[1].with.alpha={alpha}"])
+    assert not plan.seams
+    converted = surgeon.convert(net, plan).eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        net(x)
+        converted(torch.empty(1, 3, 224, 224, device="meta"))
     assert abs(counter.get_total_flops() // 2 - macs) <= tolerance
-    if name == "resnet50":
-        assert sum(p.numel() for p in net.parameters()) == 25557032
+    assert plan.total.macs.after == counter.get_total_flops() // 2
+    assert sum(p.numel() for p in converted.parameters()) == PARAMETERS.get(name, plan.total.params.before)
 
 
-def test_from_the_command_line_it_is_approximate_and_can_be_trained(
+def test_from_the_command_line_it_is_approximate_trained_fused_and_verified(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     net = SmallResNet()
     net.load_state_dict(data.weights())
     torch.save(net, "net.pt")
-    Path("octave.yaml").write_text(
-        "surgeon: 1\ntitle: T\nrules:\n"
-        "- {swap: octave, match: {name: layer1.0.conv1}, with: {alpha_in: 0}}\n"
-        "- {swap: octave, match: {name: layer3.**, in_channels: 64}, with: {alpha_out: 0}}\n"
-        "- {swap: octave, match: {name: 'layer*.**'}}\n"
-    )
-    assert run_surgeon("convert", "net.pt", "-r", "octave.yaml", "--input=1,1,28,28") == 0
-    assert run_surgeon("fuse", "net.octave.pt", "--input=1,1,28,28") == 0  # there is nothing to fold in it yet
+    assert run_surgeon("convert", "net.pt", "-r", "octave", "--input=1,1,28,28") == 0
     capsys.readouterr()
     assert run_surgeon("verify", "net.pt", "net.octave.pt", "--json") == 3
     report = json.loads(capsys.readouterr().out)
-    assert sum(site["kind_b"] == "OctaveConv" for site in report["sites"]) == 8
+    assert sum(site["kind_b"] == "OctaveConv" for site in report["sites"]) == 7  # all but the stem and the last one
     model = surgeon.load("net.octave.pt")
     images = data.images()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
@@ -264,8 +304,18 @@ def test_from_the_command_line_it_is_approximate_and_can_be_trained(
         optimizer.step()
         losses.append(loss.item())
     assert sum(losses[-5:]) < sum(losses[:5])
+    surgeon.save(model, "trained.pt")
+    assert run_surgeon("fuse", "trained.pt", "--input=1,1,28,28") == 0
+    assert run_surgeon("verify", "trained.pt", "trained.fused.pt") == 0
+    fused = surgeon.load("trained.fused.pt")
+    x = images.test_x[:9].double()
+    with torch.no_grad():
+        assert relative(fused.double().eval()(x), copy.deepcopy(model).double().eval()(x)) <= 1e-5
+    fused.get_submodule("layer1.0.conv2.high_to_high").weight.data[0, 0, 0, 0] += 1e-6
+    surgeon.save(fused.float(), "wrong.pt")
+    assert run_surgeon("verify", "trained.pt", "wrong.pt") == 1
     surgeon.save(model, "trained.safetensors")
-    again = surgeon.load("trained.safetensors", arch="net.octave.pt")
+    again = surgeon.load("trained.safetensors", arch="net.pt")
     with torch.no_grad():
         assert torch.equal(again.eval()(images.test_x[:9]), model.eval()(images.test_x[:9]))
 
