@@ -21,7 +21,7 @@ import random
 import sys
 import traceback
 import warnings
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -249,6 +249,12 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, Operator | _ConvNd | _BatchNorm) or super().is_leaf_module(m, module_qualified_name)
+
+    def create_arg(self, a: Any) -> Any:
+        """Keep an OrderedDict, which fx would turn into a dict: some networks return one."""
+        if type(a) is not OrderedDict:
+            return super().create_arg(a)
+        return self.create_node("call_function", OrderedDict, (self.create_arg(list(a.items())),), {})
 
 
 def _explore(module: nn.Module, path: str, found: Capture, seen: set[nn.Module]) -> None:

@@ -14,6 +14,7 @@ import inspect
 import keyword
 import operator
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -66,6 +67,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     **dict(_named(F, "torch.nn.functional", _FUNCTIONAL)),
     **{f"surgeon.streams.{function.__name__}": function for function in _STREAMS},
     "torch.fx._symbolic_trace._assert_is_none": fx._symbolic_trace._assert_is_none,
+    "collections.OrderedDict": OrderedDict,
     "getattr": builtins.getattr,  # of a tensor's shape, dtype and the like only
 }
 _NAMES = {id(function): name for name, function in reversed(FUNCTIONS.items())}
