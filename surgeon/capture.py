@@ -299,7 +299,7 @@ def _constants(module: nn.Module, inputs: Inputs) -> dict[str, Any]:
         return defaults
     named = {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     values = defaults | {name: value for name, value in given.items() if name in named}
-    return {name: value for name, value in values.items() if not call_of([value]).tensors}
+    return {name: value for name, value in values.items() if not Inputs((value,)).has_tensors}
 
 
 def _is_open(node: fx.Node) -> bool:

@@ -95,7 +95,9 @@ def _about_models(command: Callable[..., None]) -> Callable[..., None]:
         from surgeon.source import Trust
 
         if len(shape or ()) > 1 and command.__name__ != "verify":
-            raise typer.BadParameter("--input is given twice; only verify takes several")
+            raise typer.BadParameter(
+                "--input is given twice; only verify takes several. Arguments of one call: --input 'a;b'"
+            )
         trust = Trust(allow=tuple(allow or ()), unsafe_pickle=unsafe)
         command(given=Given(arch, tuple(arch_arg or ()), trust, tuple(shape or ()), seed), **rest)
 

@@ -1,6 +1,6 @@
 """Example inputs: what a person gives, what is known without asking, and what can be found.
 
-On the command line a value of `--input` (`inputs` has the notation) may also be
+On the command line a value may also be
 
     x.pt                      what torch.save wrote, read without running it
     x.safetensors, x.npz      tensors by name; x.npy holds one
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from os.path import isfile  # unlike Path.is_file, it bears names that are too long
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -60,7 +61,7 @@ def make(example: Example, *, seed: int = 0) -> Inputs:
         CaptureError: there is no tensor in it.
     """
     call = example if isinstance(example, Inputs) else _arguments(_asked(example))
-    if not any(isinstance(leaf, Tensor | Draw) for leaf in pytree.tree_leaves((call.args, dict(call.kwargs)))):
+    if not call.has_tensors:
         raise CaptureError(
             f"example {example!r} is neither a shape, nor a tensor, nor several of them",
             todo="Give a shape such as (1, 3, 224, 224).",
@@ -78,9 +79,9 @@ def read(text: str, model: nn.Module, *, seed: int = 0, say: Callable[[str], Non
     def value(part: str) -> Any:
         return calls.draw(part) if _SHAPE.fullmatch(part) else _value(part, model, seed, say)
 
-    is_whole = Path(text).is_file() or (_FUNCTION.fullmatch(text) and not _SHAPE.fullmatch(text))
+    is_whole = isfile(text) or (_FUNCTION.fullmatch(text) and not _SHAPE.fullmatch(text))
     call = _arguments(_value(text, model, seed, say)) if is_whole else calls.parse(text, value)
-    if not pytree.tree_any_only((Tensor, Draw), lambda leaf: True, (call.args, dict(call.kwargs))):
+    if not call.has_tensors:
         raise CaptureError(f"there is no tensor in {text}", todo="Give tensors, alone or in lists, tuples and dicts.")
     return call.drawn(seed)
 
@@ -131,12 +132,12 @@ def _arguments(value: Any) -> Inputs:
 def _value(text: str, model: nn.Module, seed: int, say: Callable[[str], None]) -> Any:
     """Read a file or call a function."""
     path = Path(text)
-    if not path.is_file() and _FUNCTION.fullmatch(text):
+    if not isfile(text) and _FUNCTION.fullmatch(text):
         return _returned(text, seed)
     if path.suffix.lower() not in (*_READERS, *_PICTURES):
-        what = "a file that holds no inputs" if path.is_file() else "neither a shape, nor a file, nor a function"
-        raise CaptureError(f"--input {text!r} is {what}", todo=_READ if path.is_file() else _TODO)
-    if not path.is_file():
+        what = "a file that holds no inputs" if isfile(text) else "neither a shape, nor a file, nor a function"
+        raise CaptureError(f"--input {text!r} is {what}", todo=_READ if isfile(text) else _TODO)
+    if not isfile(text):
         raise CaptureError(f"there is no file {text} to take as input", todo=_TODO)
     try:
         if path.suffix.lower() in _PICTURES:
@@ -204,7 +205,8 @@ def _picture(path: Path, model: nn.Module, seed: int, say: Callable[[str], None]
 
     known = guess(model, seed=seed)
     like = known.tensors[0] if known is not None else None
-    channels = like.shape[-3] if like is not None and like.dim() in (3, 4) else 3
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    channels = like.shape[-3] if like is not None and like.dim() in (3, 4) else first.in_channels if first else 3
     with Image.open(path) as file:
         picture = ImageOps.exif_transpose(file).convert("L" if channels == 1 else "RGB")
     done = ["scaled to [0, 1]"]
@@ -235,18 +237,25 @@ def _normalised(image: Tensor, config: object) -> tuple[Tensor, list[str]]:
 def _candidates(model: nn.Module) -> Iterator[tuple[Inputs, bool]]:
     """Give calls to try, and whether to try them with values: torchvision's own are known to do."""
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    config = getattr(model, "pretrained_cfg", None)  # timm's networks carry their size
-    if isinstance(config, dict) and config.get("input_size"):
-        channels, *sides = config["input_size"]
-        yield Inputs((Draw((1, channels, *sides)),)), False
-        if first is not None and first.in_channels != channels:
-            yield Inputs((Draw((1, first.in_channels, *sides)),)), False
+    for channels, *sides in filter(_is_shape, _known_sizes(model)):
+        for depth in dict.fromkeys([channels, first.in_channels if first is not None else channels]):
+            yield Inputs((Draw((1, depth, *sides)),)), False
     homes = [kind.__module__ for kind in type(model).__mro__]
     known = (call for start, call in _TORCHVISION.items() if any(home.startswith(start) for home in homes))
     if call := next(known, None):
         yield calls.parse(call), True
-    if isinstance(side := getattr(model, "image_size", None), int):  # torchvision's vision transformers
-        yield Inputs((Draw((1, 3, side, side)),)), False
-    if first is not None and first.in_channels:
+    if first is not None:
         for side in (224, 299, 256, 64, 32, 28):
             yield Inputs((Draw((1, first.in_channels, side, side)),)), False
+
+
+def _known_sizes(model: nn.Module) -> Iterator[tuple[int, ...]]:
+    """Give what networks of timm and torchvision carry with them: channels, height, width."""
+    sides = getattr(getattr(model, "patch_embed", None), "img_size", None)  # a timm transformer that was built for it
+    if isinstance(sides, tuple) and len(sides) == 2:
+        yield (3, *sides)
+    config = getattr(model, "pretrained_cfg", None)
+    if isinstance(config, dict) and config.get("input_size"):
+        yield tuple(config["input_size"])
+    if isinstance(side := getattr(model, "image_size", None), int):  # torchvision's vision transformers
+        yield (3, side, side)

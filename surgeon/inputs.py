@@ -1,4 +1,4 @@
-"""What one call of a model is given, and how that is written.
+"""What one call of a model is given, and how `--input` and plans write it.
 
     call  = part; part; …           positional arguments, then named ones
     part  = value or name=value
@@ -10,7 +10,7 @@
             {a=1,3,8,8;b=1,3,8,8}   a dict of values
             true, false, none       themselves
 
-A plan keeps its example in the same notation; it never names a file or a function.
+A plan keeps its example so that it can be drawn again; it never names a file or a function.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ Shape = tuple[int, ...]
 _FLOATS = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
 _WHOLES = ("uint8", "int8", "int16", "int32", "int64")
 _DTYPES = {name: getattr(torch, name) for name in (*_FLOATS, *_WHOLES, "bool")}
+_DEEPEST = 20  # brackets within each other
 _DRAWN_BELOW = 10  # whole numbers, unless a bound is given
 _CONSTANTS = {"true": True, "false": False, "none": None}
 _NAMED = re.compile(r"\s*([^\W\d]\w*)\s*=(.*)", re.DOTALL)
@@ -59,7 +60,7 @@ class Draw:
                 return torch.randn(self.shape, generator=generator, dtype=torch.float64).to(self.dtype)
             below = 2 if self.dtype == torch.bool else self.bound or _DRAWN_BELOW
             return torch.randint(below, self.shape, generator=generator).to(self.dtype)
-        except (RuntimeError, MemoryError, OverflowError) as error:
+        except (RuntimeError, MemoryError, OverflowError, TypeError) as error:  # a TypeError is beyond 64 bits
             sides = "×".join(map(str, self.shape))
             raise CaptureError(f"an input of {sides} does not fit into memory", todo="Give a smaller shape.") from error
 
@@ -94,6 +95,11 @@ class Inputs:
         return tuple(tuple(t.shape) for t in self.tensors)
 
     @property
+    def has_tensors(self) -> bool:
+        """Whether there are any, or any to be drawn."""
+        return any(isinstance(leaf, Tensor | Draw) for leaf in self._leaves())
+
+    @property
     def text(self) -> str:
         """How the call is written; what has no notation stands there as Python shows it."""
         named = (f"{name}={_write(value)}" for name, value in self.kwargs.items())
@@ -123,9 +129,8 @@ class Inputs:
 
     def cast_for(self, model: nn.Module) -> Inputs:
         """Copy them in the dtype of the model's first floating point parameter."""
-        return self.cast(
-            next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
-        )
+        dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
+        return self.cast(next(dtypes, torch.get_default_dtype()))
 
     def batched(self, count: int) -> Inputs:
         """Repeat or cut every tensor that has the first one's batch to a batch of `count`; so with lists of images."""
@@ -186,9 +191,7 @@ def parse(text: str, leaf: Callable[[str], Any] | None = None) -> Inputs:
         if named := _NAMED.fullmatch(part):
             _add_(kwargs, named, leaf or draw)
         elif kwargs:
-            raise CaptureError(
-                f"{part!r} has no name and stands after one that has", todo="Put names last: a;b;mask=c."
-            )
+            raise CaptureError(f"{part!r} has no name, and follows one that has", todo="Put names last: a;b;mask=c.")
         else:
             args.append(_value(part, leaf or draw))
     return Inputs(tuple(args), kwargs)
@@ -232,7 +235,7 @@ def _kind(dtype: str, text: str) -> tuple[torch.dtype, int | None]:
     if not has_bound:
         return _DTYPES[name], None
     most = torch.iinfo(_DTYPES[name]).max + 1 if name in _WHOLES else 0
-    if not bound.isdecimal() or not 1 <= int(bound) <= most:
+    if not re.fullmatch("[0-9]{1,19}", bound) or not 1 <= int(bound) <= most:
         what = f"a bound from 1 to {most}" if most else "no bound, it is for whole numbers only"
         raise CaptureError(f"{text!r} cannot be drawn: {name} takes {what}", todo="Write --input 1,10:int64<1000.")
     return _DTYPES[name], int(bound)
@@ -247,10 +250,11 @@ def _split(text: str) -> list[str]:
             parts.append("")
         else:
             parts[-1] += character
-        if depth < 0:
+        if not 0 <= depth <= _DEEPEST:
             break
     if depth:
-        raise CaptureError(f"the brackets of {text!r} do not match", todo="Write a list as [3,300,300;3,280,320].")
+        why = "do not match" if depth <= _DEEPEST else "are too deep"
+        raise CaptureError(f"the brackets of {text!r} {why}", todo="Write a list as [3,300,300;3,280,320].")
     return parts
 
 
