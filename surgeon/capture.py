@@ -304,9 +304,7 @@ def _constants(module: nn.Module, inputs: Inputs) -> dict[str, Any]:
 
 def _is_open(node: fx.Node) -> bool:
     """Whether a step looks something up that need not be there: whatever it is, tracing believes that it is."""
-    if node.op == "placeholder":
-        return str(node.target).startswith("*") and any(user.target is not operator.getitem for user in node.users)
-    return node.op == "call_method" and node.target == "get"
+    return node.op == "call_method" and node.target in ("get", "pop", "setdefault")
 
 
 def _trace_once(module: nn.Module, training: bool, arguments: dict[str, Any]) -> fx.Graph:

@@ -83,6 +83,14 @@ class Dict(Keywords):
         return {"out": self.bn(self.conv(batch["image"])) * batch["mask"]}
 
 
+class DictMayLack(Keywords):
+    """Its norm follows the conv directly only if there is a scale."""
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        y = self.conv(batch["image"])
+        return self.bn(y.relu() if batch.get("scale") is None else y)
+
+
 class List(Keywords):
     """Takes images of several sizes, as detectors do."""
 
@@ -148,6 +156,7 @@ CALLS: dict[str, tuple[type[nn.Module], str, Any]] = {
     "optional, given": (Optional, f"{IMAGE};1,4,1,1", (SHAPE, (1, 4, 1, 1))),
     "optional, a constant": (OptionalNorm, f"{IMAGE};true", (SHAPE, True)),
     "a dict": (Dict, f"{{image={IMAGE};mask=1,1,9,8}}", ({"image": SHAPE, "mask": (1, 1, 9, 8)},)),
+    "a dict that lacks something": (DictMayLack, f"{{image={IMAGE}}}", ({"image": SHAPE},)),
     "a list": (List, "[4,9,8;4,7,6]", ([(4, 9, 8), (4, 7, 6)],)),
     "nested": (
         Nested,
@@ -238,6 +247,7 @@ def test_a_norm_is_taken_over_where_the_example_shows_that_it_follows() -> None:
     assert takes("optional, a constant")
     assert not takes("optional, given")
     assert not takes("kwargs left out")
+    assert not takes("a dict that lacks something")
 
 
 def test_what_a_plan_writes_down_is_enough_to_do_it_again() -> None:
