@@ -19,6 +19,7 @@ from typing import Any
 
 import typer
 
+from surgeon import examples, inputs
 from surgeon.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +42,7 @@ def reference() -> str:
             lines += [f"| `{p.metavar or p.name.upper()}` | {p.help or ''} |" for p in arguments] + [""]
         lines += ["| option | meaning |", "|---|---|"]
         lines += [f"| `{', '.join(p.opts)}` | {p.help}{_default(p)} |" for p in options] + ["", command.epilog, ""]
+    lines += ["## Example inputs", "", inputs.__doc__ or "", examples.__doc__ or ""]
     return "\n".join(lines).rstrip() + "\n"
 
 

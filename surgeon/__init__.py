@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from surgeon.blocks.hetconv import HetConv
     from surgeon.blocks.octave import OctaveConv
     from surgeon.equivalence import Report
+    from surgeon.inputs import Inputs
     from surgeon.plans import Plan
     from surgeon.recipe import Recipe
     from surgeon.sites import Survey
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "ACBlock": "surgeon.blocks.acblock",
     "HetConv": "surgeon.blocks.hetconv",
+    "Inputs": "surgeon.inputs",
     "OctaveConv": "surgeon.blocks.octave",
     "Plan": "surgeon.plans",
     "Recipe": "surgeon.recipe",
@@ -43,6 +45,7 @@ _HOMES = {
 __all__ = [
     "ACBlock",
     "HetConv",
+    "Inputs",
     "OctaveConv",
     "Plan",
     "Recipe",

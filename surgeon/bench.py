@@ -24,14 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from surgeon.capture import duplicate, how_to_call, in_mode, where
 from surgeon.cost import measure
 from surgeon.distance import tensors
 from surgeon.errors import CaptureError
-from surgeon.examples import Inputs
 from surgeon.fold import fold_blocks_, fold_norms_
+from surgeon.inputs import Inputs
 
 TOO_WIDE = 0.15  # of the pairwise ratio: the distance of its quartiles, as a share of its median
 _AT_LEAST = 0.05  # seconds that one measurement takes; shorter runs are repeated within it
@@ -146,12 +146,11 @@ def _run_setting(
 
 def _prepare(label: str, form: str, model: nn.Module, inputs: Inputs, setting: Setting) -> _Candidate:
     """Copy a model into a setting, and run it until it has settled."""
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
-    given = inputs.cast(dtype)
+    given = inputs.cast_for(model)
     own = in_mode(duplicate(model), setting.train)
     if setting.channels_last:
         own = own.to(memory_format=torch.channels_last)
-        given = tuple(t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in given)
+        given = given.map(lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t)
     called: Callable[..., Any] = own
     if setting.compiled:
         called = torch.compile(own, dynamic=False)
@@ -163,24 +162,24 @@ def _prepare(label: str, form: str, model: nn.Module, inputs: Inputs, setting: S
         once = min(_time(call, 1) for _ in range(3))
     except Exception as error:
         raise CaptureError(
-            f"{label} does not run ({setting}): {where(error)}", todo=how_to_call(model, len(given))
+            f"{label} does not run ({setting}): {where(error)}", todo=how_to_call(model, given)
         ) from error
     return _Candidate(label, form, macs, call, max(1, math.ceil(_AT_LEAST / once)), peak, [])
 
 
-def _pass(called: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[[], object]:
+def _pass(called: Callable[..., Any], inputs: Inputs) -> Callable[[], object]:
     def call() -> object:
         with torch.inference_mode():
-            return called(*inputs)
+            return inputs.call(called)
 
     return call
 
 
-def _step(model: nn.Module, called: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[[], object]:
+def _step(model: nn.Module, called: Callable[..., Any], inputs: Inputs) -> Callable[[], object]:
     """Forward, backward, and forget the gradients."""
 
     def call() -> object:
-        outs = [out for out in tensors(called(*inputs)) if out.requires_grad]
+        outs = [out for out in tensors(inputs.call(called)) if out.requires_grad]
         torch.autograd.backward([out.float().mean() for out in outs])
         model.zero_grad(set_to_none=True)
         return None

@@ -39,6 +39,7 @@ from torch.overrides import TorchFunctionMode
 from surgeon.blocks import Block, Operator
 from surgeon.errors import CaptureError
 from surgeon.graph import Rewritten
+from surgeon.inputs import Inputs, call_of
 
 Model = TypeVar("Model", bound=nn.Module)
 _OURS_AND_TORCHS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
@@ -85,19 +86,19 @@ class Observed:
     read_directly: set[str] = field(default_factory=set)
 
 
-def capture(model: nn.Module) -> Capture:
-    """Find the islands of a model.
+def capture(model: nn.Module, inputs: Inputs | None = None) -> Capture:
+    """Find the islands of a model; `inputs` tell which of its optional arguments it is called with.
 
     >>> [island.path for island in capture(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())).islands]
     ['']
     """
     found = Capture()
     with quietly():
-        _explore(shadow(model), "", found, set())
+        _explore(shadow(model), "", found, set(), inputs or Inputs())
     return found
 
 
-def observe(model: nn.Module, inputs: Sequence[Tensor], *, meta_only: bool = False) -> Observed:
+def observe(model: nn.Module, inputs: Inputs | Sequence[Tensor], *, meta_only: bool = False) -> Observed:
     """Run the model once in eval mode and note every call of a conv, norm or block.
 
     The run is made on the meta device, which computes nothing; where the model needs values it is made for real.
@@ -105,15 +106,16 @@ def observe(model: nn.Module, inputs: Sequence[Tensor], *, meta_only: bool = Fal
     Raises:
         CaptureError: the model does not accept the inputs.
     """
+    call = call_of(inputs)
     try:
-        return _observe(shadow(model, to_meta), [to_meta(t) for t in inputs])
+        return _observe(shadow(model, to_meta), call.map(to_meta))
     except Exception as error:
         if meta_only:
-            raise _refusal(model, inputs, error) from error
+            raise _refusal(model, call, error) from error
     try:
-        return _observe(shadow(model), inputs)
+        return _observe(shadow(model), call)
     except Exception as error:
-        raise _refusal(model, inputs, error) from error
+        raise _refusal(model, call, error) from error
 
 
 def is_conv(module: nn.Module) -> bool:
@@ -232,16 +234,22 @@ def where(error: BaseException) -> str:
     return f"{type(error).__name__}: {said[0].rstrip('.')}{place}"
 
 
-def how_to_call(model: nn.Module, given: int) -> str:
-    """Say what to do where a model did not run on as many inputs as were given."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    needed = [p.name for p in positional if p.default is p.empty]
-    if len(needed) > max(given, 1):
-        return f"It takes {' and '.join(needed)}; from Python: example=({', '.join(needed)}), tensors or shapes."
+def how_to_call(model: nn.Module, given: Inputs) -> str:
+    """Say what to do where a model did not run on what was given."""
+    signature = inspect.signature(model.forward)
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    named = {name: p for name, p in signature.parameters.items() if p.kind not in variadic}
+    needed = [name for name, p in named.items() if p.default is p.empty]
+    try:
+        signature.bind(*given.args, **given.kwargs)
+    except TypeError:
+        words = ";".join(n if named[n].kind is inspect.Parameter.POSITIONAL_ONLY else f"{n}=1,3,8,8" for n in needed)
+        takes = " and ".join(needed) or "no input that has to be named"
+        optional = ", ".join(name for name in named if name not in needed)
+        return f"It takes {takes}{f' (and may take {optional})' * bool(optional)}: --input '{words}', say."
     if len(dtypes := {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()}) > 1:
         return f"Its parameters are {' and '.join(sorted(dtypes))}; if that is why, save it in one dtype."
-    return "Give the shape that it was made for: --input 1,3,224,224."
+    return "Give the input that it was made for: --input 1,3,224,224, or a file, or file.py:make_inputs."
 
 
 class _Tracer(fx.Tracer):
@@ -257,38 +265,36 @@ class _Tracer(fx.Tracer):
         return self.create_node("call_function", OrderedDict, (self.create_arg(list(a.items())),), {})
 
 
-def _explore(module: nn.Module, path: str, found: Capture, seen: set[nn.Module]) -> None:
+def _explore(module: nn.Module, path: str, found: Capture, seen: set[nn.Module], inputs: Inputs) -> None:
     if module in seen or isinstance(module, Operator | _ConvNd) or not any(map(_is_site, module.modules())):
         return
     seen.add(module)
     if not isinstance(module, nn.ModuleList | nn.ModuleDict):
-        graph = _trace(module, is_root=not path)
+        graph = _trace(module, None if path else inputs)
         if isinstance(graph, fx.Graph):
             found.islands.append(Island(path, graph))
             return
         found.opaque.append(Opaque(path, graph))
     for name, child in module.named_children():
-        _explore(child, f"{path}.{name}" if path else name, found, seen)
+        _explore(child, f"{path}.{name}" if path else name, found, seen, inputs)
 
 
 def _is_site(module: nn.Module) -> bool:
     return isinstance(module, Operator | _ConvNd)
 
 
-def _trace(module: nn.Module, *, is_root: bool) -> fx.Graph | str:
-    """Trace in both modes; the graph, or why there is none."""
+def _trace(module: nn.Module, inputs: Inputs | None) -> fx.Graph | str:
+    """Trace in both modes, the whole model as `inputs` call it; the graph, or why there is none."""
     if isinstance(module, Rewritten):
         return module.graph
-    defaults = {
-        p.name: p.default
-        for p in inspect.signature(module.forward).parameters.values()
-        if p.default is not inspect.Parameter.empty
-    }
-    ways = [defaults] if is_root or not defaults else [defaults, {}]
+    defaults = _constants(module, inputs or Inputs())
+    ways = [defaults] if inputs is not None or not defaults else [defaults, {}]
     try:
         graphs = [_trace_once(module, mode, way) for way in ways for mode in (True, False)]
     except Exception as error:
         return f"tracing stopped: {where(error)}"
+    if node := next((n for n in graphs[0].nodes if _is_open(n)), None):
+        return f"what it does depends on which optional inputs it is given, in '{node.name}'"
     for i, other in enumerate(graphs[1:]):
         if difference := _difference(graphs[0], other):
             when = "with and without its optional arguments" if i else "in train and eval mode"
@@ -305,6 +311,25 @@ def _mark_(training: fx.Graph, evaluating: fx.Graph) -> None:
 
 def _dropouts(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if node.target in _DROPOUTS]
+
+
+def _constants(module: nn.Module, inputs: Inputs) -> dict[str, Any]:
+    """Give the arguments that are no tensors in a call: those that it leaves out are their defaults."""
+    signature = inspect.signature(module.forward)
+    parameters = signature.parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    try:
+        given = signature.bind_partial(*inputs.args, **inputs.kwargs).arguments
+    except TypeError:  # the run will tell
+        return defaults
+    named = {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    values = defaults | {name: value for name, value in given.items() if name in named}
+    return {name: value for name, value in values.items() if not Inputs((value,)).has_tensors}
+
+
+def _is_open(node: fx.Node) -> bool:
+    """Whether a step looks something up that need not be there: whatever it is, tracing believes that it is."""
+    return node.op == "call_method" and node.target in ("get", "pop", "setdefault")
 
 
 def _trace_once(module: nn.Module, training: bool, arguments: dict[str, Any]) -> fx.Graph:
@@ -342,7 +367,7 @@ def _steps(graph: fx.Graph) -> list[tuple[str, Any]]:
     return steps
 
 
-def _observe(model: nn.Module, inputs: Sequence[Tensor]) -> Observed:
+def _observe(model: nn.Module, inputs: Inputs) -> Observed:
     seen, running = Observed(), _Running(model)
 
     def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -361,9 +386,9 @@ def _observe(model: nn.Module, inputs: Sequence[Tensor]) -> Observed:
         if isinstance(module, Block | _ConvNd | _NormBase):
             module.register_forward_pre_hook(begin)
             module.register_forward_hook(end(name), with_kwargs=True)
-    given = _as_stored(model, inputs)
+    given = inputs.cast_for(model)
     with quietly(), running:
-        in_mode(model, False)(*given)
+        given.call(in_mode(model, False))
     seen.read_directly = running.read_directly
     return seen
 
@@ -392,14 +417,7 @@ class _Running(TorchFunctionMode):
         return result
 
 
-def _as_stored(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Cast floating point inputs to the dtype of the model's first parameter."""
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
-    return tuple(t.to(dtype) if t.is_floating_point() else t for t in inputs)
-
-
-def _refusal(model: nn.Module, inputs: Sequence[Tensor], error: Exception) -> CaptureError:
-    shapes = ", ".join("×".join(map(str, t.shape)) for t in inputs)
+def _refusal(model: nn.Module, inputs: Inputs, error: Exception) -> CaptureError:
     return CaptureError(
-        f"the model does not run on an input of {shapes}: {where(error)}", todo=how_to_call(model, len(inputs))
+        f"the model does not run on an input of {inputs}: {where(error)}", todo=how_to_call(model, inputs)
     )

@@ -60,8 +60,10 @@ Input = Annotated[
     typer.Option(
         "--input",
         "-i",
-        metavar="SHAPE",
-        help="The shape of an example input, such as 1,3,224,224; verify takes several.",
+        metavar="EXAMPLE",
+        help="An example input: a shape (1,3,224,224; 1,10:int64), several (1,3,8,8;1,10:int64), by name "
+        "(image=1,3,8,8;mask=1,8,8:bool), a list ([3,300,300;3,280,320]), a .pt, .safetensors, .npz or image file, "
+        "or file.py:make_inputs. verify takes the option several times.",
     ),
 ]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="For inputs and for what starts at random.")]
@@ -93,7 +95,9 @@ def _about_models(command: Callable[..., None]) -> Callable[..., None]:
         from surgeon.source import Trust
 
         if len(shape or ()) > 1 and command.__name__ != "verify":
-            raise typer.BadParameter("--input is given twice; only verify takes several")
+            raise typer.BadParameter(
+                "--input is given twice; only verify takes several. Arguments of one call: --input 'a;b'"
+            )
         trust = Trust(allow=tuple(allow or ()), unsafe_pickle=unsafe)
         command(given=Given(arch, tuple(arch_arg or ()), trust, tuple(shape or ()), seed), **rest)
 

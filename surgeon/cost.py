@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from surgeon.capture import in_mode, quietly, shadow, to_meta
+from surgeon.inputs import Inputs, call_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ class Cost:
         return replace(self, macs=macs, activations=activations)
 
 
-def measure(module: nn.Module, inputs: Sequence[Tensor] | None = None) -> Cost:
+def measure(module: nn.Module, inputs: Inputs | Sequence[Tensor] | None = None) -> Cost:
     """Count the cost of a module in eval mode, for one call with `inputs`, of which only the shapes matter.
 
     >>> import torch
@@ -56,17 +57,17 @@ def measure(module: nn.Module, inputs: Sequence[Tensor] | None = None) -> Cost:
     cost = Cost(sum(p.numel() for p in params), stored)
     if inputs is None:
         return cost
+    call = call_of(inputs)
     try:
-        return _count(cost, shadow(module, to_meta), [to_meta(t) for t in inputs])
+        return _count(cost, shadow(module, to_meta), call.map(to_meta))
     except Exception:  # a network that looks at values runs for real
-        return _count(cost, shadow(module), inputs)
+        return _count(cost, shadow(module), call)
 
 
-def _count(cost: Cost, module: nn.Module, inputs: Sequence[Tensor]) -> Cost:
-    like = next((p for p in module.parameters() if p.is_floating_point()), None)
-    cast = [t.to(like.dtype) if like is not None and t.is_floating_point() else t for t in inputs]
+def _count(cost: Cost, module: nn.Module, inputs: Inputs) -> Cost:
+    given = inputs.cast_for(module)
     with quietly(), FlopCounterMode(display=False) as flops, _Writes() as writes:
-        in_mode(module, False)(*cast)
+        given.call(in_mode(module, False))
     return replace(cost, macs=int(flops.get_total_flops()) // 2, activations=writes.bytes)
 
 

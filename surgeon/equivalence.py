@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from surgeon.capture import how_to_call, in_mode, quietly, shadow, where
 from surgeon.distance import Jitter, apart, as_double, pairs, pooled, relative_l2, stored_ulps, tensors, worst
 from surgeon.errors import VerifyError
-from surgeon.examples import Inputs
+from surgeon.inputs import Inputs
 from surgeon.spec import ConvSpec
 from surgeon.tape import Gap, Tape, is_site
 
@@ -166,7 +166,7 @@ def verify(
 
 def outputs(model: nn.Module, inputs: Inputs, *, seed: int = 0) -> Any:
     """Run a copy of the model in eval mode and in its own dtype."""
-    return _call(_evaluating(model), inputs.cast(dtype_of(model)), seed)
+    return _call(_evaluating(model), inputs, dtype_of(model), seed)
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
@@ -269,7 +269,7 @@ class _Bench:
         return inputs.alike(-(-ENOUGH // fewest) - 1, self.seed) if is_judged else []
 
     def _call(self, model: nn.Module, inputs: Inputs, dtype: torch.dtype) -> Any:
-        return _call(model, inputs.cast(dtype), self.seed)
+        return _call(model, inputs, dtype, self.seed)
 
 
 def _against(ours: Sequence[Any], theirs: Sequence[Any], truths: Sequence[Any]) -> list[tuple[float, float]]:
@@ -309,16 +309,15 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _call(model: nn.Module, inputs: Sequence[Tensor], seed: int) -> Any:
+def _call(model: nn.Module, inputs: Inputs, dtype: torch.dtype, seed: int) -> Any:
     with quietly():
         torch.manual_seed(seed)
         try:
-            return model(*inputs)
+            return inputs.cast(dtype).call(model)
         except Exception as error:
-            shapes = ", ".join("×".join(map(str, t.shape)) for t in inputs)
             raise VerifyError(
-                f"a model does not run on an input of {shapes} in {inputs[0].dtype}: {where(error)}",
-                todo=how_to_call(model, len(inputs)),
+                f"a model does not run on an input of {inputs} in {dtype}: {where(error)}",
+                todo=how_to_call(model, inputs),
             ) from error
 
 

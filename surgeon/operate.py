@@ -46,7 +46,7 @@ def stream_(model: nn.Module, plan: Plan, *, only_low_pass: bool = False) -> Out
     if not plan.has_streams:
         return Outcome()
     low_passes = [LowPass(one.island, one.step, one.operand) for one in plan.low_passed]
-    return seams.remove_(model, low_passes, only_low_pass=only_low_pass)
+    return seams.remove_(model, low_passes, inputs=plan.inputs, only_low_pass=only_low_pass)
 
 
 def foresee(plan: Plan, survey: Survey) -> Plan:
@@ -59,7 +59,7 @@ def foresee(plan: Plan, survey: Survey) -> Plan:
     model = shadow(survey.model, to_meta)
     outcome = operate_(model, plan)
     left = tuple(dict.fromkeys(SeamLeft(island=one.island, kind=one.kind, reason=one.reason) for one in outcome.seams))
-    after = measure(model, survey.inputs.tensors if survey.inputs else None)
+    after = measure(model, survey.inputs)
     changes = {name: getattr(after, name) for name in ("params", "macs", "activations")}
     total = plan.total.model_copy(
         update={

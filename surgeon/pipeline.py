@@ -19,7 +19,7 @@ from surgeon.bench import Progress, Timing
 from surgeon.blocks import Foldable
 from surgeon.equivalence import Report
 from surgeon.errors import CaptureError
-from surgeon.examples import Inputs
+from surgeon.inputs import Inputs
 from surgeon.plans import Plan
 from surgeon.sites import Survey
 from surgeon.source import Loaded, Trust
@@ -35,7 +35,7 @@ class Given:
     arch: str | None = None
     arch_args: tuple[str, ...] = ()
     trust: Trust = field(default_factory=Trust)
-    inputs: tuple[str, ...] = ()  # shapes, as `--input` takes them
+    inputs: tuple[str, ...] = ()  # examples, as `--input` takes them
     seed: int = 0
 
 
@@ -125,8 +125,8 @@ def fuse(
 
 def verify(name_a: str, name_b: str, given: Given, say: Say) -> Report:
     a, b = (_load(name, given, say).model for name in (name_a, name_b))
-    shapes = [examples.parse(text) for text in given.inputs]
-    return surgery.verify(a, b, shapes or None, seed=given.seed)
+    inputs = [examples.read(text, a, seed=given.seed, say=say) for text in given.inputs]
+    return surgery.verify(a, b, inputs or None, seed=given.seed)
 
 
 def bench(names: Sequence[str], given: Given, say: Say, how: Trials, progress: Progress) -> tuple[Timing, ...]:
@@ -167,9 +167,11 @@ def _save(loaded: Loaded, path: Path, say: Say, *, force: bool) -> None:
 
 def _inputs(model: nn.Module, given: Given, say: Say, *, plan: Plan | None = None) -> Inputs | None:
     """Make the input that was given, or the one of a plan, or find one."""
-    example = examples.parse(given.inputs[0]) if given.inputs else None
+    example = examples.read(given.inputs[0], model, seed=given.seed, say=say) if given.inputs else None
     inputs = surgery.inputs_for(model, example, plan=plan, seed=given.seed)
-    if inputs is None:
+    if inputs is None and plan is not None and plan.inputs is not None:
+        say(f"noise of the shapes in the plan ({plan.inputs}) does not do, so nothing is run; give --input again")
+    elif inputs is None:
         say("no input is known that the model accepts, so shapes and costs are left out; --input 1,3,224,224 gives one")
     elif inputs.is_guess:
         say(f"no --input was given; {inputs} works and is used")

@@ -14,13 +14,15 @@ from typing import Any, Literal, Self
 
 import torch
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from surgeon import inputs as calls
 from surgeon import regions, yamlmarks
 from surgeon.blocks import Block, BlockOptions, registry
 from surgeon.blocks.octave import OctaveConv, OctaveConvOptions
 from surgeon.cost import Cost
-from surgeon.errors import PlanError
+from surgeon.errors import CaptureError, PlanError
+from surgeon.inputs import Inputs
 from surgeon.recipe import Recipe, Rule, Subject, text_of
 from surgeon.regions import Roles
 from surgeon.sites import Site, Survey, measure_calls
@@ -138,7 +140,7 @@ class Plan(Form):
 
     format: Literal[1] = Field(alias="surgeon-plan")
     model: str  # fingerprint of the architecture
-    input: tuple[tuple[int, ...], ...] | None = None
+    input: tuple[tuple[int, ...], ...] | str | None = None  # shapes of positional tensors, or text as --input takes it
     seed: int = 0
     recipe: RecipeText
     total: Total
@@ -146,6 +148,20 @@ class Plan(Form):
     low_passed: tuple[LowPassed, ...] = ()
     seams: tuple[SeamLeft, ...] = ()
     convs: tuple[Entry, ...]
+
+    @field_validator("input")
+    @classmethod
+    def _is_readable(cls, value: tuple[tuple[int, ...], ...] | str | None) -> tuple[tuple[int, ...], ...] | str | None:
+        try:
+            calls.recall(value)
+        except CaptureError as error:
+            raise ValueError(error.problem) from error
+        return value
+
+    @property
+    def inputs(self) -> Inputs | None:
+        """The call that the numbers are for, its tensors still to be drawn."""
+        return calls.recall(self.input)
 
     @property
     def has_streams(self) -> bool:
@@ -192,7 +208,7 @@ def make(recipe: Recipe, survey: Survey, *, seed: int = 0) -> Plan:
         {
             "surgeon-plan": 1,
             "model": survey.fingerprint,
-            "input": survey.inputs.shapes if survey.inputs else None,
+            "input": survey.inputs.record if survey.inputs else None,
             "seed": seed,
             "recipe": RecipeText(name=recipe.name, text=recipe.text, overrides=recipe.overrides),
             "total": _total(survey.cost, entries),

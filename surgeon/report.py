@@ -58,7 +58,7 @@ def survey_view(survey: Survey) -> RenderableType:
 def survey_data(survey: Survey) -> dict[str, Any]:
     return {
         "model": survey.fingerprint,
-        "input": survey.inputs.shapes if survey.inputs else None,
+        "input": (survey.inputs.record or survey.inputs.text) if survey.inputs else None,
         "cost": asdict(survey.cost),
         "blocks": survey.blocks,
         "not_traced": [asdict(opaque) for opaque in survey.capture.opaque],
@@ -211,11 +211,10 @@ def _inside(island: str) -> str:
 def _cost_line(plan: Plan) -> str:
     swaps, total = len(plan.swaps), plan.total
     line = f"{swaps} of {_convs(len(plan.convs))} swapped; parameters {_ratio(total.params)}"
-    if total.macs and plan.input:
-        shapes = ", ".join("×".join(map(str, shape)) for shape in plan.input)
+    if total.macs and plan.inputs:
         line += f"; MACs {_ratio(total.macs)}{_ideal(total.ideal_macs)}"
         line += f"; activations {_ratio(total.activations, 'B')}" if total.activations else ""
-        line += f" at {shapes}"
+        line += f" at {plan.inputs}"
     return line
 
 

@@ -25,6 +25,7 @@ from surgeon import channelwise, graph, streams
 from surgeon.blocks.octave import OctaveConv, TwoStreams
 from surgeon.capture import FOLLOWS_MODE, Island
 from surgeon.channelwise import Layout
+from surgeon.inputs import Inputs
 from surgeon.pairs import make_pair_norm_
 from surgeon.sites import custom_call
 from surgeon.streams import Ranges
@@ -65,13 +66,19 @@ class Outcome:
         self.undos.clear()
 
 
-def remove_(model: nn.Module, low_passes: Sequence[LowPass] = (), *, only_low_pass: bool = False) -> Outcome:
-    """Rewrite the islands of a model that hold octave convs.
+def remove_(
+    model: nn.Module,
+    low_passes: Sequence[LowPass] = (),
+    *,
+    inputs: Inputs | None = None,
+    only_low_pass: bool = False,
+) -> Outcome:
+    """Rewrite the islands of a model that hold octave convs; `inputs` are those that it was planned with.
 
     `low_passes` come from the plan. With `only_low_pass` they are put in, and every conv still splits and joins.
     """
     outcome = Outcome()
-    for island in capturing.capture(model).islands:
+    for island in capturing.capture(model, inputs).islands:
         root = model.get_submodule(island.path)
         blocks = [m for m in root.modules() if isinstance(m, OctaveConv) and not m.keeps_seams]
         if not blocks:
@@ -172,7 +179,9 @@ class _Rewriting:
         """Put low_pass(x) = join(split(x)) in, where the plan wants it."""
         nodes = {node.name: node for node in self.graph.nodes}
         for place in places:
-            step, source = nodes[place.step], nodes[place.operand]
+            step, source = nodes.get(place.step), nodes.get(place.operand)
+            if step is None or source is None or source not in step.all_input_nodes:
+                continue
             other = next(value for value in channelwise.operands(step) if value is not source)
             self._lay_out_until(other)
             if not self.layouts[other].is_octave:  # the conv that made it so is not swapped
@@ -339,8 +348,8 @@ def _sum_or_product(at: _Rewriting, node: fx.Node) -> _Streams:
         elif at.layouts[value].channels != 1:
             whole = at.whole(value, f"'{node.name}' reads it")
             rest = streams.others(layout.low, layout.channels or 0)
-            highs[value] = at.graph.call_function(streams.take, (whole, _listed(rest)))
-            lows[value] = at.graph.call_function(streams.take, (whole, _listed(layout.low)))
+            highs[value] = at.graph.call_function(streams.take, (whole, _listed(rest), -3))
+            lows[value] = at.graph.call_function(streams.take, (whole, _listed(layout.low), -3))
     return at.twice(node, highs, lows)
 
 

@@ -21,7 +21,7 @@ from surgeon import capture as capturing
 from surgeon.blocks import Block
 from surgeon.capture import Call, Capture, Observed
 from surgeon.cost import Cost, measure
-from surgeon.examples import Inputs
+from surgeon.inputs import Inputs
 from surgeon.pairs import PairNorm
 from surgeon.spec import ConvSpec
 
@@ -70,8 +70,10 @@ class Survey:
     model: nn.Module  # what was looked at
 
 
-def survey(model: nn.Module, inputs: Inputs | None = None) -> Survey:
+def survey(model: nn.Module, inputs: Inputs | None = None, *, called_with: Inputs | None = None) -> Survey:
     """Look at every conv of a model; without inputs there are no shapes and no multiply-adds.
+
+    `called_with` says how it is called where it is not to be run.
 
     >>> [str(site.spec) for site in survey(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())).sites]
     ['3→8, 3x3']
@@ -79,12 +81,12 @@ def survey(model: nn.Module, inputs: Inputs | None = None) -> Survey:
     Raises:
         CaptureError: the model does not accept the inputs.
     """
-    captured = capturing.capture(model)
-    observed = capturing.observe(model, inputs.tensors) if inputs else Observed()
+    captured = capturing.capture(model, inputs or called_with)
+    observed = capturing.observe(model, inputs) if inputs else Observed()
     facts = _Facts(model, captured, observed)
     sites = tuple(_site(facts, module) for module in facts.convs())
     blocks = Counter(m.name for m in model.modules() if isinstance(m, Block))
-    cost = measure(model, inputs.tensors if inputs else None)
+    cost = measure(model, inputs)
     weights = {facts.names[m][0]: m.weight for m in facts.convs() if type(m) is nn.Conv2d}
     return Survey(fingerprint(model), sites, dict(blocks), captured, inputs, cost, weights, model)
 

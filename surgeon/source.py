@@ -41,6 +41,7 @@ __all__ = [
     "Trust",
     "build",
     "build_named_in_file",
+    "find",
     "load",
     "load_weights",
     "metadata",
@@ -146,6 +147,12 @@ def build_named_in_file(architecture: Architecture, *, trust: Trust = Trust(), s
         )
     args = {key: value for key, value in architecture.args.items() if key not in FETCHING}
     return build(replace(architecture, args=args), trust=replace(trust, unsafe_pickle=False), seed=seed)
+
+
+def find(name: str) -> Callable[[], object]:
+    """Find a function in the person's own code, `pkg.mod:function` or `file.py:function`."""
+    module, _, function = name.rpartition(":")
+    return _own(module, function, {})
 
 
 def read_tensors(path: Path, *, trust: Trust = Trust()) -> tuple[State, list[str]]:  # noqa: B008 - frozen

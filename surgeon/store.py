@@ -75,7 +75,7 @@ def redo_(model: nn.Module, steps: Sequence[Step]) -> nn.Module:
             fold_blocks_(model, dense=step.dense)
         else:
             plan = Plan.model_validate(step.plan)
-            plans.check(plan, sites.survey(model))  # the history may have come with a file
+            plans.check(plan, sites.survey(model, called_with=plan.inputs))  # it may have come with a file
             operate_(model, plan)
     return model
 

@@ -28,8 +28,9 @@ from surgeon.capture import duplicate, shadow
 from surgeon.distance import as_double, has_numbers, worst, worst_ulps
 from surgeon.equivalence import EXACT, Replay, Report
 from surgeon.errors import CaptureError, ModelError, PassError, PlanError, SurgeonError, VerifyError
-from surgeon.examples import Example, Inputs
+from surgeon.examples import Example
 from surgeon.fold import fold_blocks_
+from surgeon.inputs import Inputs
 from surgeon.operate import Swap, build, foresee, place_, prepare, stream_, undo_
 from surgeon.plans import Plan
 from surgeon.recipe import Recipe
@@ -271,8 +272,9 @@ def _checked(model: Model) -> Model:
 def verify(a: nn.Module, b: nn.Module, example: Example | Sequence[Example] | None = None, *, seed: int = 0) -> Report:
     """Say whether `b` computes what `a` does, how far apart they are, and where they part.
 
-    `example` is one input or a list of them, each a shape or a tensor. Where b's history says that it was made from a,
-    the same is done to a in float64, and b must be that, rounded once.
+    `example` is one input or a list of them, each as `examples.make` takes it: a shape, a tensor, a tuple of arguments,
+    a dict of named ones. Where b's history says that it was made from a, the same is done to a in float64, and b must
+    be that, rounded once.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3))
     >>> verify(model, convert(model, "acnet"), (1, 3, 8, 8)).verdict
@@ -343,12 +345,9 @@ def inputs_for(model: nn.Module, example: Example | None, *, plan: Plan | None =
     _checked(model)
     if example is not None:
         return examples.make(example, seed=seed)
-    shapes = [plan.input] if plan is not None else []
-    shapes += [step.plan.get("input") for step in reversed(store.history(model)) if step.plan]
-    for known in shapes:
-        if known and len(known) == 1:
-            return examples.make(tuple(known[0]), seed=seed)
-    return examples.guess(model, seed=seed)
+    records = [plan.input] if plan is not None else []
+    records += [step.plan.get("input") for step in reversed(store.history(model)) if step.plan]
+    return examples.recall(records, model, seed=seed) or examples.guess(model, seed=seed)
 
 
 def _recipe(recipe: RecipeLike, overrides: Sequence[str]) -> Recipe:

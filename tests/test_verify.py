@@ -382,9 +382,9 @@ class _TwoInputs(nn.Module):
         return self.conv(image) * mask
 
 
-def test_a_network_of_several_inputs_gets_them_from_python() -> None:
+def test_a_network_of_several_inputs_gets_them() -> None:
     net = _TwoInputs()
-    with pytest.raises(CaptureError, match=r"It takes image and mask; from Python: example=\(image, mask\)"):
+    with pytest.raises(CaptureError, match=r"It takes image and mask: --input 'image=1,3,8,8;mask=1,3,8,8', say"):
         surgeon.convert(net, "acnet", (1, 3, 8, 8))
     example = ((1, 3, 8, 8), (1, 1, 6, 6))
     converted = surgeon.convert(net, "acnet", example)
