@@ -18,6 +18,7 @@ import os
 import platform
 import re
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -70,6 +71,7 @@ def examine_here(case: Case, into: str, memory: float) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no process is left behind
     options.out.parent.mkdir(parents=True, exist_ok=True)
     known = list(recorded(options.out))
     chosen = {line["chosen"]: line["name"] for line in known if "chosen" in line}
@@ -145,9 +147,13 @@ class Worker:
     def begin(cls, case: Case, folder: Path, memory: float) -> Worker:
         into = folder / f"{re.sub(r'[^a-z0-9]+', '-', case.name)}.json"
         command = [sys.executable, __file__, "--one", *case, "--into", str(into), "--memory", str(memory)]
+        path = os.pathsep.join(
+            [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        )  # the surgeon beside this file
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path}
         with into.with_suffix(".log").open("wb") as log:
-            settings = {"stdout": log, "stderr": log, "env": {"OMP_NUM_THREADS": "1", **os.environ}}
-            return cls(case, subprocess.Popen(command, **settings), into, time.monotonic())
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        return cls(case, process, into, time.monotonic())
 
     def finished(self, timeout: float) -> Record | None:
         """Give the record once the process has ended, however it did, or has taken too long."""
@@ -162,7 +168,7 @@ class Worker:
         if is_late or code:
             how = f"not done after {timeout:.0f} s" if is_late else f"the process ended with {code}"
             last = self.into.with_suffix(".log").read_text(errors="replace").strip().splitlines()[-1:]
-            record.errors.append({"step": record.step or "start", "error": how, "place": "".join(last)[:200]})
+            record.note(how, "".join(last)[:200])
         record.into = None
         return record
 
@@ -173,22 +179,28 @@ def sweep(todo: Sequence[Case], options: argparse.Namespace) -> None:
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(stderr=True)) as progress, tempfile.TemporaryDirectory() as folder:
         task = progress.add_task("", total=len(todo))
-        while waiting or running:
-            while waiting and len(running) < options.jobs:
-                running.append(Worker.begin(waiting.pop(), Path(folder), options.memory))
-            time.sleep(0.2)
-            for worker in tuple(running):
-                if (record := worker.finished(options.timeout)) is None:
-                    continue
-                running.remove(worker)
-                with options.out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({**asdict(record), "versions": versions()}) + "\n")
-                progress.advance(task)
-                if record.status in ("failed", "wrong"):
-                    failures += 1
-                    progress.print(f"{record.name}: {'; '.join(complaints(record))}", markup=False)
-            names = ", ".join(worker.case.name for worker in running)
-            progress.update(task, description=f"{failures} failed   {names}")
+        try:
+            while waiting or running:
+                while waiting and len(running) < options.jobs:
+                    running.append(Worker.begin(waiting.pop(), Path(folder), options.memory))
+                progress.update(task, description=f"{failures} failed   {', '.join(one.case.name for one in running)}")
+                time.sleep(0.2)
+                ended = [(one, record) for one in running if (record := one.finished(options.timeout)) is not None]
+                for worker, record in ended:
+                    running.remove(worker)
+                    append(record, options.out)
+                    progress.advance(task)
+                    if faults := complaints(record):
+                        failures += 1
+                        progress.print(f"{record.name}: {'; '.join(faults)}", markup=False)
+        finally:
+            for worker in running:
+                worker.process.kill()
+
+
+def append(record: Record, out: Path) -> None:
+    with out.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**asdict(record), "versions": versions()}) + "\n")
 
 
 def versions() -> dict[str, str]:

@@ -117,12 +117,14 @@ class Record:
 
     def note_error(self, error: Exception) -> None:
         said = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-        if any(sign in f"{type(error).__name__} {error}" for sign in NO_MEMORY):
-            self.left_out = f"{self.step} does not fit into the memory that it may use"
-            return
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{'/'.join(Path(frame.filename).parts[-2:])}:{frame.lineno} in {frame.name}"
-        self.errors.append({"step": self.step, "error": said[:400], "place": place})
+        self.note(said[:400], f"{'/'.join(Path(frame.filename).parts[-2:])}:{frame.lineno} in {frame.name}")
+
+    def note(self, error: str, place: str) -> None:
+        if any(sign in error + place for sign in NO_MEMORY):
+            self.left_out = f"{self.step} does not fit into the memory that it may use"
+        else:
+            self.errors.append({"step": self.step or "start", "error": error, "place": place})
 
     def write(self) -> None:
         if self.into is not None:
@@ -281,7 +283,7 @@ def take_over(study: Study, surveyed: surgeon.Survey) -> None:
     study.attempt("keep", check_kept, model, converted, touched, record)
     study.attempt("reload", reload, converted, study)
     study.attempt("verify", verdict, "convert", model, converted, study)
-    before = outputs(shake_(converted), example)  # as after training: the strips take part
+    before = outputs(calibrate_(shake_(converted), example), example)  # as after training: the strips take part
     if (fused := study.attempt("fuse", surgeon.fuse, converted)) is None:
         return
     study.attempt("compare fused", compare, "fuse", fused, before, study)
