@@ -60,7 +60,7 @@ def page(records: Sequence[Record], versions: dict[str, str]) -> str:
 def totals(records: Sequence[Record], done: Sequence[Record]) -> list[str]:
     dense = [record for record in done if record.dense]
     swapped, total = (sum(getattr(record, key) or 0 for record in dense) for key in ("dense_swapped", "dense"))
-    furthest = max((number for record in done for number in taken(record)), default=0.0)
+    furthest = max((number for record in done if record.dtype == "float64" for number in taken(record)), default=0.0)
     counts = ", ".join(f"{count} {status}" for status, count in sorted(Counter(r.status for r in records).items()))
     return [
         f"- {len(records)} architectures: {counts}.",
@@ -74,11 +74,13 @@ def sections(records: Sequence[Record], done: Sequence[Record]) -> list[tuple[st
     """Give what the page lists below its table: title, heads of columns, rows."""
     counted = ("convs", "networks", "reason")
     failed = [(record.name, "; ".join(complaints(record))) for record in done if complaints(record)]
-    unusual = [record for record in done if max(taken(record), default=0) > USUAL[record.dtype]]
+    unusual = [record for record in done if taken(record) and max(taken(record)) > USUAL[record.dtype]]
     far = [(record.name, f"{max(taken(record)):.0e}", f"{record.moved_by_rounding or 0:.0e}") for record in unusual]
+    single = [(record.name,) for record in done if record.dtype == "float32"]
     low = [record for record in done if record.dense and (record.dense_swapped or 0) < 0.95 * record.dense]
     few = [(r.name, f"{r.dense_swapped or 0} of {r.dense}", "; ".join(r.dense_skipped)) for r in low]
     return [
+        ("In float32, because they do not run in float64", ("network",), single),
         ("Failed or wrong", ("network", "what"), failed),
         (
             f"Further than {USUAL['float64']:.0e}",
