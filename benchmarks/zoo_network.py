@@ -41,7 +41,7 @@ OCTAVE = {
 # At 32 pixels the last maps of most networks are one pixel, where only the centre tap of a kernel is seen.
 SIDES = (64, 32, 96, 128, 160, 192)
 # Detectors: small images instead of 800 pixels, and what they find is not thrown away because random scores are low.
-SMALL = {"min_size": 64, "max_size": 96}
+SMALL = {"min_size": 128, "max_size": 160}
 ARGUMENTS = {
     "faster_rcnn": {**SMALL, "box_score_thresh": 0.0},
     "mask_rcnn": {**SMALL, "box_score_thresh": 0.0, "box_detections_per_img": 10},
@@ -219,12 +219,11 @@ def calibrate_(model: nn.Module, example: Sequence[Any]) -> nn.Module:
 
     def set_(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0].detach().double()
-        rows = x.transpose(0, 1).flatten(1)  # (channels, all else)
-        means = rows.mean(1) if rows.shape[1] >= 4 else rows.mean().expand(len(rows))
-        spread = (rows.var(1, correction=0) + x.var(correction=0)) / 2 + 1e-6
-        noise = torch.rand(2, len(rows), generator=generator, dtype=torch.float64)
-        norm.running_mean.copy_(means + (noise[0] - 0.5) * 0.2 * spread.sqrt())
-        norm.running_var.copy_(spread * 4.0 ** (noise[1] - 0.5))  # 0.5 to 2 times
+        means = x.transpose(0, 1).flatten(1).mean(1) / 3  # all of it, and only differences would be left
+        size = x.square().mean() + 0.003
+        noise = torch.rand(2, len(means), generator=generator, dtype=torch.float64)
+        norm.running_mean.copy_(means + (noise[0] - 0.5) * 0.2 * size.sqrt())
+        norm.running_var.copy_(size * 4.0 ** (noise[1] - 0.5))  # 0.5 to 2 times
 
     norms = [m for m in model.modules() if isinstance(getattr(m, "running_var", None), Tensor)]
     hooks = [norm.register_forward_pre_hook(set_) for norm in norms]
