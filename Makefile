@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 RUN     = $(VENV)/bin
 
-.PHONY: demo test check fmt docs bench clean
+.PHONY: demo test check fmt docs bench zoo clean
 
 demo: $(VENV)/.installed
 	$(RUN)/surgeon demo
@@ -28,6 +28,9 @@ bench: $(VENV)/.installed-test
 	$(RUN)/python benchmarks/convert.py
 	$(RUN)/python benchmarks/hetconv.py
 	$(RUN)/python benchmarks/kept_energy.py
+
+zoo: $(VENV)/.installed-test  # hours; it can be stopped, and goes on from there
+	$(RUN)/python benchmarks/zoo.py --write-docs
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

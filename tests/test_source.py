@@ -678,3 +678,11 @@ def test_a_file_that_may_not_be_read(here: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(Path, "open", forbid)
     assert refusal("m.pt") == "m.pt cannot be read: Permission denied. Name a file that you may read."
+
+
+def test_a_detector_that_has_run_loads(tmp_path: Path) -> None:
+    pooler = torchvision.ops.MultiScaleRoIAlign(["0", "1"], output_size=2, sampling_ratio=1)
+    maps = {"0": torch.rand(1, 3, 8, 8), "1": torch.rand(1, 3, 4, 4)}
+    pooler(maps, [torch.tensor([[0.0, 0.0, 9.0, 9.0]])], [(16, 16)])  # now it holds how sizes are mapped to levels
+    torch.save(nn.Sequential(pooler), tmp_path / "net.pt")
+    assert type(source.load(str(tmp_path / "net.pt")).model[0]) is torchvision.ops.MultiScaleRoIAlign

@@ -1,0 +1,145 @@
+"""Records of the zoo → the table on the screen, and docs/zoo.md."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from zoo_network import USUAL, Record
+
+HEADS = ("network", "convs", "swapped", "dense 3×3", "convert", "fuse", "islands", "s", "MB", "result")
+
+
+def show(records: Sequence[Record], console: Console) -> None:
+    table = Table(*HEADS)
+    table.columns[0].no_wrap = True
+    for row in rows(records):
+        table.add_row(*row)
+    console.print(table)
+    console.print(", ".join(f"{count} {status}" for status, count in Counter(r.status for r in records).items()))
+
+
+def rows(records: Sequence[Record]) -> Iterator[tuple[str, ...]]:
+    """Give a line for each network that was examined."""
+    for record in records:
+        if record.left_out:
+            continue
+        dense = f"{record.dense_swapped} of {record.dense}" if record.dense and record.swapped is not None else ""
+        apart = [f"{record.apart[step]:.0e}" if step in record.apart else "" for step in ("convert", "fuse")]
+        islands = "whole" if is_whole(record) else str(record.islands or "")
+        spent = (f"{sum(record.seconds.values()):.0f}", str(record.megabytes or ""))
+        count = ("" if one is None else str(one) for one in (record.sites, record.swapped))
+        yield (record.name, *count, dense, *apart, islands, *spent, record.status)
+
+
+def page(records: Sequence[Record], versions: dict[str, str]) -> str:
+    """Write docs/zoo.md."""
+    done = [record for record in records if not record.left_out]
+    lines = [
+        "# The zoo",
+        "",
+        "Written by `python benchmarks/zoo.py --write-docs`; what is done to a network stands at the top of that file",
+        "and of `zoo_network.py`. `convert` and `fuse` are relative L2 of the whole output in float64; before fusing,",
+        "the strips of the ACBlocks are given numbers as after training.",
+        "",
+        f"With {', '.join(f'{name} {version}' for name, version in versions.items())}.",
+        "",
+        *totals(records, done),
+        "",
+        *markdown(HEADS, rows(records)),
+    ]
+    for title, heads, body in sections(records, done):
+        lines += ["", f"## {title}", "", *(markdown(heads, body) if body else ["None."])]
+    return "\n".join(lines) + "\n"
+
+
+def totals(records: Sequence[Record], done: Sequence[Record]) -> list[str]:
+    dense = [record for record in done if record.dense]
+    swapped, total = (sum(getattr(record, key) or 0 for record in dense) for key in ("dense_swapped", "dense"))
+    furthest = max((number for record in done if record.dtype == "float64" for number in taken(record)), default=0.0)
+    counts = ", ".join(f"{count} {status}" for status, count in sorted(Counter(r.status for r in records).items()))
+    return [
+        f"- {len(records)} architectures: {counts}.",
+        f"- `acnet` swaps {swapped} of {total} dense 3×3 convs of {len(dense)} networks, {swapped / (total or 1):.1%}.",
+        f"- Relative L2 after converting or fusing: at most {furthest:.1e}.",
+        f"- Traced as a whole: {sum(is_whole(record) for record in done)} of {len(done)} networks.",
+    ]
+
+
+def sections(records: Sequence[Record], done: Sequence[Record]) -> list[tuple[str, tuple[str, ...], list[Any]]]:
+    """Give what the page lists below its table: title, heads of columns, rows."""
+    counted = ("convs", "networks", "reason")
+    failed = [(record.name, "; ".join(complaints(record))) for record in done if complaints(record)]
+    unusual = [record for record in done if taken(record) and max(taken(record)) > USUAL[record.dtype]]
+    far = [(record.name, f"{max(taken(record)):.0e}", f"{record.moved_by_rounding or 0:.0e}") for record in unusual]
+    single = [(record.name,) for record in done if record.dtype == "float32"]
+    low = [record for record in done if record.dense and (record.dense_swapped or 0) < 0.95 * record.dense]
+    few = [(r.name, f"{r.dense_swapped or 0} of {r.dense}", "; ".join(r.dense_skipped)) for r in low]
+    return [
+        ("In float32, because they do not run in float64", ("network",), single),
+        ("Failed or wrong", ("network", "what"), failed),
+        (
+            f"Further than {USUAL['float64']:.0e}",
+            ("network", "relative L2", "one unit in the last place of every weight"),
+            far,
+        ),
+        ("Fewer than 95 % of the dense 3×3 convs swapped", ("network", "swapped", "reasons"), few),
+        ("Why convs stay under `acnet`", counted, reasons(done, "skipped")),
+        ("Why dense 3×3 convs stay under `acnet`", counted, reasons(done, "dense_skipped")),
+        ("Why networks are not one island", ("networks", "reason"), untraced(done)),
+        ("Left out", ("network", "reason"), [(record.name, record.left_out) for record in records if record.left_out]),
+    ]
+
+
+def is_whole(record: Record) -> bool:
+    return bool(record.islands) and not record.opaque
+
+
+def taken(record: Record) -> list[float]:
+    return [record.apart[step] for step in ("convert", "fuse") if step in record.apart]
+
+
+def reasons(records: Sequence[Record], kind: str) -> list[tuple[str, ...]]:
+    """Count the reasons over all networks, without the names of modules in them."""
+    convs: Counter[str] = Counter()
+    networks: Counter[str] = Counter()
+    for record in records:
+        found: Counter[str] = Counter()
+        for reason, count in getattr(record, kind).items():
+            found[without_names(reason)] += count
+        convs.update(found)
+        networks.update(found.keys())
+    return [(str(count), str(networks[reason]), reason) for reason, count in convs.most_common()]
+
+
+def untraced(records: Sequence[Record]) -> list[tuple[str, ...]]:
+    """Count the reasons why the outermost opaque part of a network could not be traced."""
+    firsts = Counter(without_names(next(iter(record.opaque.values()))) for record in records if record.opaque)
+    return [(str(count), reason) for reason, count in firsts.most_common()]
+
+
+def without_names(reason: str) -> str:
+    """Leave out paths of modules, and places in files.
+
+    >>> without_names("its weights are also those of head.0.conv1")
+    'its weights are also those of …'
+    """
+    reason = re.sub(r" \(\w+\.py:\d+\)", "", reason)
+    return re.sub(r"\b\w+(\.\w+)+\b", "…", reason)
+
+
+def markdown(heads: Sequence[str], body: Any) -> list[str]:
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in (heads, *body)]
+    return [f"| {' | '.join(row)} |" for row in (cells[0], ["---"] * len(heads), *cells[1:])]
+
+
+def complaints(record: Record) -> list[str]:
+    """Say what went wrong; an error that stops several steps is said once."""
+    steps: dict[str, list[str]] = {}
+    for one in record.errors:
+        steps.setdefault(f"{one['error']} ({one['place']})", []).append(one["step"])
+    return [*(f"{', '.join(where)}: {what}" for what, where in steps.items()), *record.wrong]
