@@ -149,18 +149,19 @@ def halves(node: fx.Node, modules: Modules) -> bool:
     """Whether a step takes the maximum or mean of 2×2 pixels that are one pixel of the low stream."""
     if node.op == "call_module":
         pool = modules[str(node.target)]
-        if not isinstance(pool, nn.MaxPool2d | nn.AvgPool2d):
-            return False
-        extra = (pool.dilation, pool.return_indices) if isinstance(pool, nn.MaxPool2d) else (pool.divisor_override,)
-        window, is_usual = [pool.kernel_size, pool.stride, pool.padding], extra in ((1, False), ((1, 1), False), (None,))
-    elif node.target in (F.max_pool2d, torch.max_pool2d, F.avg_pool2d):
-        given = dict(zip(("kernel_size", "stride", "padding"), node.args[1:], strict=False)) | dict(node.kwargs)
-        kernel = given.pop("kernel_size", None)
-        window = [kernel, given.pop("stride", None) or kernel, given.pop("padding", 0)]
-        is_usual = set(given) <= {"ceil_mode"} and len(node.args) <= 4
+        names = ("kernel_size", "stride", "padding", "dilation", "return_indices", "divisor_override")
+        given = {name: getattr(pool, name) for name in names if hasattr(pool, name)}
+        is_pool = isinstance(pool, nn.MaxPool2d | nn.AvgPool2d)
     else:
+        given = {**dict(zip(("kernel_size", "stride", "padding"), node.args[1:], strict=False)), **node.kwargs}
+        is_pool = node.target in (F.max_pool2d, torch.max_pool2d, F.avg_pool2d) and len(node.args) <= 4
+    usual = {"padding": 0, "dilation": 1, "return_indices": False, "divisor_override": None}
+    if not is_pool or not all(
+        given.get(name, value) in (value, (value,) * 2, [value] * 2) for name, value in usual.items()
+    ):
         return False
-    return is_usual and all(value in (2, (2, 2), [2, 2]) for value in window[:2]) and window[2] in (0, (0, 0), [0, 0])
+    kernel = given.get("kernel_size")
+    return all(value in (2, (2, 2), [2, 2]) for value in (kernel, given.get("stride") or kernel))
 
 
 def _is_spatial_mean(node: fx.Node) -> bool:
@@ -250,7 +251,9 @@ def _product(node: fx.Node, modules: Modules, layouts: Layouts) -> Flow:
         return Flow(first)
     joined = _other(node, modules, layouts)
     channels = next((one.channels for one in maps if one.channels), None)
-    return replace(joined, layout=Layout(channels), seam=joined.seam and f"'{node.name}' adds or multiplies other streams")
+    return replace(
+        joined, layout=Layout(channels), seam=joined.seam and f"'{node.name}' adds or multiplies other streams"
+    )
 
 
 def _concat(node: fx.Node, modules: Modules, layouts: Layouts) -> Flow:

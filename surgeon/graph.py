@@ -15,7 +15,7 @@ import keyword
 import operator
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -29,25 +29,27 @@ _FORMAT = 1
 _PART = re.compile(r"[\w-]+")  # of a module's path: it stands in quotes in the Python that is made
 _OPERATORS = (
     "add iadd sub isub mul imul truediv itruediv floordiv mod pow neg getitem eq ne lt le gt ge and_ or_ matmul"
-).split()
+)
 _TORCH = (
-    "abs adaptive_avg_pool1d add addmm arange avg_pool1d bmm cat chunk clamp concat conv2d cos cumsum div einsum eq exp "
-    "flatten floor ge gt hardshrink index_select le log lt matmul max maximum mean min minimum mul ne neg norm permute pow "
-    "prelu relu relu_ repeat_interleave reshape roll rsqrt selu sigmoid sin softmax split sqrt square squeeze stack sub sum "
-    "swapaxes tanh transpose unbind unflatten unsqueeze where zeros_like ones_like _assert"
-).split()
+    "abs adaptive_avg_pool1d add addmm arange avg_pool1d bmm cat chunk clamp concat conv2d cos cumsum div einsum "
+    "eq exp flatten floor ge gt hardshrink index_select le log lt matmul max maximum mean min minimum mul ne neg "
+    "norm permute pow prelu relu relu_ repeat_interleave reshape roll rsqrt selu sigmoid sin softmax split sqrt "
+    "square squeeze stack sub sum swapaxes tanh transpose unbind unflatten unsqueeze where zeros_like ones_like "
+    "_assert"
+)
 _FUNCTIONAL = (
     "adaptive_avg_pool2d adaptive_max_pool2d alpha_dropout avg_pool2d batch_norm celu channel_shuffle conv2d "
-    "conv_transpose2d dropout dropout2d elu feature_alpha_dropout fold gelu glu group_norm hardsigmoid hardswish hardtanh "
-    "hardtanh_ instance_norm interpolate layer_norm leaky_relu leaky_relu_ linear local_response_norm log_softmax "
-    "logsigmoid lp_pool2d max_pool2d mish normalize pad pixel_shuffle pixel_unshuffle prelu relu relu6 relu_ "
-    "scaled_dot_product_attention selu sigmoid silu softmax softplus softsign tanh threshold unfold upsample"
-).split()
-_METHODS = frozenset(
-    "abs add add_ chunk clamp clamp_ clone contiguous detach dim div div_ double exp expand expand_as flatten float flip "
-    "half index_select masked_fill matmul max mean min mul mul_ narrow neg new_zeros numel permute pow relu relu_ repeat "
-    "reshape roll rsqrt sigmoid sigmoid_ size softmax split sqrt square squeeze std sub sub_ sum t tanh to transpose type_as "
-    "unbind unflatten unfold unsqueeze var view view_as".split()
+    "conv_transpose2d dropout dropout2d elu feature_alpha_dropout fold gelu glu group_norm hardsigmoid hardswish "
+    "hardtanh hardtanh_ instance_norm interpolate layer_norm leaky_relu leaky_relu_ linear local_response_norm "
+    "log_softmax logsigmoid lp_pool2d max_pool2d mish normalize pad pixel_shuffle pixel_unshuffle prelu relu "
+    "relu6 relu_ scaled_dot_product_attention selu sigmoid silu softmax softplus softsign tanh threshold unfold "
+    "upsample"
+)
+_METHODS = (
+    "abs add add_ chunk clamp clamp_ clone contiguous detach dim div div_ double exp expand expand_as flatten "
+    "float flip half index_select masked_fill matmul max mean min mul mul_ narrow neg new_zeros numel permute pow "
+    "relu relu_ repeat reshape roll rsqrt sigmoid sigmoid_ size softmax split sqrt square squeeze std sub sub_ "
+    "sum t tanh to transpose type_as unbind unflatten unfold unsqueeze var view view_as"
 )
 _ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim"})
 _STREAMS = (
@@ -56,21 +58,22 @@ _STREAMS = (
 )
 
 
-def _named(module: Any, prefix: str, names: Iterable[str]) -> Iterator[tuple[str, Callable[..., Any]]]:
-    return ((f"{prefix}.{name}", getattr(module, name)) for name in names if hasattr(module, name))
+def _named(module: Any, prefix: str, names: str) -> dict[str, Callable[..., Any]]:
+    return {f"{prefix}.{name}": getattr(module, name) for name in names.split() if hasattr(module, name)}
 
 
 # The first name of a function is the one that is written; F.conv2d is torch.conv2d.
 FUNCTIONS: dict[str, Callable[..., Any]] = {
-    **dict(_named(operator, "operator", _OPERATORS)),
-    **dict(_named(torch, "torch", _TORCH)),
-    **dict(_named(F, "torch.nn.functional", _FUNCTIONAL)),
+    **_named(operator, "operator", _OPERATORS),
+    **_named(torch, "torch", _TORCH),
+    **_named(F, "torch.nn.functional", _FUNCTIONAL),
     **{f"surgeon.streams.{function.__name__}": function for function in _STREAMS},
     "torch.fx._symbolic_trace._assert_is_none": fx._symbolic_trace._assert_is_none,
     "collections.OrderedDict": OrderedDict,
     "getattr": builtins.getattr,  # of a tensor's shape, dtype and the like only
 }
 _NAMES = {id(function): name for name, function in reversed(FUNCTIONS.items())}
+METHODS = frozenset(_METHODS.split())
 # What a class may define, and a Rewritten would not have; all else that it overrides would be lost.
 _MAY_DEFINE = frozenset(
     {"__init__", "forward", "extra_repr", "_get_name", "__repr__", "__str__", "__doc__", "__module__", "__new__"}
@@ -103,7 +106,7 @@ class Rewritten(nn.Module):
         return {key: value for key, value in vars(self).items() if key != "_run"}
 
     def __setstate__(self, state: Data) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._run = _compiled(self.program)
 
 
@@ -150,8 +153,10 @@ def unwritable(module: nn.Module, graph: fx.Graph) -> str | None:
         if node.op == "placeholder" and str(node.target).startswith("*"):
             return f"its forward takes {node.target}"
         if node.op == "call_function" and id(node.target) not in _NAMES:
-            return f"'{node.name}' calls {getattr(node.target, '__name__', node.target)}, which is not on surgeon's list"
-        if node.op == "call_method" and node.target not in _METHODS:
+            return (
+                f"'{node.name}' calls {getattr(node.target, '__name__', node.target)}, which is not on surgeon's list"
+            )
+        if node.op == "call_method" and node.target not in METHODS:
             return f"'{node.name}' calls the method {node.target}, which is not on surgeon's list"
         if node.op == "get_attr" and not _has(module, str(node.target)):
             return f"'{node.name}' is a tensor that its forward makes"
@@ -185,7 +190,8 @@ def decode(program: Mapping[str, Any]) -> fx.Graph:
     """
     if program.get("format") != _FORMAT:
         raise ValueError("the graph in the file has a format that this surgeon does not know")
-    graph, nodes = fx.Graph(), {}
+    graph = fx.Graph()
+    nodes: dict[str, fx.Node] = {}
     for name, *default in program["inputs"]:
         args = tuple(_decoded(value, nodes) for value in default)
         nodes[name] = graph.create_node("placeholder", _word(name), args, name=_word(name))
@@ -203,11 +209,11 @@ def decode(program: Mapping[str, Any]) -> fx.Graph:
 def _target(op: str, target: str) -> Any:
     if op == "call_function" and target in FUNCTIONS:
         return FUNCTIONS[target]
-    if op == "call_method" and target in _METHODS:
+    if op == "call_method" and target in METHODS:
         return target
-    if op in ("call_module", "get_attr"):
-        if all(_PART.fullmatch(part) and not part.startswith("__") for part in target.split(".")):
-            return target
+    parts = target.split(".")
+    if op in ("call_module", "get_attr") and all(_PART.fullmatch(p) and not p.startswith("__") for p in parts):
+        return target
     raise ValueError(f"the graph in the file has a step {op} {target!r}, which surgeon does not write")
 
 

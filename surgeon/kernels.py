@@ -10,7 +10,6 @@ Ding et al. 2019, ACNet, arXiv:1908.03930, eq. 4–6 and section 3.3.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -104,7 +103,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> 
 
 
 def add_convolved(y: Tensor, x: Tensor, weight: Tensor, spec: ConvSpec) -> Tensor:
-    """y + what a bias-free conv of this spec gives for `x`; in place where no gradient is asked for."""
+    """Y + what a bias-free conv of this spec gives for `x`; in place where no gradient is asked for."""
     if torch.is_grad_enabled():
         return y + convolve(x, weight, None, spec)
     return add_convolved_(y, x, weight, spec)

@@ -1,8 +1,8 @@
 """plan → rewritten model. Decides nothing: whether a swap can be made has been settled by `plans.check`.
 
 Three steps, so that a fault on the way leaves the model as it was: prepare builds every block and touches nothing,
-place puts them in, and undo takes them out again. Where there are octave convs, a fourth lets their streams go from conv
-to conv.
+place puts them in, and undo takes them out again. Where there are octave convs, a fourth lets their streams go from
+conv to conv.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def stream_(model: nn.Module, plan: Plan, *, only_low_pass: bool = False) -> Out
 
 
 def foresee(plan: Plan, survey: Survey) -> Plan:
-    """Say in a plan what comes of its octave convs: which islands become graphs, which seams stay, what all of it costs.
+    """Say in a plan what comes of its octave convs: islands that become graphs, seams that stay, costs of the whole.
 
     It is carried out on a copy without numbers.
     """

@@ -20,7 +20,7 @@ from surgeon.streams import Pair, Ranges
 
 
 class PairNorm(nn.BatchNorm2d):
-    """(n, c, h, w) → the same, as any BatchNorm2d; or (high, low) → (high, low). `low` are the ranges of low channels."""
+    """(n, c, h, w) → the same, as any BatchNorm2d; or (high, low) → (high, low). `low` are ranges of channels."""
 
     low: Ranges
 
@@ -40,7 +40,8 @@ class PairNorm(nn.BatchNorm2d):
         )
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, low {' '.join(f'{start}:{stop}' for start, stop in self.low)}"
+        usual = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{usual}, low {' '.join(f'{start}:{stop}' for start, stop in self.low)}"
 
     def _factor(self) -> float:
         """Count a batch, and say what weight it has in the running statistics."""

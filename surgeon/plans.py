@@ -323,9 +323,7 @@ def _roles(survey: Survey, claimed: Sequence[tuple[Site, Rule | None]]) -> Roles
     return regions.assign(survey.model, survey.capture.islands, survey.sites, wanted) if wanted else Roles()
 
 
-def _entry(
-    site: Site, rule: Rule | None, roles: Roles, measured: _Measured, weight: torch.Tensor | None
-) -> Entry:
+def _entry(site: Site, rule: Rule | None, roles: Roles, measured: _Measured, weight: torch.Tensor | None) -> Entry:
     facts: dict[str, Any] = {
         "path": site.path,
         "aliases": site.paths[1:],

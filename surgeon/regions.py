@@ -20,9 +20,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-import torch
 from torch import fx, nn
 
 from surgeon import channelwise, streams
@@ -47,7 +46,7 @@ class Roles:
 def assign(
     model: nn.Module, islands: Sequence[Island], sites: Sequence[Site], wanted: Mapping[str, OctaveConvOptions]
 ) -> Roles:
-    """Give every wanted conv its role; a conv that is refused in its role is left out, and the others are planned anew."""
+    """Give every wanted conv its role; one that is refused in it is left out, and the others are planned anew."""
     known = {site.path: site for site in sites}
     refused: dict[str, str] = {}
     open_ended: set[str] = set()
@@ -117,7 +116,9 @@ class _Region:
             source: fx.Node | None = node
             while source is not None and channelwise.role(source, self.modules) in ("norm", "elementwise"):
                 source = channelwise.operand(source)
-            if source in self.paths and self._may_open(source) and self.wanted[self.paths[source]].alpha_out is None:
+            if source is None or source not in self.paths or not self._may_open(source):
+                continue
+            if self.wanted[self.paths[source]].alpha_out is None:
                 yield self.paths[source]
 
     def _may_open(self, node: fx.Node) -> bool:

@@ -122,7 +122,7 @@ def _drop_identities_(new: fx.Graph, modules: dict[str, nn.Module]) -> None:
             node.replace_all_uses_with(given)
         else:  # a pair, of which its readers take the parts
             for part in list(node.users):
-                part.replace_all_uses_with(given[part.args[1]])  # type: ignore[arg-type,index]
+                part.replace_all_uses_with(given[part.args[1]])
                 new.erase_node(part)
         new.erase_node(node)
 
@@ -270,8 +270,8 @@ class _Rewriting:
 
     def twice(self, node: fx.Node, first: dict[fx.Node, fx.Node], second: dict[fx.Node, fx.Node]) -> _Streams:
         """Do a step to each stream."""
-        high, low = (self.graph.node_copy(node, lambda n, by=by: by.get(n, n)) for by in (first, second))
-        return _Streams(high, low)
+        high = self.graph.node_copy(node, lambda n: first.get(n, n))
+        return _Streams(high, self.graph.node_copy(node, lambda n: second.get(n, n)))
 
     def own(self, pair: _Streams, node: fx.Node) -> _Streams:
         """Make sure that a step that works in place changes nobody else's tensor."""
@@ -362,7 +362,7 @@ def _concat(at: _Rewriting, node: fx.Node) -> _Streams:
             lows.append(at.streams[part].low)
         else:
             highs.append(at.whole(part, f"'{node.name}' reads it"))
-    return _Streams(*(at.graph.call_function(torch.cat, (parts, 1)) for parts in (highs, lows)))
+    return _Streams(at.graph.call_function(torch.cat, (highs, 1)), at.graph.call_function(torch.cat, (lows, 1)))
 
 
 def _spatial(at: _Rewriting, node: fx.Node) -> _Streams:
@@ -407,5 +407,3 @@ def _is_in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
 def _has_flag(node: fx.Node) -> bool:
     """Whether a function such as F.relu(x, True) was told by position to work in place."""
     return any(value is True for value in node.args[1:])
-
-

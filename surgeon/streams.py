@@ -108,12 +108,12 @@ def crop_to(fine: Tensor, high: Tensor) -> Tensor:
 
 
 def add_into(x: Tensor, y: Tensor) -> Tensor:
-    """x + y; in place where no gradient is asked for, so only for an x that nobody else reads."""
+    """X + y; in place where no gradient is asked for, so only for an x that nobody else reads."""
     return x + y if torch.is_grad_enabled() else x.add_(y)
 
 
 def add_up(high: Tensor, low: Tensor) -> Tensor:
-    """high + up(low), without writing up(low); in place where no gradient is asked for, so only for what is your own.
+    """High + up(low), without writing up(low); in place where no gradient is asked for, so only for what is your own.
 
     Every second row and column of `high` is a map of the size of `low`; in channels_last, with even sides, one addition
     does all four.
@@ -155,12 +155,11 @@ def interleave(high: Tensor, low: Tensor, ranges: Sequence[Sequence[int]]) -> Te
     channels = high.shape[1] + low.shape[1]
     if tuple(ranges[0]) == (high.shape[1], channels):
         return torch.cat([high, low], 1)
-    parts = []
-    places = sorted([(*r, True) for r in ranges] + [(*r, False) for r in others(ranges, channels)])
-    done = {True: 0, False: 0}
+    sources = {False: high, True: low}
+    places = sorted([(start, stop, True) for start, stop in ranges] + [(*r, False) for r in others(ranges, channels)])
+    done, parts = {True: 0, False: 0}, []
     for start, stop, is_low in places:
-        source = low if is_low else high
-        parts.append(source.narrow(1, done[is_low], stop - start))
+        parts.append(sources[is_low].narrow(1, done[is_low], stop - start))
         done[is_low] += stop - start
     return torch.cat(parts, 1)
 

@@ -170,9 +170,12 @@ REFUSED = {
     "no padding": (ConvSpec(8, 8, (3, 3)), {}, "does not keep the size"),
     "no low input": (ConvSpec(3, 8, (1, 1)), {"alpha": 0.25}, "alpha 0.25 of 3 input channels leaves none"),
     "no low output": (ConvSpec(8, 1, (1, 1)), {}, "alpha 0.5 of 1 output channels leaves none"),
-    "a cut group": (ConvSpec(8, 8, (1, 1), groups=2), {"alpha": 0.25}, "2 low channels cut a group of 4 input channels"),
-    "other ranges with groups": (
-        ConvSpec(8, 8, (1, 1), groups=2), {"low_in": ((0, 4),)}, "its groups cannot follow"),
+    "a cut group": (
+        ConvSpec(8, 8, (1, 1), groups=2),
+        {"alpha": 0.25},
+        "2 low channels cut a group of 4 input channels",
+    ),
+    "other ranges with groups": (ConvSpec(8, 8, (1, 1), groups=2), {"low_in": ((0, 4),)}, "its groups cannot follow"),
     "ranges beyond the end": (ConvSpec(8, 8, (1, 1)), {"low_in": ((4, 9),)}, "low_in does not leave"),
     "ranges that leave nothing": (ConvSpec(8, 8, (1, 1)), {"low_in": ((0, 8),)}, "low_in does not leave"),
     "one pixel": (ConvSpec(8, 8, (3, 3), padding=(1, 1), padding_mode="reflect"), {}, "too wide for a low map of 1"),

@@ -111,7 +111,9 @@ RULES: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {
     "maxima of 3×3": (lambda: Between(nn.MaxPool2d(3, 2, 1)), {"spatial": 1}),
     "means of 2×2": (lambda: Between(lambda x: F.avg_pool2d(x, 2, 2)), {"spatial": 1}),
     "a ReLU in place behind a pooling": (
-        lambda: Between(nn.Sequential(nn.MaxPool2d(2, ceil_mode=True), nn.ReLU(True))), {"spatial": 1, "elementwise": 1}),
+        lambda: Between(nn.Sequential(nn.MaxPool2d(2, ceil_mode=True), nn.ReLU(True))),
+        {"spatial": 1, "elementwise": 1},
+    ),
     "two poolings": (lambda: Between(nn.Sequential(nn.MaxPool2d(2), nn.AvgPool2d(3, 1))), {"spatial": 2}),
     "excitation by adaptive pooling": (lambda: Excited(nn.AdaptiveAvgPool2d(1)), {"product": 1, "spatial": 1}),
     "excitation by a mean": (lambda: Excited(lambda x: x.mean((2, 3), keepdim=True)), {"product": 1, "spatial": 1}),
@@ -167,7 +169,7 @@ def test_a_rule_fires_and_changes_no_bit(name: str) -> None:
 def test_a_number_that_is_off_would_show(name: str) -> None:
     net = network(RULES[name][0]).double()
     local, free, _ = both_forms(net, octave_of(net))
-    list(free.parameters())[0].data[0, 0, 0, 0] += 1e-6
+    next(free.parameters()).data[0, 0, 0, 0] += 1e-6
     x = noise(*SHAPE, dtype=torch.float64)
     with torch.no_grad():
         assert relative(free(x), local(x)) > 1e-10
@@ -216,7 +218,7 @@ def test_an_in_place_step_on_no_list_is_seen_by_all_that_read_after_it() -> None
 
         def forward(self, x: Tensor) -> Tensor:
             y = self.first(x).relu()
-            y.squeeze_ = None if False else y.mul_  # noqa: B018 - a plain method, by another name
+            y.squeeze_ = None if False else y.mul_
             y.mul_(y)
             return self.third(self.second(y) + y)
 
@@ -268,8 +270,10 @@ REAL = {
     "mobilenet_v2": lambda: torchvision.models.mobilenet_v2(weights=None),
     "densenet121": lambda: torchvision.models.densenet121(weights=None),
     "vgg16_bn": lambda: torchvision.models.VGG(
-        torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"], batch_norm=True), num_classes=2,
-        init_weights=False),
+        torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"], batch_norm=True),
+        num_classes=2,
+        init_weights=False,
+    ),
     "seresnet18": lambda: timm.create_model("seresnet18"),
 }
 
@@ -452,18 +456,24 @@ def program() -> dict[str, object]:
 
 
 EVIL = {
-    "a function on no list": lambda p: p["steps"].append(["evil", "call_function", "os.system", ["true"], {"dict": []}]),
+    "a function on no list": lambda p: p["steps"].append(
+        ["evil", "call_function", "os.system", ["true"], {"dict": []}]
+    ),
     "an attribute of a value": lambda p: p["steps"].append(
-        ["evil", "call_function", "getattr", [{"node": "input_1"}, "__class__"], {"dict": []}]),
-    "a method on no list": lambda p: p["steps"].append(["evil", "call_method", "numpy", [{"node": "input_1"}], {"dict": []}]),
+        ["evil", "call_function", "getattr", [{"node": "input_1"}, "__class__"], {"dict": []}]
+    ),
+    "a method on no list": lambda p: p["steps"].append(
+        ["evil", "call_method", "numpy", [{"node": "input_1"}], {"dict": []}]
+    ),
     "Python in a path": lambda p: p["steps"].append(
-        ["evil", "call_module", 'x"),__import__("os").system("true")#', [], {"dict": []}]),
+        ["evil", "call_module", 'x"),__import__("os").system("true")#', [], {"dict": []}]
+    ),
     "Python in a name": lambda p: p["steps"].append(["a=1;b", "call_module", "0", [], {"dict": []}]),
-    "Python in a keyword": lambda p: p["steps"].append(
-        ["evil", "call_module", "0", [], {"dict": [["x=1,y", 1]]}]),
+    "Python in a keyword": lambda p: p["steps"].append(["evil", "call_module", "0", [], {"dict": [["x=1,y", 1]]}]),
     "dunders": lambda p: p["steps"].append(["evil", "get_attr", "__class__.__mro__", [], {"dict": []}]),
     "a word of torch that is no dtype": lambda p: p["steps"].append(
-        ["evil", "call_module", "0", [{"torch": "load"}], {"dict": []}]),
+        ["evil", "call_module", "0", [{"torch": "load"}], {"dict": []}]
+    ),
     "an input with Python": lambda p: p["inputs"].append(["x=print()"]),
     "another format": lambda p: p.update(format=2),
 }
@@ -473,7 +483,7 @@ EVIL = {
 def test_a_graph_that_surgeon_would_not_write_is_refused_before_anything_runs(what: str, tmp_path: Path) -> None:
     model = surgeon.convert(net := network(lambda: nn.Sequential(conv(), nn.ReLU(), conv())), octave_of(net))
     EVIL[what](model.program)
-    with pytest.raises(ValueError, match="the graph in the file|reads the attribute"):
+    with pytest.raises(ValueError, match=r"the graph in the file|reads the attribute"):
         decode(model.program)
     torch.save(model, tmp_path / "evil.pt")
     with pytest.raises(ModelError, match="cannot be unpickled"):

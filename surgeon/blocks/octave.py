@@ -67,7 +67,7 @@ class OctaveConvOptions(base.BlockOptions):
     )
     strided: Literal["pool", "keep"] = Field(
         "pool",
-        description="what becomes of a conv of stride 2 without low channels: pooled, then convolved at stride 1, as in "
+        description="a conv of stride 2 without low channels: pooled, then convolved at stride 1, as in "
         "the paper's code, or kept as it is",
     )
     seams: Literal["remove", "keep"] = Field(
@@ -77,7 +77,8 @@ class OctaveConvOptions(base.BlockOptions):
     @model_validator(mode="after")
     def _ranges_follow_each_other(self) -> Self:
         borders = [border for limits in self.low_in or () for border in limits]
-        if any(one >= other for one, other in zip(borders[::2], borders[1::2], strict=True)) or borders != sorted(borders):
+        are_empty = any(one >= other for one, other in zip(borders[::2], borders[1::2], strict=True))
+        if are_empty or borders != sorted(borders):
             raise ValueError("low_in needs ranges [start, stop] that follow each other")
         return self
 
@@ -95,7 +96,7 @@ class OctaveConvOptions(base.BlockOptions):
 
 
 class TwoStreams(base.Operator):
-    """What reads and writes two streams: (n, c_in, h, w) → (n, c_out, h', w'), or a pair of streams → a pair of streams.
+    """What reads and writes two streams: (n, c_in, h, w) → (n, c_out, h', w'), or a pair of streams → such a pair.
 
     The low stream of a pair is None where there is none. `low_in` and `low_out` are the ranges of the low channels.
     """
@@ -125,7 +126,7 @@ class TwoStreams(base.Operator):
         return ", ".join([*words, *[f"downsample={self.downsample}"] * (self.spec.stride == (2, 2))])
 
     def _resampled(self, high: Tensor, low: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None, bool]:
-        """Give h, l on its way to the high stream, l on its way to the low one; and whether the second is to be upped."""
+        """Give h, l on its way to the high stream, l on its way to the low one; and whether the second needs up."""
         if self.spec.stride == (1, 1):
             return high, low, low, True
         pooled, pools_both = None if low is None else streams.pool(low), self.downsample == "pool-both"
@@ -203,7 +204,7 @@ class OctaveConv(TwoStreams, base.Deployable):
         for spec in specs:
             for options in ({"alpha": 0.5}, {"alpha_in": 0.0}, {"alpha_out": 0.0}, {"downsample": "pool-both"}):
                 yield Example(spec, OctaveConvOptions.model_validate(options))
-        yield Example(specs[0], OctaveConvOptions(low_in=((1, 3), (5, 6))))
+        yield Example(specs[0], OctaveConvOptions.model_validate({"low_in": ((1, 3), (5, 6))}))
 
     def core(self, high: Tensor, low: Tensor | None) -> Streams:
         if self.spec.groups > 1:
