@@ -80,9 +80,13 @@ class Call:
 
 @dataclass(slots=True)
 class Observed:
-    """What a run showed: the calls by name, in order of the first; modules whose parameters others read."""
+    """What a run showed: the calls by name, in order of the first; modules whose parameters others read.
+
+    `functional` are the calls of F.conv2d that no conv makes, by the name of the parameter that is their weight.
+    """
 
     calls: dict[str, list[Call]] = field(default_factory=lambda: defaultdict(list))
+    functional: dict[str, list[Call]] = field(default_factory=lambda: defaultdict(list))
     read_directly: set[str] = field(default_factory=set)
 
 
@@ -266,7 +270,7 @@ class _Tracer(fx.Tracer):
 
 
 def _explore(module: nn.Module, path: str, found: Capture, seen: set[nn.Module], inputs: Inputs) -> None:
-    if module in seen or isinstance(module, Operator | _ConvNd) or not any(map(_is_site, module.modules())):
+    if module in seen or isinstance(module, Operator | _ConvNd) or not _may_convolve(module):
         return
     seen.add(module)
     if not isinstance(module, nn.ModuleList | nn.ModuleDict):
@@ -279,8 +283,11 @@ def _explore(module: nn.Module, path: str, found: Capture, seen: set[nn.Module],
         _explore(child, f"{path}.{name}" if path else name, found, seen, inputs)
 
 
-def _is_site(module: nn.Module) -> bool:
-    return isinstance(module, Operator | _ConvNd)
+def _may_convolve(module: nn.Module) -> bool:
+    """Whether there is a conv or a block in a module, or a parameter that could be the weight of F.conv2d."""
+    if any(isinstance(part, Operator | _ConvNd) for part in module.modules()):
+        return True
+    return any(parameter.dim() == 4 for parameter in module.parameters())
 
 
 def _trace(module: nn.Module, inputs: Inputs | None) -> fx.Graph | str:
@@ -368,7 +375,8 @@ def _steps(graph: fx.Graph) -> list[tuple[str, Any]]:
 
 
 def _observe(model: nn.Module, inputs: Inputs) -> Observed:
-    seen, running = Observed(), _Running(model)
+    seen = Observed()
+    running = _Running(model, seen)
 
     def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
         running.stack.append(module)
@@ -389,17 +397,17 @@ def _observe(model: nn.Module, inputs: Inputs) -> Observed:
     given = inputs.cast_for(model)
     with quietly(), running:
         given.call(in_mode(model, False))
-    seen.read_directly = running.read_directly
     return seen
 
 
 class _Running(TorchFunctionMode):
     """Notes convs and norms whose parameters go into a computation that is not in a call of their own."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, seen: Observed) -> None:
         super().__init__()
         self.stack: list[nn.Module] = []
-        self.read_directly: set[str] = set()
+        self.seen = seen
+        self.names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.owners = {
             id(parameter): (name, module)
             for name, module in model.named_modules()
@@ -413,8 +421,14 @@ class _Running(TorchFunctionMode):
             for value in (*args, *(kwargs or {}).values()):
                 name, owner = self.owners.get(id(value), ("", None))
                 if owner is not None and not any(module is owner for module in self.stack):
-                    self.read_directly.add(name)
+                    self.seen.read_directly.add(name)
+            if func is torch.conv2d and not self.stack:
+                self._note_functional(result, *args, **(kwargs or {}))
         return result
+
+    def _note_functional(self, out: Tensor, input: Tensor, weight: Tensor, *rest: Any, **others: Any) -> None:
+        if name := self.names.get(id(weight)):
+            self.seen.functional[name].append(Call(tuple(input.shape), tuple(out.shape)))
 
 
 def _refusal(model: nn.Module, inputs: Inputs, error: Exception) -> CaptureError:

@@ -8,18 +8,19 @@ conv to conv.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from surgeon import seams
+from surgeon import functional, seams
 from surgeon.blocks import Block
 from surgeon.capture import shadow, to_meta
 from surgeon.cost import measure
 from surgeon.errors import PassError
+from surgeon.functional import Functional
 from surgeon.plans import Entry, Plan, SeamLeft
 from surgeon.seams import LowPass, Outcome
 from surgeon.sites import Survey
@@ -30,14 +31,14 @@ class Swap:
     """What stands at a site, the norm that is taken over, and the block that takes their place."""
 
     entry: Entry
-    conv: nn.Conv2d
+    conv: nn.Conv2d  # of a functional convolution, the conv that it is with its own parameters
     norm: _BatchNorm | None
     block: Block
 
 
 def operate_(model: nn.Module, plan: Plan) -> Outcome:
     """Carry out a checked plan on `model` itself."""
-    place_(model, prepare(model, plan))
+    place_(model, prepare(model, plan), plan)
     return stream_(model, plan)
 
 
@@ -76,20 +77,35 @@ def prepare(model: nn.Module, plan: Plan) -> tuple[Swap, ...]:
     return tuple(_prepare(model, entry, plan.seed) for entry in plan.swaps)
 
 
-def place_(model: nn.Module, swaps: Sequence[Swap]) -> None:
-    """Put the blocks under all names of their convs, and an Identity under all names of the norms taken over."""
+def place_(model: nn.Module, swaps: Sequence[Swap], plan: Plan) -> Callable[[], None]:
+    """Put the blocks under all names of their convs, and an Identity under all names of the norms taken over.
+
+    Returns what puts the convs and norms back.
+    """
+    lifted = [(_functional(swap.entry), swap.block) for swap in swaps if swap.entry.functional is not None]
+    undos = functional.lift_(model, lifted, plan.inputs) if lifted else []
     for swap in swaps:
-        _set_(model, swap.entry.paths, swap.block)
+        if swap.entry.functional is None:
+            _set_(model, swap.entry.paths, swap.block)
         if swap.norm is not None:
             _set_(model, swap.entry.takes_norm, nn.Identity().train(swap.norm.training))
 
+    def undo() -> None:
+        for swap in swaps:
+            if swap.entry.functional is None:
+                _set_(model, swap.entry.paths, swap.conv)
+            if swap.norm is not None:
+                _set_(model, swap.entry.takes_norm, swap.norm)
+        for one in reversed(undos):
+            one()
 
-def undo_(model: nn.Module, swaps: Sequence[Swap]) -> None:
-    """Put the convs and norms back."""
-    for swap in swaps:
-        _set_(model, swap.entry.paths, swap.conv)
-        if swap.norm is not None:
-            _set_(model, swap.entry.takes_norm, swap.norm)
+    return undo
+
+
+def _functional(entry: Entry) -> Functional:
+    step = entry.functional
+    assert step is not None
+    return Functional(entry.path, step.spec, step.island, step.step, step.weight, step.bias)
 
 
 def build(entry: Entry, conv: nn.Conv2d, norm: _BatchNorm | None, seed: int) -> Block:
@@ -98,11 +114,17 @@ def build(entry: Entry, conv: nn.Conv2d, norm: _BatchNorm | None, seed: int) -> 
 
 
 def _prepare(model: nn.Module, entry: Entry, seed: int) -> Swap:
-    conv = model.get_submodule(entry.path)
+    conv = _conv_of(model, entry)
     norm = model.get_submodule(entry.takes_norm[0]) if entry.takes_norm else None
     if not isinstance(conv, nn.Conv2d) or not isinstance(norm, _BatchNorm | None):
         raise PassError("operate", f"{entry.path} or the norm behind it is not what the plan says")
     return Swap(entry, conv, norm, build(entry, conv, norm, seed))
+
+
+def _conv_of(model: nn.Module, entry: Entry) -> nn.Module:
+    if entry.functional is None:
+        return model.get_submodule(entry.path)
+    return functional.conv_of(model, _functional(entry))
 
 
 def _set_(model: nn.Module, paths: Sequence[str], module: nn.Module) -> None:

@@ -26,6 +26,7 @@ from surgeon.inputs import Inputs
 from surgeon.recipe import Recipe, Rule, Subject, text_of
 from surgeon.regions import Roles
 from surgeon.sites import Site, Survey, measure_calls
+from surgeon.spec import ConvSpec
 from surgeon.yamlmarks import Form
 
 _NO_RULE = "no rule claims it"
@@ -39,12 +40,23 @@ class Change(Form):
     after: int
 
 
+class Step(Form):
+    """A functional convolution that becomes a module: its step in the graph of an island, and its parameters there."""
+
+    island: str
+    step: str
+    spec: ConvSpec
+    weight: str
+    bias: str = ""
+
+
 class Entry(Form):
     """What happens to one conv: it is swapped (`swap`), or it is not (`skip`, a reason)."""
 
     path: str
     aliases: tuple[str, ...] = ()  # further names of the same module
     conv: str  # its geometry in words; a plan fits only a conv that reads the same
+    functional: Step | None = None
     calls: int | None = None
     size: tuple[int, int] | None = None  # of the input
     rule: str | None = None
@@ -269,6 +281,8 @@ def _misfit(entry: Entry, site: Site | None) -> str | None:
         return "there is no such conv"
     if entry.swap is None:
         return None
+    if entry.functional != _step(site):
+        return "it is another step of the network"
     if site.spec is None or entry.conv != str(site.spec):
         return f"the plan says {entry.conv}, the model has {site.spec or site.kind}"
     if set(entry.paths) != set(site.paths):
@@ -328,6 +342,7 @@ def _entry(site: Site, rule: Rule | None, roles: Roles, measured: _Measured, wei
         "path": site.path,
         "aliases": site.paths[1:],
         "conv": str(site.spec or site.kind),
+        "functional": _step(site),
         "calls": site.calls,
         "size": site.size,
         "rule": str(rule) if rule else None,
@@ -354,6 +369,13 @@ def _entry(site: Site, rule: Rule | None, roles: Roles, measured: _Measured, wei
     if (share := block.ideal_share(site.spec, options)) is not None and site.cost.macs is not None:
         facts["ideal_macs"] = round(share * site.cost.macs)
     return Entry.model_validate(facts | _changes(before, after))
+
+
+def _step(site: Site) -> Step | None:
+    one = site.functional
+    if one is None or one.spec is None:
+        return None
+    return Step(island=one.island, step=one.step, spec=one.spec, weight=one.weight, bias=one.bias)
 
 
 def _skip(site: Site, rule: Rule | None) -> str | None:

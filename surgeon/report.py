@@ -152,6 +152,9 @@ def report_view(report: Report) -> RenderableType:
 
 def _plan_row(entry: Entry) -> tuple[str, ...]:
     remarks = [f"takes over {_beside(entry.path, entry.takes_norm[0])}"] if entry.takes_norm else []
+    if entry.functional is not None and entry.swap:
+        island = entry.functional.island or "the model itself"
+        remarks.append(f"F.conv2d with {entry.functional.weight}; for it the forward of {island} becomes a graph")
     remarks += [text for text in (entry.note, _kept(entry), entry.skip) if text]
     return (
         "\n".join(entry.paths),

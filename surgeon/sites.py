@@ -21,6 +21,7 @@ from surgeon import capture as capturing
 from surgeon.blocks import Block
 from surgeon.capture import Call, Capture, Observed
 from surgeon.cost import Cost, measure
+from surgeon.functional import Functional, conv_of, find
 from surgeon.inputs import Inputs
 from surgeon.pairs import PairNorm
 from surgeon.spec import ConvSpec
@@ -45,6 +46,7 @@ class Site:
     dtype: torch.dtype
     cost: Cost  # of the conv alone, all calls of a run
     norm_cost: Cost  # of the norm that can be taken over
+    functional: Functional | None = None  # where it is a call of F.conv2d, and no module yet
 
     @property
     def path(self) -> str:
@@ -84,10 +86,17 @@ def survey(model: nn.Module, inputs: Inputs | None = None, *, called_with: Input
     captured = capturing.capture(model, inputs or called_with)
     observed = capturing.observe(model, inputs) if inputs else Observed()
     facts = _Facts(model, captured, observed)
-    sites = tuple(_site(facts, module) for module in facts.convs())
+    functional = [one for island in captured.islands for one in find(model, island, custom_call)]
+    known = {_joined(one.island, one.weight) for one in functional}
+    sites = (
+        *(_site(facts, module) for module in facts.convs()),
+        *(_functional_site(facts, one, observed) for one in functional),
+        *(_unseen_site(name, calls) for name, calls in observed.functional.items() if facts.is_unseen(name, known)),
+    )
     blocks = Counter(m.name for m in model.modules() if isinstance(m, Block))
     cost = measure(model, inputs)
     weights = {facts.names[m][0]: m.weight for m in facts.convs() if type(m) is nn.Conv2d}
+    weights |= {one.path: conv_of(model, one).weight for one in functional if one.spec is not None}
     return Survey(fingerprint(model), sites, dict(blocks), captured, inputs, cost, weights, model)
 
 
@@ -117,6 +126,7 @@ def fingerprint(model: nn.Module) -> str:
 class _Graph:
     """The calls of an island by module, and the names it is known under."""
 
+    nodes: list[fx.Node]
     calls: dict[nn.Module, list[fx.Node]]
     modules: dict[str, nn.Module]
     names: tuple[str, ...]
@@ -141,6 +151,10 @@ class _Facts:
         inside = {m for block in self.names if isinstance(block, Block) for m in block.modules()}
         return (module for module in self.names if capturing.is_conv(module) and module not in inside)
 
+    def is_unseen(self, parameter: str, known: set[str]) -> bool:
+        """Whether a parameter that a run has convolved with is that of no conv, and in no graph."""
+        return parameter not in known and not capturing.is_conv(self.model.get_submodule(parameter.rpartition(".")[0]))
+
     def calls_of(self, module: nn.Module) -> int:
         """How often a run has called a module; 0 where there was none."""
         return len(self.runs.get(self.names[module][0], []))
@@ -149,7 +163,7 @@ class _Facts:
         root = self.model.get_submodule(island.path)
         modules = dict(root.named_modules(remove_duplicate=False))
         self.traced.update(modules.values())
-        graph = _Graph({}, modules, self.names[root])
+        graph = _Graph(list(island.graph.nodes), {}, modules, self.names[root])
         for node in island.graph.nodes:
             if node.op == "call_module":
                 module = modules[node.target]
@@ -182,6 +196,44 @@ def _site(facts: _Facts, module: nn.Module) -> Site:
         cost=measure_calls(module, runs),
         norm_cost=Cost(0, 0, 0, 0) if norm is None else measure_calls(norm, facts.runs.get(facts.names[norm][0], [])),
     )
+
+
+def _functional_site(facts: _Facts, one: Functional, observed: Observed) -> Site:
+    """Describe a functional convolution as the conv that it can become."""
+    graph = facts.islands[one.island]
+    node = next(node for node in graph.nodes if node.name == one.step)
+    if one.spec is None:
+        readers = tuple(_reader(graph, user) for user in node.users)
+        return replace(_unseen_site(one.path, ()), readers=readers, obstacle=one.obstacle, functional=one, calls=1)
+    conv = conv_of(facts.model, one)
+    facts.names[conv], facts.graph_of[conv], graph.calls[conv] = (one.path,), graph, [node]
+    facts.runs[one.path] = observed.functional.get(_joined(one.island, one.weight), [])
+    for parameter in conv.parameters():
+        facts.owners[id(parameter)] = {conv}
+    site = _site(facts, conv)
+    return replace(site, kind="conv2d", obstacle=one.obstacle, functional=one)
+
+
+def _unseen_site(name: str, calls: Sequence[Call]) -> Site:
+    """Describe a functional convolution that is in no graph."""
+    return Site(
+        paths=(name,),
+        kind="conv2d",
+        spec=None,
+        calls=len(calls) or None,
+        readers=(),
+        obstacle="a functional convolution in Python that could not be traced",
+        norm=(),
+        norm_obstacle=None,
+        runs=tuple(calls),
+        dtype=torch.get_default_dtype(),
+        cost=Cost(0, 0, 0, 0) if calls else Cost(0, 0),
+        norm_cost=Cost(0, 0, 0, 0),
+    )
+
+
+def _joined(*path: str) -> str:
+    return ".".join(part for part in path if part)
 
 
 def measure_calls(module: nn.Module, calls: Sequence[Call]) -> Cost:

@@ -31,7 +31,7 @@ from surgeon.errors import CaptureError, ModelError, PassError, PlanError, Surge
 from surgeon.examples import Example
 from surgeon.fold import fold_blocks_
 from surgeon.inputs import Inputs
-from surgeon.operate import Swap, build, foresee, place_, prepare, stream_, undo_
+from surgeon.operate import Swap, build, foresee, place_, prepare, stream_
 from surgeon.plans import Plan
 from surgeon.recipe import Recipe
 from surgeon.sites import Survey
@@ -150,7 +150,7 @@ def carry_out_(model: nn.Module, checked: Plan, inputs: Inputs | None) -> SelfCh
     check = _check_sites(swaps, checked.seed)
     has_numbers = not any(parameter.is_meta for parameter in model.parameters())
     before = _outputs(model, inputs) if has_numbers else None
-    place_(model, swaps)
+    undo = place_(model, swaps, checked)
     split = shadow(model, as_double) if has_numbers and inputs is not None and checked.has_streams else None
     outcome = stream_(model, checked)
     try:
@@ -160,7 +160,7 @@ def carry_out_(model: nn.Module, checked: Plan, inputs: Inputs | None) -> SelfCh
             check = replace(check, whole=_check_whole(model, inputs, before, approximate=bool(check.approximate)))
     except SurgeonError:
         outcome.undo_()
-        undo_(model, swaps)
+        undo()
         raise
     step = store.Step("convert", parent, store.content_hash(model), checked.to_dict(), store.versions())
     store.record_(model, step)

@@ -134,7 +134,7 @@ def both_forms(net: nn.Module, plan: surgeon.Plan) -> tuple[nn.Module, nn.Module
     """The network conv by conv, and without seams."""
     local, free = copy.deepcopy(net), copy.deepcopy(net)
     for model in (local, free):
-        operate.place_(model, operate.prepare(model, plan))
+        operate.place_(model, operate.prepare(model, plan), plan)
     operate.stream_(local, plan, only_low_pass=True)
     return local.eval(), free.eval(), operate.stream_(free, plan)
 

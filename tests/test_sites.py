@@ -285,8 +285,8 @@ def test_a_model_without_convs_has_no_sites():
         surgeon.convert(net, acblocks(optional=True), (2, 4))
 
 
-def test_a_functional_convolution_is_no_site():
-    assert [site.path for site in surgeon.survey(tiny.AffineByHand(), SHAPE).sites] == ["conv"]
+def test_a_functional_convolution_is_a_site_with_a_name_of_its_own():
+    assert [site.path for site in surgeon.survey(tiny.AffineByHand(), SHAPE).sites] == ["conv", "conv2d"]
 
 
 def test_blocks_are_no_sites_and_what_is_left_can_still_be_swapped():
