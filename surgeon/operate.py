@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from surgeon.blocks import Block
 from surgeon.errors import PassError
+from surgeon.memory import give_back_after
 from surgeon.plans import Entry, Plan
 
 
@@ -67,7 +68,9 @@ def _prepare(model: nn.Module, entry: Entry, seed: int) -> Swap:
     norm = model.get_submodule(entry.takes_norm[0]) if entry.takes_norm else None
     if not isinstance(conv, nn.Conv2d) or not isinstance(norm, _BatchNorm | None):
         raise PassError("operate", f"{entry.path} or the norm behind it is not what the plan says")
-    return Swap(entry, conv, norm, build(entry, conv, norm, seed))
+    swap = Swap(entry, conv, norm, build(entry, conv, norm, seed))
+    give_back_after(conv.weight)
+    return swap
 
 
 def _set_(model: nn.Module, paths: Sequence[str], module: nn.Module) -> None:

@@ -30,6 +30,7 @@ from surgeon.equivalence import EXACT, Replay, Report
 from surgeon.errors import CaptureError, ModelError, PassError, PlanError, SurgeonError, VerifyError
 from surgeon.examples import Example, Inputs
 from surgeon.fold import fold_blocks_
+from surgeon.memory import give_back_after
 from surgeon.operate import Swap, build, place_, prepare, undo_
 from surgeon.plans import Plan
 from surgeon.recipe import Recipe
@@ -173,6 +174,7 @@ def _check_sites(swaps: Sequence[Swap], seed: int) -> SelfCheck:
                 raise PassError("convert", f"{path} is {apart:.1e} from the conv it replaces, in float64")
             if check.worst is None or apart > check.worst:
                 check = replace(check, worst=apart, worst_path=path)
+        give_back_after(one.conv.weight)
     return check
 
 
