@@ -28,6 +28,7 @@ bench: $(VENV)/.installed-test
 	$(RUN)/python benchmarks/convert.py
 	$(RUN)/python benchmarks/hetconv.py
 	$(RUN)/python benchmarks/kept_energy.py
+	$(RUN)/python benchmarks/scaling.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -12,7 +12,6 @@ that imports the same and builds no model, as a multiple of the size of the mode
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import subprocess
 import sys
@@ -43,6 +42,11 @@ from scaling import WIDTH, sized
 def large(): return sized({gigabytes})
 torch.set_grad_enabled(False)
 {way}
+"""
+START = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
 """
 
 
@@ -80,12 +84,14 @@ def seconds(count: int) -> tuple[float, float]:
 
 
 def peak(*command: str) -> float:
-    """Run a command; its peak resident memory in bytes."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{' '.join(command)} failed")
-    return usage.ru_maxrss * 1024
+    """Run a command; its peak resident memory in bytes.
+
+    A small process starts it: the peak that Linux reports begins with that of the process it was forked from.
+    """
+    done = subprocess.run((sys.executable, "-c", START, *command), capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed: {done.stderr}")
+    return float(done.stdout.split()[-1])
 
 
 def show_time(rounds: int) -> None:
@@ -98,7 +104,7 @@ def show_time(rounds: int) -> None:
 
 
 def show_memory(gigabytes: float) -> None:
-    with torch.device("meta"):  # a process counts the peak of the one that started it, too
+    with torch.device("meta"):
         net = sized(gigabytes)
     size = sum(p.numel() * p.element_size() for p in net.parameters())
     result = sum(p.numel() * p.element_size() for p in surgeon.convert(net, "acnet", (1, WIDTH, 8, 8)).parameters())

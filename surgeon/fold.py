@@ -13,6 +13,7 @@ from surgeon import kernels
 from surgeon.blocks import Block, Foldable
 from surgeon.capture import names
 from surgeon.errors import PlanError
+from surgeon.memory import give_back_after
 from surgeon.sites import custom_call, norms_behind
 from surgeon.spec import ConvSpec
 
@@ -36,7 +37,7 @@ def fold_blocks_(model: nn.Module, *, dense: bool = False) -> tuple[str, ...]:
         alone = "it is the whole model; its own fold() makes the conv" if "" in paths else None
         if why := alone or _customised(block) or block.unfoldable():
             raise PlanError(f"{paths[0] or 'the model'} cannot be folded: {why}", todo=_TODO)
-    folded = {paths: block.fold() for paths, block in blocks}  # first all, then none can fail half-way
+    folded = {paths: _fold(block) for paths, block in blocks}  # first all, then none can fail half-way
     for paths, conv in folded.items():
         for path in paths:
             model.set_submodule(path, conv)
@@ -73,6 +74,12 @@ def _with_norm(conv: nn.Module, norm: _BatchNorm) -> nn.Conv2d:
         assert made.bias is not None
         made.bias.copy_(bias)
     return made.train(conv.training)
+
+
+def _fold(block: Foldable) -> nn.Conv2d:
+    conv = block.fold()
+    give_back_after(conv.weight)
+    return conv
 
 
 def _customised(block: Foldable) -> str | None:
