@@ -340,12 +340,24 @@ def _is_open(node: fx.Node) -> bool:
 
 
 def _trace_once(module: nn.Module, training: bool, arguments: dict[str, Any]) -> fx.Graph:
-    """Trace, and take away what tracing and `forward` leave on the module, so that every trace begins alike."""
-    attributes = set(vars(module))
-    graph = _Tracer().trace(in_mode(module, training), concrete_args=dict(arguments))
-    for name in vars(module).keys() - attributes:
-        delattr(module, name)
-    return graph
+    """Trace, and take away what tracing and `forward` leave on modules, so that every trace begins alike."""
+    with _restoring(module):
+        return _Tracer().trace(in_mode(module, training), concrete_args=dict(arguments))
+
+
+@contextlib.contextmanager
+def _restoring(module: nn.Module) -> Iterator[None]:
+    """Put back every attribute, buffer, parameter and submodule that is set on a module or on one inside it."""
+    holders = [
+        holder for one in module.modules() for holder in (vars(one), one._buffers, one._parameters, one._modules)
+    ]
+    before = [dict(holder) for holder in holders]
+    try:
+        yield
+    finally:
+        for holder, known in zip(holders, before, strict=True):
+            holder.clear()
+            holder.update(known)
 
 
 def _difference(one: fx.Graph, other: fx.Graph) -> str | None:

@@ -14,6 +14,7 @@ from surgeon import kernels, seams
 from surgeon.blocks import Block, Deployable, Foldable
 from surgeon.capture import names
 from surgeon.errors import PlanError
+from surgeon.memory import give_back_after
 from surgeon.sites import custom_call, norms_behind
 from surgeon.spec import ConvSpec
 
@@ -37,7 +38,7 @@ def fold_blocks_(model: nn.Module, *, dense: bool = False) -> tuple[str, ...]:
         alone = "it is the whole model; its own fold() makes the conv" if "" in paths else None
         if why := alone or _customised(block) or block.unfoldable():
             raise PlanError(f"{paths[0] or 'the model'} cannot be folded: {why}", todo=_TODO)
-    folded: dict[tuple[str, ...], nn.Module] = {paths: block.fold() for paths, block in blocks}
+    folded: dict[tuple[str, ...], nn.Module] = {paths: _fold(block) for paths, block in blocks}
     deployed, norms = _deployed(model)
     for paths, made in (folded | deployed).items():  # all of them are there, so nothing can fail half-way
         for path in paths:
@@ -93,6 +94,12 @@ def _with_norm(conv: nn.Module, norm: _BatchNorm) -> nn.Conv2d:
         assert made.bias is not None
         made.bias.copy_(bias)
     return made.train(conv.training)
+
+
+def _fold(block: Foldable) -> nn.Conv2d:
+    conv = block.fold()
+    give_back_after(conv.weight)
+    return conv
 
 
 def _customised(block: nn.Module) -> str | None:

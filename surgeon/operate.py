@@ -21,6 +21,7 @@ from surgeon.capture import shadow, to_meta
 from surgeon.cost import measure
 from surgeon.errors import PassError
 from surgeon.functional import Functional
+from surgeon.memory import give_back_after
 from surgeon.plans import Entry, Plan, SeamLeft
 from surgeon.seams import LowPass, Outcome
 from surgeon.sites import Survey
@@ -118,7 +119,9 @@ def _prepare(model: nn.Module, entry: Entry, seed: int) -> Swap:
     norm = model.get_submodule(entry.takes_norm[0]) if entry.takes_norm else None
     if not isinstance(conv, nn.Conv2d) or not isinstance(norm, _BatchNorm | None):
         raise PassError("operate", f"{entry.path} or the norm behind it is not what the plan says")
-    return Swap(entry, conv, norm, build(entry, conv, norm, seed))
+    swap = Swap(entry, conv, norm, build(entry, conv, norm, seed))
+    give_back_after(conv.weight)
+    return swap
 
 
 def _conv_of(model: nn.Module, entry: Entry) -> nn.Module:

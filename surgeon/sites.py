@@ -16,6 +16,9 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from surgeon import capture as capturing
 from surgeon.blocks import Block
@@ -27,6 +30,11 @@ from surgeon.pairs import PairNorm
 from surgeon.spec import ConvSpec
 
 NO_NORM = "no norm follows"
+_COMPUTES = {
+    WeightNorm: "remove_weight_norm",
+    SpectralNorm: "remove_spectral_norm",
+    BasePruningMethod: "prune.remove",
+}
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, PairNorm)  # what a block can take over: the plain ones, not subclasses
 
 
@@ -149,7 +157,8 @@ class _Facts:
     def convs(self) -> Iterator[nn.Module]:
         """Give every conv outside surgeon's blocks."""
         inside = {m for block in self.names if isinstance(block, Block) for m in block.modules()}
-        return (module for module in self.names if capturing.is_conv(module) and module not in inside)
+        convs = (module for module in self.names if capturing.is_conv(module) or _is_quantised(module))
+        return (module for module in convs if module not in inside)
 
     def is_unseen(self, parameter: str, known: set[str]) -> bool:
         """Whether a parameter that a run has convolved with is that of no conv, and in no graph."""
@@ -192,7 +201,7 @@ def _site(facts: _Facts, module: nn.Module) -> Site:
         norm=facts.names[norm] if norm is not None else (),
         norm_obstacle=norm_obstacle,
         runs=tuple(runs),
-        dtype=next(module.parameters()).dtype,
+        dtype=next((p.dtype for p in module.parameters()), torch.get_default_dtype()),
         cost=measure_calls(module, runs),
         norm_cost=Cost(0, 0, 0, 0) if norm is None else measure_calls(norm, facts.runs.get(facts.names[norm][0], [])),
     )
@@ -252,16 +261,22 @@ def measure_calls(module: nn.Module, calls: Sequence[Call]) -> Cost:
 
 def _obstacle(facts: _Facts, module: nn.Module) -> str | None:
     """Say why a conv cannot be swapped by any block."""
+    if _is_quantised(module):
+        return "its weight is quantised; swap convs before a network is quantised"
     if not isinstance(module, nn.Conv2d):
         return f"{type(module).__name__}: only Conv2d is swapped"
     if parametrize.is_parametrized(module):
         return "its weight is computed by a parametrization; torch.nn.utils.parametrize can remove that"
     if type(module) is not nn.Conv2d:
-        return f"{type(module).__qualname__} is a Conv2d of its own kind; only torch's own is swapped"
+        named = type(module).__qualname__
+        kind = f"{type(module).__module__}.{named}" if named == nn.Conv2d.__qualname__ else named
+        return f"{kind} is a Conv2d of its own kind; only torch's own is swapped"
+    if computed := _computed(module):
+        return computed
     if custom := custom_call(module, "it"):
         return f"{custom}, which a block would not have"
     if facts.names[module][0] == "":
-        return "it is the whole model: there is no module that holds it"
+        return "it is the whole model: there is no module that holds it; nn.Sequential(model) is one"
     for parameter in module.parameters():
         if others := facts.owners[id(parameter)] - {module}:
             return f"its weights are also those of {facts.names[others.pop()][0]}"
@@ -272,6 +287,21 @@ def _obstacle(facts: _Facts, module: nn.Module) -> str | None:
     if module not in facts.graph_of and module in facts.traced:
         return "it is never called"
     return None
+
+
+def _computed(conv: nn.Conv2d) -> str | None:
+    """Say which hook computes a weight or a bias before each call, as pruning and the older weight norms do."""
+    for hook in conv._forward_pre_hooks.values():
+        for kind, undo in _COMPUTES.items():
+            if isinstance(hook, kind):
+                return f"a hook ({type(hook).__name__}) computes its tensors; torch.nn.utils.{undo} makes them stay"
+    return None
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    """Whether it is one of torch's convs in whole numbers, which share no class with the others."""
+    kind = type(module)
+    return kind.__module__.startswith("torch.ao.nn.quantized") and "Conv" in kind.__name__
 
 
 def _norm_behind(facts: _Facts, conv: nn.Module) -> tuple[nn.Module | None, str | None]:

@@ -31,6 +31,7 @@ from surgeon.errors import CaptureError, ModelError, PassError, PlanError, Surge
 from surgeon.examples import Example
 from surgeon.fold import fold_blocks_
 from surgeon.inputs import Inputs
+from surgeon.memory import give_back_after
 from surgeon.operate import Swap, build, foresee, place_, prepare, stream_
 from surgeon.plans import Plan
 from surgeon.recipe import Recipe
@@ -39,6 +40,8 @@ from surgeon.source import Architecture, Trust
 
 # Relative L2 that no rounding explains once every block is proved; a norm that is applied twice or never is above it.
 _GROSS = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 0.9, torch.bfloat16: 0.9}
+# These hold on to the parameters, or to the code, of the model inside, so that it must be edited before it is wrapped.
+_WRAPPERS = {"DistributedDataParallel": "module", "FullyShardedDataParallel": "module", "OptimizedModule": "_orig_mod"}
 _UNSEEN = "the network uses a conv in a way that its graph does not show"
 Model = TypeVar("Model", bound=nn.Module)
 RecipeLike = str | PathLike[str] | Mapping[str, Any] | Recipe
@@ -184,6 +187,7 @@ def _check_sites(swaps: Sequence[Swap], seed: int) -> SelfCheck:
                 raise PassError("convert", f"{path} is {apart:.1e} from the conv it replaces, in float64")
             if check.worst is None or apart > check.worst:
                 check = replace(check, worst=apart, worst_path=path)
+        give_back_after(one.conv.weight)
     return check
 
 
@@ -262,8 +266,17 @@ def _gross(model: nn.Module) -> float:
 
 
 def _checked(model: Model) -> Model:
-    """Make sure, before anything is done with it, that a model is one."""
+    """Make sure, before anything is done with it, that a model is one, and that it can be edited."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError("TorchScript has no modules that could be swapped", todo="Give the model that it was made of.")
     if isinstance(model, nn.Module):
+        for name, module in model.named_modules():
+            if (inner := _WRAPPERS.get(type(module).__name__)) and type(module).__module__.startswith("torch."):
+                path = ".".join(part for part in ("model", name, inner) if part)
+                raise ModelError(
+                    f"{name or 'the model'} is wrapped in {type(module).__name__}, which keeps to the model as it was",
+                    todo=f"Give {path}, and wrap what comes out.",
+                )
         return model
     todo = f"surgeon.load({model!r}) opens a file." if isinstance(model, str | PathLike) else "Give an nn.Module."
     raise ModelError(f"a {type(model).__name__} is no model", todo=todo)

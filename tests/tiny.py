@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import random
 import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 SHAPE = (2, 4, 9, 8)
 
@@ -99,6 +102,68 @@ class FollowsStages(ActsOnValuesWithStages):
         for stage in self.stages:
             x = stage(x)
         return self.heads["a"](x) + self.heads["b"](x)
+
+
+class ActsOnShapes(ConvNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[..., ::2] if x.shape[-1] > 4 else x)
+
+
+class ActsOnAnAttribute(ConvNorm):
+    def __init__(self, *, normed: bool) -> None:
+        super().__init__()
+        self.normed = normed
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.normed else self.conv(x)
+
+
+class DropsPaths(nn.Module):
+    """A residual branch that is left out at random while it trains."""
+
+    def __init__(self, drop: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.bn, self.drop = conv3(), nn.BatchNorm2d(4), drop
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop(self.bn(self.conv(x)))
+
+
+class CountsItsCalls(ConvNorm):
+    """Changes a buffer in place, and puts another one in the place of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean((0, 2, 3))
+        return super().forward(x - self.mean[:, None, None])
+
+
+class Checkpointed(nn.Module):
+    """Computes its block anew in the backward pass."""
+
+    def __init__(self, *, use_reentrant: bool) -> None:
+        super().__init__()
+        self.block, self.use_reentrant = ConvNorm(), use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.block, x, use_reentrant=self.use_reentrant)
+
+
+class OnOnePixel(ConvNorm):
+    """Its map is 1×1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mean((2, 3), keepdim=True))
+
+
+class OnOnePixelWithoutNorm(ConvNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.conv(x.mean((2, 3), keepdim=True)))
 
 
 class DropsOut(nn.Module):
@@ -217,6 +282,69 @@ class TrainReturnsNothing(ConvNorm):
         self.bn.eval()
 
 
+# Arguments and results
+
+
+class TakesArguments(ConvNorm):
+    def forward(self, *maps: Tensor) -> Tensor:
+        return super().forward(maps[0]) * maps[1]
+
+
+class TakesKeywords(ConvNorm):
+    def forward(self, x: Tensor, **options: float) -> Tensor:
+        return super().forward(x) * options.get("scale", 1.0)
+
+
+class TakesAKeywordOnly(ConvNorm):
+    def forward(self, x: Tensor, *, scale: Tensor | None = None) -> Tensor:
+        return super().forward(x) if scale is None else super().forward(x) * scale
+
+
+class TakesTwo(ConvNorm):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return super().forward(x) * y
+
+
+class TakesAList(ConvNorm):
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        return super().forward(maps[0]) * maps[1]
+
+
+class TakesADict(ConvNorm):
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return super().forward(batch["image"]) * batch["scale"]
+
+
+class ReturnsADict(ConvNorm):
+    def forward(self, x: Tensor) -> dict[str, object]:
+        return {"out": super().forward(x), "inputs": [x]}
+
+
+class ReturnsATuple(ConvNorm):
+    def forward(self, x: Tensor) -> tuple[object, ...]:
+        y = super().forward(x)
+        return y, (y.mean(), None)
+
+
+@dataclass
+class Result:
+    out: Tensor
+    note: str = ""
+
+
+class ReturnsADataclass(ConvNorm):
+    def forward(self, x: Tensor) -> Result:
+        return Result(super().forward(x))
+
+
+class ReturnsListsOfDifferentLength(ConvNorm):
+    """One more while it trains, as networks with auxiliary heads do."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        y = super().forward(x)
+        return [y, y.mean((2, 3))] if self.training else [y]
+
+
 # Names
 
 
@@ -291,6 +419,15 @@ class CalledTwiceNormAfterEach(ConvNorm):
         return self.bn(self.conv(self.bn(self.conv(x))))
 
 
+class CalledTwiceTwoNorms(ConvNorm):
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(self.conv(self.bn(self.conv(x)).relu()))
+
+
 class CalledTwiceNormOnOnePath(ConvNorm):
     def forward(self, x: Tensor) -> Tensor:
         return self.bn(self.conv(x)) + self.conv(x.relu())
@@ -354,6 +491,16 @@ class ReadTwice(ConvNorm):
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x)
         return self.bn(y) + y
+
+
+class ReadByTwoConvs(ConvNorm):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = conv3(), conv3()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return self.one(y) * self.two(y)
 
 
 class NormReadTwice(ConvNorm):
@@ -433,7 +580,66 @@ class AffineByHand(nn.Module):
         return self.conv(F.conv2d(x, self.weight, padding=1))
 
 
+class ComputesAWeight(ConvNorm):
+    """A functional convolution whose weight is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4, 3, 3))
+        self.scale = nn.Parameter(torch.randn(4, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.conv2d(x, self.weight * self.scale, padding=1))
+
+
+class WeightsInAParameterList(ConvNorm):
+    """Functional convolutions whose weights are Parameters in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList([torch.randn(4, 4, 3, 3) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for weight in self.weights:
+            x = F.conv2d(x, weight, padding=1)
+        return super().forward(x)
+
+
+class NestedContainers(nn.Module):
+    """Its layers are in lists of dicts of lists, and no module calls another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = nn.ModuleList([conv3(), nn.BatchNorm2d(4)])
+        self.stages = nn.ModuleList([nn.ModuleDict({"body": layers, "skip": conv3()})])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stage in self.stages:
+            y = x
+            for layer in stage["body"]:
+                y = layer(y)
+            x = stage["skip"](x) + y
+        return x
+
+
 # Kinds
+
+
+class Quantised(ConvNorm):
+    """Has a conv in whole numbers beside one in floating point."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from torch.ao.nn import quantized  # here, for torch means to move it
+
+        self.small = quantized.Conv2d(4, 4, 3, padding=1)
+        self.small.scale = 0.1
+        weight = torch.quantize_per_tensor(torch.randn(4, 4, 3, 3), 0.02, 0, torch.qint8)
+        self.small.set_weight_bias(weight, torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = torch.quantize_per_tensor(x.float(), 0.1, 100, torch.quint8)
+        return super().forward(self.small(whole).dequantize().to(x.dtype))
 
 
 class OwnConv(nn.Conv2d):

@@ -147,4 +147,4 @@ def kaiming_uniform(shape: tuple[int, ...], generator: torch.Generator) -> torch
 
 def uniform(shape: tuple[int, ...], fan_in: int, generator: torch.Generator) -> torch.Tensor:
     """Draw uniformly on ±1/√fan_in; float64 on the CPU."""
-    return (torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1) / math.sqrt(fan_in)
+    return torch.rand(shape, generator=generator, dtype=torch.float64).mul_(2).sub_(1).div_(math.sqrt(fan_in))

@@ -1,0 +1,515 @@
+"""Every hazard that a real network can hold, with every block: swapped rightly, or left with a reason.
+
+This is the overview; `test_sites.py` has what is known of each conv, and `test_capture.py` what tracing meets. What
+comes out is compared with a model in which every swapped conv is replaced by what the block's paper says, by hand.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import torchvision
+from helpers import relative, shake_
+from timm.layers import BatchNormAct2d, Conv2dSame, DropPath, LayerNorm2d, ScaledStdConv2d, StdConv2d
+from tiny import SHAPE, ConvNorm, conv3
+from torch import Tensor, nn
+from torch.ao.nn import qat
+from torch.ao.quantization import default_qat_qconfig
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrizations, prune
+from torchvision.ops import FrozenBatchNorm2d, StochasticDepth
+
+import surgeon
+from surgeon.blocks import Block
+from surgeon.errors import CaptureError, ModelError, PlanError, SurgeonError
+
+BLOCKS = {"acblock": "{}", "hetconv": "{p: 2}", "octave": "{}"}
+EVAL_ONLY = "same function in eval mode only"
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Hazard:
+    """A network, the conv of it that is meant, and what must become of that conv, whatever the block."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    path: str = "conv"
+    stays: str = ""  # words of the reason; empty where every block takes its place
+    beside: int = 0  # how many other convs are swapped
+    trains: str = ""  # words of the error where the network, as it is, cannot train here
+    acblock_trains: str = ""  # words of the error where it can, and cannot any more with ACBlocks
+    inputs: Shape | tuple[Shape, ...] = SHAPE
+
+
+def followed_by(norm: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    return lambda: ConvNorm(bn=norm())
+
+
+def with_conv(conv: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    return lambda: ConvNorm(conv=conv())
+
+
+def changed(how: Callable[[nn.Conv2d], object]) -> Callable[[], nn.Module]:
+    """Let somebody else do something to the conv."""
+
+    def build() -> nn.Module:
+        net = ConvNorm()
+        how(net.conv)
+        return net
+
+    return build
+
+
+def frozen() -> nn.Module:
+    net = ConvNorm()
+    net.bn.requires_grad_(False).eval()
+    return net
+
+
+def lazy_that_ran() -> nn.Module:
+    net = ConvNorm(conv=nn.LazyConv2d(4, 3, padding=1))
+    net(torch.zeros(SHAPE))
+    return net
+
+
+def old_spectral_norm(conv: nn.Conv2d) -> None:
+    nn.utils.spectral_norm(conv)
+    conv(torch.zeros(SHAPE))
+
+
+def beside_another(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """Make the whole model part of one."""
+    return lambda: nn.Sequential(build(), nn.BatchNorm2d(4))
+
+
+HAZARDS = [
+    # Names
+    Hazard("an ordinary pair", ConvNorm),
+    Hazard("two names in one parent", tiny.TwoNames),
+    Hazard("two names in one parent, both called", tiny.TwoNamesBothCalled),
+    Hazard("one module under two parents", tiny.TwoParents, "left.conv"),
+    Hazard("one pair under two parents", tiny.TwoParentsOnePair, "left.conv"),
+    Hazard("called from outside the module that holds it", tiny.ReachedFromOutsideTheIsland, "inner.conv"),
+    # Calls and readers
+    Hazard("called twice, with one norm", tiny.CalledTwiceNormAfterEach),
+    Hazard("called twice, with two norms", tiny.CalledTwiceTwoNorms),
+    Hazard("called twice, with the norm on one path", tiny.CalledTwiceNormOnOnePath),
+    Hazard("called at two sizes", tiny.CalledAtTwoSizes),
+    Hazard("called by keyword", tiny.CalledByKeyword),
+    Hazard("never called", tiny.NeverCalled, "spare", "it is never called", beside=1),
+    Hazard("read by two convs", tiny.ReadByTwoConvs, beside=2),
+    Hazard("read by the norm and by an addition", tiny.ReadTwice),
+    Hazard("its norm is read before the activation too", tiny.NormReadTwice),
+    Hazard("kept in a plain list too", tiny.HeldInAList, stays="also kept in layers"),
+    # Tensors
+    Hazard("tied parameters", tiny.TiedWeights, "one", "its weights are also those of two"),
+    Hazard("the network reads self.conv.weight", tiny.ReadsTheWeight, stays="reads its weight directly"),
+    Hazard("the same, where tracing cannot follow", tiny.ReadsTheWeightUntraced, stays="reads its weight directly"),
+    Hazard("only its weight is used", tiny.WeightReadOnly, "spare", "reads its weight directly", beside=1),
+    Hazard("a functional conv with a computed weight", tiny.ComputesAWeight),  # itself no site today
+    # GAP: a functional conv with a Parameter becomes a site of its own; until then it stays as it is:
+    #   tiny.AffineByHand (one Parameter), tiny.WeightsInAParameterList (several, in a list). See the test below.
+    # Norms
+    Hazard("a frozen norm", frozen),
+    Hazard("a norm without weight and bias", followed_by(lambda: nn.BatchNorm2d(4, affine=False))),
+    Hazard("a norm without running statistics", followed_by(lambda: nn.BatchNorm2d(4, track_running_stats=False))),
+    Hazard("SyncBatchNorm", followed_by(lambda: nn.SyncBatchNorm(4))),
+    Hazard("FrozenBatchNorm2d", followed_by(lambda: FrozenBatchNorm2d(4))),
+    Hazard("GroupNorm", followed_by(lambda: nn.GroupNorm(2, 4))),
+    Hazard("InstanceNorm", followed_by(lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True))),
+    Hazard("torchvision's LayerNorm2d", followed_by(lambda: torchvision.models.convnext.LayerNorm2d(4))),
+    Hazard("timm's LayerNorm2d", followed_by(lambda: LayerNorm2d(4))),
+    Hazard("timm's norm with its activation", followed_by(lambda: BatchNormAct2d(4))),
+    Hazard("a norm of its own kind", followed_by(lambda: tiny.OwnNorm(4))),
+    # What was done to the conv
+    Hazard("weight_norm", with_conv(lambda: parametrizations.weight_norm(conv3())), stays="parametrization"),
+    Hazard("spectral_norm", with_conv(lambda: parametrizations.spectral_norm(conv3())), stays="parametrization"),
+    Hazard("weight_norm, the old one", changed(nn.utils.weight_norm), stays="remove_weight_norm"),
+    Hazard("spectral_norm, the old one", changed(old_spectral_norm), stays="remove_spectral_norm"),
+    Hazard("pruned taps", changed(lambda c: prune.l1_unstructured(c, "weight", 0.5)), stays="prune.remove"),
+    Hazard("pruned filters", changed(lambda c: prune.ln_structured(c, "weight", 0.5, 2, 0)), stays="prune.remove"),
+    Hazard("a pruned bias", changed(lambda c: prune.l1_unstructured(c, "bias", 0.5)), stays="prune.remove"),
+    Hazard("a forward hook", changed(lambda c: c.register_forward_hook(lambda *_: None)), stays="hooks are attached"),
+    Hazard("a pre-hook", changed(lambda c: c.register_forward_pre_hook(lambda *_: None)), stays="hooks are attached"),
+    # Kinds
+    Hazard("weight-standardised", with_conv(lambda: StdConv2d(4, 4, 3, padding=1)), stays="StdConv2d is a Conv2d"),
+    Hazard("weight-standardised and scaled", with_conv(lambda: ScaledStdConv2d(4, 4, 3, padding=1)),
+           stays="ScaledStdConv2d is a Conv2d of its own kind"),
+    Hazard("padded to the same size", with_conv(lambda: Conv2dSame(4, 4, 3, stride=2)), stays="Conv2dSame is a"),
+    Hazard("the person's own kind", with_conv(lambda: tiny.OwnConv(4, 4, 3)), stays="OwnConv is a Conv2d of its own"),
+    Hazard("trained to be quantised", with_conv(lambda: qat.Conv2d(4, 4, 3, padding=1, qconfig=default_qat_qconfig)),
+           stays="qat.modules.conv.Conv2d is a Conv2d of its own kind", trains="dtype"),
+    Hazard("quantised", tiny.Quantised, "small", "its weight is quantised", beside=1),
+    Hazard("lazy, and has run", lazy_that_ran),
+    Hazard("ConvTranspose2d", with_conv(lambda: nn.ConvTranspose2d(4, 4, 3)), stays="ConvTranspose2d: only Conv2d"),
+    Hazard("Conv1d", lambda: nn.Sequential(nn.Conv1d(4, 4, 3)), "0", "Conv1d: only Conv2d", inputs=(2, 4, 9)),
+    Hazard("Conv3d", lambda: nn.Sequential(nn.Conv3d(4, 4, 3)), "0", "Conv3d: only Conv2d", inputs=(2, 4, 5, 5, 5)),
+    # Containers
+    Hazard("in a ModuleList", tiny.FollowsStages, "stages.0.conv", beside=3),
+    Hazard("in a ModuleDict", tiny.FollowsStages, "heads.b.1", beside=3),
+    Hazard("in nested containers", tiny.NestedContainers, "stages.0.body.0", beside=1),
+    # Arguments and results. GAP: inputs from Python are positional tensors; lists and dicts of tensors are below.
+    Hazard("several inputs", tiny.TakesTwo, inputs=(SHAPE, SHAPE)),
+    Hazard("*args", tiny.TakesArguments, inputs=(SHAPE, SHAPE)),
+    Hazard("**kwargs", tiny.TakesKeywords),
+    Hazard("a keyword-only input", tiny.TakesAKeywordOnly),
+    Hazard("an optional input", tiny.MaySkipTheNorm),
+    Hazard("an optional input that an inner module is given", tiny.MaySkipTheNormInside, "inner.conv"),
+    Hazard("returns a dict", tiny.ReturnsADict),
+    Hazard("returns a tuple", tiny.ReturnsATuple),
+    Hazard("returns a dataclass", tiny.ReturnsADataclass),
+    Hazard("returns lists of different length", tiny.ReturnsListsOfDifferentLength),
+    # Control flow, randomness, state
+    Hazard("acts on a tensor", tiny.ActsOnValues, "first.conv", beside=1),
+    Hazard("acts on a shape", tiny.ActsOnShapes),
+    Hazard("acts on self.training", tiny.ActsOnItsMode, "second.conv", beside=1),
+    Hazard("acts on an attribute", lambda: tiny.ActsOnAnAttribute(normed=True)),
+    Hazard("acts on an attribute, which leads past the norm", lambda: tiny.ActsOnAnAttribute(normed=False)),
+    Hazard("torchvision's stochastic depth", lambda: tiny.DropsPaths(StochasticDepth(0.5, "row"))),
+    Hazard("timm's stochastic depth", lambda: tiny.DropsPaths(DropPath(0.5))),
+    Hazard("functional dropout", tiny.DropsOut),
+    Hazard("buffers changed in forward", tiny.CountsItsCalls),
+    Hazard("checkpointed, reentrant", lambda: tiny.Checkpointed(use_reentrant=True), "block.conv"),
+    Hazard("checkpointed, not reentrant", lambda: tiny.Checkpointed(use_reentrant=False), "block.conv"),
+    # Whole models
+    Hazard("in DataParallel", lambda: nn.DataParallel(ConvNorm()), "module.conv"),
+    Hazard("one bare conv", conv3, "", "it is the whole model"),
+    Hazard("one bare conv in a container", lambda: nn.Sequential(conv3()), "0"),
+    Hazard("on maps of 1×1", tiny.OnOnePixel),
+    Hazard("on maps of 1×1, a batch of one", tiny.OnOnePixel, inputs=(1, 4, 9, 8), trains="more than 1 value"),
+    Hazard("on maps of 1×1, a batch of one, no norm", tiny.OnOnePixelWithoutNorm, inputs=(1, 4, 9, 8),
+           acblock_trains="more than 1 value"),  # an ACBlock norms its branches, which needs two values to train
+    Hazard("a batch of one", ConvNorm, inputs=(1, 4, 9, 8)),
+]  # fmt: skip
+
+every_block = pytest.mark.parametrize("block", BLOCKS)
+EXPECTED_WARNINGS = (
+    "ignore:.*weight_norm.*is deprecated:FutureWarning",
+    "ignore:.*quantized tensor creation functions:UserWarning",
+    "ignore:None of the inputs have requires_grad=True:UserWarning",  # of a reentrant checkpoint that is not trained
+)
+
+
+@every_block
+@pytest.mark.parametrize("hazard", HAZARDS, ids=lambda hazard: hazard.name)
+@pytest.mark.filterwarnings(*EXPECTED_WARNINGS)
+def test_a_conv_is_swapped_rightly_or_stays_with_a_reason(hazard: Hazard, block: str):
+    net, recipe = network(hazard.build), swap_3x3(block)
+    plan = surgeon.plan(net, recipe, hazard.inputs)
+    entry = next(entry for entry in plan.convs if entry.path == hazard.path)
+    assert hazard.stays in (entry.skip or "")
+    assert (entry.swap is None) == bool(hazard.stays)
+    assert len(plan.swaps) == hazard.beside + (not hazard.stays)
+    if not plan.swaps:
+        with pytest.raises(PlanError, match="nothing is swapped: "):
+            surgeon.convert(net, recipe, hazard.inputs)
+        return
+
+    converted = surgeon.convert(net, plan)
+    assert type(converted) is type(net)
+    for one in plan.swaps:
+        made = converted.get_submodule(one.path)
+        assert isinstance(made, Block)
+        assert made.name == block
+        assert all(converted.get_submodule(path) is made for path in one.aliases)
+    expected = by_hand(network(hazard.build), converted)
+    assert_alike(converted, expected, hazard.inputs)
+    if block == "acblock":
+        assert_alike(converted, net, hazard.inputs)
+        fused = surgeon.fuse(converted)
+        assert not any(isinstance(module, Block) for module in fused.modules())
+        assert_alike(fused, net, hazard.inputs)
+    keeps_training = block == "acblock" and all(one.note is None for one in plan.swaps)
+    train(hazard, block, network(hazard.build), converted, same=keeps_training)
+
+
+def network(build: Callable[[], nn.Module], dtype: torch.dtype = torch.float64) -> nn.Module:
+    """Build it in eval mode, with norms that do something; the same one whenever it is built."""
+    torch.manual_seed(0)
+    net = build().to(dtype)
+    shake_(net)
+    return net.eval()
+
+
+def swap_3x3(block: str) -> surgeon.Recipe:
+    rule = f"{{swap: {block}, match: {{kernel: 3}}, with: {BLOCKS[block]}, optional: true}}"
+    return surgeon.recipe.parse(f"{{surgeon: 1, title: T, rules: [{rule}]}}", "swap.yaml")
+
+
+def maps(inputs: Shape | tuple[Shape, ...]) -> list[Tensor]:
+    """Noise of these shapes."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = inputs if isinstance(inputs[0], tuple) else (inputs,)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def tensors(out: object) -> Iterator[Tensor]:
+    """All tensors of an output, in order."""
+    if isinstance(out, Tensor):
+        yield out
+    elif isinstance(out, Mapping):
+        yield from tensors(list(out.values()))
+    elif isinstance(out, list | tuple):
+        for part in out:
+            yield from tensors(part)
+    elif dataclasses.is_dataclass(out):
+        yield from tensors(list(vars(out).values()))
+
+
+def assert_alike(one: nn.Module, other: nn.Module, inputs: Shape | tuple[Shape, ...]) -> None:
+    """Compare copies, so that what a run does to a network does not count."""
+    with torch.no_grad():
+        ours, theirs = (list(tensors(copy.deepcopy(net)(*maps(inputs)))) for net in (one, other))
+    assert len(ours) == len(theirs) > 0
+    for mine, truth in zip(ours, theirs, strict=True):
+        assert mine.isfinite().all()
+        assert relative(mine, truth) <= 1e-12
+
+
+def train(hazard: Hazard, block: str, net: nn.Module, converted: nn.Module, *, same: bool) -> None:
+    """One step in train mode: it gives finite gradients, and the `same` as the network where the plan says no less."""
+    if hazard.trains:
+        with pytest.raises(Exception, match=hazard.trains):
+            net.train()(*maps(hazard.inputs))
+        return
+    if hazard.acblock_trains and block == "acblock":
+        net.train()(*maps(hazard.inputs))
+        with pytest.raises(Exception, match=hazard.acblock_trains):
+            converted.train()(*maps(hazard.inputs))
+        return
+    ours, theirs = (list(tensors(one_step(model, hazard.inputs))) for model in (net, converted))
+    assert [tuple(t.shape) for t in ours] == [tuple(t.shape) for t in theirs]
+    assert all(t.isfinite().all() for t in theirs)
+    assert not same or all(relative(b, a) <= 1e-12 for a, b in zip(ours, theirs, strict=True))
+    learnt = [p.grad for p in converted.parameters() if p.grad is not None]
+    assert learnt
+    assert all(grad.isfinite().all() for grad in learnt)
+
+
+def one_step(model: nn.Module, inputs: Shape | tuple[Shape, ...]) -> object:
+    model.train()
+    torch.manual_seed(2)  # what is dropped
+    out = model(*(x.requires_grad_() for x in maps(inputs)))
+    sum(t.sum() for t in tensors(out) if t.requires_grad).backward()
+    return out
+
+
+# What the papers say, by hand
+
+
+class ThinnedOut(nn.Module):
+    """HetConv of p = 2 in blocks: half of the filters see half of the channels with whole kernels, others as 1×1."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = copy.deepcopy(conv)
+        c_out, c_in, _, _ = conv.weight.shape
+        with torch.no_grad():
+            for filters, others in ((slice(0, c_out // 2), slice(c_in // 2, None)),
+                                    (slice(c_out // 2, None), slice(0, c_in // 2))):  # fmt: skip
+                centre = self.conv.weight[filters, others, 1, 1].clone()
+                self.conv.weight[filters, others] = 0
+                self.conv.weight[filters, others, 1, 1] = centre
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.conv(input)
+
+
+class TwoStreams(nn.Module):
+    """OctaveConv at stride 1 on plain tensors, its four kernels convolved one by one."""
+
+    def __init__(self, conv: nn.Conv2d, alpha_in: float, alpha_out: float) -> None:
+        super().__init__()
+        self.conv = conv
+        self.into, self.out = (
+            c - int(a * c) for a, c in ((alpha_in, conv.in_channels), (alpha_out, conv.out_channels))
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias, size = self.conv.weight, self.conv.bias, input.shape[-2:]
+        high, low = input[:, : self.into], self.halved(input[:, self.into :])
+
+        def seen(x: Tensor, rows: slice, columns: slice) -> Tensor:
+            return F.conv2d(x, weight[rows, columns], None, padding=self.conv.padding)
+
+        highs, lows, from_high, from_low = (
+            slice(0, self.out), slice(self.out, None), slice(0, self.into), slice(self.into, None),
+        )  # fmt: skip
+        above = seen(high, highs, from_high) + self.doubled(seen(low, highs, from_low), size)
+        below = seen(self.halved(high), lows, from_high) + seen(low, lows, from_low)
+        out = torch.cat([above, self.doubled(below, size)], 1)
+        return out if bias is None else out + bias[:, None, None]
+
+    @staticmethod
+    def halved(x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
+
+    @staticmethod
+    def doubled(x: Tensor, size: torch.Size) -> Tensor:
+        return x.repeat_interleave(2, 2).repeat_interleave(2, 3)[..., : size[0], : size[1]]
+
+
+def by_hand(net: nn.Module, converted: nn.Module) -> nn.Module:
+    """Put into the original what the papers say, where the converted network has a block."""
+    made = {}
+    for path, module in converted.named_modules(remove_duplicate=False):
+        if not isinstance(module, Block) or module.name == "acblock":
+            continue
+        conv = net.get_submodule(path)
+        if module not in made and module.name == "hetconv":
+            made[module] = ThinnedOut(conv)
+        elif module not in made:
+            made[module] = TwoStreams(conv, module.alpha_in, module.alpha_out)
+        net.set_submodule(path, made[module])
+    return net
+
+
+def test_what_is_written_by_hand_is_not_the_conv():
+    """The comparisons above could fail: thinned out and in two streams, the network computes something else."""
+    for block in ("hetconv", "octave"):
+        net = network(ConvNorm)
+        other = by_hand(network(ConvNorm), surgeon.convert(net, swap_3x3(block), SHAPE))
+        assert relative(other(*maps(SHAPE)), net(*maps(SHAPE))) > 0.1
+
+
+# Models that are refused as a whole
+
+
+@every_block
+def test_a_lazy_conv_that_has_not_run_is_refused(block: str):
+    with pytest.raises(CaptureError, match=r"0\.weight has no shape yet\. Run the model once"):
+        surgeon.convert(nn.Sequential(nn.LazyConv2d(4, 3)), swap_3x3(block), SHAPE)
+
+
+@every_block
+def test_a_model_without_convs_has_nothing_to_swap(block: str):
+    with pytest.raises(PlanError, match="nothing is swapped: the model has no convs"):
+        surgeon.convert(nn.Linear(4, 4), swap_3x3(block), (2, 4))
+
+
+ACTS = {
+    "survey": lambda net: surgeon.survey(net, SHAPE),
+    "plan": lambda net: surgeon.plan(net, "acnet", SHAPE),
+    "convert": lambda net: surgeon.convert(net, "acnet", SHAPE),
+    "convert_": lambda net: surgeon.convert_(net, "acnet", SHAPE),
+    "fuse": surgeon.fuse,
+    "fuse_": surgeon.fuse_,
+    "verify": lambda net: surgeon.verify(net, net, SHAPE),
+}
+every_act = pytest.mark.parametrize("act", ACTS.values(), ids=ACTS)
+
+
+@every_act
+def test_a_compiled_model_is_to_be_given_as_it_was(act: Callable[[nn.Module], object]):
+    net = torch.compile(ConvNorm(), backend="eager")
+    with pytest.raises(ModelError, match=r"wrapped in OptimizedModule.*Give model\._orig_mod"):
+        act(net)
+    with pytest.raises(ModelError, match=r"0 is wrapped in OptimizedModule.*Give model\.0\._orig_mod"):
+        act(nn.Sequential(net))
+    if act is not ACTS["fuse"]:
+        act(net._orig_mod)
+
+
+def test_a_model_that_is_compiled_in_place_is_converted():
+    net = network(ConvNorm)
+    net.compile(backend="eager")
+    converted = surgeon.convert(net, "acnet", SHAPE)
+    assert isinstance(converted.conv, Block)
+    assert_alike(converted, net, SHAPE)
+
+
+@every_act
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:FutureWarning")
+def test_torchscript_is_refused(act: Callable[[nn.Module], object]):
+    with pytest.raises(ModelError, match="TorchScript has no modules that could be swapped"):
+        act(scripted())
+
+
+def scripted() -> nn.Module:
+    net = nn.Sequential(conv3(), nn.BatchNorm2d(4)).eval()
+    return torch.jit.trace(net, torch.zeros(SHAPE))
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+@pytest.mark.usefixtures("process_group")
+def test_a_distributed_model_is_to_be_given_as_it_was():
+    net = DistributedDataParallel(network(ConvNorm))
+    for act in ACTS.values():
+        with pytest.raises(ModelError, match=r"wrapped in DistributedDataParallel.*Give model\.module, and wrap"):
+            act(net)
+    for block in BLOCKS:
+        converted = surgeon.convert(net.module, swap_3x3(block), SHAPE)
+        out = DistributedDataParallel(converted.train())(*maps(SHAPE))
+        out.sum().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in converted.conv.parameters())
+
+
+# Dtypes and devices
+
+
+@every_block
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(block: str, dtype: torch.dtype):
+    net = network(ConvNorm, dtype)
+    converted = surgeon.convert(net, swap_3x3(block), SHAPE)
+    assert {p.dtype for p in converted.parameters()} == {dtype}
+    expected = by_hand(network(ConvNorm, dtype), converted).double()(*maps(SHAPE))
+    assert relative(converted(*(x.to(dtype) for x in maps(SHAPE))), expected) <= 8 * torch.finfo(dtype).eps
+
+
+@every_block
+def test_meta_models_are_converted_and_have_no_numbers(block: str):
+    net = ConvNorm().to("meta").eval()
+    converted = surgeon.convert(net, swap_3x3(block), SHAPE)
+    assert isinstance(converted.conv, Block)
+    assert {t.device.type for t in (*converted.parameters(), *converted.buffers())} == {"meta"}
+    assert converted(torch.empty(SHAPE, device="meta")).shape == SHAPE
+    if block == "acblock":
+        assert type(surgeon.fuse(converted).conv) is nn.Conv2d
+
+
+# What is not there yet
+
+
+@every_block
+@pytest.mark.parametrize("build", [tiny.AffineByHand, tiny.WeightsInAParameterList])
+def test_a_functional_conv_with_a_parameter(build: Callable[[], nn.Module], block: str):
+    """GAP: it is to be a site of its own. Until then it stays, unmentioned, and the conv beside it is swapped."""
+    net = network(build)
+    converted = surgeon.convert(net, swap_3x3(block), SHAPE)
+    assert isinstance(converted.conv, Block)
+    assert_alike(converted, by_hand(network(build), converted), SHAPE)
+
+
+@pytest.mark.parametrize("build", [tiny.TakesAList, tiny.TakesADict])
+def test_inputs_that_are_lists_or_dicts_of_tensors(build: Callable[[], nn.Module]):
+    """GAP: such an input cannot be given yet. Without one the network is converted by its graph."""
+    net = network(build)
+    converted = surgeon.convert(net, "acnet")
+    assert isinstance(converted.conv, Block)
+    image, scale = maps((SHAPE, SHAPE))
+    given = {"image": image, "scale": scale} if build is tiny.TakesADict else [image, scale]
+    assert relative(converted(given), net(given)) <= 1e-12
+
+
+def test_every_network_that_is_refused_says_what_to_do():
+    """No error of these is without a next step."""
+    for build in (conv3, lambda: nn.Linear(4, 4), lambda: nn.Sequential(nn.LazyConv2d(4, 3))):
+        with pytest.raises(SurgeonError) as caught:
+            surgeon.convert(build(), swap_3x3("acblock"), None)
+        assert caught.value.todo
