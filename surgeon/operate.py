@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from surgeon import functional, seams
 from surgeon.blocks import Block
 from surgeon.capture import shadow, to_meta
-from surgeon.cost import measure
+from surgeon.cost import Cost, measure
 from surgeon.errors import PassError
 from surgeon.functional import Functional
 from surgeon.memory import give_back_after
@@ -54,14 +54,15 @@ def stream_(model: nn.Module, plan: Plan, *, only_low_pass: bool = False) -> Out
 def foresee(plan: Plan, survey: Survey) -> Plan:
     """Say in a plan what comes of its octave convs: islands that become graphs, seams that stay, costs of the whole.
 
-    It is carried out on a copy without numbers.
+    It is carried out on a copy; on one without numbers, where the network runs without any.
     """
     if not plan.has_streams:
         return plan
-    model = shadow(survey.model, to_meta)
-    outcome = operate_(model, plan)
+    try:
+        outcome, after = _tried(plan, survey, to_meta)
+    except Exception:
+        outcome, after = _tried(plan, survey, None)
     left = tuple(dict.fromkeys(SeamLeft(island=one.island, kind=one.kind, reason=one.reason) for one in outcome.seams))
-    after = measure(model, survey.inputs)
     changes = {name: getattr(after, name) for name in ("params", "macs", "activations")}
     total = plan.total.model_copy(
         update={
@@ -71,6 +72,12 @@ def foresee(plan: Plan, survey: Survey) -> Plan:
         }
     )
     return plan.model_copy(update={"rewritten": outcome.rewritten, "seams": left, "total": total})
+
+
+def _tried(plan: Plan, survey: Survey, cast: Callable[[Tensor], Tensor] | None) -> tuple[Outcome, Cost]:
+    model = shadow(survey.model, cast)
+    outcome = operate_(model, plan)
+    return outcome, measure(model, survey.inputs)
 
 
 def prepare(model: nn.Module, plan: Plan) -> tuple[Swap, ...]:

@@ -30,7 +30,7 @@ import surgeon
 from surgeon.blocks import Block
 from surgeon.errors import CaptureError, ModelError, PlanError, SurgeonError
 
-BLOCKS = {"acblock": "{}", "hetconv": "{p: 2}", "octave": "{}"}
+BLOCKS = {"acblock": "{}", "hetconv": "{p: 2}", "octave": "{alpha_in: 0.5, alpha_out: 0.5, seams: keep}"}
 EVAL_ONLY = "same function in eval mode only"
 Shape = tuple[int, ...]
 
@@ -114,9 +114,9 @@ HAZARDS = [
     Hazard("the network reads self.conv.weight", tiny.ReadsTheWeight, stays="reads its weight directly"),
     Hazard("the same, where tracing cannot follow", tiny.ReadsTheWeightUntraced, stays="reads its weight directly"),
     Hazard("only its weight is used", tiny.WeightReadOnly, "spare", "reads its weight directly", beside=1),
-    Hazard("a functional conv with a computed weight", tiny.ComputesAWeight),  # itself no site today
-    # GAP: a functional conv with a Parameter becomes a site of its own; until then it stays as it is:
-    #   tiny.AffineByHand (one Parameter), tiny.WeightsInAParameterList (several, in a list). See the test below.
+    Hazard("a functional conv, computed weight", tiny.ComputesAWeight, "conv2d", "is computed", beside=1),
+    # A functional conv with a Parameter becomes a module: tiny.AffineByHand (one), tiny.WeightsInAParameterList (several,
+    # in a list). See the test below.
     # Norms
     Hazard("a frozen norm", frozen),
     Hazard("a norm without weight and bias", followed_by(lambda: nn.BatchNorm2d(4, affine=False))),
@@ -156,7 +156,7 @@ HAZARDS = [
     Hazard("in a ModuleList", tiny.FollowsStages, "stages.0.conv", beside=3),
     Hazard("in a ModuleDict", tiny.FollowsStages, "heads.b.1", beside=3),
     Hazard("in nested containers", tiny.NestedContainers, "stages.0.body.0", beside=1),
-    # Arguments and results. GAP: inputs from Python are positional tensors; lists and dicts of tensors are below.
+    # Arguments and results; lists and dicts of tensors are below
     Hazard("several inputs", tiny.TakesTwo, inputs=(SHAPE, SHAPE)),
     Hazard("*args", tiny.TakesArguments, inputs=(SHAPE, SHAPE)),
     Hazard("**kwargs", tiny.TakesKeywords),
@@ -367,7 +367,7 @@ def by_hand(net: nn.Module, converted: nn.Module) -> nn.Module:
         if module not in made and module.name == "hetconv":
             made[module] = ThinnedOut(conv)
         elif module not in made:
-            made[module] = TwoStreams(conv, module.alpha_in, module.alpha_out)
+            made[module] = TwoStreams(conv, 0.5, 0.5)  # as BLOCKS says
         net.set_submodule(path, made[module])
     return net
 
@@ -483,28 +483,67 @@ def test_meta_models_are_converted_and_have_no_numbers(block: str):
         assert type(surgeon.fuse(converted).conv) is nn.Conv2d
 
 
-# What is not there yet
+# What the table has no room for
 
 
 @every_block
-@pytest.mark.parametrize("build", [tiny.AffineByHand, tiny.WeightsInAParameterList])
-def test_a_functional_conv_with_a_parameter(build: Callable[[], nn.Module], block: str):
-    """GAP: it is to be a site of its own. Until then it stays, unmentioned, and the conv beside it is swapped."""
+@pytest.mark.parametrize(
+    ("build", "paths"), [(tiny.AffineByHand, ["conv2d"]), (tiny.WeightsInAParameterList, ["conv2d", "conv2d_1"])]
+)
+def test_a_functional_conv_with_a_parameter_becomes_a_module(
+    build: Callable[[], nn.Module], paths: list[str], block: str
+):
     net = network(build)
     converted = surgeon.convert(net, swap_3x3(block), SHAPE)
-    assert isinstance(converted.conv, Block)
-    assert_alike(converted, by_hand(network(build), converted), SHAPE)
+    assert all(isinstance(converted.get_submodule(path), Block) for path in ("conv", *paths))
+    if block == "acblock":
+        assert_alike(converted, net, SHAPE)
+        assert_alike(surgeon.fuse(converted), net, SHAPE)
+        return
+    by_module = network(build)  # the same with convs where the functions are
+    lifted = [nn.Conv2d(4, 4, 3, padding=1, bias=False).double() for _ in paths]
+    for conv, weight in zip(lifted, _functional_weights(by_module), strict=True):
+        conv.weight.data = weight.detach().clone()
+    whole = nn.Sequential(*lifted, by_module.conv, *([by_module.bn, nn.ReLU()] if hasattr(by_module, "bn") else []))
+    expected = by_hand(whole, surgeon.convert(whole, swap_3x3(block), SHAPE))
+    assert_alike(converted, expected, SHAPE)
 
 
+def _functional_weights(net: nn.Module) -> list[Tensor]:
+    return list(net.weights) if isinstance(net, tiny.WeightsInAParameterList) else [net.weight]
+
+
+@every_block
 @pytest.mark.parametrize("build", [tiny.TakesAList, tiny.TakesADict])
-def test_inputs_that_are_lists_or_dicts_of_tensors(build: Callable[[], nn.Module]):
-    """GAP: such an input cannot be given yet. Without one the network is converted by its graph."""
+def test_inputs_that_are_lists_or_dicts_of_tensors(build: Callable[[], nn.Module], block: str):
     net = network(build)
-    converted = surgeon.convert(net, "acnet")
-    assert isinstance(converted.conv, Block)
     image, scale = maps((SHAPE, SHAPE))
     given = {"image": image, "scale": scale} if build is tiny.TakesADict else [image, scale]
-    assert relative(converted(given), net(given)) <= 1e-12
+    converted = surgeon.convert(net, swap_3x3(block), surgeon.Inputs((given,)))
+    expected = by_hand(network(build), converted)
+    assert relative(converted(given), expected(given)) <= 1e-12
+
+
+@pytest.mark.parametrize("hazard", HAZARDS, ids=lambda hazard: hazard.name)
+@pytest.mark.filterwarnings(*EXPECTED_WARNINGS)
+def test_with_streams_that_go_from_conv_to_conv_nothing_else_changes(hazard: Hazard):
+    """Roles are planned and seams removed; the same roles, conv by conv, give the same numbers."""
+    rule = "{swap: octave, match: {kernel: 3}, with: {min_size: 1}, optional: true}"
+    recipe = surgeon.recipe.parse(f"{{surgeon: 1, title: T, rules: [{rule}]}}", "octave.yaml")
+    net = network(hazard.build)
+    plan = surgeon.plan(net, recipe, hazard.inputs)
+    assert all(entry.swap or entry.skip for entry in plan.convs)
+    if not plan.swaps:
+        return
+    converted = surgeon.convert(net, plan)
+    kept = [
+        entry.model_copy(update={"options": entry.options | {"seams": "keep"}}) if entry.swap else entry
+        for entry in plan.convs
+    ]
+    conv_by_conv = plan.model_copy(update={"convs": tuple(kept), "low_passed": (), "rewritten": (), "seams": ()})
+    if not plan.low_passed:
+        assert_alike(converted, surgeon.convert(net, conv_by_conv), hazard.inputs)
+    assert_alike(surgeon.fuse(converted), converted, hazard.inputs)
 
 
 def test_every_network_that_is_refused_says_what_to_do():

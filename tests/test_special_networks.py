@@ -56,7 +56,9 @@ NETS = {
         stay=(("encoder.conv1", "no rule"), ("segmentation_head.0", "2 output")), package="segmentation_models_pytorch",
     ),
 }  # fmt: skip
-OCTAVES = {"surgeon": 1, "title": "Octaves", "rules": [{"swap": "octave", "match": {"stride": [1, 2, 4]}}]}
+FIXED = {"alpha_in": 0.5, "alpha_out": 0.5}
+RULE = {"swap": "octave", "match": {"stride": [1, 2, 4]}, "with": FIXED}
+OCTAVES = {"surgeon": 1, "title": "Octaves", "rules": [RULE]}
 HOW = {"acnet": "acnet", "hetconv": "hetconv-p4", "octave": OCTAVES}
 
 every_net = pytest.mark.parametrize("name", NETS)
