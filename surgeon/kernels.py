@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from surgeon.spec import ConvSpec, Pads, is_channels_last
+from surgeon.streams import writes_in_place
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> 
 
 def add_convolved(y: Tensor, x: Tensor, weight: Tensor, spec: ConvSpec) -> Tensor:
     """Y + what a bias-free conv of this spec gives for `x`; in place where no gradient is asked for."""
-    if torch.is_grad_enabled():
+    if not writes_in_place():
         return y + convolve(x, weight, None, spec)
     return add_convolved_(y, x, weight, spec)
 

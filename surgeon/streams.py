@@ -75,6 +75,20 @@ def take(x: Tensor, ranges: Sequence[Sequence[int]], dim: int = 1) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
+def part(x: Tensor, low: Sequence[Sequence[int]], dim: int = 1) -> tuple[Tensor, Tensor | None]:
+    """The high channels, and the low ones if there are any.
+
+    Where the low ones come last both are parts of one split, whose gradients are put together without filling in zeros.
+    """
+    channels = x.shape[dim]
+    if not low:
+        return x, None
+    if len(low) == 1 and low[0][1] == channels:
+        high, rest = torch.split(x, [low[0][0], channels - low[0][0]], dim)
+        return high, rest
+    return take(x, others(low, channels), dim), take(x, low, dim)
+
+
 def pool(x: Tensor) -> Tensor:
     """Halve the resolution by averages of 2×2 pixels, of what there is of them at the border; ⌈h/2⌉ × ⌈w/2⌉."""
     return nn.functional.avg_pool2d(x, 2, 2, ceil_mode=True, count_include_pad=False)
@@ -109,7 +123,12 @@ def crop_to(fine: Tensor, high: Tensor) -> Tensor:
 
 def add_into(x: Tensor, y: Tensor) -> Tensor:
     """X + y; in place where no gradient is asked for, so only for an x that nobody else reads."""
-    return x + y if torch.is_grad_enabled() else x.add_(y)
+    return x.add_(y) if writes_in_place() else x + y
+
+
+def writes_in_place() -> bool:
+    """Whether writing into a tensor of one's own is allowed and pays: autograd keeps tensors, a compiler fuses sums."""
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def add_up(high: Tensor, low: Tensor) -> Tensor:
@@ -118,16 +137,13 @@ def add_up(high: Tensor, low: Tensor) -> Tensor:
     Every second row and column of `high` is a map of the size of `low`; in channels_last, with even sides, one addition
     does all four.
     """
-    (n, c, h, w), writes = high.shape, not torch.is_grad_enabled()
+    n, c, h, w = high.shape
+    if not writes_in_place():
+        return high + up(low, (h, w))
     if h % 2 == 0 and w % 2 == 0 and is_channels_last(high):
         quads = high.permute(0, 2, 3, 1).view(n, h // 2, 2, w // 2, 2, c)
-        once = low.permute(0, 2, 3, 1)[:, :, None, :, None, :]
-        if writes:
-            quads.add_(once)
-            return high
-        return (quads + once).view(n, h, w, c).permute(0, 3, 1, 2)
-    if not writes:
-        return high + up(low, (h, w))
+        quads.add_(low.permute(0, 2, 3, 1)[:, :, None, :, None, :])
+        return high
     for i, j in itertools.product((0, 1), (0, 1)):
         quarter = high[..., i::2, j::2]
         quarter.add_(low[..., : quarter.shape[-2], : quarter.shape[-1]])
@@ -136,7 +152,9 @@ def add_up(high: Tensor, low: Tensor) -> Tensor:
 
 def split(x: Tensor, low: Sequence[Sequence[int]]) -> Pair:
     """(n, c, h, w) → (n, high, h, w) and (n, low, ⌈h/2⌉, ⌈w/2⌉)."""
-    return take(x, others(low, x.shape[1])), pool(take(x, low))
+    high, rest = part(x, low)
+    assert rest is not None
+    return high, pool(rest)
 
 
 def join(high: Tensor, low: Tensor, ranges: Sequence[Sequence[int]]) -> Tensor:

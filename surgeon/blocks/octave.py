@@ -210,14 +210,21 @@ class OctaveConv(TwoStreams, base.Deployable):
         if self.spec.groups > 1:
             return self._grouped(high, low)
         high, fine, low, needs_up = self._resampled(high, low)
-        made = self._run(high, self._high_out, self._high_in, with_bias=True)
-        if fine is not None:
-            extra = self._run(fine, self._high_out, self.low_in)
+        to_high, to_low = streams.part(self.weight, self.low_out, 0)
+        bias_high, bias_low = (None, None) if self.bias is None else streams.part(self.bias, self.low_out, 0)
+        from_high, from_low = streams.part(to_high, self.low_in)
+        made = self._run(high, from_high, bias_high)
+        if fine is not None and from_low is not None:
+            extra = self._run(fine, from_low, None)
             made = streams.add_up(made, extra) if needs_up else made + extra
-        if not self.low_out:
+        if to_low is None:
             return made, None
-        sees = streams.pool(high) if low is None else torch.cat([streams.pool(high), low], 1)
-        return made, self._run(sees, self.low_out, (*self._high_in, *self.low_in), with_bias=True)
+        pooled = streams.pool(high)
+        if low is None:
+            return made, self._run(pooled, to_low, bias_low)
+        if self.low_in[-1][1] != self.spec.c_in or len(self.low_in) > 1:
+            to_low = streams.take(to_low, (*streams.others(self.low_in, self.spec.c_in), *self.low_in))
+        return made, self._run(torch.cat([pooled, low], 1), to_low, bias_low)
 
     def with_norm(self, norm: _BatchNorm) -> Self:
         """Fold a norm into all four kernels at once: each of its channels belongs to one stream."""
@@ -236,17 +243,7 @@ class OctaveConv(TwoStreams, base.Deployable):
         """Cut the kernel of one path, or of several side by side, out of the conv's own."""
         return streams.take(streams.take(self.weight, filters, 0), streams.merged(channels))
 
-    @property
-    def _high_in(self) -> Ranges:
-        return streams.others(self.low_in, self.spec.c_in)
-
-    @property
-    def _high_out(self) -> Ranges:
-        return streams.others(self.low_out, self.spec.c_out)
-
-    def _run(self, x: Tensor, filters: Ranges, channels: Ranges, *, with_bias: bool = False) -> Tensor:
-        weight = self.kernel(filters, channels)
-        bias = streams.take(self.bias, filters, 0) if with_bias and self.bias is not None else None
+    def _run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         spec = self.spec.change(c_in=weight.shape[1], c_out=weight.shape[0], stride=(1, 1))
         return kernels.convolve(x, weight, bias, spec)
 
