@@ -28,6 +28,7 @@ bench: $(VENV)/.installed-test
 	$(RUN)/python benchmarks/convert.py
 	$(RUN)/python benchmarks/hetconv.py
 	$(RUN)/python benchmarks/kept_energy.py
+	$(RUN)/python benchmarks/octave.py
 	$(RUN)/python benchmarks/scaling.py
 
 zoo: $(VENV)/.installed-test  # hours; it can be stopped, and goes on from there

@@ -2,9 +2,9 @@
 
     python benchmarks/octave.py [--rounds 15] [--no-compile] [--no-train]
 
-Three networks by turns, all with folded norms, in channels_last: torchvision's ResNet-50; what `surgeon convert -r octave`
-and `surgeon fuse` make of it; and an Oct-ResNet-50 written by hand, in which every layer carries a pair of tensors, as
-published code does. Then a training step of the three, norms unfolded.
+Three networks by turns, all with folded norms, in channels_last: torchvision's ResNet-50; what `surgeon convert -r
+octave` and `surgeon fuse` make of it; and an Oct-ResNet-50 written by hand, in which every layer carries a pair of
+tensors, as published code does. Then a training step of the three, norms unfolded.
 
 Chen et al. 2019, Drop an Octave, arXiv:1904.05049.
 """
@@ -31,7 +31,7 @@ Pair = tuple[Tensor, Tensor | None]
 
 
 class OctConv(nn.Module):
-    """Equations 2 to 5 of the paper with four convs; at stride 2 everything is pooled first, but not l on its way to h."""
+    """Equations 2 to 5 of the paper with four convs; at stride 2 all is pooled first, but not l on its way to h."""
 
     def __init__(self, c_in: int, c_out: int, kernel: int, *, stride: int, alpha: tuple[float, float]) -> None:
         super().__init__()

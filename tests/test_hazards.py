@@ -115,8 +115,7 @@ HAZARDS = [
     Hazard("the same, where tracing cannot follow", tiny.ReadsTheWeightUntraced, stays="reads its weight directly"),
     Hazard("only its weight is used", tiny.WeightReadOnly, "spare", "reads its weight directly", beside=1),
     Hazard("a functional conv, computed weight", tiny.ComputesAWeight, "conv2d", "is computed", beside=1),
-    # A functional conv with a Parameter becomes a module: tiny.AffineByHand (one), tiny.WeightsInAParameterList (several,
-    # in a list). See the test below.
+    # Functional convs with Parameters (tiny.AffineByHand, tiny.WeightsInAParameterList) have a test of their own below.
     # Norms
     Hazard("a frozen norm", frozen),
     Hazard("a norm without weight and bias", followed_by(lambda: nn.BatchNorm2d(4, affine=False))),

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from helpers import relative, shake_
+from helpers import relative, run_surgeon, shake_
 from small_networks import MobileNetV1
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -317,6 +317,26 @@ def test_islands_are_stored_as_data_and_open_again(tmp_path: Path, suffix: str, 
             assert torch.equal(again.train(training)(x), model.train(training)(x))
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[key]), key
+
+
+def test_a_resnet50_is_converted_trained_fused_and_verified_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(network(lambda: torchvision.models.resnet50(num_classes=5)), "net.pt")
+    small = ("--input=1,3,64,64", "--set=rules[1].with.min_size=2")
+    assert run_surgeon("convert", "net.pt", "-r", "octave", *small) == 0
+    model = surgeon.load("net.octave.pt")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for _ in range(2):
+        loss = F.cross_entropy(model.train()(noise(4, 3, 64, 64)), torch.arange(4))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    surgeon.save(model, "trained.pt")
+    assert run_surgeon("fuse", "trained.pt", small[0]) == 0
+    assert run_surgeon("verify", "trained.pt", "trained.fused.pt", small[0]) == 0
+    assert run_surgeon("verify", "net.pt", "net.octave.pt", small[0]) == 3
 
 
 def test_original_checkpoints_load_and_the_reverse() -> None:
