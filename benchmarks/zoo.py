@@ -1,8 +1,8 @@
 """Every convolutional network of torchvision and timm through surgeon: does any crash, does any come out wrong?
 
 Each goes the whole path in a process of its own: survey, plan, convert (acnet), save and reload, fuse, verify, then
-hetconv and octave; `zoo_network.py` says how. What is finished is appended to a file, one JSON object a line; a sweep
-that is started again goes on from there.
+hetconv and octave, small ones first; `zoo_network.py` says how. What is finished is appended to a file, one JSON
+object a line; a sweep that is started again goes on from there.
 
     python benchmarks/zoo.py --jobs 2                       # torchvision, and the smallest of every family of timm
     python benchmarks/zoo.py --only 'timm:*repvgg*' --again
@@ -74,16 +74,16 @@ def run(options: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no process is left behind
     options.out.parent.mkdir(parents=True, exist_ok=True)
     known = list(recorded(options.out))
-    chosen = {line["chosen"]: line["name"] for line in known if "chosen" in line}
+    chosen = {line["chosen"]: (line["name"], line["parameters"]) for line in known if "chosen" in line}
     remembered = set(chosen)
-    wanted = [
-        case for case in cases(every=options.all or bool(options.only), chosen=chosen) if is_wanted(case, options)
-    ]
+    every = cases(every=options.all or bool(options.only), chosen=chosen)
+    wanted = sorted((case for case in every if is_wanted(case, options)), key=lambda case: case.parameters)
     if options.list:
         print("\n".join(f"{case.name:50} {case.family}" for case in wanted))
         return
     with options.out.open("a", encoding="utf-8") as file:
-        lines = ({"chosen": key, "name": name} for key, name in chosen.items() if key not in remembered)
+        new = ((key, *found) for key, found in chosen.items() if key not in remembered)
+        lines = ({"chosen": key, "name": name, "parameters": parameters} for key, name, parameters in new)
         file.writelines(json.dumps(line) + "\n" for line in lines)
     done = {line["name"] for line in known if "family" in line} if not options.again else set()
     sweep([case for case in wanted if case.name not in done], options)
@@ -105,22 +105,24 @@ def is_wanted(case: Case, options: argparse.Namespace) -> bool:
     return any(fnmatch.fnmatch(one, pattern) for one in (case.name, name) for pattern in patterns)
 
 
-def cases(*, every: bool, chosen: dict[str, str]) -> list[Case]:
+def cases(*, every: bool, chosen: dict[str, tuple[str, int]]) -> list[Case]:
     """List the architectures; of timm the smallest one of each family unless `every` is asked for.
 
-    `chosen` remembers the smallest ones.
+    `chosen` remembers the smallest ones, and how many parameters they have.
     """
     found = []
     for name in torchvision.models.list_models():
         module = torchvision.models.get_model_builder(name).__module__
-        found.append(Case(f"torchvision:{name}", module.removeprefix("torchvision.models.").split(".")[-1]))
+        parameters = next(iter(torchvision.models.get_model_weights(name))).meta["num_params"]
+        found.append(Case(f"torchvision:{name}", module.removeprefix("torchvision.models.").split(".")[-1], parameters))
     for family in timm.list_modules():
         names = [name for name in timm.list_models(module=family) if not name.startswith("test_")]
         if not every and names:
             key = f"{family} of timm {timm.__version__}"
-            chosen[key] = chosen.get(key) or min(names, key=size_of)
-            names = [chosen[key]]
-        found += [Case(f"timm:{name}", family) for name in names]
+            chosen[key] = chosen.get(key) or min(((name, size_of(name)) for name in names), key=lambda found: found[1])
+            found.append(Case(f"timm:{chosen[key][0]}", family, chosen[key][1]))
+        else:
+            found += [Case(f"timm:{name}", family) for name in names]
     return found
 
 
@@ -146,7 +148,7 @@ class Worker:
     @classmethod
     def begin(cls, case: Case, folder: Path, memory: float) -> Worker:
         into = folder / f"{re.sub(r'[^a-z0-9]+', '-', case.name)}.json"
-        command = [sys.executable, __file__, "--one", *case, "--into", str(into), "--memory", str(memory)]
+        command = [sys.executable, __file__, "--one", case.name, case.family, "--into", str(into), "--memory", str(memory)]
         path = os.pathsep.join(
             [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         )  # the surgeon beside this file

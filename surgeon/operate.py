@@ -52,14 +52,19 @@ def stream_(model: nn.Module, plan: Plan, *, only_low_pass: bool = False) -> Out
 def foresee(plan: Plan, survey: Survey) -> Plan:
     """Say in a plan what comes of its octave convs: islands that become graphs, seams that stay, costs of the whole.
 
-    It is carried out on a copy without numbers.
+    It is carried out on a copy without numbers; on one with numbers where the network looks at them.
     """
     if not plan.has_streams:
         return plan
     model = shadow(survey.model, to_meta)
     outcome = operate_(model, plan)
+    try:
+        after = measure(model, survey.inputs)
+    except Exception:
+        model = shadow(survey.model)
+        operate_(model, plan)
+        after = measure(model, survey.inputs)
     left = tuple(dict.fromkeys(SeamLeft(island=one.island, kind=one.kind, reason=one.reason) for one in outcome.seams))
-    after = measure(model, survey.inputs)
     changes = {name: getattr(after, name) for name in ("params", "macs", "activations")}
     total = plan.total.model_copy(
         update={
