@@ -148,7 +148,17 @@ class Worker:
     @classmethod
     def begin(cls, case: Case, folder: Path, memory: float) -> Worker:
         into = folder / f"{re.sub(r'[^a-z0-9]+', '-', case.name)}.json"
-        command = [sys.executable, __file__, "--one", case.name, case.family, "--into", str(into), "--memory", str(memory)]
+        command = [
+            sys.executable,
+            __file__,
+            "--one",
+            case.name,
+            case.family,
+            "--into",
+            str(into),
+            "--memory",
+            str(memory),
+        ]
         path = os.pathsep.join(
             [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         )  # the surgeon beside this file

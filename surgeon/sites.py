@@ -135,6 +135,7 @@ class _Facts:
         self.read_directly = {model.get_submodule(name) for name in observed.read_directly}
         self.kept_aside = capturing.kept_aside(model)
         self.islands = {island.path: self._read(island) for island in captured.islands}
+        self.costs: dict[object, Cost] = {}
 
     def convs(self) -> Iterator[nn.Module]:
         """Give every conv outside surgeon's blocks."""
@@ -144,6 +145,16 @@ class _Facts:
     def calls_of(self, module: nn.Module) -> int:
         """How often a run has called a module; 0 where there was none."""
         return len(self.runs.get(self.names[module][0], []))
+
+    def cost(self, module: nn.Module) -> Cost:
+        """Measure a conv or norm over all its calls; alike ones, which a network is full of, are measured once."""
+        runs = self.runs.get(self.names[module][0], [])
+        if type(module) not in (nn.Conv2d, nn.BatchNorm2d) or custom_call(module, "it"):
+            return measure_calls(module, runs)
+        key = (repr(module), tuple(t.dtype for t in module.parameters()), *(run.shape_in for run in runs))
+        if key not in self.costs:
+            self.costs[key] = measure_calls(module, runs)
+        return self.costs[key]
 
     def _read(self, island: capturing.Island) -> _Graph:
         root = self.model.get_submodule(island.path)
@@ -179,8 +190,8 @@ def _site(facts: _Facts, module: nn.Module) -> Site:
         norm_obstacle=norm_obstacle,
         runs=tuple(runs),
         dtype=next(module.parameters()).dtype,
-        cost=measure_calls(module, runs),
-        norm_cost=Cost(0, 0, 0, 0) if norm is None else measure_calls(norm, facts.runs.get(facts.names[norm][0], [])),
+        cost=facts.cost(module),
+        norm_cost=Cost(0, 0, 0, 0) if norm is None else facts.cost(norm),
     )
 
 
