@@ -19,11 +19,11 @@ import platform
 import re
 import resource
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,21 +53,18 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="examine what was finished before, too")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "zoo.jsonl")
     parser.add_argument("--write-docs", action="store_true", help="write docs/zoo.md from all that is finished")
-    parser.add_argument("--one", nargs=2, metavar=("NAME", "FAMILY"), help=argparse.SUPPRESS)
-    parser.add_argument("--into", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.one:
-        examine_here(Case(*options.one), options.into, options.memory)
-    else:
-        run(options)
+    run(parser.parse_args())
 
 
-def examine_here(case: Case, into: str, memory: float) -> None:
+def examine_here(case: Case, into: Path, memory: float) -> None:
     """Be the process of one network, which may take so much memory and no more."""
-    torch.set_num_threads(1)
     limit = int(memory * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    examine(case, into).write()
+    with into.with_suffix(".log").open("w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        sys.stdout = sys.stderr = log
+        examine(case, str(into)).write()
 
 
 def run(options: argparse.Namespace) -> None:
@@ -137,35 +134,51 @@ def size_of(name: str) -> int:
 
 
 @dataclass
+class Child:
+    """A copy of this process, which need not import everything again; the part of Popen that a `Worker` needs."""
+
+    pid: int
+    returncode: int | None = None
+
+    @classmethod
+    def begin(cls, work: Callable[[], None]) -> Child:
+        if pid := os.fork():
+            return cls(pid)
+        try:
+            work()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if ended else None
+        return self.returncode
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self) -> None:
+        if self.returncode is None:
+            self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+@dataclass
 class Worker:
     """A process that examines one network, and what it has written so far."""
 
     case: Case
-    process: subprocess.Popen[bytes]
+    process: Child
     into: Path
     start: float
 
     @classmethod
     def begin(cls, case: Case, folder: Path, memory: float) -> Worker:
         into = folder / f"{re.sub(r'[^a-z0-9]+', '-', case.name)}.json"
-        command = [
-            sys.executable,
-            __file__,
-            "--one",
-            case.name,
-            case.family,
-            "--into",
-            str(into),
-            "--memory",
-            str(memory),
-        ]
-        path = os.pathsep.join(
-            [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        )  # the surgeon beside this file
-        environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path}
-        with into.with_suffix(".log").open("wb") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        return cls(case, process, into, time.monotonic())
+        return cls(case, Child.begin(lambda: examine_here(case, into, memory)), into, time.monotonic())
 
     def finished(self, timeout: float) -> Record | None:
         """Give the record once the process has ended, however it did, or has taken too long."""
@@ -176,7 +189,7 @@ class Worker:
         if is_late:
             self.process.kill()
             self.process.wait()
-        record = Record(**json.loads(self.into.read_text())) if self.into.exists() else Record(*self.case)
+        record = Record(**json.loads(self.into.read_text())) if self.into.exists() else Record(*self.case[:2])
         if is_late or code:
             how = f"not done after {timeout:.0f} s" if is_late else f"the process ended with {code}"
             last = self.into.with_suffix(".log").read_text(errors="replace").strip().splitlines()[-1:]
@@ -187,15 +200,19 @@ class Worker:
 
 def sweep(todo: Sequence[Case], options: argparse.Namespace) -> None:
     """Examine the networks, `--jobs` at a time, and append what was found about each to the file."""
+    torch.set_num_threads(1)
+    examine(Case("timm:test_efficientnet", ""))  # what is imported by that is there in every copy of this process
     waiting, running, failures = list(reversed(todo)), [], 0
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True)) as progress, tempfile.TemporaryDirectory() as folder:
+    screen = Progress(*columns, console=Console(stderr=True), auto_refresh=False)  # no thread, for copies are made
+    with screen as progress, tempfile.TemporaryDirectory() as folder:
         task = progress.add_task("", total=len(todo))
         try:
             while waiting or running:
                 while waiting and len(running) < options.jobs:
                     running.append(Worker.begin(waiting.pop(), Path(folder), options.memory))
                 progress.update(task, description=f"{failures} failed   {', '.join(one.case.name for one in running)}")
+                progress.refresh()
                 time.sleep(0.2)
                 ended = [(one, record) for one in running if (record := one.finished(options.timeout)) is not None]
                 for worker, record in ended:

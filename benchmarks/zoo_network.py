@@ -165,13 +165,17 @@ def examine(case: Case, into: str | None = None) -> Record:
         if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
             record.left_out = NO_CONV
         elif (study := record.attempt("run", begin, case, model, record)) is not None:
-            if (surveyed := study.attempt("survey", survey, study)) is not None:
-                take_over(study, surveyed)
-                approximate("hetconv", "hetconv-p4", study, surveyed)
-                deploy_octave(study, surveyed)
+            operate(study)
     record.step = ""
     record.write()
     return record
+
+
+def operate(study: Study) -> None:
+    if (surveyed := study.attempt("survey", survey, study)) is not None:
+        take_over(study, surveyed)
+        approximate("hetconv", "hetconv-p4", study, surveyed)
+        deploy_octave(study, surveyed)
 
 
 def build(case: Case) -> nn.Module:

@@ -155,7 +155,7 @@ def verify(
     remarks = []
     try:
         runs = [bench.run(item) for item in inputs]
-    except _NotInFloat64 as error:
+    except _NotInFloat64Error as error:
         bench = _Bench(a, b, replay, seed, bench.dtype)
         runs = [bench.run(item) for item in inputs]
         remarks.append(f"A does not run in float64 ({error}), so outputs were compared in {_word(bench.dtype)}")
@@ -199,7 +199,7 @@ def local_distance(block: nn.Module, conv: nn.Conv2d, norm: nn.Module | None) ->
     return apart(*outs)
 
 
-class _NotInFloat64(Exception):
+class _NotInFloat64Error(Exception):
     """A runs in its own dtype, and not in float64; the message says why not."""
 
 
@@ -229,7 +229,7 @@ class _Run:
 
 
 class _Bench:
-    """The models in their dtypes and in `exact`, which is float64 if A runs there, and the sites they have in common."""
+    """The models in their dtypes and in `exact`, which is float64 if A runs there; and the sites that they share."""
 
     def __init__(self, a: nn.Module, b: nn.Module, replay: Replay | None, seed: int, exact: torch.dtype) -> None:
         self.dtype, self.exact, self.seed = dtype_of(a), exact, seed
@@ -289,7 +289,7 @@ class _Bench:
             if self.exact == self.dtype:
                 raise
             self._call(self.own_a, inputs, self.dtype)  # if that does not run either, it is the input
-            raise _NotInFloat64(where(error.__cause__ or error)) from error
+            raise _NotInFloat64Error(where(error.__cause__ or error)) from error
 
     def _exact(self, replay: nn.Module, inputs: Inputs, truth: Any, tape: Tape) -> _Exact:
         """Compare the outputs of the replay with A's; where A is ill-conditioned there, its blocks, too."""
@@ -302,8 +302,8 @@ class _Bench:
         moved = [self._call(model, inputs, torch.float64) for model in shaken]
         if not all(_match(one, truth) for one in moved):
             return _Exact(math.inf, math.inf, tape.blocks_apart(self.a, replay))
-        limits = map(max, zip(*(pooled([one], [truth]) for one in moved), strict=True))
-        _, found, limit = next(_furthest([*zip(pooled([out], [truth]), (max(one, 1e-300) for one in limits))]))
+        limits = [max(1e-300, *one) for one in zip(*(pooled([one], [truth]) for one in moved), strict=True)]
+        _, found, limit = next(_furthest(list(zip(pooled([out], [truth]), limits, strict=True))))
         return _Exact(found, limit, tape.blocks_apart(self.a, replay))
 
     def _distance(self, inputs: Inputs, exact: tuple[Any, Any], own: tuple[Any, Any]) -> Distance:

@@ -102,7 +102,8 @@ class Tape:
         found = 0.0
         for path, calls in self.calls.items():
             for call in calls:
-                doubled = Call(*pytree.tree_map_only(Tensor, as_double, (call.args, call.kwargs)), call.out)
+                args, kwargs = pytree.tree_map_only(Tensor, as_double, (call.args, call.kwargs))
+                doubled = Call(args, kwargs, call.out)
                 found = max(found, _apart(self._run(b, path, doubled), self._run(a, path, doubled)))
         return found
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -132,15 +132,14 @@ def test_the_smallest_is_counted_without_making_it() -> None:
     assert zoo.size_of("test_resnet") < zoo.size_of("resnet18")
 
 
-def _worker(code: str, folder: Path) -> zoo.Worker:
+def _worker(work: Callable[[], None], folder: Path) -> zoo.Worker:
     into = folder / "net.json"
     into.with_suffix(".log").write_text("Traceback\nlast words\n")
-    process = subprocess.Popen([sys.executable, "-c", code])
-    return zoo.Worker(Case("net", "family"), process, into, time.monotonic())
+    return zoo.Worker(Case("net", "family"), zoo.Child.begin(work), into, time.monotonic())
 
 
 def test_a_crashing_process_leaves_a_record_of_the_step_it_was_in(tmp_path: Path) -> None:
-    worker = _worker("import os; os.abort()", tmp_path)
+    worker = _worker(os.abort, tmp_path)
     worker.into.write_text(json.dumps({"name": "net", "family": "family", "step": "convert", "sites": 7}))
     worker.process.wait()
     record = worker.finished(timeout=60)
@@ -151,7 +150,7 @@ def test_a_crashing_process_leaves_a_record_of_the_step_it_was_in(tmp_path: Path
 
 
 def test_a_hanging_process_is_ended(tmp_path: Path) -> None:
-    worker = _worker("import time; time.sleep(600)", tmp_path)
+    worker = _worker(lambda: time.sleep(600), tmp_path)
     assert worker.finished(timeout=60) is None
     record = worker.finished(timeout=0)
     assert record is not None
