@@ -216,7 +216,8 @@ def _obstacle(facts: _Facts, module: nn.Module) -> str | None:
     if parametrize.is_parametrized(module):
         return "its weight is computed by a parametrization; torch.nn.utils.parametrize can remove that"
     if type(module) is not nn.Conv2d:
-        return f"{type(module).__qualname__} is a Conv2d of its own kind; only torch's own is swapped"
+        own = "with a forward of its own" if _computes_itself(type(module)) else "of its own kind"
+        return f"{type(module).__qualname__} is a Conv2d {own}; only torch's own is swapped"
     if custom := custom_call(module, "it"):
         return f"{custom}, which a block would not have"
     if facts.names[module][0] == "":
@@ -298,6 +299,11 @@ def custom_call(module: nn.Module, name: str) -> str | None:
     if any(hooks):
         return f"hooks are attached to {name}"
     return f"{name} has a forward of its own" if "forward" in vars(module) else None
+
+
+def _computes_itself(kind: type[nn.Conv2d]) -> bool:
+    """Whether a class does more than Conv2d does when it is called: pads by itself, say, or scales its weight."""
+    return kind.forward is not nn.Conv2d.forward or kind._conv_forward is not nn.Conv2d._conv_forward
 
 
 def _owners(model: nn.Module) -> dict[int, set[nn.Module]]:
