@@ -38,6 +38,7 @@ from zoo_page import complaints, page, show
 
 import surgeon
 
+NOT_RUN = "not run here, for time"
 ROOT = Path(__file__).parents[1]
 
 
@@ -52,6 +53,7 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=8, help="GiB that one network may take")
     parser.add_argument("--again", action="store_true", help="examine what was finished before, too")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "zoo.jsonl")
+    parser.add_argument("--finished", action="store_true", help="examine nothing, only show what is finished")
     parser.add_argument("--write-docs", action="store_true", help="write docs/zoo.md from all that is finished")
     run(parser.parse_args())
 
@@ -83,14 +85,17 @@ def run(options: argparse.Namespace) -> None:
         lines = ({"chosen": key, "name": name, "parameters": parameters} for key, name, parameters in new)
         file.writelines(json.dumps(line) + "\n" for line in lines)
     done = {line["name"] for line in known if "family" in line} if not options.again else set()
-    sweep([case for case in wanted if case.name not in done], options)
+    sweep([case for case in wanted if case.name not in done] if not options.finished else [], options)
     found = {line.pop("name"): line for line in recorded(options.out) if "family" in line}
     latest = [Record(name, **{k: v for k, v in line.items() if k != "versions"}) for name, line in found.items()]
+    rest = [Record(case.name, case.family, left_out=NOT_RUN) for case in wanted if case.name not in found]
     names = {case.name for case in wanted}
     records = [record for record in latest if record.name in names]
     show(records, Console(width=max(Console().width, 130)))
     if options.write_docs:
-        (ROOT / "docs" / "zoo.md").write_text(page(sorted(latest, key=lambda r: r.name), versions()), encoding="utf-8")
+        (ROOT / "docs" / "zoo.md").write_text(
+            page(sorted([*latest, *rest], key=lambda record: record.name), versions()), encoding="utf-8"
+        )
     sys.exit(any(record.status in ("failed", "wrong") for record in records))
 
 
@@ -200,6 +205,8 @@ class Worker:
 
 def sweep(todo: Sequence[Case], options: argparse.Namespace) -> None:
     """Examine the networks, `--jobs` at a time, and append what was found about each to the file."""
+    if not todo:
+        return
     torch.set_num_threads(1)
     examine(Case("timm:test_efficientnet", ""))  # what is imported by that is there in every copy of this process
     waiting, running, failures = list(reversed(todo)), [], 0

@@ -509,3 +509,22 @@ def test_a_network_that_looks_at_numbers_is_planned_and_converted() -> None:
     assert plan.total.macs is not None
     assert plan.total.macs.after < plan.total.macs.before
     assert isinstance(surgeon.convert(_Looking(), plan, (1, 3, 16, 16)).body, Rewritten)
+
+
+class _Gated(nn.Module):
+    """Normalises by torch.var and oscillates, as some networks of timm do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = conv(), conv(), conv()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(self.first(x).relu())
+        y = self.third(y.relu())
+        return y / torch.var(y, dim=1, keepdim=True) + y.sin() * y.cos()
+
+
+def test_steps_behind_the_streams_do_not_hold_them_up() -> None:
+    torch.manual_seed(0)
+    plan = surgeon.plan(_Gated(), "octave", SHAPE, overrides=["rules[1].with.min_size=2"])
+    assert plan.rewritten == ("",)

@@ -176,12 +176,14 @@ def test_a_line_that_was_cut_short_is_skipped(tmp_path: Path) -> None:
 
 def test_the_page_counts_what_was_found() -> None:
     fine = Record("a", "", dtype="float64", sites=4, swapped=3, dense=4, dense_swapped=3, islands=1)
+    fine.octaves, fine.seams = 2, {"join: 'add_3' needs the whole map": 1}
     fine.apart = {"convert": 0.0, "fuse": 2e-11}
     fine.skipped = fine.dense_skipped = {"its weights are also those of head.conv": 1}
     failed = Record("b", "", sites=1, errors=[{"step": s, "error": "E: a | b", "place": "x.py:1"} for s in "pq"])
     page = zoo_page.page([fine, failed, Record("c", "", left_out="it has no Conv2d")], {"surgeon": "1"})
     assert "- 3 architectures: 1 failed, 1 left out, 1 right." in page
-    assert "| a | 4 | 3 | 3 of 4 | 0e+00 | 2e-11 | whole | 0 |  | right |" in page
+    assert "| a | 4 | 3 | 3 of 4 | 0e+00 | 2e-11 | 2 | 1 | whole | 0 | right |" in page
     assert "| b | p, q: E: a \\| b (x.py:1) |" in page
     assert "| 1 | 1 | its weights are also those of … |" in page
+    assert "| 1 | join: 'add' needs the whole map |" in page
     assert "| c | it has no Conv2d |" in page
