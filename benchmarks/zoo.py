@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> None:
     chosen = {line["chosen"]: (line["name"], line["parameters"]) for line in known if "chosen" in line}
     remembered = set(chosen)
     every = cases(every=options.all or bool(options.only), chosen=chosen)
-    wanted = sorted((case for case in every if is_wanted(case, options)), key=lambda case: case.parameters)
+    wanted = small_first(case for case in every if is_wanted(case, options))
     if options.list:
         print("\n".join(f"{case.name:50} {case.family}" for case in wanted))
         return
@@ -105,6 +105,17 @@ def is_wanted(case: Case, options: argparse.Namespace) -> bool:
         return False
     patterns = options.only or ["*"]
     return any(fnmatch.fnmatch(one, pattern) for one in (case.name, name) for pattern in patterns)
+
+
+def small_first(found: Iterable[Case]) -> list[Case]:
+    """Sort by size; after the first one of a family others go a shorter way."""
+    seen: set[tuple[str, str]] = set()
+    ordered = []
+    for case in sorted(found, key=lambda case: case.parameters):
+        family = (case.name.partition(":")[0], case.family)
+        ordered.append(case._replace(is_brief=family in seen))
+        seen |= {family} if ":quantized_" not in case.name else set()
+    return ordered
 
 
 def cases(*, every: bool, chosen: dict[str, tuple[str, int]]) -> list[Case]:

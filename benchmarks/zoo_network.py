@@ -60,6 +60,7 @@ class Case(NamedTuple):
     name: str
     family: str
     parameters: int = 0  # by which a sweep is ordered; 0 where nobody has counted
+    is_brief: bool = False  # a smaller network of this family has gone the whole way
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -175,7 +176,8 @@ def examine(case: Case, into: str | None = None) -> Record:
 def operate(study: Study) -> None:
     if (surveyed := study.attempt("survey", survey, study)) is not None:
         take_over(study, surveyed)
-        approximate("hetconv", "hetconv-p4", study, surveyed)
+        if not study.case.is_brief:
+            approximate("hetconv", "hetconv-p4", study, surveyed)
         deploy_octave(study, surveyed)
 
 
@@ -289,13 +291,14 @@ def take_over(study: Study, surveyed: surgeon.Survey) -> None:
     if (plan := study.attempt("plan", planned, "acnet", study, surveyed)) is None:
         return
     count_swaps(plan, surveyed, record)
-    if not plan.swaps or (converted := study.attempt("convert", surgeon.convert, model, plan, example)) is None:
+    if not plan.swaps or (converted := study.attempt("convert", converted_by, plan, study)) is None:
         return
     touched = {path for entry in plan.swaps for path in (*entry.paths, *entry.takes_norm)}
     study.attempt("compare", compare, "convert", converted, study.before, study)
     study.attempt("keep", check_kept, model, converted, touched, record)
-    study.attempt("reload", reload, converted, study)
-    study.attempt("verify", verdict, "convert", model, converted, study)
+    if not study.case.is_brief:
+        study.attempt("reload", reload, converted, study)
+        study.attempt("verify", verdict, "convert", model, converted, study)
     before = outputs(calibrate_(shake_(converted), example), example)  # as after training: the strips take part
     if (fused := study.attempt("fuse", surgeon.fuse, converted)) is None:
         return
@@ -304,6 +307,10 @@ def take_over(study: Study, surveyed: surgeon.Survey) -> None:
     study.attempt("verify fused", verdict, "fuse", converted, fused, study)
     if max(record.apart.values(), default=0) > USUAL[record.dtype]:
         record.moved_by_rounding = distance(outputs(nudged_(converted), example), before)
+
+
+def converted_by(plan: surgeon.Plan, study: Study) -> nn.Module:
+    return carried_out(plan, study) if study.case.is_brief else surgeon.convert(study.model, plan, study.example)
 
 
 def planned(recipe: str, study: Study, surveyed: surgeon.Survey, overrides: Sequence[str] = ()) -> surgeon.Plan | None:
