@@ -1,8 +1,8 @@
 """Every convolutional network of torchvision and timm through surgeon: does any crash, does any come out wrong?
 
 Each goes the whole path in a process of its own: survey, plan, convert (acnet), save and reload, fuse, verify, then
-hetconv and octave; `zoo_network.py` says how. What is finished is appended to a file, one JSON object a line; a sweep
-that is started again goes on from there.
+hetconv and octave, small ones first; `zoo_network.py` says how. What is finished is appended to a file, one JSON
+object a line; a sweep that is started again goes on from there.
 
     python benchmarks/zoo.py --jobs 2                       # torchvision, and the smallest of every family of timm
     python benchmarks/zoo.py --only 'timm:*repvgg*' --again
@@ -19,11 +19,11 @@ import platform
 import re
 import resource
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from zoo_page import complaints, page, show
 
 import surgeon
 
+NOT_RUN = "not run here, for time"
 ROOT = Path(__file__).parents[1]
 
 
@@ -52,48 +53,49 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=8, help="GiB that one network may take")
     parser.add_argument("--again", action="store_true", help="examine what was finished before, too")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "zoo.jsonl")
+    parser.add_argument("--finished", action="store_true", help="examine nothing, only show what is finished")
     parser.add_argument("--write-docs", action="store_true", help="write docs/zoo.md from all that is finished")
-    parser.add_argument("--one", nargs=2, metavar=("NAME", "FAMILY"), help=argparse.SUPPRESS)
-    parser.add_argument("--into", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.one:
-        examine_here(Case(*options.one), options.into, options.memory)
-    else:
-        run(options)
+    run(parser.parse_args())
 
 
-def examine_here(case: Case, into: str, memory: float) -> None:
+def examine_here(case: Case, into: Path, memory: float) -> None:
     """Be the process of one network, which may take so much memory and no more."""
-    torch.set_num_threads(1)
     limit = int(memory * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    examine(case, into).write()
+    with into.with_suffix(".log").open("w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        sys.stdout = sys.stderr = log
+        examine(case, str(into)).write()
 
 
 def run(options: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no process is left behind
     options.out.parent.mkdir(parents=True, exist_ok=True)
     known = list(recorded(options.out))
-    chosen = {line["chosen"]: line["name"] for line in known if "chosen" in line}
+    chosen = {line["chosen"]: (line["name"], line["parameters"]) for line in known if "chosen" in line}
     remembered = set(chosen)
-    wanted = [
-        case for case in cases(every=options.all or bool(options.only), chosen=chosen) if is_wanted(case, options)
-    ]
+    every = cases(every=options.all or bool(options.only), chosen=chosen)
+    wanted = small_first(case for case in every if is_wanted(case, options))
     if options.list:
         print("\n".join(f"{case.name:50} {case.family}" for case in wanted))
         return
     with options.out.open("a", encoding="utf-8") as file:
-        lines = ({"chosen": key, "name": name} for key, name in chosen.items() if key not in remembered)
+        new = ((key, *found) for key, found in chosen.items() if key not in remembered)
+        lines = ({"chosen": key, "name": name, "parameters": parameters} for key, name, parameters in new)
         file.writelines(json.dumps(line) + "\n" for line in lines)
     done = {line["name"] for line in known if "family" in line} if not options.again else set()
-    sweep([case for case in wanted if case.name not in done], options)
+    sweep([case for case in wanted if case.name not in done] if not options.finished else [], options)
     found = {line.pop("name"): line for line in recorded(options.out) if "family" in line}
     latest = [Record(name, **{k: v for k, v in line.items() if k != "versions"}) for name, line in found.items()]
+    rest = [Record(case.name, case.family, left_out=NOT_RUN) for case in wanted if case.name not in found]
     names = {case.name for case in wanted}
     records = [record for record in latest if record.name in names]
     show(records, Console(width=max(Console().width, 130)))
     if options.write_docs:
-        (ROOT / "docs" / "zoo.md").write_text(page(sorted(latest, key=lambda r: r.name), versions()), encoding="utf-8")
+        (ROOT / "docs" / "zoo.md").write_text(
+            page(sorted([*latest, *rest], key=lambda record: record.name), versions()), encoding="utf-8"
+        )
     sys.exit(any(record.status in ("failed", "wrong") for record in records))
 
 
@@ -105,22 +107,35 @@ def is_wanted(case: Case, options: argparse.Namespace) -> bool:
     return any(fnmatch.fnmatch(one, pattern) for one in (case.name, name) for pattern in patterns)
 
 
-def cases(*, every: bool, chosen: dict[str, str]) -> list[Case]:
+def small_first(found: Iterable[Case]) -> list[Case]:
+    """Sort by size; after the first one of a family others go a shorter way."""
+    seen: set[tuple[str, str]] = set()
+    ordered = []
+    for case in sorted(found, key=lambda case: case.parameters):
+        family = (case.name.partition(":")[0], case.family)
+        ordered.append(case._replace(is_brief=family in seen))
+        seen |= {family} if ":quantized_" not in case.name else set()
+    return ordered
+
+
+def cases(*, every: bool, chosen: dict[str, tuple[str, int]]) -> list[Case]:
     """List the architectures; of timm the smallest one of each family unless `every` is asked for.
 
-    `chosen` remembers the smallest ones.
+    `chosen` remembers the smallest ones, and how many parameters they have.
     """
     found = []
     for name in torchvision.models.list_models():
         module = torchvision.models.get_model_builder(name).__module__
-        found.append(Case(f"torchvision:{name}", module.removeprefix("torchvision.models.").split(".")[-1]))
+        parameters = next(iter(torchvision.models.get_model_weights(name))).meta["num_params"]
+        found.append(Case(f"torchvision:{name}", module.removeprefix("torchvision.models.").split(".")[-1], parameters))
     for family in timm.list_modules():
         names = [name for name in timm.list_models(module=family) if not name.startswith("test_")]
         if not every and names:
             key = f"{family} of timm {timm.__version__}"
-            chosen[key] = chosen.get(key) or min(names, key=size_of)
-            names = [chosen[key]]
-        found += [Case(f"timm:{name}", family) for name in names]
+            chosen[key] = chosen.get(key) or min(((name, size_of(name)) for name in names), key=lambda found: found[1])
+            found.append(Case(f"timm:{chosen[key][0]}", family, chosen[key][1]))
+        else:
+            found += [Case(f"timm:{name}", family) for name in names]
     return found
 
 
@@ -135,25 +150,51 @@ def size_of(name: str) -> int:
 
 
 @dataclass
+class Child:
+    """A copy of this process, which need not import everything again; the part of Popen that a `Worker` needs."""
+
+    pid: int
+    returncode: int | None = None
+
+    @classmethod
+    def begin(cls, work: Callable[[], None]) -> Child:
+        if pid := os.fork():
+            return cls(pid)
+        try:
+            work()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if ended else None
+        return self.returncode
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self) -> None:
+        if self.returncode is None:
+            self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+@dataclass
 class Worker:
     """A process that examines one network, and what it has written so far."""
 
     case: Case
-    process: subprocess.Popen[bytes]
+    process: Child
     into: Path
     start: float
 
     @classmethod
     def begin(cls, case: Case, folder: Path, memory: float) -> Worker:
         into = folder / f"{re.sub(r'[^a-z0-9]+', '-', case.name)}.json"
-        command = [sys.executable, __file__, "--one", *case, "--into", str(into), "--memory", str(memory)]
-        path = os.pathsep.join(
-            [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        )  # the surgeon beside this file
-        environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path}
-        with into.with_suffix(".log").open("wb") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        return cls(case, process, into, time.monotonic())
+        return cls(case, Child.begin(lambda: examine_here(case, into, memory)), into, time.monotonic())
 
     def finished(self, timeout: float) -> Record | None:
         """Give the record once the process has ended, however it did, or has taken too long."""
@@ -164,7 +205,7 @@ class Worker:
         if is_late:
             self.process.kill()
             self.process.wait()
-        record = Record(**json.loads(self.into.read_text())) if self.into.exists() else Record(*self.case)
+        record = Record(**json.loads(self.into.read_text())) if self.into.exists() else Record(*self.case[:2])
         if is_late or code:
             how = f"not done after {timeout:.0f} s" if is_late else f"the process ended with {code}"
             last = self.into.with_suffix(".log").read_text(errors="replace").strip().splitlines()[-1:]
@@ -175,15 +216,21 @@ class Worker:
 
 def sweep(todo: Sequence[Case], options: argparse.Namespace) -> None:
     """Examine the networks, `--jobs` at a time, and append what was found about each to the file."""
+    if not todo:
+        return
+    torch.set_num_threads(1)
+    examine(Case("timm:test_efficientnet", ""))  # what is imported by that is there in every copy of this process
     waiting, running, failures = list(reversed(todo)), [], 0
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True)) as progress, tempfile.TemporaryDirectory() as folder:
+    screen = Progress(*columns, console=Console(stderr=True), auto_refresh=False)  # no thread, for copies are made
+    with screen as progress, tempfile.TemporaryDirectory() as folder:
         task = progress.add_task("", total=len(todo))
         try:
             while waiting or running:
                 while waiting and len(running) < options.jobs:
                     running.append(Worker.begin(waiting.pop(), Path(folder), options.memory))
                 progress.update(task, description=f"{failures} failed   {', '.join(one.case.name for one in running)}")
+                progress.refresh()
                 time.sleep(0.2)
                 ended = [(one, record) for one in running if (record := one.finished(options.timeout)) is not None]
                 for worker, record in ended:

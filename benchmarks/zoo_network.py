@@ -27,17 +27,17 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import surgeon
+from surgeon.capture import duplicate
+from surgeon.recipe import load
+from surgeon.surgery import carry_out_, decide
 
 # Relative L2: a wrong result is above the first; networks of ordinary depth and scale stay below the second.
 LIMIT = {"float64": 1e-10, "float32": 1e-4}
 USUAL = {"float64": 1e-12, "float32": 1e-5}
 NO_CONV = "it has no Conv2d"
 NO_MEMORY = ("can't allocate memory", "MemoryError", "std::bad_alloc")
-OCTAVE = {
-    "surgeon": 1,
-    "title": "octave",
-    "rules": [{"swap": "octave", "match": {"in_channels": {"min": 5}}, "with": {"alpha": 0.5}}],
-}
+FEW = 40  # convs; in a network of more, octave is not verified but by its own check and by what it is deployed as
+SMALL_MAPS = ("rules[1].with.min_size=2",)  # for octave: the inputs here are small, and so are the maps
 # At 32 pixels the last maps of most networks are one pixel, where only the centre tap of a kernel is seen.
 SIDES = (64, 32, 96, 128, 160, 192)
 # Detectors: small images instead of 800 pixels, and what they find is not thrown away because random scores are low.
@@ -59,6 +59,8 @@ class Case(NamedTuple):
 
     name: str
     family: str
+    parameters: int = 0  # by which a sweep is ordered; 0 where nobody has counted
+    is_brief: bool = False  # a smaller network of this family has gone the whole way
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -83,6 +85,9 @@ class Record:
     dense_swapped: int | None = None
     dense_skipped: dict[str, int] = field(default_factory=dict)
     islands: int | None = None
+    octaves: int | None = None  # convs that the octave recipe swaps
+    rewritten: int | None = None  # islands whose graph it rewrites
+    seams: dict[str, int] = field(default_factory=dict)  # that it leaves, by reason
     opaque: dict[str, str] = field(default_factory=dict)  # path → why it could not be traced
     apart: dict[str, float] = field(default_factory=dict)  # relative L2 to the original, by step
     moved_by_rounding: float | None = None  # by one unit in the last place of every weight, where `apart` is unusual
@@ -138,11 +143,18 @@ class Study:
     case: Case
     record: Record
     model: nn.Module
-    example: tuple[Tensor, ...]
+    example: tuple[Any, ...]
     before: list[Tensor]
 
     def attempt(self, step: str, work: Callable[..., Found], *given: Any) -> Found | None:
         return self.record.attempt(step, work, *given)
+
+
+class Converted(NamedTuple):
+    """A network that was converted, and the plan."""
+
+    plan: surgeon.Plan
+    model: nn.Module
 
 
 def examine(case: Case, into: str | None = None) -> Record:
@@ -155,13 +167,18 @@ def examine(case: Case, into: str | None = None) -> Record:
         if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
             record.left_out = NO_CONV
         elif (study := record.attempt("run", begin, case, model, record)) is not None:
-            if (surveyed := study.attempt("survey", survey, study)) is not None:
-                take_over(study, surveyed)
-            approximate("hetconv", "hetconv-p4", study)
-            approximate("octave", OCTAVE, study)
+            operate(study)
     record.step = ""
     record.write()
     return record
+
+
+def operate(study: Study) -> None:
+    if (surveyed := study.attempt("survey", survey, study)) is not None:
+        take_over(study, surveyed)
+        if not study.case.is_brief:
+            approximate("hetconv", "hetconv-p4", study, surveyed)
+        deploy_octave(study, surveyed)
 
 
 def build(case: Case) -> nn.Module:
@@ -203,7 +220,8 @@ def begin(case: Case, model: nn.Module, record: Record) -> Study:
                 continue
             if before and all(tensor.isfinite().all() for tensor in before):
                 other = example_for(case, channels, side, dtype, seed=1)
-                record.input, record.dtype = [list(one.shape) for one in example], str(dtype).removeprefix("torch.")
+                record.input = [list(one.shape) for one in pytree.tree_leaves(example)]
+                record.dtype = str(dtype).removeprefix("torch.")
                 record.moved_by_input = distance(outputs(model, other), before)
                 return Study(case, record, model, example, before)
             refusals[f"the output is empty or not finite ({side}, {dtype})"] = None
@@ -235,16 +253,14 @@ def calibrate_(model: nn.Module, example: Sequence[Any]) -> nn.Module:
     return model
 
 
-def example_for(case: Case, channels: int, side: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, ...]:
-    """Make what is handed to the network: an image, a pair of them, or a clip.
-
-    Detectors want a list of images; a batch is one, too.
-    """
+def example_for(case: Case, channels: int, side: int, dtype: torch.dtype, seed: int = 0) -> tuple[Any, ...]:
+    """Make what is handed to the network: an image, a pair of them, a clip, or a list of images for a detector."""
     generator = torch.Generator().manual_seed(seed)
     kind = torchvision_kind(case)
     shape = (1, channels, *([16] if kind == "video" else []), side, side)
     count = 2 if kind == "optical_flow" else 1
-    return tuple(torch.rand(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(count))
+    images = [torch.rand(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(count)]
+    return ([image[0] for image in images],) if kind == "detection" else tuple(images)
 
 
 def torchvision_kind(case: Case) -> str:
@@ -272,16 +288,17 @@ def is_dense(site: Any) -> bool:
 def take_over(study: Study, surveyed: surgeon.Survey) -> None:
     """Convert with acnet, save and reload, fuse, and verify both."""
     record, model, example = study.record, study.model, study.example
-    if (plan := study.attempt("plan", planned, "acnet", study)) is None:
+    if (plan := study.attempt("plan", planned, "acnet", study, surveyed)) is None:
         return
     count_swaps(plan, surveyed, record)
-    if not plan.swaps or (converted := study.attempt("convert", surgeon.convert, model, plan, example)) is None:
+    if not plan.swaps or (converted := study.attempt("convert", converted_by, plan, study)) is None:
         return
     touched = {path for entry in plan.swaps for path in (*entry.paths, *entry.takes_norm)}
     study.attempt("compare", compare, "convert", converted, study.before, study)
     study.attempt("keep", check_kept, model, converted, touched, record)
-    study.attempt("reload", reload, converted, study)
-    study.attempt("verify", verdict, "convert", model, converted, study)
+    if not study.case.is_brief:
+        study.attempt("reload", reload, converted, study)
+        study.attempt("verify", verdict, "convert", model, converted, study)
     before = outputs(calibrate_(shake_(converted), example), example)  # as after training: the strips take part
     if (fused := study.attempt("fuse", surgeon.fuse, converted)) is None:
         return
@@ -292,10 +309,14 @@ def take_over(study: Study, surveyed: surgeon.Survey) -> None:
         record.moved_by_rounding = distance(outputs(nudged_(converted), example), before)
 
 
-def planned(recipe: Any, study: Study) -> surgeon.Plan | None:
+def converted_by(plan: surgeon.Plan, study: Study) -> nn.Module:
+    return carried_out(plan, study) if study.case.is_brief else surgeon.convert(study.model, plan, study.example)
+
+
+def planned(recipe: str, study: Study, surveyed: surgeon.Survey, overrides: Sequence[str] = ()) -> surgeon.Plan | None:
     """Plan; a recipe that claims no conv here is no fault."""
     try:
-        return surgeon.plan(study.model, recipe, study.example)
+        return decide(load(recipe, overrides), surveyed, seed=0)
     except surgeon.errors.PlanError as error:
         if "claims no conv" not in error.problem:
             raise
@@ -361,14 +382,46 @@ def verdict(step: str, a: nn.Module, b: nn.Module, study: Study) -> None:
         study.record.wrong.append(f"verify of {step}: {failed}")
 
 
-def approximate(step: str, recipe: Any, study: Study) -> None:
-    """Convert with a recipe that changes the function: it must run, give the same shapes, and be called approximate."""
-    plan = study.attempt(f"{step} plan", planned, recipe, study)
+def approximate(
+    step: str, recipe: str, study: Study, surveyed: surgeon.Survey, overrides: Sequence[str] = ()
+) -> Converted | None:
+    """Convert with a recipe that changes the function: it must run, and give the same shapes."""
+    plan = study.attempt(f"{step} plan", planned, recipe, study, surveyed, overrides)
     if plan is None or not plan.swaps:
+        return None
+    converted = study.attempt(f"{step} convert", carried_out, plan, study)
+    if converted is None:
+        return None
+    study.attempt(f"{step} run", check_shapes, step, converted, study)
+    return Converted(plan, converted)
+
+
+def carried_out(plan: surgeon.Plan, study: Study) -> nn.Module:
+    """Do what surgeon.convert does, without looking at every conv once more."""
+    model = duplicate(study.model)
+    carry_out_(model, plan, surgeon.Inputs(study.example))
+    return model
+
+
+def deploy_octave(study: Study, surveyed: surgeon.Survey) -> None:
+    """Convert with octave, where islands become graphs; the deployed form must compute the same."""
+    record = study.record
+    if (made := approximate("octave", "octave", study, surveyed, SMALL_MAPS)) is None:
         return
-    if (converted := study.attempt(f"{step} convert", surgeon.convert, study.model, plan, study.example)) is not None:
-        study.attempt(f"{step} run", check_shapes, step, converted, study)
-        study.attempt(f"{step} verify", verdict, step, study.model, converted, study)
+    record.octaves, record.rewritten = len(made.plan.swaps), len(made.plan.rewritten)
+    record.seams = dict(Counter(f"{seam.kind}: {seam.reason}" for seam in made.plan.seams))
+    old, new = ({key: shape_of(t) for key, t in net.state_dict().items()} for net in (study.model, made.model))
+    if old != new:
+        record.wrong.append(f"octave: {len(old.items() ^ new.items())} keys or shapes are not what they were")
+    if (record.sites or 0) <= FEW:
+        study.attempt("octave verify", verdict, "octave", study.model, made.model, study)
+    before = outputs(made.model, study.example)
+    if (fused := study.attempt("octave fuse", surgeon.fuse, made.model)) is not None:
+        study.attempt("octave compare", compare, "octave fused", fused, before, study)
+
+
+def shape_of(value: Any) -> Any:
+    return value.shape if isinstance(value, Tensor) else None
 
 
 def check_shapes(step: str, converted: nn.Module, study: Study) -> None:
@@ -385,7 +438,7 @@ def outputs(model: nn.Module, example: Sequence[Any]) -> list[Tensor]:
     torch.manual_seed(0)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        out = model(*example)
+        out = model(*pytree.tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, example))
     out = vars(out) if hasattr(out, "__dataclass_fields__") else out
     return [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point() and t.numel()]
 

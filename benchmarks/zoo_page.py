@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from zoo_network import USUAL, Record
 
-HEADS = ("network", "convs", "swapped", "dense 3×3", "convert", "fuse", "islands", "s", "MB", "result")
+HEADS = ("network", "convs", "swapped", "dense 3×3", "convert", "fuse", "octave", "seams", "islands", "s", "result")
 
 
 def show(records: Sequence[Record], console: Console) -> None:
@@ -31,9 +31,10 @@ def rows(records: Sequence[Record]) -> Iterator[tuple[str, ...]]:
         dense = f"{record.dense_swapped} of {record.dense}" if record.dense and record.swapped is not None else ""
         apart = [f"{record.apart[step]:.0e}" if step in record.apart else "" for step in ("convert", "fuse")]
         islands = "whole" if is_whole(record) else str(record.islands or "")
-        spent = (f"{sum(record.seconds.values()):.0f}", str(record.megabytes or ""))
         count = ("" if one is None else str(one) for one in (record.sites, record.swapped))
-        yield (record.name, *count, dense, *apart, islands, *spent, record.status)
+        seams = str(len(record.seams)) if record.octaves else ""
+        seconds = f"{sum(record.seconds.values()):.0f}"
+        yield (record.name, *count, dense, *apart, str(record.octaves or ""), seams, islands, seconds, record.status)
 
 
 def page(records: Sequence[Record], versions: dict[str, str]) -> str:
@@ -42,9 +43,17 @@ def page(records: Sequence[Record], versions: dict[str, str]) -> str:
     lines = [
         "# The zoo",
         "",
-        "Written by `python benchmarks/zoo.py --write-docs`; what is done to a network stands at the top of that file",
-        "and of `zoo_network.py`. `convert` and `fuse` are relative L2 of the whole output in float64; before fusing,",
-        "the strips of the ACBlocks are given numbers as after training.",
+        "Every architecture of torchvision, and the smallest of each family of timm, with random weights, in float64",
+        "and eval mode: converted with `acnet`, saved, reloaded, fused and verified; converted with `hetconv-p4`;",
+        "converted with `octave` and deployed. A larger network of a family of torchvision is not reloaded, nor verified",
+        "before it is fused, nor converted with `hetconv-p4`. Written by `python benchmarks/zoo.py --write-docs`.",
+        "",
+        "- `swapped`, `dense 3×3`: convs that `acnet` swaps, and how many of those that are 3×3 without groups.",
+        "- `convert`, `fuse`: relative L2 of the output that is furthest apart. Before fusing, the strips of the",
+        "  ACBlocks are given numbers, as training would.",
+        "- `octave`, `seams`: convs that `octave` swaps, and kinds of places where its two streams are still joined or",
+        "  split.",
+        "- `islands`: `whole` where the network can be traced, else into how many parts it falls.",
         "",
         f"With {', '.join(f'{name} {version}' for name, version in versions.items())}.",
         "",
@@ -77,6 +86,10 @@ def sections(records: Sequence[Record], done: Sequence[Record]) -> list[tuple[st
     unusual = [record for record in done if taken(record) and max(taken(record)) > USUAL[record.dtype]]
     far = [(record.name, f"{max(taken(record)):.0e}", f"{record.moved_by_rounding or 0:.0e}") for record in unusual]
     single = [(record.name,) for record in done if record.dtype == "float32"]
+    left: dict[str, list[str]] = {}
+    for record in records:
+        if record.left_out:
+            left.setdefault(record.left_out, []).append(record.name)
     low = [record for record in done if record.dense and (record.dense_swapped or 0) < 0.95 * record.dense]
     few = [(r.name, f"{r.dense_swapped or 0} of {r.dense}", "; ".join(r.dense_skipped)) for r in low]
     return [
@@ -91,7 +104,8 @@ def sections(records: Sequence[Record], done: Sequence[Record]) -> list[tuple[st
         ("Why convs stay under `acnet`", counted, reasons(done, "skipped")),
         ("Why dense 3×3 convs stay under `acnet`", counted, reasons(done, "dense_skipped")),
         ("Why networks are not one island", ("networks", "reason"), untraced(done)),
-        ("Left out", ("network", "reason"), [(record.name, record.left_out) for record in records if record.left_out]),
+        ("Why the two streams of `octave` are joined or split", ("networks", "reason"), seams(done)),
+        ("Left out", ("networks", "reason"), [(", ".join(names), reason) for reason, names in left.items()]),
     ]
 
 
@@ -120,6 +134,17 @@ def untraced(records: Sequence[Record]) -> list[tuple[str, ...]]:
     """Count the reasons why the outermost opaque part of a network could not be traced."""
     firsts = Counter(without_names(next(iter(record.opaque.values()))) for record in records if record.opaque)
     return [(str(count), reason) for reason, count in firsts.most_common()]
+
+
+def seams(records: Sequence[Record]) -> list[tuple[str, str]]:
+    """Count networks by the reason of a seam, the most frequent ones first."""
+    found = Counter(reason for record in records for reason in {_numberless(one) for one in record.seams})
+    return [(str(count), reason) for reason, count in found.most_common()]
+
+
+def _numberless(reason: str) -> str:
+    """Leave out the number that tells one step of a graph from another: 'add_3' is an add."""
+    return re.sub(r"'(\w+?)_\d+'", r"'\1'", without_names(reason))
 
 
 def without_names(reason: str) -> str:

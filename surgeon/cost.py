@@ -59,7 +59,8 @@ def measure(module: nn.Module, inputs: Inputs | Sequence[Tensor] | None = None) 
         return cost
     call = call_of(inputs)
     try:
-        return _count(cost, shadow(module, to_meta), call.map(to_meta))
+        frozen = shadow(module, to_meta).requires_grad_(False)  # torch stumbles over a parameter handed to a module
+        return _count(cost, frozen, call.map(to_meta))
     except Exception:  # a network that looks at values runs for real
         return _count(cost, shadow(module), call)
 

@@ -163,17 +163,20 @@ def as_double(tensor: Tensor) -> Tensor:
 class Jitter:
     """Moves every number by half a unit in its last place, up or down; the result is float64.
 
-    A float64 number has no halves, so it is moved by a whole one.
+    A float64 number has no halves, so it is moved by a whole one; so is every number where it keeps its dtype.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, keeps_dtype: bool = False) -> None:
         self.generator = torch.Generator().manual_seed(seed)
+        self.keeps_dtype = keeps_dtype
 
     def __call__(self, tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return tensor.clone()
         coin = torch.randint(0, 2, tensor.shape, generator=self.generator).to(tensor.device) - 0.5
-        return tensor.double() + coin * ulp(tensor) * (2 if tensor.dtype == torch.float64 else 1)
+        is_whole = self.keeps_dtype or tensor.dtype == torch.float64
+        moved = tensor.double() + coin * ulp(tensor) * (2 if is_whole else 1)
+        return moved.to(tensor.dtype) if self.keeps_dtype else moved
 
 
 def _ulps(stored: Tensor, exact: Tensor) -> float:

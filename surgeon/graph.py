@@ -34,8 +34,8 @@ _TORCH = (
     "abs adaptive_avg_pool1d add addmm arange avg_pool1d bmm cat chunk clamp concat conv2d cos cumsum div einsum "
     "eq exp flatten floor ge gt hardshrink index_select le log lt matmul max maximum mean min minimum mul ne neg "
     "norm permute pow prelu relu relu_ repeat_interleave reshape roll rsqrt selu sigmoid sin softmax split sqrt "
-    "square squeeze stack sub sum swapaxes tanh transpose unbind unflatten unsqueeze where zeros_like ones_like "
-    "_assert"
+    "square squeeze stack std sub sum swapaxes tanh transpose unbind unflatten unsqueeze var where zeros_like "
+    "ones_like _assert"
 )
 _FUNCTIONAL = (
     "adaptive_avg_pool2d adaptive_max_pool2d alpha_dropout avg_pool2d batch_norm celu channel_shuffle conv2d "
@@ -46,9 +46,9 @@ _FUNCTIONAL = (
     "upsample"
 )
 _METHODS = (
-    "abs add add_ chunk clamp clamp_ clone contiguous detach dim div div_ double exp expand expand_as flatten "
+    "abs add add_ chunk clamp clamp_ clone contiguous cos detach dim div div_ double exp expand expand_as flatten "
     "float flip half index_select masked_fill matmul max mean min mul mul_ narrow neg new_zeros numel permute pow "
-    "relu relu_ repeat reshape roll rsqrt sigmoid sigmoid_ size softmax split sqrt square squeeze std sub sub_ "
+    "relu relu_ repeat reshape roll rsqrt sigmoid sigmoid_ sin size softmax split sqrt square squeeze std sub sub_ "
     "sum t tanh to transpose type_as unbind unflatten unfold unsqueeze var view view_as"
 )
 _ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim"})

@@ -225,7 +225,8 @@ def _distances(report: Report) -> Table:
     table = _table("input", "float64", report.dtype, "max abs", "max rel", "SQNR dB", "cosine", "top-1 same")
     for row in report.distances:
         top1 = "" if row.top1 is None else f"{row.top1:.1%}"
-        numbers = [f"{n:.1e}" for n in (row.float64, row.own, row.max_abs, row.max_rel)]
+        distances = (row.float64, row.own, row.max_abs, row.max_rel)
+        numbers = ["" if n is None else f"{n:.1e}" for n in distances]
         table.add_row(row.input, *numbers, f"{row.sqnr_db:.1f}", f"{row.cosine:.9f}", top1)
     return table
 

@@ -153,6 +153,7 @@ class _Facts:
         self.read_directly = {model.get_submodule(name) for name in observed.read_directly}
         self.kept_aside = capturing.kept_aside(model)
         self.islands = {island.path: self._read(island) for island in captured.islands}
+        self.costs: dict[object, Cost] = {}
 
     def convs(self) -> Iterator[nn.Module]:
         """Give every conv outside surgeon's blocks."""
@@ -167,6 +168,16 @@ class _Facts:
     def calls_of(self, module: nn.Module) -> int:
         """How often a run has called a module; 0 where there was none."""
         return len(self.runs.get(self.names[module][0], []))
+
+    def cost(self, module: nn.Module) -> Cost:
+        """Measure a conv or norm over all its calls; alike ones, which a network is full of, are measured once."""
+        runs = self.runs.get(self.names[module][0], [])
+        if type(module) not in (nn.Conv2d, nn.BatchNorm2d) or custom_call(module, "it"):
+            return measure_calls(module, runs)
+        key = (repr(module), tuple(t.dtype for t in module.parameters()), *(run.shape_in for run in runs))
+        if key not in self.costs:
+            self.costs[key] = measure_calls(module, runs)
+        return self.costs[key]
 
     def _read(self, island: capturing.Island) -> _Graph:
         root = self.model.get_submodule(island.path)
@@ -202,8 +213,8 @@ def _site(facts: _Facts, module: nn.Module) -> Site:
         norm_obstacle=norm_obstacle,
         runs=tuple(runs),
         dtype=next((p.dtype for p in module.parameters()), torch.get_default_dtype()),
-        cost=measure_calls(module, runs),
-        norm_cost=Cost(0, 0, 0, 0) if norm is None else measure_calls(norm, facts.runs.get(facts.names[norm][0], [])),
+        cost=facts.cost(module),
+        norm_cost=Cost(0, 0, 0, 0) if norm is None else facts.cost(norm),
     )
 
 
@@ -270,7 +281,8 @@ def _obstacle(facts: _Facts, module: nn.Module) -> str | None:
     if type(module) is not nn.Conv2d:
         named = type(module).__qualname__
         kind = f"{type(module).__module__}.{named}" if named == nn.Conv2d.__qualname__ else named
-        return f"{kind} is a Conv2d of its own kind; only torch's own is swapped"
+        own = "with a forward of its own" if _computes_itself(type(module)) else "of its own kind"
+        return f"{kind} is a Conv2d {own}; only torch's own is swapped"
     if computed := _computed(module):
         return computed
     if custom := custom_call(module, "it"):
@@ -369,6 +381,11 @@ def custom_call(module: nn.Module, name: str) -> str | None:
     if any(hooks):
         return f"hooks are attached to {name}"
     return f"{name} has a forward of its own" if "forward" in vars(module) else None
+
+
+def _computes_itself(kind: type[nn.Conv2d]) -> bool:
+    """Whether a class does more than Conv2d does when it is called: pads by itself, say, or scales its weight."""
+    return kind.forward is not nn.Conv2d.forward or kind._conv_forward is not nn.Conv2d._conv_forward
 
 
 def _owners(model: nn.Module) -> dict[int, set[nn.Module]]:

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from surgeon.blocks import Operator
 from surgeon.capture import is_conv, quietly
-from surgeon.distance import apart
+from surgeon.distance import apart, as_double
 
 
 @dataclass(slots=True)
@@ -97,12 +97,25 @@ class Tape:
             for path, calls in self.calls.items()
         }
 
+    def blocks_apart(self, a: nn.Module, b: nn.Module) -> float:
+        """Give the worst relative L2 between the sites of two float64 models, each on what A's site was given."""
+        found = 0.0
+        for path, calls in self.calls.items():
+            for call in calls:
+                args, kwargs = pytree.tree_map_only(Tensor, as_double, (call.args, call.kwargs))
+                doubled = Call(args, kwargs, call.out)
+                found = max(found, _apart(self._run(b, path, doubled), self._run(a, path, doubled)))
+        return found
+
     def _isolated(self, model: nn.Module, path: str, call: Call) -> float:
+        return _apart(self._run(model, path, call), call.out)
+
+    def _run(self, model: nn.Module, path: str, call: Call) -> Any:
+        """Run a site on what A's was given, to where its result is finished."""
+        args, kwargs = _clones((call.args, call.kwargs))
         with quietly():
-            out = model.get_submodule(path)(*call.args, **call.kwargs)
-            if path in self.ends:
-                out = model.get_submodule(self.ends[path])(out)
-        return _apart(out, call.out)
+            out = model.get_submodule(path)(*args, **kwargs)
+            return model.get_submodule(self.ends[path])(out) if path in self.ends else out
 
 
 def is_site(module: nn.Module) -> bool:

@@ -50,3 +50,26 @@ def test_what_a_plan_promises_is_what_the_converted_network_costs(recipe: str) -
     for name in ("params", "macs", "activations"):
         change = getattr(plan.total, name)
         assert (change.before, change.after) == (getattr(before, name), getattr(after, name))
+
+
+class _Token(nn.Module):
+    """Hands a view of a parameter to one of its modules, as transformers do with a class token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.add = nn.Conv2d(3, 8, 3), _Add()
+        self.token = nn.Parameter(torch.zeros(1, 8, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.add((self.conv(x), self.token.expand(2, -1, -1, -1)))
+
+
+class _Add(nn.Module):
+    def forward(self, pair: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return pair[0] + pair[1]
+
+
+def test_a_network_that_hands_its_parameters_around_is_counted() -> None:
+    net = _Token()
+    assert measure(net, [torch.empty(1, 3, 8, 8)]).macs == 8 * 3 * 9 * 36
+    assert net.token.requires_grad

@@ -39,7 +39,7 @@ def conv(c_in: int = 16, c_out: int = 16, kernel: int = 3, **options: object) ->
 
 @pytest.mark.parametrize("name", ["resnet50", "resnet101", "resnext50_32x4d"])
 def test_a_bottleneck_resnet_has_the_published_roles(name: str) -> None:
-    """Stem plain; alpha_in = 0 for what reads it; in the last stage alpha_out = 0 for what begins it, the rest plain."""
+    """Stem plain, alpha_in = 0 behind it; the last stage begins with alpha_out = 0, and the rest of it is plain."""
     for path, entry in plan(meta(name)).items():
         stage, begins = path.split(".")[0], path.split(".")[1:] in (["0", "conv1"], ["0", "downsample", "0"])
         if path == "layer4.0.conv2":

@@ -508,3 +508,43 @@ def test_a_graph_that_surgeon_would_not_write_is_refused_before_anything_runs(wh
     torch.save(model, tmp_path / "evil.pt")
     with pytest.raises(ModelError, match="cannot be unpickled"):
         surgeon.load(tmp_path / "evil.pt")
+
+
+class _Looking(nn.Module):
+    """Looks at a number, which a copy without numbers cannot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(conv(3), nn.ReLU(), conv(), nn.ReLU(), conv())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x)
+        return y if y.sum() > 0 else -y
+
+
+def test_a_network_that_looks_at_numbers_is_planned_and_converted() -> None:
+    torch.manual_seed(0)
+    plan = surgeon.plan(_Looking(), "octave", (1, 3, 16, 16), overrides=["rules[1].with.min_size=2"])
+    assert plan.rewritten == ("body",)
+    assert plan.total.macs is not None
+    assert plan.total.macs.after < plan.total.macs.before
+    assert isinstance(surgeon.convert(_Looking(), plan, (1, 3, 16, 16)).body, Rewritten)
+
+
+class _Gated(nn.Module):
+    """Normalises by torch.var and oscillates, as some networks of timm do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = conv(), conv(), conv()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(self.first(x).relu())
+        y = self.third(y.relu())
+        return y / torch.var(y, dim=1, keepdim=True) + y.sin() * y.cos()
+
+
+def test_steps_behind_the_streams_do_not_hold_them_up() -> None:
+    torch.manual_seed(0)
+    plan = surgeon.plan(_Gated(), "octave", SHAPE, overrides=["rules[1].with.min_size=2"])
+    assert plan.rewritten == ("",)

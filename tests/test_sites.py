@@ -142,7 +142,7 @@ KEPT = [
     Case("tied weights", tiny.TiedWeights, "one", ("one",), readers=("Conv2d",), stays="two",
          norm_stays="no norm follows"),
     Case("the network reads its weight", tiny.ReadsTheWeight, stays="weight", **TAKEN),
-    Case("a Conv2d of its own kind", with_conv(tiny.OwnConv(4, 4, 3)), stays="OwnConv", **TAKEN),
+    Case("a Conv2d of its own kind", with_conv(tiny.OwnConv(4, 4, 3)), stays="with a forward of its own", **TAKEN),
     Case("weight_norm", reparametrised(parametrizations.weight_norm), stays="parametriz", **TAKEN),
     Case("spectral_norm", reparametrised(parametrizations.spectral_norm), stays="parametriz", **TAKEN),
     Case("a transposed conv", with_conv(nn.ConvTranspose2d(4, 4, 3)), stays="ConvTranspose2d", **TAKEN),

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import surgeon
+from surgeon import equivalence, examples
 from surgeon.demo.net import SmallResNet
 from surgeon.distance import relative_l2, ulp
+from surgeon.equivalence import Replay
 from surgeon.errors import CaptureError, ModelError, VerifyError
 
 INPUT = (1, 1, 28, 28)
@@ -436,3 +438,123 @@ def test_ulp_is_the_distance_to_the_next_number(dtype: torch.dtype) -> None:
     x = torch.tensor([1.0, 1.5, 0.3, -7.0, 1000.0], dtype=dtype)
     above = torch.nextafter(x.abs(), torch.full_like(x, float("inf")))
     assert torch.equal(ulp(x), above.double() - x.abs().double())
+
+
+class _Single(nn.Module):
+    """A network that makes a float32 grid of its own, as torchvision's RAFT does; it does not run in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)
+        )
+        self.head = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x)
+        grid = y.new_zeros(1, y.shape[2] * y.shape[3], 5).float() + 1
+        return torch.bmm(self.head(y).flatten(2), grid)
+
+
+class TestWhereAModelRunsInItsOwnDtypeOnly:
+    shape = (1, 3, 12, 12)
+
+    def test_it_is_proved_block_by_block_and_measured_in_its_own(self) -> None:
+        net = shake_(_Single(), 0)
+        converted = shake_(surgeon.convert(net, "acnet", self.shape), 1)
+        report = surgeon.verify(converted, surgeon.fuse(converted), self.shape)
+        assert report.equivalent, report
+        assert [check.name for check in report.checks] == ["blocks", "storage", "stored tensors", "modules"]
+        assert report.distances[0].float64 is None
+        assert "A does not run in float64" in report.remarks[0]
+        assert "expected" in report.remarks[0]
+        assert "so outputs were compared in float32" in report.remarks[0]
+
+    def test_a_tap_that_is_1e_6_off_is_caught(self) -> None:
+        converted = shake_(surgeon.convert(shake_(_Single(), 0), "acnet", self.shape), 1)
+        fused = surgeon.fuse(converted)
+        with torch.no_grad():
+            fused.body[0].weight[0, 0, 2, 2] += 1e-6
+        report = surgeon.verify(converted, fused, self.shape)
+        assert (report.verdict, report.first_to_part) == ("different", "body.0")
+
+    def test_without_a_history_outputs_are_judged(self) -> None:
+        net = shake_(_Single(), 0)
+        other = copy.deepcopy(net)
+        assert surgeon.verify(net, other, self.shape).equivalent
+        with torch.no_grad():
+            other.head.weight *= 1 + 1e-4
+        assert surgeon.verify(net, other, self.shape).verdict == "different"
+
+    def test_octave_streams_are_checked_in_its_own(self) -> None:
+        rule = {"swap": "octave", "match": {"name": "body.*"}, "with": {"min_size": 1}}
+        recipe, net = {"surgeon": 1, "title": "t", "rules": [rule]}, shake_(_Single(), 0)
+        converted = surgeon.convert(net, recipe, self.shape)
+        assert surgeon.plan(net, recipe, self.shape).rewritten
+        assert surgeon.verify(net, converted, self.shape).verdict == "approximate"
+
+    def test_what_runs_in_no_dtype_is_said_of_its_own(self) -> None:
+        with pytest.raises(VerifyError, match="float32"):
+            surgeon.verify(_Single(), _Single(), (1, 4, 12, 12))
+
+
+class _Chaotic(nn.Module):
+    """Makes `gain` units of a unit in the last place."""
+
+    gain = 1e9
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.body(x) * self.gain).sin()
+
+
+class _Ranking(_Chaotic):
+    """Sorts by numbers that rounding changes."""
+
+    gain = 1e15
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x).flatten()
+        return y[(y * self.gain).sin().argsort()]
+
+
+@pytest.mark.parametrize("kind", [_Chaotic, _Ranking])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+class TestWhereOutputsShowNothing:
+    shape = (1, 3, 12, 12)
+
+    def test_a_correct_fold_is_equivalent(self, kind: type[nn.Module], dtype: torch.dtype) -> None:
+        net = shake_(kind(), 0, gently=True).to(dtype)
+        converted = shake_(surgeon.convert(net, "acnet", self.shape), 1, gently=True)
+        report = surgeon.verify(converted, surgeon.fuse(converted), self.shape)
+        assert report.equivalent, report
+        mathematics, blocks = report.checks[0], next(check for check in report.checks if check.name == "blocks")
+        assert 1e-10 < mathematics.measured <= mathematics.limit
+        assert "what one unit in the last place of every weight does to A" in mathematics.says
+        assert blocks.measured < 1e-12
+
+    def test_a_tap_that_is_1e_6_off_is_caught(self, kind: type[nn.Module], dtype: torch.dtype) -> None:
+        net = shake_(kind(), 0, gently=True).to(dtype)
+        converted = surgeon.convert(net, "acnet", self.shape)
+        fused = surgeon.fuse(converted)
+        with torch.no_grad():
+            fused.body[0].weight[0, 0, 2, 2] += 1e-6
+        report = surgeon.verify(converted, fused, self.shape)
+        assert (report.verdict, report.first_to_part) == ("different", "body.0")
+
+
+def test_a_replay_that_does_not_compute_what_a_does_is_caught_block_by_block() -> None:
+    net = shake_(_Chaotic(), 0, gently=True)
+    net.gain = 1e18
+    wrong = copy.deepcopy(net).double()
+    with torch.no_grad():
+        wrong.body[0].weight *= 1 + 1e-9
+    b = copy.deepcopy(net)
+    b.load_state_dict(wrong.state_dict())
+    report = equivalence.verify(net, b, [examples.make((1, 3, 12, 12))], replay=Replay(wrong, wrong))
+    assert [check.name for check in report.checks if not check.passed][:1] == ["blocks"]

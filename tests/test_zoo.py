@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -132,15 +132,14 @@ def test_the_smallest_is_counted_without_making_it() -> None:
     assert zoo.size_of("test_resnet") < zoo.size_of("resnet18")
 
 
-def _worker(code: str, folder: Path) -> zoo.Worker:
+def _worker(work: Callable[[], None], folder: Path) -> zoo.Worker:
     into = folder / "net.json"
     into.with_suffix(".log").write_text("Traceback\nlast words\n")
-    process = subprocess.Popen([sys.executable, "-c", code])
-    return zoo.Worker(Case("net", "family"), process, into, time.monotonic())
+    return zoo.Worker(Case("net", "family"), zoo.Child.begin(work), into, time.monotonic())
 
 
 def test_a_crashing_process_leaves_a_record_of_the_step_it_was_in(tmp_path: Path) -> None:
-    worker = _worker("import os; os.abort()", tmp_path)
+    worker = _worker(os.abort, tmp_path)
     worker.into.write_text(json.dumps({"name": "net", "family": "family", "step": "convert", "sites": 7}))
     worker.process.wait()
     record = worker.finished(timeout=60)
@@ -151,7 +150,7 @@ def test_a_crashing_process_leaves_a_record_of_the_step_it_was_in(tmp_path: Path
 
 
 def test_a_hanging_process_is_ended(tmp_path: Path) -> None:
-    worker = _worker("import time; time.sleep(600)", tmp_path)
+    worker = _worker(lambda: time.sleep(600), tmp_path)
     assert worker.finished(timeout=60) is None
     record = worker.finished(timeout=0)
     assert record is not None
@@ -177,12 +176,14 @@ def test_a_line_that_was_cut_short_is_skipped(tmp_path: Path) -> None:
 
 def test_the_page_counts_what_was_found() -> None:
     fine = Record("a", "", dtype="float64", sites=4, swapped=3, dense=4, dense_swapped=3, islands=1)
+    fine.octaves, fine.seams = 2, {"join: 'add_3' needs the whole map": 1}
     fine.apart = {"convert": 0.0, "fuse": 2e-11}
     fine.skipped = fine.dense_skipped = {"its weights are also those of head.conv": 1}
     failed = Record("b", "", sites=1, errors=[{"step": s, "error": "E: a | b", "place": "x.py:1"} for s in "pq"])
     page = zoo_page.page([fine, failed, Record("c", "", left_out="it has no Conv2d")], {"surgeon": "1"})
     assert "- 3 architectures: 1 failed, 1 left out, 1 right." in page
-    assert "| a | 4 | 3 | 3 of 4 | 0e+00 | 2e-11 | whole | 0 |  | right |" in page
+    assert "| a | 4 | 3 | 3 of 4 | 0e+00 | 2e-11 | 2 | 1 | whole | 0 | right |" in page
     assert "| b | p, q: E: a \\| b (x.py:1) |" in page
     assert "| 1 | 1 | its weights are also those of … |" in page
+    assert "| 1 | join: 'add' needs the whole map |" in page
     assert "| c | it has no Conv2d |" in page
