@@ -257,10 +257,19 @@ def how_to_call(model: nn.Module, given: Inputs) -> str:
 
 
 class _Tracer(fx.Tracer):
-    """Stops at convs and norms, whatever their subclass, and at surgeon's blocks."""
+    """Stops at convs and norms, whatever their subclass, and at surgeon's blocks.
+
+    `stops_early`: also at modules in which there is nothing of these, such as those that drop paths at random.
+    """
+
+    def __init__(self, *, stops_early: bool = False) -> None:
+        super().__init__()
+        self.stops_early = stops_early
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, Operator | _ConvNd | _BatchNorm) or super().is_leaf_module(m, module_qualified_name)
+        if isinstance(m, Operator | _ConvNd | _BatchNorm) or (self.stops_early and not _is_of_interest(m)):
+            return True
+        return super().is_leaf_module(m, module_qualified_name)
 
     def create_arg(self, a: Any) -> Any:
         """Keep an OrderedDict, which fx would turn into a dict: some networks return one."""
@@ -283,6 +292,10 @@ def _explore(module: nn.Module, path: str, found: Capture, seen: set[nn.Module],
         _explore(child, f"{path}.{name}" if path else name, found, seen, inputs)
 
 
+def _is_of_interest(module: nn.Module) -> bool:
+    return _may_convolve(module) or any(isinstance(part, _NormBase) for part in module.modules())
+
+
 def _may_convolve(module: nn.Module) -> bool:
     """Whether there is a conv or a block in a module, or a parameter that could be the weight of F.conv2d."""
     if any(isinstance(part, Operator | _ConvNd) for part in module.modules()):
@@ -291,13 +304,24 @@ def _may_convolve(module: nn.Module) -> bool:
 
 
 def _trace(module: nn.Module, inputs: Inputs | None) -> fx.Graph | str:
-    """Trace in both modes, the whole model as `inputs` call it; the graph, or why there is none."""
+    """Trace in both modes, the whole model as `inputs` call it; the graph, or why there is none.
+
+    What cannot be followed into every module can perhaps be followed around those that hold no conv and no norm.
+    """
     if isinstance(module, Rewritten):
         return module.graph
+    found = _trace_in_both_modes(module, inputs, stops_early=False)
+    if isinstance(found, str):
+        around = _trace_in_both_modes(module, inputs, stops_early=True)
+        found = around if isinstance(around, fx.Graph) else found
+    return found
+
+
+def _trace_in_both_modes(module: nn.Module, inputs: Inputs | None, *, stops_early: bool) -> fx.Graph | str:
     defaults = _constants(module, inputs or Inputs())
     ways = [defaults] if inputs is not None or not defaults else [defaults, {}]
     try:
-        graphs = [_trace_once(module, mode, way) for way in ways for mode in (True, False)]
+        graphs = [_trace_once(module, mode, way, stops_early) for way in ways for mode in (True, False)]
     except Exception as error:
         return f"tracing stopped: {where(error)}"
     if node := next((n for n in graphs[0].nodes if _is_open(n)), None):
@@ -339,10 +363,10 @@ def _is_open(node: fx.Node) -> bool:
     return node.op == "call_method" and node.target in ("get", "pop", "setdefault")
 
 
-def _trace_once(module: nn.Module, training: bool, arguments: dict[str, Any]) -> fx.Graph:
+def _trace_once(module: nn.Module, training: bool, arguments: dict[str, Any], stops_early: bool) -> fx.Graph:
     """Trace, and take away what tracing and `forward` leave on modules, so that every trace begins alike."""
     with _restoring(module):
-        return _Tracer().trace(in_mode(module, training), concrete_args=dict(arguments))
+        return _Tracer(stops_early=stops_early).trace(in_mode(module, training), concrete_args=dict(arguments))
 
 
 @contextlib.contextmanager
