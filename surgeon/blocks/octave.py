@@ -55,7 +55,7 @@ class OctaveConvOptions(base.BlockOptions):
         None, ge=0, lt=1, description="share behind the conv; left out, it is planned: who reads the conv decides"
     )
     low_in: tuple[tuple[_Count, _Count], ...] | None = Field(
-        None, description="the low input channels as ranges [start, stop], where they are not the last; planned"
+        None, description="the low input channels as pairs of start and stop, where they are not the last; planned"
     )
     downsample: Literal["paper", "pool-both"] = Field(
         "paper",
