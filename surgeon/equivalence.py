@@ -207,8 +207,8 @@ class _NotInFloat64Error(Exception):
 class _Exact:
     """How far the replay is from A in float64: its outputs, and its blocks where outputs alone cannot tell."""
 
-    outputs: float | None  # None where A does not run in float64
-    moved: float | None = None  # how far one unit in the last place of every weight moves A, where that was asked
+    outputs: float | None  # the one that is furthest beyond its limit; None where A does not run in float64
+    limit: float = EXACT
     blocks: float | None = None
 
 
@@ -302,7 +302,8 @@ class _Bench:
         moved = [self._call(model, inputs, torch.float64) for model in shaken]
         if not all(_match(one, truth) for one in moved):
             return _Exact(math.inf, math.inf, tape.blocks_apart(self.a, replay))
-        limits = [max(1e-300, *one) for one in zip(*(pooled([one], [truth]) for one in moved), strict=True)]
+        largest = [max(one) for one in zip(*(pooled([one], [truth]) for one in moved), strict=True)]
+        limits = [min(max(EXACT, self.margin * one), 1e300) for one in largest]
         _, found, limit = next(_furthest(list(zip(pooled([out], [truth]), limits, strict=True))))
         return _Exact(found, limit, tape.blocks_apart(self.a, replay))
 
@@ -342,7 +343,8 @@ def _match(own: Any, truth: Any) -> bool:
 def _with_tensors_of(b: nn.Module, replay: nn.Module) -> nn.Module | None:
     """Copy the replay's modules and give them B's tensors; None where they do not fit, which another check tells."""
     dtype = dtype_of(b)
-    twin = shadow(replay, lambda t: t.to(dtype, copy=True) if t.is_floating_point() else t.clone())
+    in_own = None if dtype == torch.float64 else lambda t: t.to(dtype) if t.is_floating_point() else t.clone()
+    twin = shadow(replay, in_own)
     try:
         twin.load_state_dict(b.state_dict(), assign=True)
     except RuntimeError:
@@ -413,7 +415,7 @@ def _top1(b: Tensor, a: Tensor) -> float:
 
 def _mathematics(runs: Sequence[_Run], bench: _Bench) -> Iterator[Check]:
     exact = [run.exact for run in runs if run.exact is not None]
-    known = [(one.outputs, max(EXACT, bench.margin * (one.moved or 0.0))) for one in exact if one.outputs is not None]
+    known = [(one.outputs, one.limit) for one in exact if one.outputs is not None]
     if known:
         found, limit = max(known, key=lambda pair: 1.0 if pair[1] == math.inf else pair[0] / pair[1])
         says = f"done again in float64: relative L2 {found:.1e}, at most {limit:.0e}"

@@ -79,11 +79,11 @@ def _net() -> nn.Module:
 def test_a_tap_that_is_off_by_a_millionth_is_wrong() -> None:
     study = _study(_net())
     fused = surgeon.fuse(surgeon.convert(study.model, "acnet"))
-    zoo_network.compare("fuse", fused, study.before, study)
+    zoo_network.compare("fuse", fused, study.model, study.before, study)
     assert study.record.wrong == []
     with torch.no_grad():
         fused[0].weight[0, 0, 2, 2] += 1e-6
-    zoo_network.compare("fuse", fused, study.before, study)
+    zoo_network.compare("fuse", fused, study.model, study.before, study)
     assert len(study.record.wrong) == 1
 
 
