@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -158,7 +159,10 @@ class Child:
 
     @classmethod
     def begin(cls, work: Callable[[], None]) -> Child:
-        if pid := os.fork():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of torch's threads, which are idle
+            pid = os.fork()
+        if pid:
             return cls(pid)
         try:
             work()
