@@ -109,14 +109,14 @@ def is_wanted(case: Case, options: argparse.Namespace) -> bool:
 
 
 def small_first(found: Iterable[Case]) -> list[Case]:
-    """Sort by size; after the first one of a family others go a shorter way."""
+    """Put the smallest one of every family first, and then the others, which go a shorter way; each by size."""
     seen: set[tuple[str, str]] = set()
     ordered = []
     for case in sorted(found, key=lambda case: case.parameters):
         family = (case.name.partition(":")[0], case.family)
         ordered.append(case._replace(is_brief=family in seen))
         seen |= {family} if ":quantized_" not in case.name else set()
-    return ordered
+    return sorted(ordered, key=lambda case: case.is_brief)
 
 
 def cases(*, every: bool, chosen: dict[str, tuple[str, int]]) -> list[Case]:
