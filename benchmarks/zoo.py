@@ -35,11 +35,10 @@ import torchvision
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from zoo_network import Case, Record, examine
-from zoo_page import complaints, page, show
+from zoo_page import NOT_RUN, complaints, page, show
 
 import surgeon
 
-NOT_RUN = "not run here, for time"
 ROOT = Path(__file__).parents[1]
 
 
