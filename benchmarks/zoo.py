@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,11 +35,10 @@ import torchvision
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from zoo_network import Case, Record, examine
-from zoo_page import complaints, page, show
+from zoo_page import NOT_RUN, complaints, page, show
 
 import surgeon
 
-NOT_RUN = "not run here, for time"
 ROOT = Path(__file__).parents[1]
 
 
@@ -108,14 +108,14 @@ def is_wanted(case: Case, options: argparse.Namespace) -> bool:
 
 
 def small_first(found: Iterable[Case]) -> list[Case]:
-    """Sort by size; after the first one of a family others go a shorter way."""
+    """Put the smallest one of every family first, and then the others, which go a shorter way; each by size."""
     seen: set[tuple[str, str]] = set()
     ordered = []
     for case in sorted(found, key=lambda case: case.parameters):
         family = (case.name.partition(":")[0], case.family)
         ordered.append(case._replace(is_brief=family in seen))
         seen |= {family} if ":quantized_" not in case.name else set()
-    return ordered
+    return sorted(ordered, key=lambda case: case.is_brief)
 
 
 def cases(*, every: bool, chosen: dict[str, tuple[str, int]]) -> list[Case]:
@@ -158,7 +158,10 @@ class Child:
 
     @classmethod
     def begin(cls, work: Callable[[], None]) -> Child:
-        if pid := os.fork():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of torch's threads, which are idle
+            pid = os.fork()
+        if pid:
             return cls(pid)
         try:
             work()

@@ -9,8 +9,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from zoo_network import USUAL, Record
+from zoo_network import LIMIT, USUAL, Record
 
+NOT_RUN = "not run here, for time"
 HEADS = ("network", "convs", "swapped", "dense 3×3", "convert", "fuse", "octave", "seams", "islands", "s", "result")
 
 
@@ -45,8 +46,9 @@ def page(records: Sequence[Record], versions: dict[str, str]) -> str:
         "",
         "Every architecture of torchvision, and the smallest of each family of timm, with random weights, in float64",
         "and eval mode: converted with `acnet`, saved, reloaded, fused and verified; converted with `hetconv-p4`;",
-        "converted with `octave` and deployed. Larger networks of a family of torchvision are not reloaded, verified",
-        "before fusing, or converted with `hetconv-p4`. Written by `python benchmarks/zoo.py --write-docs`.",
+        "converted with `octave` and deployed. Of a family of torchvision the smallest one goes all that way; larger",
+        "ones need not be reloaded, verified, or converted with `hetconv-p4`.",
+        "Written by `python benchmarks/zoo.py --write-docs`.",
         "",
         "- `swapped`, `dense 3×3`: convs that `acnet` swaps, and how many of those that are 3×3 without groups.",
         "- `convert`, `fuse`: relative L2 of the output that is furthest apart. Before fusing, the strips of the",
@@ -69,12 +71,16 @@ def page(records: Sequence[Record], versions: dict[str, str]) -> str:
 def totals(records: Sequence[Record], done: Sequence[Record]) -> list[str]:
     dense = [record for record in done if record.dense]
     swapped, total = (sum(getattr(record, key) or 0 for record in dense) for key in ("dense_swapped", "dense"))
-    furthest = max((number for record in done if record.dtype == "float64" for number in taken(record)), default=0.0)
-    counts = ", ".join(f"{count} {status}" for status, count in sorted(Counter(r.status for r in records).items()))
+    numbers = [number for record in done if record.dtype == "float64" for number in taken(record)]
+    usual = [number for number in numbers if number <= LIMIT["float64"]]
+    swaps = len(numbers) - len(usual)
+    statuses = Counter("not run" if r.left_out == NOT_RUN else r.status for r in records)
+    counts = ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()))
     return [
         f"- {len(records)} architectures: {counts}.",
         f"- `acnet` swaps {swapped} of {total} dense 3×3 convs of {len(dense)} networks, {swapped / (total or 1):.1%}.",
-        f"- Relative L2 after converting or fusing: at most {furthest:.1e}.",
+        f"- Relative L2 after converting or fusing: at most {max(usual, default=0.0):.1e}"
+        + (f"; {swaps} more, where rounding decides the order of the outputs (below)." if swaps else "."),
         f"- Traced as a whole: {sum(is_whole(record) for record in done)} of {len(done)} networks.",
     ]
 
@@ -137,9 +143,9 @@ def untraced(records: Sequence[Record]) -> list[tuple[str, ...]]:
 
 
 def seams(records: Sequence[Record]) -> list[tuple[str, str]]:
-    """Count networks by the reason of a seam, the most frequent ones first."""
+    """Count networks by the reason of a seam, the most frequent ones first; what only one has is left out."""
     found = Counter(reason for record in records for reason in {_numberless(one) for one in record.seams})
-    return [(str(count), reason) for reason, count in found.most_common()]
+    return [(str(count), reason) for reason, count in found.most_common() if count > 1]
 
 
 def _numberless(reason: str) -> str:
