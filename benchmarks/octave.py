@@ -122,14 +122,14 @@ class OctResNet50(nn.Module):
         return self.fc(high.mean((2, 3)))
 
 
-def measure(models: Sequence[tuple[str, nn.Module]], settings: Sequence[Setting], rounds: int) -> tuple[Timing, ...]:
+def measure(models: Sequence[tuple[str, nn.Module]], setting: Setting, rounds: int) -> tuple[Timing, ...]:
     inputs = examples.make((1, 3, 224, 224))
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=1.0)
         return run(
             models,
             inputs,
-            settings,
+            [setting],
             rounds=rounds,
             progress=lambda what, share: bar.update(task, description=what, completed=share),
         )
@@ -147,23 +147,24 @@ def main() -> None:
     folded = [
         (name, deployed(net)[0]) for name, net in (("resnet50", plain), ("surgeon", octave), ("by hand", by_hand))
     ]
+    plainly = [("resnet50", plain), ("surgeon", octave), ("by hand", by_hand)]
     threads = torch.get_num_threads()
-    eager = [Setting(batch, threads, channels_last=True) for batch in (8, 1)]
-    compiled = [Setting(batch, threads, channels_last=True, compiled=True) for batch in (8, 1)]
-    timings = list(measure(folded, eager, options.rounds))
-    if not options.no_train:
-        step = [Setting(8, threads, channels_last=True, train=True)]
-        timings += measure(
-            [("resnet50", plain), ("surgeon", octave), ("by hand", by_hand)], step, max(5, options.rounds // 2)
-        )
-    if not options.no_compile:
-        timings += measure(folded, compiled, options.rounds)
     print("| setting | network | ms | × multiply-adds | speed (quartiles of the pairwise ratio) |")
     print("|---|---|---|---|---|")
+    for batch in (8, 1):
+        show(measure(folded, Setting(batch, threads, channels_last=True), options.rounds))
+    if not options.no_train:
+        show(measure(plainly, Setting(8, threads, channels_last=True, train=True), max(5, options.rounds // 2)))
+    for batch in () if options.no_compile else (8, 1):
+        show(measure(folded[:2], Setting(batch, threads, channels_last=True, compiled=True), options.rounds))
+
+
+def show(timings: Sequence[Timing]) -> None:
     for one in timings:
         low, high = one.quartiles
         speed = f"{1 / one.time_ratio:.2f} ({1 / high:.2f} … {1 / low:.2f})"
-        print(f"| {one.setting} | {one.model} | {one.seconds * 1e3:.0f} | {one.macs_ratio:.3f} | {speed} |")
+        row = f"| {one.setting} | {one.model} | {one.seconds * 1e3:.0f} | {one.macs_ratio:.3f} | {speed} |"
+        print(row, flush=True)
 
 
 if __name__ == "__main__":
