@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from surgeon import streams
 from surgeon.blocks.octave import OctaveConv
 from surgeon.pairs import PairNorm
+from surgeon.sites import custom_call
 from surgeon.streams import Ranges
 
 _ELEMENTWISE_MODULES = {
@@ -113,6 +114,8 @@ def _in_tables(target: Any, *tables: set[Any]) -> str:
 
 def _role_of_module(module: nn.Module) -> str:
     kind = type(module)
+    if custom_call(module, "it"):  # a hook would see streams where it saw a map
+        return "other"
     if isinstance(module, OctaveConv):
         return "conv" if module.keeps_seams else "octave"
     if isinstance(module, nn.Conv2d):

@@ -162,7 +162,8 @@ def unwritable(module: nn.Module, graph: fx.Graph) -> str | None:
             return f"'{node.name}' is a tensor that its forward makes"
         try:
             _encoded((node.args, node.kwargs))
-            _checked(node.target, node.args) if node.target is getattr else None
+            if node.target is getattr:
+                _checked(node.args)
         except ValueError as error:
             return f"'{node.name}' {error}"
     return None
@@ -199,7 +200,7 @@ def decode(program: Mapping[str, Any]) -> fx.Graph:
         found = _target(op, target)
         made_args, made_kwargs = tuple(_decoded(args, nodes)), _decoded(kwargs, nodes)
         if found is getattr:
-            _checked(found, made_args)
+            _checked(made_args)
         made_kwargs = {_word(key): value for key, value in made_kwargs.items()}
         nodes[name] = graph.create_node(op, found, made_args, made_kwargs, name=_word(name))
     graph.output(_decoded(program["output"], nodes))
@@ -223,7 +224,8 @@ def _word(name: Any) -> str:
     return name
 
 
-def _checked(function: Any, args: tuple[Any, ...]) -> None:
+def _checked(args: tuple[Any, ...]) -> None:
+    """Make sure that `getattr` looks at no more than the shape of a value."""
     if len(args) != 2 or args[1] not in _ATTRIBUTES:
         raise ValueError(f"reads the attribute {args[1] if len(args) > 1 else ''!r} of a value")
 

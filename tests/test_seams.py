@@ -437,6 +437,20 @@ def test_what_a_graph_would_lose_keeps_its_class_and_the_plan_says_why() -> None
     assert "hooks are attached to 0" in octave_of(hooked).seams[0].reason
 
 
+def test_hooks_between_convs_see_whole_maps() -> None:
+    net = network(RULES["a norm"][0])
+    seen: list[torch.Size] = []
+    net.step.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    longer = nn.Sequential(conv(), nn.ReLU(), net).eval()
+    plan = octave_of(longer, **FIXED)
+    model = surgeon.convert(longer, plan)
+    seen.clear()
+    with torch.no_grad():
+        model(noise(*SHAPE))
+    assert seen == [torch.Size(SHAPE)]
+    assert any("needs the whole map" in seam.reason for seam in plan.seams)
+
+
 def test_a_network_that_cannot_be_traced_keeps_the_local_form_and_works() -> None:
     class Untraceable(nn.Module):
         def __init__(self) -> None:
