@@ -151,8 +151,8 @@ def main() -> None:
     threads = torch.get_num_threads()
     print("| setting | network | ms | × multiply-adds | speed (quartiles of the pairwise ratio) |")
     print("|---|---|---|---|---|")
-    for batch in (8, 1):
-        show(measure(folded, Setting(batch, threads, channels_last=True), options.rounds))
+    for batch, count in ((8, threads), (1, threads), (1, 1)):
+        show(measure(folded, Setting(batch, count, channels_last=True), options.rounds))
     if not options.no_train:
         show(measure(plainly, Setting(8, threads, channels_last=True, train=True), max(5, options.rounds // 2)))
     for batch in () if options.no_compile else (8, 1):
