@@ -26,6 +26,7 @@ from surgeon import streams
 
 Data = dict[str, Any]
 _FORMAT = 1
+SURROUNDINGS = "surroundings"  # in the meta of a step: what its module has entered before it, such as torch.no_grad
 _PART = re.compile(r"[\w-]+")  # of a module's path: it stands in quotes in the Python that is made
 _OPERATORS = (
     "add iadd sub isub mul imul truediv itruediv floordiv mod pow neg getitem eq ne lt le gt ge and_ or_ matmul"
@@ -144,6 +145,9 @@ def obstacle(module: nn.Module, graph: fx.Graph, custom_call: Callable[[nn.Modul
     for path, part in inlined:
         if custom := custom_call(part, path or "it"):
             return f"{custom}, which a rewritten graph would pass by"
+    for node in graph.nodes:
+        if SURROUNDINGS in node.meta:
+            return f"'{node.name}' runs in {node.meta[SURROUNDINGS]}, which a rewritten graph would not enter"
     return None
 
 
@@ -158,6 +162,8 @@ def unwritable(module: nn.Module, graph: fx.Graph) -> str | None:
             )
         if node.op == "call_method" and node.target not in METHODS:
             return f"'{node.name}' calls the method {node.target}, which is not on surgeon's list"
+        if node.op in ("call_module", "get_attr") and not _is_path(str(node.target)):
+            return f"'{node.target}' holds more than letters, digits, '_' and '-'"
         if node.op == "get_attr" and not _has(module, str(node.target)):
             return f"'{node.name}' is a tensor that its forward makes"
         try:
@@ -212,10 +218,13 @@ def _target(op: str, target: str) -> Any:
         return FUNCTIONS[target]
     if op == "call_method" and target in METHODS:
         return target
-    parts = target.split(".")
-    if op in ("call_module", "get_attr") and all(_PART.fullmatch(p) and not p.startswith("__") for p in parts):
+    if op in ("call_module", "get_attr") and _is_path(target):
         return target
     raise ValueError(f"the graph in the file has a step {op} {target!r}, which surgeon does not write")
+
+
+def _is_path(target: str) -> bool:
+    return all(_PART.fullmatch(part) and not part.startswith("__") for part in target.split("."))
 
 
 def _word(name: Any) -> str:

@@ -17,14 +17,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from surgeon import functional, seams
 from surgeon.blocks import Block
-from surgeon.capture import shadow, to_meta
+from surgeon.capture import shadow, to_meta, where
 from surgeon.cost import Cost, measure
-from surgeon.errors import PassError
+from surgeon.errors import CaptureError, PassError
 from surgeon.functional import Functional
 from surgeon.memory import give_back_after
 from surgeon.plans import Entry, Plan, SeamLeft
 from surgeon.seams import LowPass, Outcome
 from surgeon.sites import Survey
+
+KEEP_SEAMS = "Leave each of its convs for itself: seams: keep, among the options of octave in the recipe."
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,12 @@ def foresee(plan: Plan, survey: Survey) -> Plan:
     try:
         outcome, after = _tried(plan, survey, to_meta)
     except Exception:
-        outcome, after = _tried(plan, survey, None)
+        try:
+            outcome, after = _tried(plan, survey, None)
+        except Exception as error:
+            raise CaptureError(
+                f"with streams that go from conv to conv the network does not run: {where(error)}", todo=KEEP_SEAMS
+            ) from error
     left = tuple(dict.fromkeys(SeamLeft(island=one.island, kind=one.kind, reason=one.reason) for one in outcome.seams))
     changes = {name: getattr(after, name) for name in ("params", "macs", "activations")}
     total = plan.total.model_copy(

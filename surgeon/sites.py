@@ -262,7 +262,11 @@ def measure_calls(module: nn.Module, calls: Sequence[Call]) -> Cost:
     if not calls:
         return stored
     shapes = Counter(call.shape_in for call in calls)
-    runs = [measure(module, [torch.empty(shape, device="meta")]).times(count) for shape, count in shapes.items()]
+    dtype = next((p.dtype for p in module.parameters()), None)
+    runs = [
+        measure(module, [torch.empty(shape, device="meta", dtype=dtype)]).times(count)
+        for shape, count in shapes.items()
+    ]
     return replace(
         stored,
         macs=sum(run.macs for run in runs if run.macs is not None),
@@ -298,6 +302,12 @@ def _obstacle(facts: _Facts, module: nn.Module) -> str | None:
         return f"it is also kept in {facts.kept_aside[module]}, where a swap would not reach it"
     if module not in facts.graph_of and module in facts.traced:
         return "it is never called"
+    if not module.weight.numel():
+        return "it has no channels"
+    if module.weight.is_complex():
+        return "its weight is complex"
+    if any(len(call.shape_in) == 3 for call in facts.runs.get(facts.names[module][0], [])):
+        return "it is called with one map alone, without the dimension of a batch"
     return None
 
 

@@ -10,21 +10,23 @@ assert report.equivalent, report
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import fx, nn
+from torch._ops import OpOverload
 
-from surgeon import equivalence, examples, plans, sites, source, store
+from surgeon import equivalence, examples, graph, plans, sites, source, store
 from surgeon import recipe as recipes
-from surgeon.capture import duplicate, shadow
+from surgeon.capture import capture, duplicate, shadow
 from surgeon.distance import Jitter, as_double, has_numbers, worst, worst_ulps
 from surgeon.equivalence import EXACT, Replay, Report
 from surgeon.errors import CaptureError, ModelError, PassError, PlanError, SurgeonError, VerifyError
@@ -32,7 +34,7 @@ from surgeon.examples import Example
 from surgeon.fold import fold_blocks_
 from surgeon.inputs import Inputs
 from surgeon.memory import give_back_after
-from surgeon.operate import Swap, build, foresee, place_, prepare, stream_
+from surgeon.operate import KEEP_SEAMS, Swap, build, foresee, place_, prepare, stream_
 from surgeon.plans import Plan
 from surgeon.recipe import Recipe
 from surgeon.sites import Survey
@@ -43,6 +45,7 @@ _GROSS = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 0.9, torch.bf
 # These hold on to the parameters, or to the code, of the model inside, so that it must be edited before it is wrapped.
 _WRAPPERS = {"DistributedDataParallel": "module", "FullyShardedDataParallel": "module", "OptimizedModule": "_orig_mod"}
 _UNSEEN = "the network uses a conv in a way that its graph does not show"
+_LEAVE = "Leave out the convs that are read in other ways than by calling them: `surgeon plan -o plan.yaml`, edit it."
 Model = TypeVar("Model", bound=nn.Module)
 RecipeLike = str | PathLike[str] | Mapping[str, Any] | Recipe
 
@@ -153,7 +156,8 @@ def carry_out_(model: nn.Module, checked: Plan, inputs: Inputs | None) -> SelfCh
     swaps = prepare(model, checked)
     check = _check_sites(swaps, checked.seed)
     has_numbers = not any(parameter.is_meta for parameter in model.parameters())
-    before = _outputs(model, inputs) if has_numbers else None
+    with _calls_of([one.conv for one in swaps]) as called:
+        before = _outputs(model, inputs) if has_numbers else None
     undo = place_(model, swaps, checked)
     split = shadow(model, as_double) if has_numbers and inputs is not None and checked.has_streams else None
     outcome = stream_(model, checked)
@@ -161,7 +165,13 @@ def carry_out_(model: nn.Module, checked: Plan, inputs: Inputs | None) -> SelfCh
         if split is not None and inputs is not None and outcome.rewritten:
             check = replace(check, streams=_check_streams(model, split, checked, inputs))
         if before is not None and inputs is not None:
-            check = replace(check, whole=_check_whole(model, inputs, before, approximate=bool(check.approximate)))
+            with _calls_of([one.block for one in swaps]) as called_now:
+                after = _run_again(model, inputs)
+            if lost := sorted(called - called_now):
+                what = f"{swaps[lost[0]].entry.path} has been swapped, and what stands there is not called"
+                raise CaptureError(f"{_UNSEEN}: {what}", todo=_LEAVE)
+            whole = _check_whole(model, inputs, before, after, approximate=bool(check.approximate))
+            check = replace(check, whole=whole)
     except SurgeonError:
         outcome.undo_()
         undo()
@@ -169,6 +179,18 @@ def carry_out_(model: nn.Module, checked: Plan, inputs: Inputs | None) -> SelfCh
     step = store.Step("convert", parent, store.content_hash(model), checked.to_dict(), store.versions())
     store.record_(model, step)
     return check
+
+
+@contextlib.contextmanager
+def _calls_of(modules: Sequence[nn.Module]) -> Iterator[set[int]]:
+    """Note which of the modules are called meanwhile, in the model or in a copy of it."""
+    called: set[int] = set()
+    hooks = [module.register_forward_hook(lambda *_, i=i: called.add(i)) for i, module in enumerate(modules)]
+    try:
+        yield called
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _check_sites(swaps: Sequence[Swap], seed: int) -> SelfCheck:
@@ -206,19 +228,42 @@ def _check_streams(model: nn.Module, split: nn.Module, plan: Plan, inputs: Input
     if not apart <= most:
         if worst(equivalence.outputs(split, inputs, seed=1), expected):
             return None  # it draws numbers in eval mode, and other ones for two streams
+        if (path := _misread(split, plan.rewritten, inputs, apart)) is not None:
+            raise CaptureError(
+                f"the graph of {path or 'the model'} is not what it computes: its forward acts on what its inputs are",
+                todo=KEEP_SEAMS,
+            )
         raise PassError("seams", f"without seams the network is {apart:.1e} from itself with them")
     return apart
 
 
-def _check_whole(model: nn.Module, inputs: Inputs, before: Any, *, approximate: bool) -> float:
-    """Run the converted network. Every block has been proved by now, so what is far off is used in a way unseen."""
-    todo = "Leave out the convs that are read in other ways than by calling them: `surgeon plan -o plan.yaml`, edit it."
+def _misread(model: nn.Module, paths: Sequence[str], inputs: Inputs, apart: float) -> str | None:
+    """Find an island whose graph, put in its place unchanged, is what sets the outputs `apart`."""
+    expected = equivalence.outputs(model, inputs)
+    for island in capture(model, inputs).islands:
+        if island.path in paths:
+            as_graph = shadow(model)
+            graph.rewrite_(as_graph.get_submodule(island.path), island.graph)
+            if worst(equivalence.outputs(as_graph, inputs), expected) > apart / 10:
+                return island.path
+    return None
+
+
+def _run_again(model: nn.Module, inputs: Inputs) -> Any:
     try:
-        apart = worst(equivalence.outputs(model, inputs), before)
+        return equivalence.outputs(model, inputs)
     except VerifyError as error:
-        raise CaptureError(f"{_UNSEEN}: {error.problem}", todo=todo) from error
+        raise CaptureError(f"{_UNSEEN}: {error.problem}", todo=_LEAVE) from error
+
+
+def _check_whole(model: nn.Module, inputs: Inputs, before: Any, after: Any, *, approximate: bool) -> float:
+    """Compare the outputs. Every block has been proved by now, so what is far off is used in a way unseen."""
+    try:
+        apart = worst(after, before)
+    except VerifyError as error:
+        raise CaptureError(f"{_UNSEEN}: {error.problem}", todo=_LEAVE) from error
     if not approximate and not apart <= _gross(model) and not apart <= 2 * _moved_by_rounding(model, inputs):
-        raise CaptureError(f"{_UNSEEN}: after the swaps it is {apart:.1e} from what it was", todo=todo)
+        raise CaptureError(f"{_UNSEEN}: after the swaps it is {apart:.1e} from what it was", todo=_LEAVE)
     return apart
 
 
@@ -283,10 +328,19 @@ def _moved_by_rounding(model: nn.Module, inputs: Inputs) -> float:
 
 def _checked(model: Model) -> Model:
     """Make sure, before anything is done with it, that a model is one, and that it can be edited."""
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ModelError("TorchScript has no modules that could be swapped", todo="Give the model that it was made of.")
     if isinstance(model, nn.Module):
         for name, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                raise ModelError(
+                    f"{name or 'the model'} is TorchScript, which has no modules that could be swapped, and no copy "
+                    "that trains",
+                    todo="Give the model that it was made of.",
+                )
+            if isinstance(module, fx.GraphModule) and any(isinstance(n.target, OpOverload) for n in module.graph.nodes):
+                raise ModelError(
+                    f"{name or 'the model'} is an exported graph, whose convs are no modules",
+                    todo="Give the network that was exported.",
+                )
             if (inner := _WRAPPERS.get(type(module).__name__)) and type(module).__module__.startswith("torch."):
                 path = ".".join(part for part in ("model", name, inner) if part)
                 raise ModelError(
@@ -381,7 +435,8 @@ def inputs_for(model: nn.Module, example: Example | None, *, plan: Plan | None =
 
 def _recipe(recipe: RecipeLike, overrides: Sequence[str]) -> Recipe:
     if isinstance(recipe, Recipe):
-        return recipe
+        settings = (*recipe.overrides, *overrides)
+        return recipes.parse(recipe.text, f"{recipe.name}.yaml", settings) if overrides else recipe
     if isinstance(recipe, Mapping):
         return recipes.from_dict(dict(recipe), overrides)
     return recipes.load(recipe, overrides)

@@ -148,7 +148,7 @@ def test_every_call_is_noted_with_its_shapes_in_order():
 def test_a_closure_as_forward_cannot_be_copied() -> None:
     net = ConvNorm()
     net.forward = lambda x: ConvNorm.forward(net, x)
-    with pytest.raises(CaptureError, match="the model has a function in place of its forward"):
+    with pytest.raises(CaptureError, match="the model has a function for its forward"):
         surgeon.convert(net, "acnet", SHAPE)
 
 

@@ -24,6 +24,7 @@ from torch.ao.quantization import default_qat_qconfig
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, prune
+from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import FrozenBatchNorm2d, StochasticDepth
 
 import surgeon
@@ -109,6 +110,9 @@ HAZARDS = [
     Hazard("read by the norm and by an addition", tiny.ReadTwice),
     Hazard("its norm is read before the activation too", tiny.NormReadTwice),
     Hazard("kept in a plain list too", tiny.HeldInAList, stays="also kept in layers"),
+    Hazard("kept in a partial too", tiny.HeldInAPartial, stays="also kept in layer"),
+    Hazard("kept by a method of its own", tiny.HeldByItsMethod, stays="reads its weight directly"),
+    Hazard("a name with a space", tiny.OddName, "the first.conv", beside=1),
     # Tensors
     Hazard("tied parameters", tiny.TiedWeights, "one", "its weights are also those of two"),
     Hazard("the network reads self.conv.weight", tiny.ReadsTheWeight, stays="reads its weight directly"),
@@ -179,6 +183,16 @@ HAZARDS = [
     Hazard("buffers changed in forward", tiny.CountsItsCalls),
     Hazard("checkpointed, reentrant", lambda: tiny.Checkpointed(use_reentrant=True), "block.conv"),
     Hazard("checkpointed, not reentrant", lambda: tiny.Checkpointed(use_reentrant=False), "block.conv"),
+    # What a graph does not show
+    Hazard("without gradients", tiny.FreezesItsFirstPair, "first.conv", beside=1),
+    Hazard("with gradients, whatever the mode", tiny.TakesGradientsInEvalMode, "first.conv", beside=1),
+    Hazard("out of autocast", tiny.LeavesAutocast, "first.conv", beside=1),
+    Hazard("a Function with a backward", tiny.ReversesGradients, "first.conv", beside=1),
+    Hazard("checkpointed around two pairs", tiny.CheckpointedPairs, "first.conv", beside=1),
+    Hazard("asks whether its input is a tensor", tiny.AsksForATensor, "first.conv", beside=1),
+    Hazard("asks torch whether its input is a tensor", tiny.AsksTorchForATensor, "first.conv", beside=1),
+    # Maps
+    Hazard("without a batch", tiny.WithoutABatch, stays="without the dimension of a batch"),
     # Whole models
     Hazard("in DataParallel", lambda: nn.DataParallel(ConvNorm()), "module.conv"),
     Hazard("one bare conv", conv3, "", "it is the whole model"),
@@ -194,6 +208,7 @@ every_block = pytest.mark.parametrize("block", BLOCKS)
 EXPECTED_WARNINGS = (
     "ignore:.*weight_norm.*is deprecated:FutureWarning",
     "ignore:.*quantized tensor creation functions:UserWarning",
+    "ignore:User provided device_type of 'cuda', but CUDA is not available:UserWarning",
     "ignore:None of the inputs have requires_grad=True:UserWarning",  # of a reentrant checkpoint that is not trained
 )
 
@@ -300,6 +315,13 @@ def one_step(model: nn.Module, inputs: Shape | tuple[Shape, ...]) -> object:
     out = model(*(x.requires_grad_() for x in maps(inputs)))
     sum(t.sum() for t in tensors(out) if t.requires_grad).backward()
     return out
+
+
+def learning(model: nn.Module, inputs: Shape | tuple[Shape, ...]) -> set[str]:
+    """Name the parameters that a step of training reaches."""
+    model.zero_grad(set_to_none=True)
+    one_step(model, inputs)
+    return {name for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 # What the papers say, by hand
@@ -429,8 +451,33 @@ def test_a_model_that_is_compiled_in_place_is_converted():
 @every_act
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:FutureWarning")
 def test_torchscript_is_refused(act: Callable[[nn.Module], object]):
-    with pytest.raises(ModelError, match="TorchScript has no modules that could be swapped"):
+    with pytest.raises(ModelError, match="the model is TorchScript, which has no modules that could be swapped"):
         act(scripted())
+    with pytest.raises(ModelError, match="first is TorchScript"):
+        act(tiny.ScriptedChild())
+
+
+@every_act
+def test_an_exported_graph_is_refused(act: Callable[[nn.Module], object]):
+    exported = torch.export.export(network(ConvNorm), tuple(maps(SHAPE))).module()
+    with pytest.raises(ModelError, match=r"the model is an exported graph.*Give the network that was exported"):
+        act(exported)
+
+
+@every_act
+def test_a_model_of_which_python_makes_another_one_is_refused(act: Callable[[nn.Module], object]):
+    """A copy of a feature extractor is one in train mode."""
+    extractor = create_feature_extractor(network(tiny.TwoPairs), ["first"])
+    if act is not ACTS["fuse_"]:  # which copies nothing
+        with pytest.raises(CaptureError, match=r"copy\.deepcopy gives it another class or mode"):
+            act(extractor)
+
+
+@every_act
+def test_a_function_that_would_call_the_original_is_refused(act: Callable[[nn.Module], object]):
+    if act is not ACTS["fuse_"]:
+        with pytest.raises(CaptureError, match="the model has a function for its layer, which would run the original"):
+            act(tiny.HeldInAClosure())
 
 
 def scripted() -> nn.Module:
@@ -544,6 +591,76 @@ def test_with_streams_that_go_from_conv_to_conv_nothing_else_changes(hazard: Haz
     if not plan.low_passed:
         assert_alike(converted, surgeon.convert(net, conv_by_conv), hazard.inputs)
     assert_alike(surgeon.fuse(converted), converted, hazard.inputs)
+    if not hazard.trains:
+        assert learning(converted, hazard.inputs) == learning(net, hazard.inputs)
+
+
+@every_block
+def test_complex_convs_stay(block: str):
+    net = tiny.Complex().eval()
+    net.other.double()
+    plan = surgeon.plan(net, swap_3x3(block), surgeon.Inputs(tuple(maps(SHAPE))))
+    assert {entry.path: entry.skip for entry in plan.convs} == {"conv": "its weight is complex", "other": None}
+
+
+@every_block
+def test_a_conv_that_is_called_from_where_nobody_looks_is_refused(block: str):
+    with pytest.raises(CaptureError, match=r"conv has been swapped, and what stands there is not called.*surgeon plan"):
+        surgeon.convert(network(tiny.HeldWhereNobodyLooks), swap_3x3(block), SHAPE)
+
+
+STREAMS = "{surgeon: 1, title: T, rules: [{swap: octave, match: {kernel: 3}, with: {min_size: 1}}]}"
+
+
+@pytest.mark.parametrize(
+    ("build", "why"),
+    [
+        (tiny.FreezesItsFirstPair, "runs in a gradient mode of its own"),
+        (tiny.TakesGradientsInEvalMode, "runs in a gradient mode of its own"),
+        (tiny.ReversesGradients, "runs in a gradient mode of its own"),
+        (tiny.EntersAutocast, "runs in an autocast"),
+        (tiny.LeavesAutocast, "runs in an autocast"),
+        (tiny.CheckpointedPairs, "runs in a checkpoint"),
+        (tiny.OddName, "'the first.conv' holds more than letters"),
+    ],
+)
+@pytest.mark.filterwarnings(*EXPECTED_WARNINGS)
+def test_what_a_graph_would_lose_keeps_it_from_being_rewritten(build: Callable[[], nn.Module], why: str):
+    plan = surgeon.plan(network(build, torch.float32), surgeon.recipe.parse(STREAMS, "streams.yaml"), SHAPE)
+    assert len(plan.swaps) == 2
+    assert plan.rewritten == ()
+    assert any(why in seam.reason for seam in plan.seams)
+
+
+def test_a_graph_with_nothing_to_lose_is_rewritten():
+    plan = surgeon.plan(network(tiny.TwoPairs), surgeon.recipe.parse(STREAMS, "streams.yaml"), SHAPE)
+    assert plan.rewritten == ("",)
+
+
+@pytest.mark.parametrize(
+    ("build", "why"),
+    [(tiny.AsksForAnAttribute, "the graph of the model is not what it computes"), (tiny.FallsBack, "does not run")],
+)
+def test_a_network_whose_graph_is_another_one_gets_no_streams(build: Callable[[], nn.Module], why: str):
+    net, recipe = network(build), surgeon.recipe.parse(STREAMS, "streams.yaml")
+    with pytest.raises(CaptureError, match=rf"{why}.*seams: keep"):
+        surgeon.convert(net, recipe, SHAPE)
+    kept = surgeon.convert(net, recipe, SHAPE, overrides=["rules[0].with.seams=keep"])
+    assert sum(isinstance(module, Block) for module in kept.modules()) == 2
+
+
+@every_block
+@pytest.mark.parametrize("build", [tiny.AsksForATensor, tiny.AsksTorchForATensor])
+def test_of_what_an_input_is_tracing_knows_what_is_given(build: Callable[[], nn.Module], block: str):
+    """Given a dict, these networks skip a norm; given a tensor, or nothing, they do not."""
+    net, image = network(build), maps(SHAPE)[0]
+    for example in ({"image": image}, image):
+        converted = surgeon.convert(net, swap_3x3(block), surgeon.Inputs((example,)))
+        expected = by_hand(network(build), converted)
+        with torch.no_grad():
+            assert relative(converted(example), expected(example)) <= 1e-12
+    norms = [entry.takes_norm for entry in surgeon.plan(net, swap_3x3("acblock")).convs]
+    assert norms == [("first.bn",), ("second.bn",)]
 
 
 def test_every_network_that_is_refused_says_what_to_do():

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torchvision
-from helpers import relative, run_surgeon, shake_
+from helpers import narrow, relative, run_surgeon, shake_
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -292,19 +293,27 @@ def test_costs_of_resnet_50() -> None:
     assert counter.get_total_flops() == 2 * plan.total.macs.after
 
 
-@pytest.mark.parametrize("name", ["vgg16_bn", "resnet50"])
+@pytest.mark.parametrize(
+    ("build", "count"),
+    [(lambda: narrow("vgg16_bn"), 12), (lambda: torchvision.models.resnet50(weights=None), 16)],
+    ids=["vgg16_bn", "resnet50"],
+)
 def test_from_the_command_line_it_is_approximate_and_says_how_far(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    build: Callable[[], nn.Module],
+    count: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    torch.save(shake_(torchvision.models.get_model(name, weights=None), 1, gently=True), "net.pt")
+    torch.save(shake_(build(), 1, gently=True), "net.pt")
     assert run_surgeon("convert", "net.pt", "--recipe", "hetconv-p4", "--input=1,3,64,64") == 0
     capsys.readouterr()
     assert run_surgeon("verify", "net.pt", "net.hetconv-p4.pt", "--json") == 3
     report = json.loads(capsys.readouterr().out)
     swapped = [site for site in report["sites"] if site["kind_b"] == "HetConv"]
-    assert len(swapped) == {"vgg16_bn": 12, "resnet50": 16}[name]
+    assert len(swapped) == count
     assert all(0.1 < site["isolated"] < 2 for site in swapped)
 
 

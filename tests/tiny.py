@@ -6,6 +6,8 @@ import random
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 from typing import ClassVar
 
 import torch
@@ -152,6 +154,144 @@ class Checkpointed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return checkpoint(self.block, x, use_reentrant=self.use_reentrant)
+
+
+class TwoPairs(nn.Module):
+    """What octave needs to let two streams go from conv to conv."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = ConvNorm(), ConvNorm()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+class FreezesItsFirstPair(TwoPairs):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = self.first(x)
+        return self.second(x)
+
+
+class TakesGradientsInEvalMode(TwoPairs):
+    """As networks do that look at how they change with their input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            y = self.first(x)
+        return self.second(y)
+
+
+class EntersAutocast(TwoPairs):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = super().forward(x)
+        return y.float()
+
+
+class LeavesAutocast(TwoPairs):
+    """As it is written for a GPU, also where there is none."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cuda", enabled=False):
+            x = self.first(x)
+        return self.second(x)
+
+
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        return -grad
+
+
+class ReversesGradients(TwoPairs):
+    """As domain adversarial networks do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(Reversed.apply(x)))
+
+
+class CheckpointedPairs(TwoPairs):
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+class AsksForATensor(TwoPairs):
+    """Takes a tensor, or a dict that holds one; of a dict it skips a norm."""
+
+    def forward(self, x: Tensor | dict[str, Tensor]) -> Tensor:
+        if isinstance(x, Tensor):
+            return super().forward(x)
+        return self.second(self.first.conv(x["image"]))
+
+
+class AsksTorchForATensor(AsksForATensor):
+    def forward(self, x: Tensor | dict[str, Tensor]) -> Tensor:
+        return TwoPairs.forward(self, x) if torch.is_tensor(x) else self.second.conv(self.first(x["image"]))
+
+
+class AsksForAnAttribute(TwoPairs):
+    """Tracing believes that whatever it asks for is there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y * 2 if hasattr(x, "tensors") else y
+
+
+class FallsBack(TwoPairs):
+    """Tracing never falls."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            x = self.first(x.view(-1))
+        except (RuntimeError, IndexError):
+            x = self.first(x)
+        return self.second(x)
+
+
+class WithoutABatch(nn.Module):
+    """Hands its convs one map alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = conv3(), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(x[0]).mean((1, 2)))
+
+
+class Complex(nn.Module):
+    """Has a conv with complex weights beside one with real ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.other = conv3(dtype=torch.complex128), conv3()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(self.conv(x.to(torch.complex128)).real)
+
+
+class ScriptedChild(TwoPairs):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.jit.script(self.first.eval())
+
+
+class OddName(TwoPairs):
+    """A name that torch allows, and that no Python can be made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_module("the first", self.first)
+        del self.first
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.get_submodule("the first")(x))
 
 
 class OnOnePixel(ConvNorm):
@@ -409,6 +549,38 @@ class HeldInAList(ConvNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.bn(self.layers[0](x))
+
+
+class HeldInAPartial(ConvNorm):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = partial(self.conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.layer(x))
+
+
+class HeldByItsMethod(HeldInAPartial):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = self.conv.forward
+
+
+class HeldInAClosure(HeldInAPartial):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = lambda x: self.conv(x)
+
+
+class HeldWhereNobodyLooks(ConvNorm):
+    """Calls the conv through an object of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = SimpleNamespace(conv=self.conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.layer.conv(x))
 
 
 # Calls and readers
