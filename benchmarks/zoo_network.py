@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import surgeon
-from surgeon.capture import duplicate
+from surgeon.copying import duplicate
 from surgeon.recipe import load
 from surgeon.surgery import carry_out_, decide
 

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgeon.capture import duplicate, how_to_call, in_mode, where
+from surgeon.capture import how_to_call
+from surgeon.copying import duplicate, in_mode, where
 from surgeon.cost import measure
 from surgeon.distance import tensors
 from surgeon.errors import CaptureError

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from surgeon.capture import in_mode, quietly, shadow, to_meta
+from surgeon.copying import in_mode, quietly, shadow, to_meta
 from surgeon.inputs import Inputs, call_of
 
 

@@ -32,7 +32,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from surgeon.capture import how_to_call, in_mode, quietly, shadow, where
+from surgeon.capture import how_to_call
+from surgeon.copying import in_mode, quietly, shadow, where
 from surgeon.distance import Jitter, apart, as_double, pairs, pooled, relative_l2, stored_ulps, tensors, worst
 from surgeon.errors import VerifyError
 from surgeon.inputs import Inputs

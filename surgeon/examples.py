@@ -25,7 +25,8 @@ from torch.utils import _pytree as pytree
 
 from surgeon import inputs as calls
 from surgeon import source
-from surgeon.capture import observe, quietly, where
+from surgeon.capture import observe
+from surgeon.copying import quietly, where
 from surgeon.errors import CaptureError, ModelError
 from surgeon.inputs import Draw, Inputs, Shape
 

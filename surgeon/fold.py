@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from surgeon import kernels, seams
 from surgeon.blocks import Block, Deployable, Foldable
-from surgeon.capture import names
+from surgeon.copying import names
 from surgeon.errors import PlanError
 from surgeon.memory import give_back_after
 from surgeon.sites import custom_call, norms_behind

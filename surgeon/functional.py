@@ -60,16 +60,21 @@ def _described(
 ) -> Iterator[Functional]:
     for node in nodes:
         given = arguments(node)
-        weight, bias = (given[name] for name in ("weight", "bias"))
-        target = str(weight.target) if isinstance(weight, fx.Node) and weight.op == "get_attr" else ""
+        kernel, bias = (given[name] for name in ("weight", "bias"))
+        target = str(kernel.target) if isinstance(kernel, fx.Node) and kernel.op == "get_attr" else ""
         held = _parameter(root, target)
         path = _free_name(model, island.path, target.rpartition(".")[0], node.name)
         bias_target = str(bias.target) if isinstance(bias, fx.Node) and bias.op == "get_attr" else ""
         if held is None or (bias is not None and _parameter(root, bias_target) is None):
-            yield Functional(path, None, island.path, node.name, obstacle="its weight or bias is computed on the way")
+            kept = _is_buffer(root, target) or _is_buffer(root, bias_target)
+            how = "a buffer, and only parameters can go into a module" if kept else "computed on the way"
+            weight = "" if held is None else target
+            yield Functional(path, None, island.path, node.name, weight, obstacle=f"its weight or bias is {how}")
+        elif any(isinstance(given[name], fx.Node) for name in ("stride", "padding", "dilation", "groups")):
+            yield Functional(path, None, island.path, node.name, target, obstacle="its geometry is computed on the way")
         elif not isinstance(root.get_submodule(target.rpartition(".")[0]), _ConvNd):
             spec = _spec(held, given, has_bias=bias is not None)
-            shared = _shared(root, weight)
+            shared = _shared(root, kernel)
             yield Functional(path, spec, island.path, node.name, target, bias_target, obstacle=shared or why)
 
 
@@ -150,6 +155,10 @@ def _parameter(root: nn.Module, target: str) -> nn.Parameter | None:
     except AttributeError:
         return None
     return found if isinstance(found, nn.Parameter) else None
+
+
+def _is_buffer(root: nn.Module, target: str) -> bool:
+    return target in dict(root.named_buffers(remove_duplicate=False))
 
 
 def _spec(weight: nn.Parameter, given: dict[str, Any], *, has_bias: bool) -> ConvSpec:

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from surgeon import functional, seams
 from surgeon.blocks import Block
-from surgeon.capture import shadow, to_meta, where
+from surgeon.copying import shadow, to_meta, where
 from surgeon.cost import Cost, measure
 from surgeon.errors import CaptureError, PassError
 from surgeon.functional import Functional

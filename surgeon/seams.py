@@ -23,12 +23,13 @@ from torch import fx, nn
 from surgeon import capture as capturing
 from surgeon import channelwise, graph, streams
 from surgeon.blocks.octave import OctaveConv, TwoStreams
-from surgeon.capture import FOLLOWS_MODE, Island
+from surgeon.capture import Island
 from surgeon.channelwise import Layout
 from surgeon.inputs import Inputs
 from surgeon.pairs import make_pair_norm_
 from surgeon.sites import custom_call
 from surgeon.streams import Ranges
+from surgeon.tracing import FOLLOWS_MODE
 
 _IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
 

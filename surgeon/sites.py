@@ -21,6 +21,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from surgeon import capture as capturing
+from surgeon import copying
 from surgeon.blocks import Block
 from surgeon.capture import Call, Capture, Observed
 from surgeon.cost import Cost, measure
@@ -146,12 +147,12 @@ class _Facts:
     def __init__(self, model: nn.Module, captured: Capture, observed: Observed) -> None:
         self.model = model
         self.runs = observed.calls
-        self.names = capturing.names(model)
+        self.names = copying.names(model)
         self.owners = _owners(model)
         self.graph_of: dict[nn.Module, _Graph] = {}
         self.traced: set[nn.Module] = set()
         self.read_directly = {model.get_submodule(name) for name in observed.read_directly}
-        self.kept_aside = capturing.kept_aside(model)
+        self.kept_aside = copying.kept_aside(model)
         self.islands = {island.path: self._read(island) for island in captured.islands}
         self.costs: dict[object, Cost] = {}
 
@@ -231,7 +232,7 @@ def _functional_site(facts: _Facts, one: Functional, observed: Observed) -> Site
     for parameter in conv.parameters():
         facts.owners[id(parameter)] = {conv}
     site = _site(facts, conv)
-    return replace(site, kind="conv2d", obstacle=one.obstacle, functional=one)
+    return replace(site, kind="conv2d", obstacle=one.obstacle or site.obstacle, functional=one)
 
 
 def _unseen_site(name: str, calls: Sequence[Call]) -> Site:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from surgeon import plans, sites
 from surgeon._version import __version__
-from surgeon.capture import shadow
+from surgeon.copying import shadow
 from surgeon.distance import as_double
 from surgeon.errors import StoreError
 from surgeon.fold import fold_blocks_

@@ -26,7 +26,8 @@ from torch._ops import OpOverload
 
 from surgeon import equivalence, examples, graph, plans, sites, source, store
 from surgeon import recipe as recipes
-from surgeon.capture import capture, duplicate, shadow
+from surgeon.capture import capture
+from surgeon.copying import duplicate, shadow
 from surgeon.distance import Jitter, as_double, has_numbers, worst, worst_ulps
 from surgeon.equivalence import EXACT, Replay, Report
 from surgeon.errors import CaptureError, ModelError, PassError, PlanError, SurgeonError, VerifyError

@@ -14,7 +14,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from surgeon.blocks import Operator
-from surgeon.capture import is_conv, quietly
+from surgeon.capture import is_conv
+from surgeon.copying import quietly
 from surgeon.distance import apart, as_double
 
 

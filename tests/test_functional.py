@@ -27,6 +27,7 @@ class Weighted(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.randn(4, 4, 3, 3)), nn.Parameter(torch.randn(4))
         self.more = nn.ParameterList([nn.Parameter(torch.randn(4, 4, 3, 3)) for _ in range(2)])
         self.bn, self.run = nn.BatchNorm2d(4), run
+        self.register_buffer("kept", torch.randn(4, 4, 3, 3))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.run(self, x)
@@ -109,6 +110,17 @@ STAYS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
         "conv2d", "computed on the way"),
     "a computed bias": (
         lambda: Weighted(lambda m, x: F.conv2d(x, m.weight, m.bias * 2, padding=1)), "conv2d", "computed on the way"),
+    "a weight that is a buffer": (
+        lambda: Weighted(lambda m, x: F.conv2d(x, m.kept, padding=1)), "conv2d", "is a buffer"),
+    "padding by the shape of the weight": (
+        lambda: Weighted(lambda m, x: F.conv2d(x, m.weight, padding=m.weight.shape[-1] // 2)),
+        "conv2d", "its geometry is computed on the way"),
+    "groups by the shape of the input": (
+        lambda: Weighted(lambda m, x: F.conv2d(x, m.weight, padding=1, groups=x.shape[1] // 4)),
+        "conv2d", "its geometry is computed on the way"),
+    "one map alone": (
+        lambda: Weighted(lambda m, x: F.conv2d(x[0], m.weight, padding=1)[None].expand_as(x)),
+        "conv2d", "without the dimension of a batch"),
     "a weight that is read twice": (
         lambda: Weighted(lambda m, x: F.conv2d(x, m.weight, padding=1) * m.weight.mean()), "conv2d", "2 steps read"),
     "Python that cannot be followed": (
@@ -121,8 +133,10 @@ STAYS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
 def test_what_cannot_become_a_module_stays_and_the_plan_says_why(name: str) -> None:
     build, path, reason = STAYS[name]
     net = nn.Sequential(network(build), nn.Conv2d(4, 4, 3, padding=1).double())
-    entry = next(entry for entry in surgeon.plan(net, "acnet", SHAPE).convs if entry.path.endswith(path))
+    entries = surgeon.plan(net, "acnet", SHAPE).convs
+    entry = next(entry for entry in entries if entry.path.endswith(path))
     assert entry.skip
+    assert len(entries) == 2  # and the conv behind it: nothing stands there twice
     assert reason in entry.skip
     converted = surgeon.convert(net, "acnet", SHAPE)
     with torch.no_grad():
