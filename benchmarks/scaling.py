@@ -25,20 +25,24 @@ from torch import Tensor, nn
 import surgeon
 
 COUNTS = (250, 500, 1000, 2000)
-WIDTH = 1024  # of the large model: a conv has 38 MB
+WIDTH = 512  # of the large model: a conv has 9.4 MB, as the largest ones of ResNets and VGGs
+
+INPUT = (1, WIDTH, 24, 24)
 
 WAYS = {
     "imports only": "",
-    "the model alone": "model = large(); model(torch.zeros(1, WIDTH, 8, 8))",
-    "convert_ in Python": "surgeon.convert_(large(), 'acnet', (1, WIDTH, 8, 8))",
-    "convert in Python": "surgeon.convert(large(), 'acnet', (1, WIDTH, 8, 8))",
-    "convert_ and fuse_": "surgeon.fuse_(surgeon.convert_(large(), 'acnet', (1, WIDTH, 8, 8)))",
+    "the model alone": "model = large(); model(torch.zeros(INPUT))",
+    "convert_, acnet": "surgeon.convert_(large(), 'acnet', INPUT)",
+    "convert_, hetconv-p4": "surgeon.convert_(large(), 'hetconv-p4', INPUT)",
+    "convert_, octave": "surgeon.convert_(large(), 'octave', INPUT)",
+    "convert, acnet": "surgeon.convert(large(), 'acnet', INPUT)",
+    "convert_ and fuse_, acnet": "surgeon.fuse_(surgeon.convert_(large(), 'acnet', INPUT))",
 }
 SCRIPT = """
 import os, sys
 sys.path.insert(0, {folder!r})
 import torch, surgeon, surgeon.cli
-from scaling import WIDTH, sized
+from scaling import INPUT, sized
 def large(): return sized({gigabytes})
 torch.set_grad_enabled(False)
 {way}
@@ -74,6 +78,10 @@ def sized(gigabytes: float) -> nn.Module:
     return nn.Sequential(*(Block(WIDTH) for _ in range(count))).eval()
 
 
+def bytes_of(net: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in net.parameters())
+
+
 def seconds(count: int) -> tuple[float, float]:
     """Convert and fuse a network; processor seconds of each."""
     net, start = deep(count), time.process_time()
@@ -106,28 +114,36 @@ def show_time(rounds: int) -> None:
 def show_memory(gigabytes: float) -> None:
     with torch.device("meta"):
         net = sized(gigabytes)
-    size = sum(p.numel() * p.element_size() for p in net.parameters())
-    result = sum(p.numel() * p.element_size() for p in surgeon.convert(net, "acnet", (1, WIDTH, 8, 8)).parameters())
+    size = bytes_of(net)
+    results = {recipe: bytes_of(surgeon.convert(net, recipe, INPUT)) for recipe in ("acnet", "hetconv-p4", "octave")}
     here = str(Path(__file__).resolve().parent)
     with tempfile.TemporaryDirectory() as folder:
         file, out = str(Path(folder) / "large.pt"), str(Path(folder) / "out.pt")
         save = f"torch.save(nn.Sequential(*(nn.Sequential(b.conv, b.bn) for b in large())), {file!r})"
         peak(sys.executable, "-c", "from torch import nn\n" + SCRIPT.format(folder=here, gigabytes=gigabytes, way=save))
-        cli = (sys.executable, "-m", "surgeon", "convert", file, "--recipe", "acnet", f"--input=1,{WIDTH},8,8")
+        cli = (
+            sys.executable,
+            "-m",
+            "surgeon",
+            "convert",
+            file,
+            "--recipe",
+            "acnet",
+            f"--input={','.join(map(str, INPUT))}",
+        )
         commands = {
             name: (sys.executable, "-c", SCRIPT.format(folder=here, gigabytes=gigabytes, way=way))
             for name, way in WAYS.items()
         }
-        commands["surgeon convert"] = (*cli, "-o", out, "--force")
+        commands["surgeon convert, acnet"] = (*cli, "-o", out, "--force")
         peaks = {name: peak(*command) for name, command in commands.items()}
     imports = peaks["imports only"] / 1e6
-    print(
-        f"\n{size / 1e9:.2f} GB, as ACBlocks {result / 1e9:.2f} GB; peak memory without the {imports:.0f} MB of imports"
-    )
-    print(f"{'':22}{'':9}{'of the model':>14}{'of the result':>15}")
+    made = ", ".join(f"{recipe} {result / 1e9:.2f} GB" for recipe, result in results.items())
+    print(f"\n{size / 1e9:.2f} GB; as {made}; peak memory without the {imports:.0f} MB of imports")
+    print(f"{'':27}{'':9}{'of the model':>14}{'of the result':>15}")
     for name in list(peaks)[1:]:
-        more = peaks[name] - peaks["imports only"]
-        print(f"{name:22}{more / 1e9:6.2f} GB{more / size:14.2f}{more / result:15.2f}")
+        more, result = peaks[name] - peaks["imports only"], results.get(name.rpartition(", ")[2], size)
+        print(f"{name:27}{more / 1e9:6.2f} GB{more / size:14.2f}{more / result:15.2f}")
 
 
 def main() -> None:

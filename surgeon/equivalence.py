@@ -177,9 +177,9 @@ def verify(
     )
 
 
-def outputs(model: nn.Module, inputs: Inputs, *, seed: int = 0) -> Any:
-    """Run a copy of the model in eval mode and in its own dtype."""
-    return _call(_evaluating(model), inputs, dtype_of(model), seed)
+def outputs(model: nn.Module, inputs: Inputs, *, seed: int = 0, dtype: torch.dtype | None = None) -> Any:
+    """Run a copy of the model in eval mode, on inputs in its own dtype if no other is given."""
+    return _call(_evaluating(model), inputs, dtype or dtype_of(model), seed)
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
