@@ -5,9 +5,11 @@ Where a module's graph cannot be believed (`tracing`), its own Python stays as i
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
 from surgeon.blocks import Block, Operator
-from surgeon.copying import in_mode, quietly, shadow, to_meta, where
+from surgeon.copying import in_mode, names, quietly, shadow, to_meta, where
 from surgeon.errors import CaptureError
 from surgeon.inputs import Inputs, call_of
 from surgeon.tracing import may_convolve, trace
@@ -59,22 +61,31 @@ class Observed:
     """What a run showed: the calls by name, in order of the first; modules whose parameters others read.
 
     `functional` are the calls of F.conv2d that no conv makes, by the name of the parameter that is their weight.
+    `taken_apart` are modules of which parts were called while they were not: who iterates over an nn.Sequential, or
+    calls another method than forward, need not do what forward does.
     """
 
     calls: dict[str, list[Call]] = field(default_factory=lambda: defaultdict(list))
     functional: dict[str, list[Call]] = field(default_factory=lambda: defaultdict(list))
     read_directly: set[str] = field(default_factory=set)
+    taken_apart: set[str] = field(default_factory=set)
 
 
-def capture(model: nn.Module, inputs: Inputs | None = None) -> Capture:
+def capture(model: nn.Module, inputs: Inputs | None = None, observed: Observed | None = None) -> Capture:
     """Find the islands of a model; `inputs` tell which of its optional arguments it is called with.
+
+    `observed` is what a run has shown, if there was one. Where the model itself is no island, it tells which parts are
+    not called as such.
 
     >>> [island.path for island in capture(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())).islands]
     ['']
     """
-    found = Capture()
     with quietly():
-        _explore(shadow(model), "", found, set(), inputs or Inputs())
+        found = _explored(model, inputs, frozenset())
+        if found.opaque and inputs is not None:
+            taken_apart = (observed or _glimpse(model, inputs)).taken_apart
+            if any(island.path in taken_apart for island in found.islands):
+                found = _explored(model, inputs, taken_apart)
     return found
 
 
@@ -88,7 +99,7 @@ def observe(model: nn.Module, inputs: Inputs | Sequence[Tensor], *, meta_only: b
     """
     call = call_of(inputs)
     try:
-        return _observe(shadow(model, to_meta), call.map(to_meta))
+        return _observe(shadow(model, to_meta), call.on_meta())
     except Exception as error:
         if meta_only:
             raise _refusal(model, call, error) from error
@@ -120,26 +131,46 @@ def how_to_call(model: nn.Module, given: Inputs) -> str:
     return "Give the input that it was made for: --input 1,3,224,224, or a file, or file.py:make_inputs."
 
 
-def _explore(module: nn.Module, path: str, found: Capture, seen: set[nn.Module], inputs: Inputs) -> None:
+def _glimpse(model: nn.Module, inputs: Inputs) -> Observed:
+    """Run the model as far as that goes: inputs that are still to be drawn, as those of a file are, only on meta."""
+    try:
+        return observe(model, inputs, meta_only=not inputs.is_drawn)
+    except CaptureError:
+        return Observed()
+
+
+def _explored(model: nn.Module, inputs: Inputs | None, taken_apart: AbstractSet[str]) -> Capture:
+    found = Capture()
+    _explore(shadow(model), "", found, set(), inputs or Inputs(), taken_apart)
+    return found
+
+
+def _explore(
+    module: nn.Module, path: str, found: Capture, seen: set[nn.Module], inputs: Inputs, taken_apart: AbstractSet[str]
+) -> None:
     if module in seen or isinstance(module, Operator | _ConvNd) or not may_convolve(module):
         return
     seen.add(module)
-    if not isinstance(module, nn.ModuleList | nn.ModuleDict):
+    if path in taken_apart:
+        found.opaque.append(Opaque(path, "the network calls its parts, and not the whole"))
+    elif not isinstance(module, nn.ModuleList | nn.ModuleDict):
         graph = trace(module, None if path else inputs)
         if isinstance(graph, fx.Graph):
             found.islands.append(Island(path, graph))
             return
         found.opaque.append(Opaque(path, graph))
     for name, child in module.named_children():
-        _explore(child, f"{path}.{name}" if path else name, found, seen, inputs)
+        _explore(child, f"{path}.{name}" if path else name, found, seen, inputs, taken_apart)
 
 
 def _observe(model: nn.Module, inputs: Inputs) -> Observed:
     seen = Observed()
     running = _Running(model, seen)
+    paths, within = names(model), _Entered(model)
 
     def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
         running.stack.append(module)
+        seen.taken_apart |= within.passed_by(paths[module])
 
     def end(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -158,6 +189,50 @@ def _observe(model: nn.Module, inputs: Inputs) -> Observed:
     with quietly(), running:
         given.call(in_mode(model, False))
     return seen
+
+
+class _Entered:
+    """The modules that hold others, and of these the ones whose forward is running."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.running: list[nn.Module] = []
+        self.holders: dict[str, nn.Module] = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            if path and not isinstance(module, nn.ModuleList | nn.ModuleDict):
+                self.holders[path] = module
+        for module in {*self.holders.values()}:
+            if any(True for _ in module.children()) and not isinstance(module, Block):
+                vars(module)["forward"] = self._noted(module, module.forward)
+
+    def _noted(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            self.running.append(module)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self.running.pop()
+
+        return noted
+
+    def passed_by(self, paths: Sequence[str]) -> set[str]:
+        """Name the modules above one that is called which are not running; none where it has a name without any."""
+        running = {id(module) for module in self.running}
+        lost = [
+            {above for above in _above(path) if above in self.holders and id(self.holders[above]) not in running}
+            for path in paths
+        ]
+        return set().union(*lost) if all(lost) else set()
+
+
+def _above(path: str) -> list[str]:
+    """List the paths above a path.
+
+    >>> _above("a.b.c")
+    ['a', 'a.b']
+    """
+    parts = path.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
 class _Running(TorchFunctionMode):

@@ -90,6 +90,37 @@ def shadow(model: Model, cast: Callable[[Tensor], Tensor] | None = None) -> Mode
         made = cast(tensor.detach())
         return nn.Parameter(made, tensor.requires_grad) if is_parameter else made
 
+    _check_copyable(model)
+    held = [t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor)]
+    memo: dict[int, Any] = {id(t): stand_in(t) for t in (*model.parameters(), *model.buffers(), *held)}
+    groups = [m.process_group for m in model.modules() if isinstance(m, nn.SyncBatchNorm)]
+    memo |= {id(group): group for group in groups}  # a connection to other processes has no copy
+    try:
+        made = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise CaptureError(
+            f"the model cannot be copied: {where(error)}", todo="Move what Python cannot copy out of the module."
+        ) from error
+    for (name, module), twin in zip(model.named_modules(), made.modules(), strict=False):
+        if _kind(twin) is not _kind(module):
+            raise CaptureError(
+                f"{name or 'the model'} cannot be copied: copy.deepcopy gives it another class",
+                todo="Give the network that it was made from.",
+            )
+        twin.training = module.training
+    return made
+
+
+def duplicate(model: Model) -> Model:
+    """Copy a model with its tensors.
+
+    Raises:
+        CaptureError: the model holds something that Python cannot copy.
+    """
+    return shadow(model, torch.clone)
+
+
+def _check_copyable(model: nn.Module) -> None:
     modules = set(model.modules())
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
@@ -105,32 +136,6 @@ def shadow(model: Model, cast: Callable[[Tensor], Tensor] | None = None) -> Mode
             f"{lazy[0]} has no shape yet",
             todo="Run the model once, so that its lazy layers get their shapes, and save it.",
         )
-    held = [t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor)]
-    memo: dict[int, Any] = {id(t): stand_in(t) for t in (*model.parameters(), *model.buffers(), *held)}
-    groups = [m.process_group for m in model.modules() if isinstance(m, nn.SyncBatchNorm)]
-    memo |= {id(group): group for group in groups}  # a connection to other processes has no copy
-    try:
-        made = copy.deepcopy(model, memo)
-    except Exception as error:
-        raise CaptureError(
-            f"the model cannot be copied: {where(error)}", todo="Move what Python cannot copy out of the module."
-        ) from error
-    for (name, module), twin in zip(model.named_modules(), made.modules(), strict=False):
-        if _kind(twin) is not _kind(module) or twin.training != module.training:
-            raise CaptureError(
-                f"{name or 'the model'} cannot be copied: copy.deepcopy gives it another class or mode",
-                todo="Give the network that it was made from.",
-            )
-    return made
-
-
-def duplicate(model: Model) -> Model:
-    """Copy a model with its tensors.
-
-    Raises:
-        CaptureError: the model holds something that Python cannot copy.
-    """
-    return shadow(model, torch.clone)
 
 
 def _kind(module: nn.Module) -> type:

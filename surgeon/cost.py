@@ -60,7 +60,7 @@ def measure(module: nn.Module, inputs: Inputs | Sequence[Tensor] | None = None) 
     call = call_of(inputs)
     try:
         frozen = shadow(module, to_meta).requires_grad_(False)  # torch stumbles over a parameter handed to a module
-        return _count(cost, frozen, call.map(to_meta))
+        return _count(cost, frozen, call.on_meta())
     except Exception:  # a network that looks at values runs for real
         return _count(cost, shadow(module), call)
 

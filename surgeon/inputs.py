@@ -100,6 +100,11 @@ class Inputs:
         return any(isinstance(leaf, Tensor | Draw) for leaf in self._leaves())
 
     @property
+    def is_drawn(self) -> bool:
+        """Whether all of its tensors have their numbers."""
+        return not any(isinstance(leaf, Draw) for leaf in self._leaves())
+
+    @property
     def text(self) -> str:
         """How the call is written; what has no notation stands there as Python shows it."""
         named = (f"{name}={_write(value)}" for name, value in self.kwargs.items())
@@ -121,6 +126,17 @@ class Inputs:
     def map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
         """Apply a function to every tensor."""
         args, kwargs = pytree.tree_map_only(Tensor, change, (self.args, dict(self.kwargs)))
+        return replace(self, args=args, kwargs=kwargs)
+
+    def on_meta(self) -> Inputs:
+        """Keep shapes and dtypes, and no numbers, also of what is still to be drawn."""
+
+        def emptied(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.to("meta")
+            return torch.empty(value.shape, dtype=value.dtype, device="meta") if isinstance(value, Draw) else value
+
+        args, kwargs = pytree.tree_map(emptied, (self.args, dict(self.kwargs)))
         return replace(self, args=args, kwargs=kwargs)
 
     def cast(self, dtype: torch.dtype) -> Inputs:

@@ -92,8 +92,9 @@ def survey(model: nn.Module, inputs: Inputs | None = None, *, called_with: Input
     Raises:
         CaptureError: the model does not accept the inputs.
     """
-    captured = capturing.capture(model, inputs or called_with)
-    observed = capturing.observe(model, inputs) if inputs else Observed()
+    observed = capturing.observe(model, inputs) if inputs else None
+    captured = capturing.capture(model, inputs or called_with, observed)
+    observed = observed or Observed()
     facts = _Facts(model, captured, observed)
     functional = [one for island in captured.islands for one in find(model, island, custom_call)]
     known = {_joined(one.island, one.weight) for one in functional}

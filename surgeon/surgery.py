@@ -30,7 +30,7 @@ from surgeon.capture import capture
 from surgeon.copying import duplicate, shadow
 from surgeon.distance import Jitter, as_double, has_numbers, widened, worst, worst_ulps
 from surgeon.equivalence import EXACT, Replay, Report
-from surgeon.errors import CaptureError, ModelError, PassError, PlanError, SurgeonError, VerifyError
+from surgeon.errors import CaptureError, ModelError, PassError, PlanError, VerifyError
 from surgeon.examples import Example
 from surgeon.fold import fold_blocks_
 from surgeon.inputs import Inputs
@@ -168,12 +168,10 @@ def carry_out_(model: nn.Module, checked: Plan, inputs: Inputs | None) -> SelfCh
         if before is not None and inputs is not None:
             with _calls_of([one.block for one in swaps]) as called_now:
                 after = _run_again(model, inputs)
-            if lost := sorted(called - called_now):
-                what = f"{swaps[lost[0]].entry.path} has been swapped, and what stands there is not called"
-                raise CaptureError(f"{_UNSEEN}: {what}", todo=_LEAVE)
-            whole = _check_whole(model, inputs, before, after, approximate=bool(check.approximate))
+            lost = [swaps[i].entry.path for i in sorted(called - called_now)]
+            whole = _check_whole(model, inputs, before, after, lost, approximate=bool(check.approximate))
             check = replace(check, whole=whole)
-    except SurgeonError:
+    except BaseException:
         outcome.undo_()
         undo()
         raise
@@ -277,8 +275,13 @@ def _run_again(model: nn.Module, inputs: Inputs) -> Any:
         raise CaptureError(f"{_UNSEEN}: {error.problem}", todo=_LEAVE) from error
 
 
-def _check_whole(model: nn.Module, inputs: Inputs, before: Any, after: Any, *, approximate: bool) -> float:
-    """Compare the outputs. Every block has been proved by now, so what is far off is used in a way unseen."""
+def _check_whole(
+    model: nn.Module, inputs: Inputs, before: Any, after: Any, lost: Sequence[str], *, approximate: bool
+) -> float:
+    """Compare the outputs. Every block has been proved, so one that is far off, or `lost`, is used in a way unseen."""
+    if lost:
+        what = f"{lost[0]} has been swapped, and what stands there is not called"
+        raise CaptureError(f"{_UNSEEN}: {what}", todo=_LEAVE)
     try:
         apart = worst(after, before)
     except VerifyError as error:

@@ -16,8 +16,9 @@ from tiny import SHAPE, ConvNorm, conv3
 from torch import Tensor, nn
 
 import surgeon
-from surgeon.capture import Call, capture, observe
+from surgeon.capture import Call, Opaque, capture, observe
 from surgeon.errors import CaptureError
+from surgeon.inputs import Inputs
 
 INPUT = torch.zeros(SHAPE)
 MAP = Call(SHAPE, SHAPE)
@@ -302,3 +303,28 @@ def test_a_network_that_keeps_what_it_computed_is_converted_or_refused(act: Call
     net(INPUT)
     with contextlib.suppress(CaptureError):
         act(net)
+
+
+def test_what_is_not_called_as_a_whole_is_no_island() -> None:
+    for build, path in ((tiny.TakesItsStagesOneByOne, "stages"), (tiny.CallsAnotherMethod, "part")):
+        net = build().eval()
+        assert [island.path for island in capture(net).islands] == [path]  # nothing tells
+        found = capture(net, Inputs((INPUT,)))
+        assert path not in [island.path for island in found.islands]
+        assert Opaque(path, "the network calls its parts, and not the whole") in found.opaque
+        plan = surgeon.plan(net, "acnet", SHAPE)
+        assert plan.swaps[0].takes_norm == ()
+
+
+def test_a_part_that_is_called_by_its_forward_is_an_island_and_so_is_one_that_is_not_called() -> None:
+    class Chooses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other, self.shared = ConvNorm(), ConvNorm(), nn.Sequential(conv3(), nn.ReLU())
+            self.again = nn.Sequential(self.shared[0], nn.Sigmoid())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.one.forward(self.again(self.shared(x))) if x.sum() < 1e9 else self.other(x)
+
+    found = capture(Chooses().eval(), Inputs((INPUT,)))
+    assert [island.path for island in found.islands] == ["one", "other", "shared", "again"]

@@ -113,6 +113,8 @@ HAZARDS = [
     Hazard("kept in a partial too", tiny.HeldInAPartial, stays="also kept in layer"),
     Hazard("kept by a method of its own", tiny.HeldByItsMethod, stays="reads its weight directly"),
     Hazard("a name with a space", tiny.OddName, "the first.conv", beside=1),
+    Hazard("in a Sequential that is taken apart", tiny.TakesItsStagesOneByOne, "stages.0", beside=1),
+    Hazard("in a part of which another method is called", tiny.CallsAnotherMethod, "part.first.conv", beside=1),
     # Tensors
     Hazard("tied parameters", tiny.TiedWeights, "one", "its weights are also those of two"),
     Hazard("the network reads self.conv.weight", tiny.ReadsTheWeight, stays="reads its weight directly"),
@@ -469,7 +471,7 @@ def test_a_model_of_which_python_makes_another_one_is_refused(act: Callable[[nn.
     """A copy of a feature extractor is one in train mode."""
     extractor = create_feature_extractor(network(tiny.TwoPairs), ["first"])
     if act is not ACTS["fuse_"]:  # which copies nothing
-        with pytest.raises(CaptureError, match=r"copy\.deepcopy gives it another class or mode"):
+        with pytest.raises(CaptureError, match=r"copy\.deepcopy gives it another class"):
             act(extractor)
 
 

@@ -551,6 +551,39 @@ class HeldInAList(ConvNorm):
         return self.bn(self.layers[0](x))
 
 
+class TakesItsStagesOneByOne(nn.Module):
+    """Cannot be traced, and iterates over an nn.Sequential: between a conv and its norm it keeps what it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.Sequential(conv3(), nn.BatchNorm2d(4), nn.ReLU(), conv3(), nn.ReLU())
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        kept = x
+        for i, layer in enumerate(self.stages):
+            x = layer(x)
+            if i == 0 and x.sum() < 1e9:
+                kept = kept + x
+        return x, kept
+
+
+class HasAnotherMethod(TwoPairs):
+    def without_a_norm(self, x: Tensor) -> Tensor:
+        return self.second(F.relu(self.first.conv(x)))
+
+
+class CallsAnotherMethod(nn.Module):
+    """Cannot be traced, and calls a method of its part that is not forward, and leaves its norm out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = HasAnotherMethod()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.part.without_a_norm(x)
+        return y if y.sum() < 1e9 else x
+
+
 class HeldInAPartial(ConvNorm):
     def __init__(self) -> None:
         super().__init__()
