@@ -106,10 +106,10 @@ def run(
     return tuple(timings)
 
 
-def deployed(model: nn.Module) -> tuple[nn.Module, bool]:
+def deployed(model: nn.Module, inputs: Inputs | None = None) -> tuple[nn.Module, bool]:
     """Copy a model with its blocks and norms folded, and say whether there was anything to fold."""
     model = in_mode(duplicate(model), False)
-    found = [*fold_blocks_(model), *fold_norms_(model)]
+    found = [*fold_blocks_(model, inputs), *fold_norms_(model, inputs)]
     return model, bool(found)
 
 
@@ -129,7 +129,7 @@ def _run_setting(
 ) -> list[Timing]:
     forms = [(label, "as it is", model) for label, model in models]
     if not setting.train:
-        folded = [(label, *deployed(model)) for label, model in models]
+        folded = [(label, *deployed(model, inputs)) for label, model in models]
         if any(is_other for *_, is_other in folded):
             forms += [(label, "folded", model) for label, model, _ in folded]
     ready = []

@@ -25,6 +25,8 @@ from surgeon.errors import CaptureError
 from surgeon.inputs import Inputs, call_of
 from surgeon.tracing import may_convolve, trace
 
+_LARGE = 2**24  # numbers
+
 
 @dataclass(frozen=True, slots=True)
 class Island:
@@ -132,9 +134,10 @@ def how_to_call(model: nn.Module, given: Inputs) -> str:
 
 
 def _glimpse(model: nn.Module, inputs: Inputs) -> Observed:
-    """Run the model as far as that goes: inputs that are still to be drawn, as those of a file are, only on meta."""
+    """Run the model as far as that goes; on a large input, which a file may have named, only on the meta device."""
     try:
-        return observe(model, inputs, meta_only=not inputs.is_drawn)
+        is_large = inputs.numel > _LARGE
+        return observe(model, inputs if is_large else inputs.drawn(0), meta_only=is_large)
     except CaptureError:
         return Observed()
 
@@ -198,11 +201,11 @@ class _Entered:
         self.running: list[nn.Module] = []
         self.holders: dict[str, nn.Module] = {}
         for path, module in model.named_modules(remove_duplicate=False):
-            if path and not isinstance(module, nn.ModuleList | nn.ModuleDict):
+            has_parts = any(True for _ in module.children())
+            if path and has_parts and not isinstance(module, nn.ModuleList | nn.ModuleDict | Block):
                 self.holders[path] = module
         for module in {*self.holders.values()}:
-            if any(True for _ in module.children()) and not isinstance(module, Block):
-                vars(module)["forward"] = self._noted(module, module.forward)
+            vars(module)["forward"] = self._noted(module, module.forward)
 
     def _noted(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(forward)

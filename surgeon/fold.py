@@ -14,6 +14,7 @@ from surgeon import kernels, seams
 from surgeon.blocks import Block, Deployable, Foldable
 from surgeon.copying import names
 from surgeon.errors import PlanError
+from surgeon.inputs import Inputs
 from surgeon.memory import give_back_after
 from surgeon.sites import custom_call, norms_behind
 from surgeon.spec import ConvSpec
@@ -21,10 +22,11 @@ from surgeon.spec import ConvSpec
 _TODO = "Undo what was done to it since it was converted, or train and deploy it unfolded."
 
 
-def fold_blocks_(model: nn.Module, *, dense: bool = False) -> tuple[str, ...]:
+def fold_blocks_(model: nn.Module, inputs: Inputs | None = None, *, dense: bool = False) -> tuple[str, ...]:
     """Replace every foldable block of `model` by the conv it folds to; returns their names.
 
-    Blocks that cost less than that conv stay, unless `dense` asks for them too.
+    Blocks that cost less than that conv stay, unless `dense` asks for them too. `inputs` are those that it was planned
+    with; they tell which parts of it are called as such.
 
     The running statistics are what is folded in, whatever mode the model is in; that mode is left as it is.
 
@@ -39,7 +41,7 @@ def fold_blocks_(model: nn.Module, *, dense: bool = False) -> tuple[str, ...]:
         if why := alone or _customised(block) or block.unfoldable():
             raise PlanError(f"{paths[0] or 'the model'} cannot be folded: {why}", todo=_TODO)
     folded: dict[tuple[str, ...], nn.Module] = {paths: _fold(block) for paths, block in blocks}
-    deployed, norms = _deployed(model)
+    deployed, norms = _deployed(model, inputs)
     for paths, made in (folded | deployed).items():  # all of them are there, so nothing can fail half-way
         for path in paths:
             model.set_submodule(path, made)
@@ -50,14 +52,14 @@ def fold_blocks_(model: nn.Module, *, dense: bool = False) -> tuple[str, ...]:
     return tuple(paths[0] for paths in folded | deployed)
 
 
-def _deployed(model: nn.Module) -> tuple[dict[tuple[str, ...], nn.Module], list[str]]:
+def _deployed(model: nn.Module, inputs: Inputs | None) -> tuple[dict[tuple[str, ...], nn.Module], list[str]]:
     """Make the deployment form of every block that has one, with its norm; and list the norms that are in there."""
     blocks = {paths: m for m, paths in names(model).items() if isinstance(m, Deployable)}
     for paths, block in blocks.items():
         if why := _customised(block):
             raise PlanError(f"{paths[0]} cannot be folded: {why}", todo=_TODO)
     norms: list[str] = []
-    for paths, norm_paths in norms_behind(model) if blocks else ():
+    for paths, norm_paths in norms_behind(model, inputs) if blocks else ():
         norm = model.get_submodule(norm_paths[0])
         if paths in blocks and isinstance(norm, _BatchNorm) and (made := blocks[paths].with_norm(norm)) is not None:
             blocks[paths] = made
@@ -65,13 +67,13 @@ def _deployed(model: nn.Module) -> tuple[dict[tuple[str, ...], nn.Module], list[
     return {paths: block.deploy() for paths, block in blocks.items()}, norms
 
 
-def fold_norms_(model: nn.Module) -> tuple[str, ...]:
+def fold_norms_(model: nn.Module, inputs: Inputs | None = None) -> tuple[str, ...]:
     """Fold every batch norm that belongs to one conv or block alone into it, in eval mode; returns the norms' names.
 
     Done in float64 and cast once. What is left of a norm is an Identity.
     """
     folded = {}
-    for paths, norm_paths in norms_behind(model):
+    for paths, norm_paths in norms_behind(model, inputs):
         module, norm = model.get_submodule(paths[0]), model.get_submodule(norm_paths[0])
         assert isinstance(norm, _BatchNorm)
         made = module.with_norm(norm) if isinstance(module, Block) else _with_norm(module, norm)

@@ -15,6 +15,7 @@ A plan keeps its example so that it can be drawn again; it never names a file or
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -100,9 +101,9 @@ class Inputs:
         return any(isinstance(leaf, Tensor | Draw) for leaf in self._leaves())
 
     @property
-    def is_drawn(self) -> bool:
-        """Whether all of its tensors have their numbers."""
-        return not any(isinstance(leaf, Draw) for leaf in self._leaves())
+    def numel(self) -> int:
+        """How many numbers there are in all of its tensors."""
+        return sum(math.prod(leaf.shape) for leaf in self._leaves() if isinstance(leaf, Tensor | Draw))
 
     @property
     def text(self) -> str:

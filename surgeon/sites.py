@@ -110,9 +110,9 @@ def survey(model: nn.Module, inputs: Inputs | None = None, *, called_with: Input
     return Survey(fingerprint(model), sites, dict(blocks), captured, inputs, cost, weights, model)
 
 
-def norms_behind(model: nn.Module) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+def norms_behind(model: nn.Module, inputs: Inputs | None = None) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
     """Give all names of every conv or block that has a norm of its own behind it, and all names of that norm."""
-    facts = _Facts(model, capturing.capture(model), Observed())
+    facts = _Facts(model, capturing.capture(model, inputs), Observed())
     found = []
     for module in [*facts.convs(), *(m for m in facts.names if isinstance(m, Block))]:
         norm, _ = _norm_behind(facts, module)

@@ -29,6 +29,7 @@ from surgeon.copying import shadow
 from surgeon.distance import as_double
 from surgeon.errors import StoreError
 from surgeon.fold import fold_blocks_
+from surgeon.inputs import Inputs
 from surgeon.operate import operate_
 from surgeon.pickles import PACKAGES, lies_in
 from surgeon.plans import Plan
@@ -68,24 +69,32 @@ def record_(model: nn.Module, step: Step) -> None:
     setattr(model, _ATTRIBUTE, {"format": _FORMAT, "history": steps})
 
 
-def redo_(model: nn.Module, steps: Sequence[Step]) -> nn.Module:
-    """Carry out recorded operations again on `model` itself, and return it."""
+def redo_(model: nn.Module, steps: Sequence[Step], before: Sequence[Step] = ()) -> nn.Module:
+    """Carry out recorded operations again on `model` itself, and return it; `before` are those not in its history."""
+    done = [*history(model), *before]
     for step in steps:
         if step.plan is None:
-            fold_blocks_(model, dense=step.dense)
+            fold_blocks_(model, planned_inputs(done), dense=step.dense)
         else:
             plan = Plan.model_validate(step.plan)
             plans.check(plan, sites.survey(model, called_with=plan.inputs))  # it may have come with a file
             operate_(model, plan)
+        done.append(step)
     return model
+
+
+def planned_inputs(steps: Sequence[Step]) -> Inputs | None:
+    """Give the inputs of the last plan that was carried out, still to be drawn."""
+    plans_of = (Plan.model_validate(step.plan) for step in reversed(steps) if step.plan is not None)
+    return next((plan.inputs for plan in plans_of), None)
 
 
 def redo_rounding_(model: nn.Module, steps: Sequence[Step]) -> nn.Module:
     """The same in float64, but between two operations every tensor is rounded to its dtype, as it is in a file."""
-    for step in steps[:-1]:
-        exact = redo_(shadow(model, as_double), [step])
-        redo_(model, [step]).load_state_dict(exact.state_dict())
-    return redo_(shadow(model, as_double), steps[-1:])
+    for i, step in enumerate(steps[:-1]):
+        exact = redo_(shadow(model, as_double), [step], steps[:i])
+        redo_(model, [step], steps[:i]).load_state_dict(exact.state_dict())
+    return redo_(shadow(model, as_double), steps[-1:], steps[:-1])
 
 
 def rebuild(manifest: str, given: Architecture | None, *, trust: Trust, seed: int) -> nn.Module:
@@ -104,10 +113,11 @@ def rebuild(manifest: str, given: Architecture | None, *, trust: Trust, seed: in
         model = build(given, trust=trust, seed=seed)
     elif named is not None:  # the file chose the name, so it may only be one of a library's
         model = build_named_in_file(named, trust=trust, seed=seed)
-    for step in steps[len(history(model)) :]:
+    known = len(history(model))
+    for i, step in enumerate(steps[known:]):
         if step.plan is not None and step.plan["model"] != sites.fingerprint(model):
             raise StoreError("the file was not made from that network", todo="Name what it was made from with --arch.")
-        redo_(model, [step])
+        redo_(model, [step], steps[known : known + i])
     setattr(model, _ATTRIBUTE, {"format": _FORMAT, "history": [asdict(step) for step in steps]})
     return model
 

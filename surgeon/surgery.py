@@ -318,7 +318,7 @@ def fold_all_(model: nn.Module, inputs: Inputs | None, *, dense: bool = False) -
         PassError: it moved the output by more than rounding can; the model is spoilt then.
     """
     parent, before = store.content_hash(model), _outputs(model, inputs)
-    folded = fold_blocks_(model, dense=dense)
+    folded = fold_blocks_(model, store.planned_inputs(store.history(model)), dense=dense)
     if folded:
         store.record_(model, store.Step("fuse", parent, store.content_hash(model), None, store.versions(), dense))
     if before is None or inputs is None:
