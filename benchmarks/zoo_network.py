@@ -37,7 +37,8 @@ LIMIT = {"float64": 1e-10, "float32": 1e-4}
 USUAL = {"float64": 1e-12, "float32": 1e-5}
 NO_CONV = "it has no Conv2d"
 NO_MEMORY = ("can't allocate memory", "MemoryError", "std::bad_alloc")
-FEW = 40  # convs; in a network of more, octave is not verified but by its own check and by what it is deployed as
+# In a network of more convs or parameters octave is not verified but by its own check and by what it is deployed as.
+FEW, LARGE = 40, 100_000_000
 SMALL_MAPS = ("rules[1].with.min_size=2",)  # for octave: the inputs here are small, and so are the maps
 # At 32 pixels the last maps of most networks are one pixel, where only the centre tap of a kernel is seen.
 SIDES = (64, 32, 96, 128, 160, 192)
@@ -422,7 +423,7 @@ def deploy_octave(study: Study, surveyed: surgeon.Survey) -> None:
     old, new = ({key: shape_of(t) for key, t in net.state_dict().items()} for net in (study.model, made.model))
     if old != new:
         record.wrong.append(f"octave: {len(old.items() ^ new.items())} keys or shapes are not what they were")
-    if (record.sites or 0) <= FEW:
+    if (record.sites or 0) <= FEW and (record.parameters or 0) <= LARGE:
         study.attempt("octave verify", verdict, "octave", study.model, made.model, study)
     before = outputs(made.model, study.example)
     if (fused := study.attempt("octave fuse", surgeon.fuse, made.model)) is not None:

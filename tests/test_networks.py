@@ -99,7 +99,9 @@ def test_in_float64_conversion_and_folding_keep_the_function(name: str, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [*((name, torch.float32) for name in NETS), *((name, torch.bfloat16) for name in IN_BFLOAT16)]
+    ("name", "dtype"),
+    [*((name, torch.float32) for name in NETS), *((name, torch.bfloat16) for name in IN_BFLOAT16)],
+    ids=str,
 )
 def test_in_the_stored_dtype_verify_passes(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     net = NETS[name]
