@@ -29,7 +29,7 @@ from surgeon.copying import shadow
 from surgeon.distance import as_double
 from surgeon.errors import StoreError
 from surgeon.fold import fold_blocks_
-from surgeon.inputs import Inputs
+from surgeon.inputs import Inputs, recall
 from surgeon.operate import operate_
 from surgeon.pickles import PACKAGES, lies_in
 from surgeon.plans import Plan
@@ -85,8 +85,8 @@ def redo_(model: nn.Module, steps: Sequence[Step], before: Sequence[Step] = ()) 
 
 def planned_inputs(steps: Sequence[Step]) -> Inputs | None:
     """Give the inputs of the last plan that was carried out, still to be drawn."""
-    plans_of = (Plan.model_validate(step.plan) for step in reversed(steps) if step.plan is not None)
-    return next((plan.inputs for plan in plans_of), None)
+    records = (step.plan.get("input") for step in reversed(steps) if step.plan is not None)
+    return recall(next(records, None))
 
 
 def redo_rounding_(model: nn.Module, steps: Sequence[Step]) -> nn.Module:
