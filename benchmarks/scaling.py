@@ -121,16 +121,8 @@ def show_memory(gigabytes: float) -> None:
         file, out = str(Path(folder) / "large.pt"), str(Path(folder) / "out.pt")
         save = f"torch.save(nn.Sequential(*(nn.Sequential(b.conv, b.bn) for b in large())), {file!r})"
         peak(sys.executable, "-c", "from torch import nn\n" + SCRIPT.format(folder=here, gigabytes=gigabytes, way=save))
-        cli = (
-            sys.executable,
-            "-m",
-            "surgeon",
-            "convert",
-            file,
-            "--recipe",
-            "acnet",
-            f"--input={','.join(map(str, INPUT))}",
-        )
+        shape = ",".join(map(str, INPUT))
+        cli = (sys.executable, "-m", "surgeon", "convert", file, "--recipe", "acnet", f"--input={shape}")
         commands = {
             name: (sys.executable, "-c", SCRIPT.format(folder=here, gigabytes=gigabytes, way=way))
             for name, way in WAYS.items()

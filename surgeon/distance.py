@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from surgeon.copying import shadow
 from surgeon.errors import VerifyError
+from surgeon.memory import is_large
 
 
 def relative_l2(b: Tensor, a: Tensor) -> float:
@@ -161,26 +162,19 @@ def as_double(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor.clone()
 
 
-_LARGE = 2**20  # bytes
-
-
 def widened(model: nn.Module) -> nn.Module:
     """Copy a model so that it computes in float64, with its large parameters as they are stored.
 
     Those are cast while their module is called, one by one; of a model of a gigabyte, two fewer are held. Where a
     large parameter is read by other modules than its own, dtypes are mixed, and torch may refuse that.
     """
-    large = {parameter.data_ptr() for parameter in model.parameters() if _size(parameter) >= _LARGE}
+    large = {parameter.data_ptr() for parameter in model.parameters() if is_large(parameter)}
     made = shadow(model, lambda tensor: tensor if tensor.data_ptr() in large else as_double(tensor))
     for module in made.modules():
-        if any(_size(parameter) >= _LARGE for parameter in module.parameters(recurse=False)):
+        if any(is_large(parameter) for parameter in module.parameters(recurse=False)):
             module.register_forward_pre_hook(_widen_)
             module.register_forward_hook(_narrow_, always_call=True)
     return made
-
-
-def _size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def _widen_(module: nn.Module, args: Any) -> None:

@@ -10,13 +10,18 @@ from torch import Tensor
 _LARGE = 2**20  # bytes; below that, what is kept does not matter, and giving it back costs more time than it is worth
 
 
+def is_large(tensor: Tensor) -> bool:
+    """Whether a tensor is so large that holding it a second time matters."""
+    return tensor.numel() * tensor.element_size() >= _LARGE
+
+
 def give_back_after(tensor: Tensor) -> None:
     """Give back what was freed while something was made of a large tensor.
 
     The C library keeps freed blocks of up to 32 MB, and what stays allocated between them (the strips of one block
     between the float64 scratch of two) keeps them from being used again: of a model of a gigabyte, four more.
     """
-    if tensor.numel() * tensor.element_size() >= _LARGE and _trim is not None:
+    if is_large(tensor) and _trim is not None:
         _trim(0)
 
 
