@@ -2,9 +2,9 @@
 
 The island's module stays the object it is, with its submodules, parameters, names and attributes. Its class becomes
 `Rewritten`, whose forward is the new graph. A pickled fx.GraphModule holds Python source that runs when the file is
-opened; a `Rewritten` holds its graph as data: steps with the names of functions from the explicit lists below, and of
-modules and tensors below itself. When it is opened, every name is looked up and every word is checked before Python is
-made of it.
+opened; a `Rewritten` holds its graph as data: steps with the names of functions from the explicit lists below, of
+submodules that are registered below itself, and of their parameters, buffers and plain values. When it is opened, every
+name is looked up and every word is checked before Python is made of it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import keyword
 import operator
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -108,6 +108,7 @@ class Rewritten(nn.Module):
 
     def __setstate__(self, state: Data) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        check(self)
         self._run = _compiled(self.program)
 
 
@@ -164,8 +165,9 @@ def unwritable(module: nn.Module, graph: fx.Graph) -> str | None:
             return f"'{node.name}' calls the method {node.target}, which is not on surgeon's list"
         if node.op in ("call_module", "get_attr") and not _is_path(str(node.target)):
             return f"'{node.target}' holds more than letters, digits, '_' and '-'"
-        if node.op == "get_attr" and not _has(module, str(node.target)):
-            return f"'{node.name}' is a tensor that its forward makes"
+        if node.op in ("call_module", "get_attr") and not _reaches(module, node.op, str(node.target)):
+            is_call = node.op == "call_module"
+            return f"'{node.name}' {'calls' if is_call else 'reads'} what is not registered in its module"
         try:
             _encoded((node.args, node.kwargs))
             if node.target is getattr:
@@ -173,6 +175,18 @@ def unwritable(module: nn.Module, graph: fx.Graph) -> str | None:
         except ValueError as error:
             return f"'{node.name}' {error}"
     return None
+
+
+def check(module: Rewritten) -> None:
+    """Make sure that the steps of a graph reach nothing but what is registered below its module.
+
+    Raises:
+        ValueError: a step that reaches anything else, or that no such graph holds; nothing has been run.
+    """
+    for node in decode(module.program).nodes:
+        if node.op in ("call_module", "get_attr") and not _reaches(module, node.op, str(node.target)):
+            what = "calls" if node.op == "call_module" else "reads"
+            raise ValueError(f"the graph in the file {what} {node.target!r}, which is not registered in its module")
 
 
 def encode(graph: fx.Graph) -> Data:
@@ -308,10 +322,35 @@ def _is_below(path: str, called: set[str]) -> bool:
     return any(".".join(parts[:i]) in called for i in range(1, len(parts) + 1))
 
 
-def _has(module: nn.Module, target: str) -> bool:
-    *path, attribute = target.split(".")
-    try:
-        holder = module.get_submodule(".".join(path))
-    except AttributeError:
+def _reaches(root: nn.Module, op: str, target: str) -> bool:
+    """Whether a step calls a registered submodule, or reads a parameter, a buffer or a plain value of one.
+
+    Python looks into a module's `__dict__` and its class before it looks among what is registered, so a name that is
+    there too would lead elsewhere.
+    """
+    *path, name = target.split(".")
+    holder = _submodule(root, path)
+    if op == "call_module":
+        return holder is not None and _submodule(holder, [name]) is not None
+    if holder is None or hasattr(type(holder), name):
         return False
-    return isinstance(getattr(holder, attribute, None), torch.Tensor | nn.Module) or attribute == "training"
+    if name in vars(holder):
+        return _is_plain(vars(holder)[name])
+    return isinstance(holder._parameters.get(name, holder._buffers.get(name)), torch.Tensor)
+
+
+def _submodule(root: nn.Module, path: Sequence[str]) -> nn.Module | None:
+    """Look a registered submodule up, part by part."""
+    found: nn.Module | None = root
+    for part in path:
+        if found is None or part in vars(found) or hasattr(type(found), part):
+            return None
+        found = found._modules.get(part)
+    return found if isinstance(found, nn.Module) else None
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a tensor, or data that can do nothing."""
+    if isinstance(value, tuple | list):
+        return type(value) in (tuple, list, torch.Size) and all(map(_is_plain, value))
+    return type(value) in (*_PLAIN, torch.dtype, torch.device, torch.Tensor, nn.Parameter)

@@ -8,8 +8,8 @@ depends on the file, so a file is read three times:
    imported, and then each must be, whatever it calls itself, an `nn.Module` class of an admitted package.
 2. **Calls.** The program is followed on paper. torch lets a file call whatever it may name, with arguments of the
    file's choice: `timm.task.distillation.DistillationTeacher` downloads what it is told to. But an honest file makes
-   its modules blank, fills each one once, hides none of their methods, and holds no class that could be dangerous to
-   call. So nothing else is allowed.
+   its modules blank, fills each one once, hides none of their methods, changes nothing that a module has looked through
+   while it was filled, and holds no class that could be dangerous to call. So nothing else is allowed.
 3. **Load.** `torch.load(weights_only=True)`, with exactly those names.
 """
 
@@ -234,6 +234,7 @@ class _Value:
     argument: Any = None
     parts: list[_Value] = field(default_factory=list)
     is_filled: bool = False
+    is_checked: bool = False  # a __setstate__ has looked at it
 
     @property
     def name(self) -> str:
@@ -266,6 +267,8 @@ def _misuse(file: IO[bytes], admitted: Mapping[str, object], trust: Trust) -> st
             if culprit := _objection(opcode.name, taken, admitted, trust):
                 return culprit
             if opcode.name in ("BUILD", "APPEND", "APPENDS", "SETITEM", "SETITEMS"):  # these change what they take
+                if taken[0].is_checked:
+                    return "changes what a module has looked through while it was filled"
                 taken[0].parts += taken[1:]
                 stack.append(taken[0])
             elif opcode.stack_after:
@@ -321,6 +324,9 @@ def _objection_to_filling(target: _Value, state: _Value, admitted: Mapping[str, 
         return None
     if state.opcode != "EMPTY_DICT":
         return f"fills a {kind.__name__} with something else than a dict"
+    if kind.__setstate__ is not nn.Module.__setstate__:
+        for value in state.all_parts():
+            value.is_checked = True
     for key in state.parts[::2]:
         if not isinstance(key.argument, str) or inspect.isroutine(getattr(kind, key.argument, None)):
             return f"hides {kind.__name__}.{key.argument} behind an attribute"

@@ -524,6 +524,62 @@ def test_a_graph_that_surgeon_would_not_write_is_refused_before_anything_runs(wh
         surgeon.load(tmp_path / "evil.pt")
 
 
+def _kept(model: nn.Module, **values: object) -> None:
+    vars(model).update(values)
+
+
+REACHING = {  # steps that name what hangs on a module but is not registered in it
+    "a method of a storage": ("call_module", "held._untyped_storage.from_file"),
+    "a method of a buffer": ("call_module", "table.set_"),
+    "a method of a module": ("call_module", "0.register_buffer"),
+    "the dict of a module": ("get_attr", "0._parameters"),
+    "a module, as a value": ("get_attr", "0"),
+    "an object that is no data": ("get_attr", "held"),
+    "an attribute of a tensor": ("get_attr", "table.data"),
+    "a submodule that is not there": ("call_module", "0.9"),
+    "a name that the class has, too": ("call_module", "forward"),
+    "a name that an attribute hides": ("call_module", "shadowed"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage")
+@pytest.mark.parametrize("what", REACHING)
+def test_a_step_reaches_only_what_is_registered(what: str, tmp_path: Path) -> None:
+    model = surgeon.convert(net := network(lambda: nn.Sequential(conv(), nn.ReLU(), conv())), octave_of(net))
+    model.register_buffer("table", torch.zeros(3))
+    model._modules["shadowed"] = nn.ReLU()
+    _kept(model, held=torch.zeros(4).storage(), shadowed=[1])
+    op, target = REACHING[what]
+    untouched = copy.deepcopy(model.program)
+    model.program["steps"].append(["evil", op, target, [], {"dict": []}])
+    torch.save(model, tmp_path / "evil.pt")
+    with pytest.raises(ModelError, match="which is not registered in its module"):
+        surgeon.load(tmp_path / "evil.pt")
+    model.program = untouched
+    torch.save(model, tmp_path / "good.pt")
+    assert surgeon.load(tmp_path / "good.pt")(noise(*SHAPE)).shape == SHAPE
+
+
+def test_what_was_checked_stays_as_it_was(tmp_path: Path) -> None:
+    model = surgeon.convert(net := network(lambda: nn.Sequential(conv(), nn.ReLU(), conv())), octave_of(net))
+    root, later = nn.Module(), []
+    root.later = model.later = later  # filled before the module in it is, and appended to after that
+    later.append(model)
+    torch.save(root, tmp_path / "evil.pt")
+    with pytest.raises(ModelError, match="changes what a module has looked through"):
+        surgeon.load(tmp_path / "evil.pt")
+
+
+@pytest.mark.parametrize("target", ["table", "scale", "training", "0.weight"])
+def test_a_step_reads_tensors_and_plain_values(target: str, tmp_path: Path) -> None:
+    model = surgeon.convert(net := network(lambda: nn.Sequential(conv(), nn.ReLU(), conv())), octave_of(net))
+    model.register_buffer("table", torch.zeros(3))
+    model.scale = 2.5
+    model.program["steps"].append(["more", "get_attr", target, [], {"dict": []}])
+    torch.save(model, tmp_path / "good.pt")
+    assert surgeon.load(tmp_path / "good.pt")(noise(*SHAPE)).shape == SHAPE
+
+
 class _Looking(nn.Module):
     """Looks at a number, which a copy without numbers cannot."""
 
