@@ -13,8 +13,9 @@ import argparse
 import torch
 from torch import nn
 
-from surgeon import bench, examples
-from surgeon.bench import Setting, Timing
+from surgeon.analysis import example as examples
+from surgeon.app import bench
+from surgeon.app.bench import Setting, Timing
 from surgeon.blocks.hetconv import HetConv, HetConvOptions
 
 SHAPES = ((128, 28), (256, 14), (512, 7))

@@ -16,8 +16,8 @@ from statistics import mean
 from safetensors.torch import load_file
 
 import surgeon
-from surgeon.demo import data
-from surgeon.demo.net import SmallResNet
+from surgeon.app.demo import data
+from surgeon.app.demo.net import SmallResNet
 
 LAYOUTS = ("block", "interleaved", "best")
 

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import surgeon
-from surgeon import examples
-from surgeon.bench import Setting, Timing, deployed, run
+from surgeon.analysis import example as examples
+from surgeon.app.bench import Setting, Timing, deployed, run
 
 ALPHA = 0.5
 Pair = tuple[Tensor, Tensor | None]

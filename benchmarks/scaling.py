@@ -41,7 +41,7 @@ WAYS = {
 SCRIPT = """
 import os, sys
 sys.path.insert(0, {folder!r})
-import torch, surgeon, surgeon.cli
+import torch, surgeon, surgeon.app.cli
 from scaling import INPUT, sized
 def large(): return sized({gigabytes})
 torch.set_grad_enabled(False)

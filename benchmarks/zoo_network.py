@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import surgeon
-from surgeon.copying import duplicate
-from surgeon.recipe import load
-from surgeon.surgery import carry_out_, decide
+from surgeon.api import carry_out_, decide
+from surgeon.models.copies import duplicate
+from surgeon.recipes.recipe import load
 
 # Relative L2: a wrong result is above the first; networks of ordinary depth and scale stay below the second.
 LIMIT = {"float64": 1e-10, "float32": 1e-4}

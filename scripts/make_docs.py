@@ -19,8 +19,9 @@ from typing import Any
 
 import typer
 
-from surgeon import examples, inputs
-from surgeon.cli import app
+from surgeon.analysis import example as examples
+from surgeon.app.cli import app
+from surgeon.models import call as inputs
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

@@ -6,7 +6,7 @@ looks by default. The demo's training images are drawn from the training split, 
 The shipped files are the last of 12 epochs with the defaults: 7 minutes on two cores, 92.5 % of the 10,000 test images
 and 93.4 % of the training images right. Run from the repository's root:
 
-    PYTHONPATH=. python scripts/train_demo.py --out surgeon/demo
+    PYTHONPATH=. python scripts/train_demo.py --out surgeon/app/demo
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from safetensors.torch import save
 from torch import nn
 from torch.nn import functional as F
 
-from surgeon.demo import data
-from surgeon.demo.net import SmallResNet
+from surgeon.app.demo import data
+from surgeon.app.demo.net import SmallResNet
 
 SHIFT = 2  # pixels an image may move each way while training
 
@@ -60,7 +60,7 @@ def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), help="the IDX files")
-    parser.add_argument("--out", type=Path, default=Path("surgeon/demo"), help="folder for the safetensors files")
+    parser.add_argument("--out", type=Path, default=Path("surgeon/app/demo"), help="folder for the safetensors files")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--width", type=int, default=16, help="of the first stage; the demo expects the default")
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and the choice of images")

@@ -17,28 +17,28 @@ from surgeon import errors
 from surgeon._version import __version__
 
 if TYPE_CHECKING:
+    from surgeon.analysis.sites import Survey
+    from surgeon.api import convert, convert_, fuse, fuse_, load, plan, save, survey, verify
     from surgeon.blocks.acblock import ACBlock
     from surgeon.blocks.hetconv import HetConv
     from surgeon.blocks.octave import OctaveConv
-    from surgeon.equivalence import Report
-    from surgeon.inputs import Inputs
-    from surgeon.plans import Plan
-    from surgeon.recipe import Recipe
-    from surgeon.sites import Survey
-    from surgeon.surgery import convert, convert_, fuse, fuse_, load, plan, save, survey, verify
+    from surgeon.models.call import Inputs
+    from surgeon.proof.verify import Report
+    from surgeon.recipes.recipe import Recipe
+    from surgeon.surgery.plan import Plan
 
 _HOMES = {
     "ACBlock": "surgeon.blocks.acblock",
     "HetConv": "surgeon.blocks.hetconv",
-    "Inputs": "surgeon.inputs",
+    "Inputs": "surgeon.models.call",
     "OctaveConv": "surgeon.blocks.octave",
-    "Plan": "surgeon.plans",
-    "Recipe": "surgeon.recipe",
-    "Report": "surgeon.equivalence",
-    "Survey": "surgeon.sites",
+    "Plan": "surgeon.surgery.plan",
+    "Recipe": "surgeon.recipes.recipe",
+    "Report": "surgeon.proof.verify",
+    "Survey": "surgeon.analysis.sites",
     "SurgeonError": "surgeon.errors",
     **dict.fromkeys(
-        ("convert", "convert_", "fuse", "fuse_", "load", "plan", "save", "survey", "verify"), "surgeon.surgery"
+        ("convert", "convert_", "fuse", "fuse_", "load", "plan", "save", "survey", "verify"), "surgeon.api"
     ),
 }
 

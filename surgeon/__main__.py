@@ -1,5 +1,5 @@
 """`python -m surgeon` is `surgeon`."""
 
-from surgeon.cli import main
+from surgeon.app.cli import main
 
 main()

@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+os.environ.pop("COLUMNS", None)  # tables are as wide as for a pipe, wherever the tests run
 
 import torch
 

@@ -9,7 +9,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from surgeon.cli import main
+from surgeon.app.cli import main
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -9,7 +9,7 @@ import make_docs
 import pytest
 
 import surgeon
-from surgeon import recipe
+from surgeon.recipes import recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])

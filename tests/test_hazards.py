@@ -258,7 +258,7 @@ def network(build: Callable[[], nn.Module], dtype: torch.dtype = torch.float64) 
 
 def swap_3x3(block: str) -> surgeon.Recipe:
     rule = f"{{swap: {block}, match: {{kernel: 3}}, with: {BLOCKS[block]}, optional: true}}"
-    return surgeon.recipe.parse(f"{{surgeon: 1, title: T, rules: [{rule}]}}", "swap.yaml")
+    return surgeon.recipes.recipe.parse(f"{{surgeon: 1, title: T, rules: [{rule}]}}", "swap.yaml")
 
 
 def maps(inputs: Shape | tuple[Shape, ...]) -> list[Tensor]:
@@ -578,7 +578,7 @@ def test_inputs_that_are_lists_or_dicts_of_tensors(build: Callable[[], nn.Module
 def test_with_streams_that_go_from_conv_to_conv_nothing_else_changes(hazard: Hazard):
     """Roles are planned and seams removed; the same roles, conv by conv, give the same numbers."""
     rule = "{swap: octave, match: {kernel: 3}, with: {min_size: 1}, optional: true}"
-    recipe = surgeon.recipe.parse(f"{{surgeon: 1, title: T, rules: [{rule}]}}", "octave.yaml")
+    recipe = surgeon.recipes.recipe.parse(f"{{surgeon: 1, title: T, rules: [{rule}]}}", "octave.yaml")
     net = network(hazard.build)
     plan = surgeon.plan(net, recipe, hazard.inputs)
     assert all(entry.swap or entry.skip for entry in plan.convs)
@@ -628,14 +628,14 @@ STREAMS = "{surgeon: 1, title: T, rules: [{swap: octave, match: {kernel: 3}, wit
 )
 @pytest.mark.filterwarnings(*EXPECTED_WARNINGS)
 def test_what_a_graph_would_lose_keeps_it_from_being_rewritten(build: Callable[[], nn.Module], why: str):
-    plan = surgeon.plan(network(build, torch.float32), surgeon.recipe.parse(STREAMS, "streams.yaml"), SHAPE)
+    plan = surgeon.plan(network(build, torch.float32), surgeon.recipes.recipe.parse(STREAMS, "streams.yaml"), SHAPE)
     assert len(plan.swaps) == 2
     assert plan.rewritten == ()
     assert any(why in seam.reason for seam in plan.seams)
 
 
 def test_a_graph_with_nothing_to_lose_is_rewritten():
-    plan = surgeon.plan(network(tiny.TwoPairs), surgeon.recipe.parse(STREAMS, "streams.yaml"), SHAPE)
+    plan = surgeon.plan(network(tiny.TwoPairs), surgeon.recipes.recipe.parse(STREAMS, "streams.yaml"), SHAPE)
     assert plan.rewritten == ("",)
 
 
@@ -644,7 +644,7 @@ def test_a_graph_with_nothing_to_lose_is_rewritten():
     [(tiny.AsksForAnAttribute, "the graph of the model is not what it computes"), (tiny.FallsBack, "does not run")],
 )
 def test_a_network_whose_graph_is_another_one_gets_no_streams(build: Callable[[], nn.Module], why: str):
-    net, recipe = network(build), surgeon.recipe.parse(STREAMS, "streams.yaml")
+    net, recipe = network(build), surgeon.recipes.recipe.parse(STREAMS, "streams.yaml")
     with pytest.raises(CaptureError, match=rf"{why}.*seams: keep"):
         surgeon.convert(net, recipe, SHAPE)
     kept = surgeon.convert(net, recipe, SHAPE, overrides=["rules[0].with.seams=keep"])

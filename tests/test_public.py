@@ -1,17 +1,26 @@
-"""What `import surgeon` offers, and the order of the files."""
+"""What `import surgeon` offers, and the directions in which packages and files import."""
 
 from __future__ import annotations
 
 import ast
-import re
+import doctest
+import importlib
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 import surgeon
+import surgeon.nn
 
 PACKAGE = Path(surgeon.__file__).parent
-ORDER = Path(PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+# A package imports only from packages before it. docs/architecture.md says what each is for.
+PACKAGES = (
+    *("errors", "_version", "_torch_compat", "nn", "conv", "blocks", "models", "files", "analysis", "recipes"),
+    *("octave", "proof", "surgery", "api", "app", "__main__", "__init__"),
+)
+FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 
 @pytest.mark.parametrize("name", surgeon.__all__)
@@ -20,41 +29,86 @@ def test_every_public_name_is_there_and_says_what_it_is(name: str) -> None:
     assert name == "__version__" or value.__doc__
 
 
+@pytest.mark.parametrize("name", surgeon.nn.__all__)
+def test_what_files_may_name_lies_at_one_address_and_its_examples_are_right(name: str) -> None:
+    value = getattr(surgeon.nn, name)
+    assert value.__module__ == "surgeon.nn"  # so doctest does not find it where its code is
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    home = vars(importlib.import_module(surgeon.nn.HOMES[name]))
+    for test in doctest.DocTestFinder().find(value, name, globs=dict(home)):
+        runner.run(test)
+    assert not runner.failures
+
+
+def test_every_old_address_leads_to_a_new_one() -> None:
+    assert {name.rpartition(".")[2] for name in surgeon.nn.MOVED.values()} == set(surgeon.nn.__all__)
+
+
 def test_dir_is_all_that_is_public() -> None:
     assert dir(surgeon) == sorted(surgeon.__all__)
 
 
 def test_what_is_not_there_is_an_attribute_error() -> None:
-    with pytest.raises(AttributeError, match="no attribute 'octave'"):
-        _ = surgeon.octave
+    with pytest.raises(AttributeError, match="no attribute 'octave_'"):
+        _ = surgeon.octave_
 
 
 def test_functions_are_not_hidden_by_modules_of_their_name() -> None:
-    import surgeon.cli
-    import surgeon.report  # imports everything
-
+    for path in FILES:
+        if path.stem != "__main__":
+            __import__(_dotted(path))
     assert all(callable(getattr(surgeon, name)) for name in ("plan", "verify", "survey", "convert", "fuse"))
 
 
-def _floors() -> list[str]:
-    rows = re.findall(r"^\| (`.*?) \|", ORDER[ORDER.index("| file |") :], re.MULTILINE)
-    return [name.rstrip("/") for row in rows for name in re.findall(r"`([a-z_/]+)`", row)]
+def _dotted(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def _imports(path: Path) -> set[str]:
-    """The surgeon modules that a file imports, but for what only a type checker reads."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "surgeon":
-            parts = node.module.split(".")
-            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
-    return found
+def _imports(path: Path) -> Iterator[str]:
+    """The modules of surgeon that a file imports, but for what only a type checker reads."""
+    known = {_dotted(file) for file in FILES}
+
+    def walk(node: ast.AST) -> Iterator[str]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+                continue
+            if isinstance(child, ast.ImportFrom) and (child.module or "").split(".")[0] == "surgeon":
+                for alias in child.names:
+                    full = f"{child.module}.{alias.name}"
+                    yield full if full in known else str(child.module)
+            if isinstance(child, ast.Import):
+                yield from (alias.name for alias in child.names if alias.name.split(".")[0] == "surgeon")
+            yield from walk(child)
+
+    return walk(ast.parse(path.read_text(encoding="utf-8")))
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
-def test_a_file_imports_only_from_files_above_it(path: Path) -> None:
-    floors = _floors()
-    if path.stem.startswith("_"):
-        return
-    below = floors[floors.index(path.stem) :]
-    assert not _imports(path) & set(below)
+def _package(name: str) -> str:
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+@pytest.mark.parametrize("path", FILES, ids=_dotted)
+def test_a_file_imports_only_from_packages_above_its_own(path: Path) -> None:
+    own = _package(_dotted(path))
+    for name in _imports(path):
+        assert PACKAGES.index(_package(name)) <= PACKAGES.index(own) or name == "surgeon._version", name
+
+
+@pytest.mark.parametrize("package", [name for name in PACKAGES if (PACKAGE / name).is_dir()])
+def test_inside_a_package_files_form_a_line(package: str) -> None:
+    graph = {
+        _dotted(path): {name for name in _imports(path) if _package(name) == package and name != _dotted(path)}
+        for path in (PACKAGE / package).rglob("*.py")
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" → ".join(error.args[1]))
+
+
+def test_a_file_that_imports_the_other_way_is_found(tmp_path: Path) -> None:
+    file = tmp_path / "wrong.py"
+    file.write_text("def f():\n    from surgeon.app import cli\n")
+    assert [_package(name) for name in _imports(file)] == ["app"]

@@ -121,9 +121,8 @@ def test_keys_of_what_was_not_touched_are_the_same_and_hold_the_same(
 
 def test_a_model_that_is_one_conv_in_a_container_keeps_its_container():
     net = nn.ModuleDict({"only": nn.Sequential(conv3())})
-    assert type(surgeon.convert(net, surgeon.plans.make(surgeon.recipe.load("acnet"), surgeon.sites.survey(net)))) is (
-        nn.ModuleDict
-    )
+    decided = surgeon.surgery.plan.make(surgeon.recipes.recipe.load("acnet"), surgeon.analysis.sites.survey(net))
+    assert type(surgeon.convert(net, decided)) is nn.ModuleDict
 
 
 # The model that was given
@@ -301,15 +300,15 @@ def test_fusing_again_changes_nothing():
     fused = surgeon.fuse(trained(own()))
     again = surgeon.fuse(fused)
     assert_same_contents(contents(again), contents(fused))
-    assert surgeon.store.history(again) == surgeon.store.history(fused)
-    assert [step.operation for step in surgeon.store.history(again)] == ["convert", "fuse"]
+    assert surgeon.surgery.store.history(again) == surgeon.surgery.store.history(fused)
+    assert [step.operation for step in surgeon.surgery.store.history(again)] == ["convert", "fuse"]
 
 
 def test_fusing_a_model_that_surgeon_never_saw_changes_nothing():
     net = own()
     fused = surgeon.fuse(net)
     assert_same_contents(contents(fused), contents(net))
-    assert surgeon.store.history(fused) == ()
+    assert surgeon.surgery.store.history(fused) == ()
 
 
 def test_fusing_uses_all_branches():
@@ -372,7 +371,7 @@ def test_copies_are_whole(carry: Callable[[nn.Module], nn.Module]):
         other = carry(made)
         assert type(other) is tiny.Own
         assert_same_contents(contents(other), contents(made))
-        assert surgeon.store.history(other) == surgeon.store.history(made) != ()
+        assert surgeon.surgery.store.history(other) == surgeon.surgery.store.history(made) != ()
         assert torch.equal(other(noise()), made(noise()))
         assert relative(surgeon.fuse(other)(noise()), made(noise())) <= 1e-12
 
@@ -475,7 +474,7 @@ def test_distributed_training_keeps_ranks_equal_and_goes_where_one_process_goes(
 def test_a_second_reference_to_a_block_is_the_same_block_when_fused():
     net = nn.ModuleDict({"a": ConvNorm()})
     net["b"] = net["a"]
-    made = surgeon.plans.make(surgeon.recipe.load("acnet"), surgeon.sites.survey(net))
+    made = surgeon.surgery.plan.make(surgeon.recipes.recipe.load("acnet"), surgeon.analysis.sites.survey(net))
     fused = surgeon.fuse(surgeon.convert(net, made))
     assert fused["a"] is fused["b"]
     assert type(fused["a"].conv) is nn.Conv2d

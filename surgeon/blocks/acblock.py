@@ -23,10 +23,10 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from surgeon import kernels
 from surgeon.blocks import base
 from surgeon.blocks.base import Example
-from surgeon.spec import ConvSpec, Pads
+from surgeon.conv import kernels
+from surgeon.conv.spec import ConvSpec, Pads
 
 
 class ACBlockOptions(base.BlockOptions):
@@ -60,6 +60,8 @@ class ACBlock(base.Foldable):
 
     Submodules are named as in the published code, so its checkpoints load.
     """
+
+    __module__ = "surgeon.nn"
 
     name = "acblock"
     title = "k×k + k×1 + 1×k branches, each with a norm; folds back to one conv"

@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from surgeon.spec import ConvSpec
+from surgeon.conv.spec import ConvSpec
+from surgeon.nn import Stored
 
 
 class BlockOptions(BaseModel):
@@ -36,7 +37,7 @@ class Example:
     with_norm: bool = False  # the conv comes with the norm that follows it
 
 
-class Operator(nn.Module):
+class Operator(Stored, nn.Module):
     """One step of a graph: tracing does not look into it."""
 
     spec: ConvSpec  # of the conv whose work it does

@@ -31,11 +31,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from surgeon import kernels
 from surgeon.blocks import base
 from surgeon.blocks.base import Example
-from surgeon.grouping import best_groups, share_kept
-from surgeon.spec import ConvSpec
+from surgeon.conv import kernels
+from surgeon.conv.grouping import best_groups, share_kept
+from surgeon.conv.spec import ConvSpec
 
 Layout = Literal["block", "interleaved", "best"]
 
@@ -70,6 +70,8 @@ class HetConv(base.Foldable):
     `best` has two buffers: `channel_order` (in), the channel at each sorted place, and `filter_place` (out), the
     sorted place of each filter.
     """
+
+    __module__ = "surgeon.nn"
 
     name = "hetconv"
     title = "k×k kernels for one in p channels of a filter, 1×1 for the others"

@@ -1,6 +1,6 @@
 """OctaveConv: a convolution whose channels come in two streams, the low one at half the resolution.
 
-Which channels are low is said by ranges (`surgeon/streams.py`, where split, join, pool and up are). On plain tensors
+Which channels are low is said by ranges (`conv/streams`, where split, join, pool and up are). On plain tensors
 
     y = join(high, low) of split(x) = (h, l)
     high = W_hh ∗ h + up(W_lh ∗ l)
@@ -34,11 +34,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from surgeon import kernels, streams
 from surgeon.blocks import base
 from surgeon.blocks.base import Example
-from surgeon.spec import ConvSpec
-from surgeon.streams import Ranges
+from surgeon.conv import kernels, streams
+from surgeon.conv.spec import ConvSpec
+from surgeon.conv.streams import Ranges
 
 Streams = tuple[Tensor, Tensor | None]
 _Count = Annotated[int, Field(ge=0)]
@@ -138,6 +138,8 @@ class OctaveConv(TwoStreams, base.Deployable):
 
     `weight` and `bias` are those of the conv.
     """
+
+    __module__ = "surgeon.nn"
 
     name = "octave"
     title = "high and low frequency channels, the low ones at half the resolution"
@@ -314,6 +316,8 @@ class FusedOctave(TwoStreams):
     Two convs that read the same low map are one (`low_to_both`), unless their kernels are 1×1: then it is faster to add
     the second one's result, in a matrix product, to what is there.
     """
+
+    __module__ = "surgeon.nn"
 
     def __init__(self, block: OctaveConv) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "nets")]
 
 import torch
 from golden_nets import Functional, Residual
@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import surgeon
-from surgeon.demo.net import SmallResNet
+from surgeon.nn import SmallResNet
 
 INPUT = (2, 3, 16, 16)
 TINY_RESNET = ("--arch-arg", "channels=[8,8,8,8]", "--arch-arg", "num_classes=4", "--arch-arg", "stem_width=8")

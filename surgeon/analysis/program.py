@@ -1,0 +1,359 @@
+"""The only file that edits fx graphs, and keeps them: an island whose graph has been rewritten is a `Rewritten`.
+
+The island's module stays the object it is, with its submodules, parameters, names and attributes. Its class becomes
+`Rewritten`, whose forward is the new graph. A pickled fx.GraphModule holds Python source that runs when the file is
+opened; a `Rewritten` holds its graph as data: steps with the names of functions from the explicit lists below, of
+submodules that are registered below itself, and of their parameters, buffers and plain values. When it is opened, every
+name is looked up and every word is checked before Python is made of it.
+"""
+
+from __future__ import annotations
+
+import builtins
+import inspect
+import keyword
+import operator
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from surgeon.conv import streams
+from surgeon.nn import Stored
+
+Data = dict[str, Any]
+_FORMAT = 1
+SURROUNDINGS = "surroundings"  # in the meta of a step: what its module has entered before it, such as torch.no_grad
+_PART = re.compile(r"[\w-]+")  # of a module's path: it stands in quotes in the Python that is made
+_OPERATORS = (
+    "add iadd sub isub mul imul truediv itruediv floordiv mod pow neg getitem eq ne lt le gt ge and_ or_ matmul"
+)
+_TORCH = (
+    "abs adaptive_avg_pool1d add addmm arange avg_pool1d bmm cat chunk clamp concat conv2d cos cumsum div einsum "
+    "eq exp flatten floor ge gt hardshrink index_select le log lt matmul max maximum mean min minimum mul ne neg "
+    "norm permute pow prelu relu relu_ repeat_interleave reshape roll rsqrt selu sigmoid sin softmax split sqrt "
+    "square squeeze stack std sub sum swapaxes tanh transpose unbind unflatten unsqueeze var where zeros_like "
+    "ones_like _assert"
+)
+_FUNCTIONAL = (
+    "adaptive_avg_pool2d adaptive_max_pool2d alpha_dropout avg_pool2d batch_norm celu channel_shuffle conv2d "
+    "conv_transpose2d dropout dropout2d elu feature_alpha_dropout fold gelu glu group_norm hardsigmoid hardswish "
+    "hardtanh hardtanh_ instance_norm interpolate layer_norm leaky_relu leaky_relu_ linear local_response_norm "
+    "log_softmax logsigmoid lp_pool2d max_pool2d mish normalize pad pixel_shuffle pixel_unshuffle prelu relu "
+    "relu6 relu_ scaled_dot_product_attention selu sigmoid silu softmax softplus softsign tanh threshold unfold "
+    "upsample"
+)
+_METHODS = (
+    "abs add add_ chunk clamp clamp_ clone contiguous cos detach dim div div_ double exp expand expand_as flatten "
+    "float flip half index_select masked_fill matmul max mean min mul mul_ narrow neg new_zeros numel permute pow "
+    "relu relu_ repeat reshape roll rsqrt sigmoid sigmoid_ sin size softmax split sqrt square squeeze std sub sub_ "
+    "sum t tanh to transpose type_as unbind unflatten unfold unsqueeze var view view_as"
+)
+_ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim"})
+_STREAMS = (
+    *(streams.split, streams.join, streams.interleave, streams.low_pass, streams.pool, streams.take),
+    *(streams.lift_to, streams.crop_to, streams.add_into),
+)
+
+
+def _named(module: Any, prefix: str, names: str) -> dict[str, Callable[..., Any]]:
+    return {f"{prefix}.{name}": getattr(module, name) for name in names.split() if hasattr(module, name)}
+
+
+# The first name of a function is the one that is written; F.conv2d is torch.conv2d.
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    **_named(operator, "operator", _OPERATORS),
+    **_named(torch, "torch", _TORCH),
+    **_named(F, "torch.nn.functional", _FUNCTIONAL),
+    **{f"surgeon.streams.{function.__name__}": function for function in _STREAMS},
+    "torch.fx._symbolic_trace._assert_is_none": fx._symbolic_trace._assert_is_none,
+    "collections.OrderedDict": OrderedDict,
+    "getattr": builtins.getattr,  # of a tensor's shape, dtype and the like only
+}
+_NAMES = {id(function): name for name, function in reversed(FUNCTIONS.items())}
+METHODS = frozenset(_METHODS.split())
+# What a class may define, and a Rewritten would not have; all else that it overrides would be lost.
+_MAY_DEFINE = frozenset(
+    {"__init__", "forward", "extra_repr", "_get_name", "__repr__", "__str__", "__doc__", "__module__", "__new__"}
+    | {"__init_subclass__", "__class_getitem__", "__subclasshook__", "__hash__", "__eq__", "__getattr__", "__dir__"}
+)
+
+
+class Rewritten(Stored, nn.Module):
+    """A module whose forward is a graph that is kept as data.
+
+    `origin` names the class that it had; its methods are gone, its attributes and submodules are there.
+    """
+
+    __module__ = "surgeon.nn"
+
+    program: Data
+    origin: str
+    _run: Callable[..., Any]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(self, *args, **kwargs)
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph, made anew from its data."""
+        return decode(self.program)
+
+    def extra_repr(self) -> str:
+        return f"was {self.origin}, {len(self.program['steps'])} steps"
+
+    def __getstate__(self) -> Data:
+        return {key: value for key, value in super().__getstate__().items() if key != "_run"}
+
+    def __setstate__(self, state: Data) -> None:
+        super().__setstate__(state)
+        check(self)
+        self._run = _compiled(self.program)
+
+
+def rewrite_(module: nn.Module, graph: fx.Graph) -> Callable[[], None]:
+    """Give a module another graph; returns what takes that back.
+
+    The graph is that of an island, changed. Nothing may speak against it (`obstacle`, `unwritable`).
+    """
+    before, state = type(module), dict(vars(module))
+    graph.lint()
+    program = encode(graph)
+
+    def undo() -> None:
+        module.__class__ = before
+        vars(module).clear()
+        vars(module).update(state)
+
+    module.__class__ = Rewritten
+    origin = f"{before.__module__}.{before.__qualname__}"
+    module.program, module.origin = program, state.get("origin", origin)  # type: ignore[assignment]
+    module._run = _compiled(program)  # type: ignore[assignment]
+    return undo
+
+
+def obstacle(module: nn.Module, graph: fx.Graph, custom_call: Callable[[nn.Module, str], str | None]) -> str | None:
+    """Say why the graph of an island cannot be rewritten, beyond what its steps are."""
+    kind = type(module)
+    if isinstance(module, fx.GraphModule):
+        return "it is a GraphModule, whose class is its graph"
+    own = [name for name in _overridden(kind) if name not in _MAY_DEFINE] if kind is not Rewritten else []
+    if own:
+        return f"{kind.__name__} has its own {own[0]}, which a rewritten graph would not have"
+    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    inlined = [(path, part) for path, part in module.named_modules() if not _is_below(path, called)]
+    for path, part in inlined:
+        if custom := custom_call(part, path or "it"):
+            return f"{custom}, which a rewritten graph would pass by"
+    for node in graph.nodes:
+        if SURROUNDINGS in node.meta:
+            return f"'{node.name}' runs in {node.meta[SURROUNDINGS]}, which a rewritten graph would not enter"
+    return None
+
+
+def unwritable(module: nn.Module, graph: fx.Graph) -> str | None:
+    """Say which step of a graph cannot be kept as data."""
+    for node in graph.nodes:
+        if node.op == "placeholder" and str(node.target).startswith("*"):
+            return f"its forward takes {node.target}"
+        if node.op == "call_function" and id(node.target) not in _NAMES:
+            return (
+                f"'{node.name}' calls {getattr(node.target, '__name__', node.target)}, which is not on surgeon's list"
+            )
+        if node.op == "call_method" and node.target not in METHODS:
+            return f"'{node.name}' calls the method {node.target}, which is not on surgeon's list"
+        if node.op in ("call_module", "get_attr") and not _is_path(str(node.target)):
+            return f"'{node.target}' holds more than letters, digits, '_' and '-'"
+        if node.op in ("call_module", "get_attr") and not _reaches(module, node.op, str(node.target)):
+            is_call = node.op == "call_module"
+            return f"'{node.name}' {'calls' if is_call else 'reads'} what is not registered in its module"
+        try:
+            _encoded((node.args, node.kwargs))
+            if node.target is getattr:
+                _checked(node.args)
+        except ValueError as error:
+            return f"'{node.name}' {error}"
+    return None
+
+
+def check(module: Rewritten) -> None:
+    """Make sure that the steps of a graph reach nothing but what is registered below its module.
+
+    Raises:
+        ValueError: a step that reaches anything else, or that no such graph holds; nothing has been run.
+    """
+    for node in decode(module.program).nodes:
+        if node.op in ("call_module", "get_attr") and not _reaches(module, node.op, str(node.target)):
+            what = "calls" if node.op == "call_module" else "reads"
+            raise ValueError(f"the graph in the file {what} {node.target!r}, which is not registered in its module")
+
+
+def encode(graph: fx.Graph) -> Data:
+    """Write a graph as plain data."""
+    inputs, steps, output = [], [], None
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            inputs.append([node.name, *(_encoded(value) for value in node.args)])
+        elif node.op == "output":
+            output = _encoded(node.args[0])
+        else:
+            target = _NAMES[id(node.target)] if node.op == "call_function" else str(node.target)
+            steps.append([node.name, node.op, target, _encoded(list(node.args)), _encoded(dict(node.kwargs))])
+    return {"format": _FORMAT, "inputs": inputs, "steps": steps, "output": output}
+
+
+def decode(program: Mapping[str, Any]) -> fx.Graph:
+    """Make the graph that `encode` wrote.
+
+    Raises:
+        ValueError: a name or a word that no such graph holds; nothing has been run.
+    """
+    if program.get("format") != _FORMAT:
+        raise ValueError("the graph in the file has a format that this surgeon does not know")
+    graph = fx.Graph()
+    nodes: dict[str, fx.Node] = {}
+    for name, *default in program["inputs"]:
+        args = tuple(_decoded(value, nodes) for value in default)
+        nodes[name] = graph.create_node("placeholder", _word(name), args, name=_word(name))
+    for name, op, target, args, kwargs in program["steps"]:
+        found = _target(op, target)
+        made_args, made_kwargs = tuple(_decoded(args, nodes)), _decoded(kwargs, nodes)
+        if found is getattr:
+            _checked(made_args)
+        made_kwargs = {_word(key): value for key, value in made_kwargs.items()}
+        nodes[name] = graph.create_node(op, found, made_args, made_kwargs, name=_word(name))
+    graph.output(_decoded(program["output"], nodes))
+    return graph
+
+
+def _target(op: str, target: str) -> Any:
+    if op == "call_function" and target in FUNCTIONS:
+        return FUNCTIONS[target]
+    if op == "call_method" and target in METHODS:
+        return target
+    if op in ("call_module", "get_attr") and _is_path(target):
+        return target
+    raise ValueError(f"the graph in the file has a step {op} {target!r}, which surgeon does not write")
+
+
+def _is_path(target: str) -> bool:
+    return all(_PART.fullmatch(part) and not part.startswith("__") for part in target.split("."))
+
+
+def _word(name: Any) -> str:
+    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name) or name.startswith("__"):
+        raise ValueError(f"the graph in the file holds {name!r} for a name")
+    return name
+
+
+def _checked(args: tuple[Any, ...]) -> None:
+    """Make sure that `getattr` looks at no more than the shape of a value."""
+    if len(args) != 2 or args[1] not in _ATTRIBUTES:
+        raise ValueError(f"reads the attribute {args[1] if len(args) > 1 else ''!r} of a value")
+
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def _encoded(value: Any) -> Any:
+    """Write one argument; what is no plain value is a dict with one key that says what it is."""
+    if isinstance(value, fx.Node):
+        return {"node": value.name}
+    if type(value) in _PLAIN:
+        return value
+    if isinstance(value, tuple):
+        return {"tuple": [_encoded(part) for part in value]}
+    if isinstance(value, list):
+        return [_encoded(part) for part in value]
+    if isinstance(value, dict):
+        return {"dict": [[_encoded(key), _encoded(part)] for key, part in value.items()]}
+    if isinstance(value, slice):
+        return {"slice": [_encoded(part) for part in (value.start, value.stop, value.step)]}
+    if value is Ellipsis:
+        return {"ellipsis": True}
+    if isinstance(value, torch.dtype | torch.memory_format):
+        return {"torch": str(value).removeprefix("torch.")}
+    raise ValueError(f"has a {type(value).__name__} among its arguments")
+
+
+def _decoded(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
+    if type(value) in _PLAIN:
+        return value
+    if isinstance(value, list):
+        return [_decoded(part, nodes) for part in value]
+    if not isinstance(value, dict) or len(value) != 1:
+        raise ValueError(f"the graph in the file has an argument {value!r}")
+    [(what, content)] = value.items()
+    if what == "node":
+        return nodes[content]
+    if what == "tuple":
+        return tuple(_decoded(part, nodes) for part in content)
+    if what == "dict":
+        return {_decoded(key, nodes): _decoded(part, nodes) for key, part in content}
+    if what == "slice":
+        return slice(*(_decoded(part, nodes) for part in content))
+    if what == "ellipsis":
+        return Ellipsis
+    if what == "torch" and isinstance(found := getattr(torch, _word(content), None), torch.dtype | torch.memory_format):
+        return found
+    raise ValueError(f"the graph in the file has an argument {value!r}")
+
+
+def _compiled(program: Mapping[str, Any]) -> Callable[..., Any]:
+    """Make a Python function `forward(self, …)` of a graph, as fx.GraphModule does."""
+    code = decode(program).python_code("self")
+    space = dict(code.globals)
+    exec(compile(code.src, "<surgeon graph>", "exec"), space)
+    function: Callable[..., Any] = space["forward"]
+    return function
+
+
+def _overridden(kind: type) -> list[str]:
+    """Name the methods that a class, or one between it and nn.Module, has of its own and nn.Module has too."""
+    between = kind.__mro__[: kind.__mro__.index(nn.Module)]
+    theirs = {name for name, value in inspect.getmembers(nn.Module) if callable(value)}
+    return sorted({name for one in between for name in vars(one) if name in theirs})
+
+
+def _is_below(path: str, called: set[str]) -> bool:
+    """Whether a module is a step of the graph, or inside one."""
+    parts = path.split(".")
+    return any(".".join(parts[:i]) in called for i in range(1, len(parts) + 1))
+
+
+def _reaches(root: nn.Module, op: str, target: str) -> bool:
+    """Whether a step calls a registered submodule, or reads a parameter, a buffer or a plain value of one.
+
+    Python looks into a module's `__dict__` and its class before it looks among what is registered, so a name that is
+    there too would lead elsewhere.
+    """
+    *path, name = target.split(".")
+    holder = _submodule(root, path)
+    if op == "call_module":
+        return holder is not None and _submodule(holder, [name]) is not None
+    if holder is None or hasattr(type(holder), name):
+        return False
+    if name in vars(holder):
+        return _is_plain(vars(holder)[name])
+    return isinstance(holder._parameters.get(name, holder._buffers.get(name)), torch.Tensor)
+
+
+def _submodule(root: nn.Module, path: Sequence[str]) -> nn.Module | None:
+    """Look a registered submodule up, part by part."""
+    found: nn.Module | None = root
+    for part in path:
+        if found is None or part in vars(found) or hasattr(type(found), part):
+            return None
+        found = found._modules.get(part)
+    return found if isinstance(found, nn.Module) else None
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a tensor, or data that can do nothing."""
+    if isinstance(value, tuple | list):
+        return type(value) in (tuple, list, torch.Size) and all(map(_is_plain, value))
+    return type(value) in (*_PLAIN, torch.dtype, torch.device, torch.Tensor, nn.Parameter)

@@ -1,0 +1,269 @@
+"""One module → its graph, or why there is none that could be believed.
+
+Symbolic tracing records one run of `forward` with placeholders instead of tensors. It cannot follow everything
+(control flow on values), and what it records is one run: `self.training` and the defaults of optional arguments are
+baked in. So a module is traced in both modes, and, unless it is the whole model, with its optional arguments both left
+out and open. All graphs equal: that is what it computes.
+
+Graphs are read here, not run: the training flag of a functional dropout is no difference. What a step runs in that is
+in no graph (torch.no_grad, autocast, a checkpoint) is noted in its meta.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import inspect
+import operator
+import sys
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.conv import _ConvNd
+from torch.utils import _pytree as pytree
+
+from surgeon.analysis.program import SURROUNDINGS, Rewritten
+from surgeon.blocks import Operator
+from surgeon.models.call import Draw, Inputs
+from surgeon.models.copies import in_mode, is_persons, where
+
+FOLLOWS_MODE = "follows_mode"  # in the meta of a functional dropout whose flag is self.training
+_A_TENSOR = torch.empty(0)
+_GIVE_NUMBERS = ("size", "dim", "ndimension", "numel", "item", "tolist")  # of a tensor's methods
+_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
+
+
+def trace(module: nn.Module, inputs: Inputs | None) -> fx.Graph | str:
+    """Trace in both modes, the whole model as `inputs` call it; the graph, or why there is none.
+
+    What cannot be followed into every module can perhaps be followed around those that hold no conv and no norm.
+    """
+    if isinstance(module, Rewritten):
+        return module.graph
+    found = _trace_in_both_modes(module, inputs, stops_early=False)
+    if isinstance(found, str):
+        around = _trace_in_both_modes(module, inputs, stops_early=True)
+        found = around if isinstance(around, fx.Graph) else found
+    return found
+
+
+def may_convolve(module: nn.Module) -> bool:
+    """Whether there is a conv or a block in a module, or a parameter that could be the weight of F.conv2d."""
+    if any(isinstance(part, Operator | _ConvNd) for part in module.modules()):
+        return True
+    return any(parameter.dim() == 4 for parameter in module.parameters())
+
+
+def _trace_in_both_modes(module: nn.Module, inputs: Inputs | None, *, stops_early: bool) -> fx.Graph | str:
+    given = _arguments(module, inputs or Inputs())
+    defaults = {name: value for name, value in given.items() if not Inputs((value,)).has_tensors}
+    ways = [defaults] if inputs is not None or not defaults else [defaults, {}]
+    tensors = {name: value for name, value in given.items() if name not in defaults}
+    tensors = pytree.tree_map_only(Draw, lambda _: _A_TENSOR, tensors)
+    try:
+        graphs = [_trace_once(module, mode, way, tensors, stops_early) for way in ways for mode in (True, False)]
+    except Exception as error:
+        return f"tracing stopped: {where(error)}"
+    if node := next((n for n in graphs[0].nodes if _is_open(n)), None):
+        return f"what it does depends on which optional inputs it is given, in '{node.name}'"
+    for i, other in enumerate(graphs[1:]):
+        if difference := _difference(graphs[0], other):
+            when = "with and without its optional arguments" if i else "in train and eval mode"
+            return f"the graph is not the same {when}, first at {difference}"
+    _mark_(graphs[0], graphs[1])
+    return graphs[0]
+
+
+class _Tracer(fx.Tracer):
+    """Stops at convs and norms, whatever their subclass, and at surgeon's blocks.
+
+    `stops_early`: also at modules in which there is nothing of these, such as those that drop paths at random.
+    `given`: arguments that are known; the others stand for tensors.
+    """
+
+    def __init__(self, given: Mapping[str, Any], *, stops_early: bool = False) -> None:
+        super().__init__()
+        self.stops_early = stops_early
+        self.given = given
+        self.outside = _surroundings()
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        if entered := [name for name, state in _surroundings().items() if state != self.outside[name]]:
+            node.meta[SURROUNDINGS] = entered[0]
+        return node
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, Operator | _ConvNd | _BatchNorm) or (self.stops_early and not _is_of_interest(m)):
+            return True
+        return super().is_leaf_module(m, module_qualified_name)
+
+    def create_arg(self, a: Any) -> Any:
+        """Keep an OrderedDict, which fx would turn into a dict: some networks return one."""
+        if type(a) is not OrderedDict:
+            return super().create_arg(a)
+        return self.create_node("call_function", OrderedDict, (self.create_arg(list(a.items())),), {})
+
+
+def _surroundings() -> dict[str, Any]:
+    """What steps run in that is not in a graph, by what enters it."""
+    devices = ("cpu", "cuda")
+    return {
+        "a gradient mode of its own (torch.no_grad, or a Function with a backward)": (
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+        ),
+        "an autocast": [(torch.is_autocast_enabled(one), torch.get_autocast_dtype(one)) for one in devices],
+        "a checkpoint": torch._C._autograd._top_saved_tensors_default_hooks(True),
+    }
+
+
+@contextlib.contextmanager
+def _surrounded(training: bool) -> Iterator[None]:
+    """Trace within other states in train and in eval mode, so that whatever `forward` enters is a change in one.
+
+    Nothing is computed; autocast on a GPU can be switched on where there is none.
+    """
+    before = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", training)
+    try:
+        with torch.set_grad_enabled(training):
+            yield
+    finally:
+        torch.set_autocast_enabled("cuda", before)
+
+
+@contextlib.contextmanager
+def _typed(tracer: _Tracer) -> Iterator[None]:
+    """Answer `isinstance(x, Tensor)`, which a person's forward may ask of a placeholder, as for what it stands for."""
+    ask = builtins.isinstance
+
+    def answer(value: Any, kinds: Any) -> bool:
+        if type(value) is fx.Proxy and value.tracer is tracer and _is_persons_question(sys._getframe(1)):
+            return ask(_stand_in(value.node, tracer.given, value), kinds)
+        return ask(value, kinds)
+
+    builtins.isinstance = answer
+    try:
+        yield
+    finally:
+        builtins.isinstance = ask
+
+
+def _is_persons_question(frame: FrameType | None) -> bool:
+    """Whether a person's code asks, or torch.is_tensor on its behalf."""
+    if frame is not None and frame.f_code is torch.is_tensor.__code__:
+        frame = frame.f_back
+    return frame is not None and is_persons(frame.f_code.co_filename)
+
+
+def _stand_in(node: fx.Node, given: Mapping[str, Any], unknown: Any) -> Any:
+    """Give something of the kind that a step computes: a tensor, unless it looks at a shape or into an argument."""
+    if node.op == "placeholder":
+        return unknown if str(node.target).startswith("*") else given.get(str(node.target), _A_TENSOR)
+    if node.target is getattr or node.target in _GIVE_NUMBERS:
+        return unknown
+    if node.target is operator.getitem and isinstance(container := node.args[0], fx.Node):
+        value = _stand_in(container, given, unknown)
+        if value is unknown or isinstance(value, Tensor):
+            return value
+        try:
+            return value[node.args[1]]
+        except (LookupError, TypeError):
+            return unknown
+    if getattr(node.target, "__module__", "") == "_operator" and node.all_input_nodes:  # h // 2, say
+        return _stand_in(node.all_input_nodes[0], given, unknown)
+    return _A_TENSOR
+
+
+def _mark_(training: fx.Graph, evaluating: fx.Graph) -> None:
+    """Note which functional dropouts follow the mode of their module, and what was seen only in eval mode."""
+    for one, other in zip(_essential(training), _essential(evaluating), strict=True):
+        if one.target in _DROPOUTS:
+            one.meta[FOLLOWS_MODE] = one.kwargs.get("training") != other.kwargs.get("training")
+        if SURROUNDINGS in other.meta:
+            one.meta.setdefault(SURROUNDINGS, other.meta[SURROUNDINGS])
+
+
+def _arguments(module: nn.Module, inputs: Inputs) -> dict[str, Any]:
+    """Give the arguments of a call as far as they are known: those that it leaves out are their defaults."""
+    signature = inspect.signature(module.forward)
+    parameters = signature.parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    try:
+        given = signature.bind_partial(*inputs.args, **inputs.kwargs).arguments
+    except TypeError:  # the run will tell
+        return defaults
+    named = {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    return defaults | {name: value for name, value in given.items() if name in named}
+
+
+def _is_open(node: fx.Node) -> bool:
+    """Whether a step looks something up that need not be there: whatever it is, tracing believes that it is."""
+    return node.op == "call_method" and node.target in ("get", "pop", "setdefault")
+
+
+def _trace_once(
+    module: nn.Module, training: bool, constants: dict[str, Any], given: Mapping[str, Any], stops_early: bool
+) -> fx.Graph:
+    """Trace, and take away what tracing and `forward` leave on modules, so that every trace begins alike."""
+    with _restoring(module), _surrounded(training):
+        tracer = _Tracer(given, stops_early=stops_early)
+        with _typed(tracer):
+            return tracer.trace(in_mode(module, training), concrete_args=dict(constants))
+
+
+@contextlib.contextmanager
+def _restoring(module: nn.Module) -> Iterator[None]:
+    """Put back every attribute, buffer, parameter and submodule that is set on a module or on one inside it."""
+    holders = [
+        holder for one in module.modules() for holder in (vars(one), one._buffers, one._parameters, one._modules)
+    ]
+    before = [dict(holder) for holder in holders]
+    try:
+        yield
+    finally:
+        for holder, known in zip(holders, before, strict=True):
+            holder.clear()
+            holder.update(known)
+
+
+def _difference(one: fx.Graph, other: fx.Graph) -> str | None:
+    """Name the first step in which two graphs differ, or None."""
+    ours, theirs = _steps(one), _steps(other)
+    for (name, step), (_, counterpart) in zip(ours, theirs, strict=False):
+        if step != counterpart:
+            return f"'{name}'"
+    if len(ours) != len(theirs):
+        return f"step {min(len(ours), len(theirs)) + 1}"
+    return None
+
+
+def _steps(graph: fx.Graph) -> list[tuple[str, Any]]:
+    """List what a graph does."""
+    nodes = _essential(graph)
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    label = {n: f"%{i}" for i, n in enumerate(nodes)} | {n: f"input {i}" for i, n in enumerate(inputs)}
+    steps = []
+    for node in nodes:
+        kwargs = {k: v for k, v in node.kwargs.items() if not (k == "training" and node.target in _DROPOUTS)}
+        args = fx.map_arg((node.args, kwargs), lambda n: label[n])
+        steps.append((str(node.name), (node.op, node.target, args)))
+    return steps
+
+
+def _essential(graph: fx.Graph) -> list[fx.Node]:
+    """List the steps of a graph without what tracing adds to guard the arguments that it was given."""
+    guards = (torch._assert, fx._symbolic_trace._assert_is_none)
+    nodes = [n for n in graph.nodes if n.op != "placeholder" and n.target not in guards]
+    return [n for n in nodes if not (n.target is operator.eq and all(u.target in guards for u in n.users))]
+
+
+def _is_of_interest(module: nn.Module) -> bool:
+    return may_convolve(module) or any(isinstance(part, _NormBase) for part in module.modules())

@@ -1,0 +1,271 @@
+"""Models → how long they take, side by side in one run.
+
+Absolute times of a shared machine mean little and drift; so the models take turns: every round runs each of them once,
+in an order drawn anew, and what counts is the ratio within a round. Its median over the rounds is reported with its
+quartiles, and where those are far apart, that it is not to be believed.
+
+Where norms follow convs both sides are measured a second time with those norms folded, as they would be deployed:
+otherwise a model that has lost its norms on the way looks faster than it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import itertools
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgeon.analysis.islands import how_to_call
+from surgeon.errors import CaptureError
+from surgeon.models.call import Inputs
+from surgeon.models.copies import duplicate, in_mode, where
+from surgeon.models.cost import measure
+from surgeon.proof.distance import tensors
+from surgeon.surgery.fold import fold_blocks_, fold_norms_
+
+TOO_WIDE = 0.15  # of the pairwise ratio: the distance of its quartiles, as a share of its median
+_AT_LEAST = 0.05  # seconds that one measurement takes; shorter runs are repeated within it
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """How the models are run: in eval mode without autograd, or (`train`) forward and backward in train mode."""
+
+    batch: int
+    threads: int
+    channels_last: bool = False
+    compiled: bool = False
+    train: bool = False
+
+    def __str__(self) -> str:
+        layout = "channels_last" if self.channels_last else "NCHW"
+        words = [f"batch {self.batch}", f"{self.threads} thread{'s' * (self.threads > 1)}", layout]
+        return ", ".join([*words, *["compiled"] * self.compiled, *["training step"] * self.train])
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One model in one setting. Ratios are to the first model in the same form; below 1 is less."""
+
+    model: str
+    form: str  # as it is, or with norms and blocks folded
+    setting: Setting
+    seconds: float  # the median of a run
+    spread: float  # distance of the quartiles, as a share of the median
+    macs: int | None
+    macs_ratio: float | None
+    time_ratio: float  # the median of the pairwise ratios
+    quartiles: tuple[float, float]  # of the pairwise ratios
+    peak_bytes: int | None  # memory of one run beyond what was held before; None where the system does not tell
+
+    @property
+    def per_second(self) -> float:
+        return self.setting.batch / self.seconds
+
+    @property
+    def is_believable(self) -> bool:
+        low, high = self.quartiles
+        return high - low <= TOO_WIDE * self.time_ratio
+
+
+Progress = Callable[[str, float], None]  # what is being done, and the share that is done of all
+
+
+def run(
+    models: Sequence[tuple[str, nn.Module]],
+    inputs: Inputs,
+    settings: Sequence[Setting],
+    *,
+    rounds: int = 15,
+    progress: Progress = lambda what, share: None,
+) -> tuple[Timing, ...]:
+    """Time models with labels on inputs of this kind in each of the settings; they are copied, and stay as they are.
+
+    Raises:
+        CaptureError: a model does not run.
+    """
+    timings: list[Timing] = []
+    for i, setting in enumerate(settings):
+
+        def tell(what: str, share: float, done: int = i) -> None:
+            progress(what, (done + share) / len(settings))
+
+        with _threads(setting.threads), _compiling(setting.compiled):
+            timings += _run_setting(models, inputs.batched(setting.batch), setting, rounds, tell)
+    return tuple(timings)
+
+
+def deployed(model: nn.Module, inputs: Inputs | None = None) -> tuple[nn.Module, bool]:
+    """Copy a model with its blocks and norms folded, and say whether there was anything to fold."""
+    model = in_mode(duplicate(model), False)
+    found = [*fold_blocks_(model, inputs), *fold_norms_(model, inputs)]
+    return model, bool(found)
+
+
+@dataclass(slots=True)
+class _Candidate:
+    label: str
+    form: str
+    macs: int | None
+    call: Callable[[], object]
+    repeats: int
+    peak_bytes: int | None
+    seconds: list[float]
+
+
+def _run_setting(
+    models: Sequence[tuple[str, nn.Module]], inputs: Inputs, setting: Setting, rounds: int, progress: Progress
+) -> list[Timing]:
+    forms = [(label, "as it is", model) for label, model in models]
+    if not setting.train:
+        folded = [(label, *deployed(model, inputs)) for label, model in models]
+        if any(is_other for *_, is_other in folded):
+            forms += [(label, "folded", model) for label, model, _ in folded]
+    ready = []
+    for i, (label, form, model) in enumerate(forms):
+        progress(f"{setting}: warming up {label}", 0.3 * i / len(forms))
+        ready.append(_prepare(label, form, model, inputs, setting))
+    order = random.Random(0)
+    for done in range(rounds):
+        progress(f"{setting}: round {done + 1} of {rounds}", 0.3 + 0.7 * done / rounds)
+        for one in order.sample(ready, len(ready)):
+            one.seconds.append(_time(one.call, one.repeats))
+    firsts = {one.form: one for one in reversed(ready)}
+    return [_timing(one, firsts[one.form], setting) for one in ready]
+
+
+def _prepare(label: str, form: str, model: nn.Module, inputs: Inputs, setting: Setting) -> _Candidate:
+    """Copy a model into a setting, and run it until it has settled."""
+    given = inputs.cast_for(model)
+    own = in_mode(duplicate(model), setting.train)
+    if setting.channels_last:
+        own = own.to(memory_format=torch.channels_last)
+        given = given.map(lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t)
+    called: Callable[..., Any] = own
+    if setting.compiled:
+        called = torch.compile(own, dynamic=False)
+    call = _step(own, called, given) if setting.train else _pass(called, given)
+    try:
+        macs = measure(model, given).macs
+        call()
+        peak = _peak_bytes(call)
+        once = min(_time(call, 1) for _ in range(3))
+    except Exception as error:
+        raise CaptureError(
+            f"{label} does not run ({setting}): {where(error)}", todo=how_to_call(model, given)
+        ) from error
+    return _Candidate(label, form, macs, call, max(1, math.ceil(_AT_LEAST / once)), peak, [])
+
+
+def _pass(called: Callable[..., Any], inputs: Inputs) -> Callable[[], object]:
+    def call() -> object:
+        with torch.inference_mode():
+            return inputs.call(called)
+
+    return call
+
+
+def _step(model: nn.Module, called: Callable[..., Any], inputs: Inputs) -> Callable[[], object]:
+    """Forward, backward, and forget the gradients."""
+
+    def call() -> object:
+        outs = [out for out in tensors(inputs.call(called)) if out.requires_grad]
+        torch.autograd.backward([out.float().mean() for out in outs])
+        model.zero_grad(set_to_none=True)
+        return None
+
+    return call
+
+
+def _time(call: Callable[[], object], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def _timing(one: _Candidate, first: _Candidate, setting: Setting) -> Timing:
+    ratios = [mine / theirs for mine, theirs in zip(one.seconds, first.seconds, strict=True)]
+    low, median, high = _quartiles(one.seconds)
+    ratio_low, ratio, ratio_high = _quartiles(ratios)
+    return Timing(
+        model=one.label,
+        form=one.form,
+        setting=setting,
+        seconds=median,
+        spread=(high - low) / median,
+        macs=one.macs,
+        macs_ratio=one.macs / first.macs if one.macs and first.macs else None,
+        time_ratio=ratio,
+        quartiles=(ratio_low, ratio_high),
+        peak_bytes=one.peak_bytes,
+    )
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    if len(values) == 1:
+        return (values[0],) * 3
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, median, high
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _compiling(wanted: bool) -> Iterator[None]:
+    """Begin without what was compiled before, and let many models of one class be compiled side by side."""
+    if not wanted:
+        yield
+        return
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=1000):
+        yield
+
+
+def _peak_bytes(call: Callable[[], object]) -> int | None:
+    """Measure how much more memory the process holds at most while it runs, by the kernel's own high-water mark.
+
+    What the allocator keeps of earlier runs is given back first. Only Linux tells and lets the mark be reset.
+    """
+    try:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # resets the mark
+        before = _status("VmRSS")
+        call()
+        return max(0, _status("VmHWM") - before)
+    except (OSError, AttributeError, StopIteration):
+        return None
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(f"{key}:")).split()[1])
+
+
+def settings_for(
+    batches: Sequence[int], threads: Sequence[int], *, channels_last: bool, compiled: bool, train: bool
+) -> list[Setting]:
+    """Every combination that was asked for; layouts and compilation are measured beside the plain way."""
+    layouts, ways = [False, True][: 1 + channels_last], [False, True][: 1 + compiled]
+    counts = threads or [torch.get_num_threads()]
+    return [Setting(*one, train) for one in itertools.product(batches, counts, layouts, ways)]

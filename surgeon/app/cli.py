@@ -1,0 +1,385 @@
+"""The command line: parse, call one function of `pipeline`, print, exit code. torch is imported only when needed."""
+
+import inspect
+import json as jsonlib
+import math
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from surgeon._version import __version__
+from surgeon.errors import PassError, SurgeonError
+
+if TYPE_CHECKING:
+    from surgeon.app.commands import Given
+
+app = typer.Typer(
+    name="surgeon",
+    help="Swap the convolutions of a network you have for other blocks, train it, fold it back, prove it with numbers.",
+    epilog="Example: surgeon convert model.pt --recipe acnet   ·   surgeon demo shows it all in a minute.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A file (model.pt, x.safetensors), torchvision:resnet50, timm:repvgg_a0, pkg.mod:factory or file.py:Net.",
+        show_default=False,
+    ),
+]
+Arch = Annotated[
+    str | None,
+    typer.Option(help="The network that a file of weights belongs to: torchvision:resnet50, or a model file like it."),
+]
+ArchArg = Annotated[
+    list[str] | None, typer.Option(metavar="NAME=VALUE", help="An argument for building the network; may be repeated.")
+]
+Allow = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PACKAGE", help="Let a pickled model name modules of this package; may be repeated."),
+]
+Unsafe = Annotated[
+    bool, typer.Option("--unsafe-pickle", help="Unpickle without limits: this RUNS what is in the file.")
+]
+Input = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        "-i",
+        metavar="EXAMPLE",
+        help="An example input: a shape (1,3,224,224; 1,10:int64), several (1,3,8,8;1,10:int64), by name "
+        "(image=1,3,8,8;mask=1,8,8:bool), a list ([3,300,300;3,280,320]), a .pt, .safetensors, .npz or image file, "
+        "or file.py:make_inputs. verify takes the option several times.",
+    ),
+]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="For inputs and for what starts at random.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of tables.")]
+Force = Annotated[bool, typer.Option("--force", "-f", help="Overwrite the output if it exists.")]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="FILE", help="Where to write; .safetensors writes weights and a manifest."),
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PATH=VALUE", help="Override a value of the recipe: rules[0].with.init=split."),
+]
+
+
+def _about_models(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options that say how models are read; they reach it as its argument `given`."""
+
+    def run(
+        arch: Arch = None,
+        arch_arg: ArchArg = None,
+        allow: Allow = None,
+        unsafe: Unsafe = False,
+        shape: Input = None,
+        seed: Seed = 0,
+        **rest: Any,
+    ) -> None:
+        from surgeon.app.commands import Given
+        from surgeon.files.load import Trust
+
+        if len(shape or ()) > 1 and command.__name__ != "verify":
+            raise typer.BadParameter(
+                "--input is given twice; only verify takes several. Arguments of one call: --input 'a;b'"
+            )
+        trust = Trust(allow=tuple(allow or ()), unsafe_pickle=unsafe)
+        command(given=Given(arch, tuple(arch_arg or ()), trust, tuple(shape or ()), seed), **rest)
+
+    own = [p for p in inspect.signature(command).parameters.values() if p.name != "given"]
+    shared = [p for p in inspect.signature(run).parameters.values() if p.name != "rest"]
+    parameters = sorted(
+        (p.replace(kind=p.KEYWORD_ONLY) for p in (*own, *shared)), key=lambda p: p.default is not p.empty
+    )
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    return run
+
+
+@app.command(epilog="Example: surgeon convert model.pt --recipe acnet.yaml   writes model.acnet.pt")
+@_about_models
+def convert(
+    model: Model,
+    given: "Given",
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="A recipe: a file, or the name of a bundled one.")
+    ] = None,
+    plan: Annotated[Path | None, typer.Option(help="Carry out this plan file instead of a recipe.")] = None,
+    sets: Sets = None,
+    output: Output = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Swap the convs of a model as a recipe or a plan says, check what was done, and save the result."""
+    if (recipe is None) == (plan is None):
+        raise typer.BadParameter("give either --recipe or --plan, for example --recipe acnet")
+    if plan is not None and sets:
+        raise typer.BadParameter("--set changes a recipe; edit the plan file instead")
+    with _working("converting"):
+        from surgeon.app import commands as pipeline
+        from surgeon.app import display as report
+        from surgeon.surgery import plan as plans
+
+        how = plans.read(plan) if plan is not None else str(recipe)
+        done = pipeline.convert(model, how, given, _say, overrides=sets or (), output=output, force=force)
+    _show(report.converted_data(done) if json else report.converted_view(done))
+
+
+@app.command(epilog="Example: surgeon fuse model.acnet.pt   writes model.acnet.fused.pt")
+@_about_models
+def fuse(
+    model: Model,
+    given: "Given",
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Fold also blocks that cost less than the conv they fold to.")
+    ] = False,
+    output: Output = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Fold every block that can be folded into one plain conv, and save the result."""
+    with _working("folding"):
+        from surgeon.app import commands as pipeline
+        from surgeon.app import display as report
+
+        done = pipeline.fuse(model, given, _say, dense=dense, output=output, force=force)
+    _show(report.fused_data(done) if json else report.fused_view(done))
+
+
+@app.command(epilog="Example: surgeon verify model.acnet.pt model.acnet.fused.pt   exits 0 if they are equivalent")
+@_about_models
+def verify(
+    a: Annotated[str, typer.Argument(metavar="A", help="The model that is right.", show_default=False)],
+    b: Annotated[str, typer.Argument(metavar="B", help="The model that is to compute the same.", show_default=False)],
+    given: "Given",
+    json: Json = False,
+) -> None:
+    """Say whether B computes what A does, how far apart they are, and where they part.
+
+    Exit code: 0 equivalent, 1 different, 2 could not be compared, 3 approximate by design.
+    """
+    with _working("comparing"):
+        from surgeon.app import commands as pipeline
+        from surgeon.app import display as report
+
+        found = pipeline.verify(a, b, given, _say)
+    _show(found.to_dict() if json else report.report_view(found))
+    raise typer.Exit({"equivalent": 0, "different": 1, "approximate": 3}[found.verdict])
+
+
+@app.command(epilog="Example: surgeon survey torchvision:resnet50")
+@_about_models
+def survey(
+    model: Model,
+    given: "Given",
+    json: Json = False,
+) -> None:
+    """List every conv of a model: names, geometry, sizes, calls, what reads it and what stands in the way."""
+    with _working("looking"):
+        from surgeon.app import commands as pipeline
+        from surgeon.app import display as report
+
+        found = pipeline.survey(model, given, _say)
+    _show(report.survey_data(found) if json else report.survey_view(found))
+
+
+@app.command(
+    epilog="Example: surgeon plan model.pt --recipe acnet -o plan.yaml   then edit it, and convert --plan plan.yaml"
+)
+@_about_models
+def plan(
+    model: Model,
+    given: "Given",
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="A recipe: a file, or the name of a bundled one.")],
+    sets: Sets = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Write the plan as .yaml or .json, to edit and apply."),
+    ] = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Show what a recipe would do to every conv of a model, and why; nothing is changed."""
+    with _working("planning"):
+        from surgeon.app import commands as pipeline
+        from surgeon.app import display as report
+
+        decided = pipeline.plan(model, recipe, given, _say, overrides=sets or ())
+        if output is not None:
+            pipeline.write_plan(decided, output, force=force)
+            _say(f"written: {output}")
+    _show(decided.to_dict() if json else report.plan_view(decided, every_conv=output is None))
+
+
+@app.command(epilog="Example: surgeon bench model.pt model.hetconv-p4.pt --batch 8 --channels-last")
+@_about_models
+def bench(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="A [B …]", help="The models; ratios are to the first one.", show_default=False),
+    ],
+    given: "Given",
+    batch: Annotated[
+        list[int] | None, typer.Option("--batch", "-b", min=1, help="Images in a run; may be repeated.  [default: 1]")
+    ] = None,
+    threads: Annotated[
+        list[int] | None, typer.Option("--threads", "-t", min=1, help="Threads of torch; may be repeated.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=3, help="How often every model has its turn.")] = 15,
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="Measure that memory format too.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Measure with torch.compile too.")] = False,
+    train: Annotated[bool, typer.Option("--train", help="Time a training step: forward and backward.")] = False,
+    json: Json = False,
+) -> None:
+    """Time models against each other, by turns in one run, as they are and with their norms folded."""
+    with _bar() as progress:
+        from surgeon.app import commands as pipeline
+        from surgeon.app import display as report
+
+        how = pipeline.Trials(tuple(batch or (1,)), tuple(threads or ()), rounds, channels_last, compiled, train)
+        timings = pipeline.bench(models, given, _say, how, progress)
+    _show(report.bench_data(timings) if json else report.bench_view(timings))
+
+
+@app.command(epilog="Example: surgeon recipes acnet > mine.yaml")
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this bundled recipe.", show_default=False)] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of recipes, for editors.")] = False,
+    json: Json = False,
+) -> None:
+    """List the bundled recipes, or print one."""
+    from surgeon.app import display as report
+    from surgeon.recipes import recipe
+
+    if schema:
+        _show(recipe.schema())
+    elif name is not None:
+        found = recipe.load(name)
+        _show(report.recipes_data([found])[0]) if json else sys.stdout.write(found.text)
+    else:
+        known = [recipe.load(each) for each in recipe.bundled()]
+        _show(report.recipes_data(known) if json else report.recipes_view(known))
+
+
+@app.command(epilog="Example: surgeon blocks --json")
+def blocks(json: Json = False) -> None:
+    """List the blocks that a recipe can swap in, with their options."""
+    from surgeon.app import display as report
+    from surgeon.blocks import registry
+
+    _show(report.blocks_data(registry()) if json else report.blocks_view(registry()))
+
+
+@app.command(epilog="Example: surgeon demo --seconds 20")
+def demo(
+    seconds: Annotated[float, typer.Option(min=1, help="How long to train the converted network.")] = 10,
+    folder: Annotated[
+        Path | None, typer.Option("--keep", metavar="FOLDER", help="Keep the models that are made in this folder.")
+    ] = None,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Convert, train, fold and verify a small network on Fashion-MNIST; needs no network and no downloads."""
+    from surgeon.app import display as report
+    from surgeon.app.demo import run
+
+    steps = run.demo(_err, seconds=seconds, folder=folder, seed=seed)
+    _show(report.demo_data(steps) if json else report.demo_view(steps))
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(f"surgeon {__version__}")
+        raise typer.Exit
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; what was raised on purpose becomes one message and an exit code."""
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch's, and nothing here needs NumPy
+    try:
+        app(arguments)
+    except SurgeonError as error:
+        if isinstance(error, PassError):
+            traceback.print_exc()
+        print(f"surgeon: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("surgeon: stopped; nothing was written", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # `surgeon survey … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except Exception as error:
+        traceback.print_exc()
+        print(f"surgeon: {PassError('command line', repr(error))}", file=sys.stderr)
+        sys.exit(PassError.exit_code)
+
+
+def _console(*, stderr: bool) -> Console:
+    """A terminal as wide as it is; a file or a pipe wide enough for every table."""
+    console = Console(stderr=stderr, highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        return Console(stderr=stderr, highlight=False, width=180)
+    return console
+
+
+_err = _console(stderr=True)
+
+
+@contextmanager
+def _working(what: str) -> Iterator[None]:
+    """Turn a spinner on a terminal; nothing is printed elsewhere."""
+    if not _err.is_terminal:
+        yield
+        return
+    with _err.status(f"{what} …"):
+        yield
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[str, float], None]]:
+    """Draw a progress bar on a terminal; nothing is printed elsewhere."""
+    columns = (BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as progress:
+        task = progress.add_task("loading", total=1.0)
+        yield lambda what, share: progress.update(task, description=what, completed=share)
+
+
+def _say(notice: str) -> None:
+    _err.print(f"note: {notice}", markup=False, soft_wrap=True)
+
+
+def _show(result: RenderableType | dict[str, Any] | list[Any]) -> None:
+    """Print the one thing that a command is about on stdout: a table, or a JSON document."""
+    if isinstance(result, dict | list):
+        print(jsonlib.dumps(_finite(result), indent=1, ensure_ascii=False, allow_nan=False))
+    else:
+        _console(stderr=False).print(result)
+
+
+def _finite(data: Any) -> Any:
+    """Write Infinity and NaN as text, which JSON has no numbers for."""
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return str(data) if isinstance(data, float) and not math.isfinite(data) else data

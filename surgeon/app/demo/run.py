@@ -1,0 +1,116 @@
+"""The whole path on a small network, through files as a person would: convert, train, fuse, verify."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from surgeon import api as surgery
+from surgeon.app import commands as pipeline
+from surgeon.app.commands import Given
+from surgeon.app.demo import data
+from surgeon.app.demo.net import SmallResNet
+from surgeon.models.cost import measure
+from surgeon.proof.verify import Report
+
+_BATCH = 50
+_RATE = 0.0005
+_INPUT = "1,1,28,28"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The network after one step: share of test images that it gets right, and what it costs."""
+
+    name: str
+    file: str
+    accuracy: float
+    params: int
+    macs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Demo:
+    steps: tuple[Step, ...]
+    report: Report  # of the folded network against the trained one
+    images: tuple[int, int]  # to train on, to test on
+    seconds: float  # of training
+
+
+def demo(console: Console, *, seconds: float, folder: Path | None, seed: int) -> Demo:
+    """Convert, train, fold and verify the small network that ships with surgeon; bars and notices go to `console`."""
+    torch.manual_seed(seed)
+    images = data.images()
+    given = Given(inputs=(_INPUT,), seed=seed)
+    with nullcontext(folder) if folder else tempfile.TemporaryDirectory() as place:
+        home = Path(place)
+        home.mkdir(parents=True, exist_ok=True)
+
+        def step(name: str, path: Path) -> Step:
+            model = surgery.load(path)
+            cost = measure(model, [images.test_x[:1]])
+            assert cost.macs is not None
+            return Step(name, path.name, accuracy(model, images.test_x, images.test_y), cost.params, cost.macs)
+
+        def say(notice: str) -> None:
+            console.print(f"note: {notice}", markup=False)
+
+        start, trained = home / "net.pt", home / "net.acnet.trained.pt"
+        surgery.save(_trained_net(), start, force=True)
+        converted = pipeline.convert(str(start), "acnet", given, say, output=None, force=True).path
+        steps = [step("trained network", start), step("converted to ACBlocks", converted)]
+        model = surgery.load(converted)
+        train_(model, images, seconds, console)
+        surgery.save(model, trained, force=True)
+        steps.append(step(f"trained {seconds:g} s more", trained))
+        fused = pipeline.fuse(str(trained), given, say, output=None, force=True).path
+        steps.append(step("folded back", fused))
+        report = pipeline.verify(str(trained), str(fused), given, say)
+    return Demo(tuple(steps), report, (len(images.train_y), len(images.test_y)), seconds)
+
+
+def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """The share of images (n, 1, 28, 28) that a model puts into their class."""
+    with torch.no_grad():
+        right: Tensor = model.eval()(x).argmax(1) == y
+    return right.double().mean().item()
+
+
+def train_(model: nn.Module, images: data.Images, seconds: float, console: Console) -> None:
+    """Train for some seconds on the shipped images, as one would train any network."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=_RATE, momentum=0.9, weight_decay=1e-4)
+    columns = (TextColumn("training"), BarColumn(), TextColumn("loss {task.fields[loss]:.3f}"), TimeRemainingColumn())
+    start = time.monotonic()
+    model.train()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("training", total=seconds, loss=0.0)
+        while (spent := time.monotonic() - start) < seconds:
+            picked = torch.randperm(len(images.train_y))[:_BATCH]
+            loss = F.cross_entropy(model(_shifted(images.train_x[picked])), images.train_y[picked])
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            progress.update(bar, completed=spent, loss=loss.item())
+        progress.update(bar, completed=seconds)
+
+
+def _shifted(x: Tensor) -> Tensor:
+    """Move a batch by up to two pixels, and mirror it now and then."""
+    down, right, mirror = (int(n) for n in torch.randint(0, 5, (3,)))
+    x = F.pad(x, (2, 2, 2, 2), mode="replicate")[..., down : down + 28, right : right + 28]
+    return x.flip(-1) if mirror < 2 else x
+
+
+def _trained_net() -> nn.Module:
+    net = SmallResNet()
+    net.load_state_dict(data.weights())
+    return net

@@ -1,0 +1,1 @@
+"""Arithmetic on one convolution: tensors in, tensors out."""

@@ -1,0 +1,171 @@
+"""A conv without its weights: read one from an `nn.Conv2d`, build one, compare two."""
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, ClassVar, NamedTuple, Self
+
+import torch
+from torch import nn
+
+from surgeon.nn import known_format
+
+Pair = tuple[int, int]
+
+
+class Pads(NamedTuple):
+    """Rows and columns added on each side of a feature map; a negative number crops."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    @property
+    def is_symmetric(self) -> bool:
+        return self.top == self.bottom and self.left == self.right
+
+    @property
+    def is_crop(self) -> bool:
+        return min(self) < 0
+
+
+Pads.__module__ = "surgeon.nn"
+
+
+@dataclass(frozen=True, slots=True)
+class ConvSpec:
+    """Everything an `nn.Conv2d` is, but its numbers. Pairs are (height, width), as in torch."""
+
+    __module__ = "surgeon.nn"
+    FORMAT: ClassVar[int] = 2  # 1 was the list of its fields
+
+    c_in: int
+    c_out: int
+    kernel: Pair
+    stride: Pair = (1, 1)
+    padding: Pair | str = (0, 0)
+    dilation: Pair = (1, 1)
+    groups: int = 1
+    bias: bool = True
+    padding_mode: str = "zeros"
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d) -> Self:
+        """Read the spec of `conv`.
+
+        >>> ConvSpec.of(nn.Conv2d(3, 8, 3, padding="same", bias=False))
+        ConvSpec(3→8, 3x3, padding=same, no bias)
+        """
+        padding = conv.padding if isinstance(conv.padding, str) else _pair(conv.padding)
+        return cls(
+            c_in=conv.in_channels,
+            c_out=conv.out_channels,
+            kernel=_pair(conv.kernel_size),
+            stride=_pair(conv.stride),
+            padding=padding,
+            dilation=_pair(conv.dilation),
+            groups=conv.groups,
+            bias=conv.bias is not None,
+            padding_mode=conv.padding_mode,
+        )
+
+    def build(self, *, like: torch.Tensor) -> nn.Conv2d:
+        """Make the conv, uninitialised, with the dtype, device and memory format of `like`."""
+        with torch.device("meta"):
+            conv = nn.Conv2d(
+                self.c_in,
+                self.c_out,
+                self.kernel,
+                stride=self.stride,
+                padding=self.padding,
+                dilation=self.dilation,
+                groups=self.groups,
+                bias=self.bias,
+                padding_mode=self.padding_mode,  # type: ignore[arg-type]  # a Literal to torch
+                dtype=like.dtype,
+            )
+        conv = conv.to_empty(device=like.device)
+        return conv.to(memory_format=torch.channels_last) if is_channels_last(like) else conv
+
+    def change(self, **fields: Any) -> Self:
+        """Return this spec with some fields changed."""
+        return replace(self, **fields)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"format": self.FORMAT} | asdict(self)
+
+    def __setstate__(self, state: Any) -> None:
+        """Read fields by name, or, as they were stored once, in their order; what is missing has its default."""
+        names = [one.name for one in fields(self)]
+        state = dict(zip(names, state, strict=False)) if isinstance(state, list | tuple) else dict(state)
+        known_format(type(self), state)
+        read = ConvSpec(**state)
+        for name in names:
+            object.__setattr__(self, name, getattr(read, name))
+
+    @property
+    def pads(self) -> Pads:
+        """The padding in numbers, also where the conv says 'same' or 'valid' (torch puts the odd one last)."""
+        if self.padding == "valid":
+            return Pads(0, 0, 0, 0)
+        if self.padding == "same":
+            total_h, total_w = (d * (k - 1) for d, k in zip(self.dilation, self.kernel, strict=True))
+            return Pads(total_h // 2, total_h - total_h // 2, total_w // 2, total_w - total_w // 2)
+        assert not isinstance(self.padding, str)
+        ph, pw = self.padding
+        return Pads(ph, ph, pw, pw)
+
+    def part(self, kernel: Pair, *, row: int, column: int) -> tuple[Self, Pads | None]:
+        """Give the spec of a conv whose smaller kernel lies at (row, column) of this one and sees what it sees there.
+
+        The second result says how its input must be padded or cropped first, where its own padding cannot do that.
+
+        >>> ConvSpec(1, 1, (3, 3), padding=(1, 1)).part((1, 3), row=2, column=0)
+        (ConvSpec(1→1, 1x3), Pads(top=-1, bottom=1, left=1, right=1))
+        """
+        (kh, kw), (dh, dw), pads = self.kernel, self.dilation, self.pads
+        below, right = kh - kernel[0] - row, kw - kernel[1] - column
+        sees = Pads(pads.top - row * dh, pads.bottom - below * dh, pads.left - column * dw, pads.right - right * dw)
+        if sees.is_symmetric and not sees.is_crop:
+            return self.change(kernel=kernel, padding=(sees.top, sees.left)), None
+        return self.change(kernel=kernel, padding=(0, 0), padding_mode="zeros"), sees
+
+    @property
+    def is_depthwise(self) -> bool:
+        return self.groups == self.c_in and self.groups > 1
+
+    @property
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        """(out, in/groups, kh, kw)."""
+        return (self.c_out, self.c_in // self.groups, *self.kernel)
+
+    def __str__(self) -> str:
+        words = [f"{self.c_in}→{self.c_out}", f"{self.kernel[0]}x{self.kernel[1]}"]
+        if self.stride != (1, 1):
+            words.append(f"stride={_short(self.stride)}")
+        if self.padding not in ((0, 0), "valid"):
+            words.append(f"padding={self.padding if isinstance(self.padding, str) else _short(self.padding)}")
+        if self.dilation != (1, 1):
+            words.append(f"dilation={_short(self.dilation)}")
+        if self.groups != 1:
+            words.append("depthwise" if self.is_depthwise else f"groups={self.groups}")
+        if self.padding_mode != "zeros":
+            words.append(f"mode={self.padding_mode}")
+        if not self.bias:
+            words.append("no bias")
+        return ", ".join(words)
+
+    def __repr__(self) -> str:
+        return f"ConvSpec({self})"
+
+
+def is_channels_last(tensor: torch.Tensor) -> bool:
+    """Whether a 4-d tensor is stored channels_last, and not also in the ordinary order."""
+    return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+
+
+def _pair(value: tuple[int, ...]) -> Pair:
+    return (int(value[0]), int(value[1]))
+
+
+def _short(pair: Pair) -> str:
+    return str(pair[0]) if pair[0] == pair[1] else f"{pair[0]}x{pair[1]}"

@@ -1,0 +1,187 @@
+"""A feature map in two streams: some channels at full resolution, the rest at half of it. Tensors in, tensors out.
+
+    split(x) = (x_high, pool(x_low)),   join(h, l) = x with x_high = h, x_low = up(l),   split(join(h, l)) = (h, l)
+
+pool is 2×2 average pooling (of what there is of a window at the border), up repeats every pixel and crops to the size
+of the high stream. Which channels are low is said by ranges, [start, stop) each; after an octave conv it is one range
+at the end, after a concatenation there are several.
+
+These functions stand in rewritten graphs by their names (`analysis/program`), so a file may call them.
+
+Chen et al. 2019, Drop an Octave, arXiv:1904.05049, section 3.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from surgeon.conv.spec import is_channels_last
+
+Ranges = tuple[tuple[int, int], ...]
+Pair = tuple[Tensor, Tensor]
+
+
+def last(alpha: float, channels: int) -> Ranges:
+    """The last ⌊αC⌋ channels, as in the paper's code.
+
+    >>> last(0.25, 10), last(0, 10)
+    (((8, 10),), ())
+    """
+    low = math.floor(alpha * channels)
+    return ((channels - low, channels),) if low else ()
+
+
+def count(ranges: Sequence[Sequence[int]]) -> int:
+    return sum(stop - start for start, stop in ranges)
+
+
+def others(ranges: Sequence[Sequence[int]], channels: int) -> Ranges:
+    """The channels that are in none of the ranges.
+
+    >>> others(((2, 4), (6, 8)), 9)
+    ((0, 2), (4, 6), (8, 9))
+    """
+    borders = [0, *itertools.chain.from_iterable(ranges), channels]
+    return tuple((start, stop) for start, stop in zip(borders[::2], borders[1::2], strict=True) if stop > start)
+
+
+def moved(ranges: Sequence[Sequence[int]], by: int) -> Ranges:
+    """The same ranges behind so many other channels."""
+    return tuple((start + by, stop + by) for start, stop in ranges)
+
+
+def merged(ranges: Sequence[Sequence[int]]) -> Ranges:
+    """Join ranges that touch.
+
+    >>> merged(((0, 2), (2, 4), (5, 6)))
+    ((0, 4), (5, 6))
+    """
+    found: list[tuple[int, int]] = []
+    for start, stop in ranges:
+        if found and found[-1][1] == start:
+            start = found.pop()[0]
+        found.append((start, stop))
+    return tuple(found)
+
+
+def take(x: Tensor, ranges: Sequence[Sequence[int]], dim: int = 1) -> Tensor:
+    """The channels in these ranges, in order; a view where there is one range."""
+    parts = [x.narrow(dim, start, stop - start) for start, stop in ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def part(x: Tensor, low: Sequence[Sequence[int]], dim: int = 1) -> tuple[Tensor, Tensor | None]:
+    """The high channels, and the low ones if there are any.
+
+    Where the low ones come last both are parts of one split, whose gradients are put together without filling in zeros.
+    """
+    channels = x.shape[dim]
+    if not low:
+        return x, None
+    if len(low) == 1 and low[0][1] == channels:
+        high, rest = torch.split(x, [low[0][0], channels - low[0][0]], dim)
+        return high, rest
+    return take(x, others(low, channels), dim), take(x, low, dim)
+
+
+def pool(x: Tensor) -> Tensor:
+    """Halve the resolution by averages of 2×2 pixels, of what there is of them at the border; ⌈h/2⌉ × ⌈w/2⌉."""
+    return nn.functional.avg_pool2d(x, 2, 2, ceil_mode=True, count_include_pad=False)
+
+
+def up(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Double the resolution by repeating every pixel, and crop to (h, w); `pool` undoes it bit for bit.
+
+    >>> up(torch.tensor([[[[1.0, 2.0]]]]), (2, 3))
+    tensor([[[[1., 1., 2.],
+              [1., 1., 2.]]]])
+    """
+    h, w = size
+    return nn.functional.interpolate(x, scale_factor=2, mode="nearest")[..., :h, :w]
+
+
+def up_to(low: Tensor, high: Tensor) -> Tensor:
+    """up(low) at the size of `high`."""
+    return up(low, high.shape[-2:])
+
+
+def lift_to(low: Tensor, high: Tensor) -> Tensor:
+    """up(low), laid out in memory as it lies in join(high, low), so that sums over it run in the same order."""
+    layout = torch.channels_last if is_channels_last(high) else torch.contiguous_format
+    return up_to(low, high).contiguous(memory_format=layout)
+
+
+def crop_to(fine: Tensor, high: Tensor) -> Tensor:
+    """What is left of a map at the size of `high`, from the top left."""
+    return fine[..., : high.shape[-2], : high.shape[-1]]
+
+
+def add_into(x: Tensor, y: Tensor) -> Tensor:
+    """X + y; in place where no gradient is asked for, so only for an x that nobody else reads."""
+    return x.add_(y) if writes_in_place() else x + y
+
+
+def writes_in_place() -> bool:
+    """Whether writing into a tensor of one's own is allowed and pays: autograd keeps tensors, a compiler fuses sums."""
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def add_up(high: Tensor, low: Tensor) -> Tensor:
+    """High + up(low), without writing up(low); in place where no gradient is asked for, so only for what is your own.
+
+    Every second row and column of `high` is a map of the size of `low`; in channels_last, with even sides, one addition
+    does all four.
+    """
+    n, c, h, w = high.shape
+    if not writes_in_place():
+        return high + up(low, (h, w))
+    if h % 2 == 0 and w % 2 == 0 and is_channels_last(high):
+        quads = high.permute(0, 2, 3, 1).view(n, h // 2, 2, w // 2, 2, c)
+        quads.add_(low.permute(0, 2, 3, 1)[:, :, None, :, None, :])
+        return high
+    for i, j in itertools.product((0, 1), (0, 1)):
+        quarter = high[..., i::2, j::2]
+        quarter.add_(low[..., : quarter.shape[-2], : quarter.shape[-1]])
+    return high
+
+
+def split(x: Tensor, low: Sequence[Sequence[int]]) -> Pair:
+    """(n, c, h, w) → (n, high, h, w) and (n, low, ⌈h/2⌉, ⌈w/2⌉)."""
+    high, rest = part(x, low)
+    assert rest is not None
+    return high, pool(rest)
+
+
+def join(high: Tensor, low: Tensor, ranges: Sequence[Sequence[int]]) -> Tensor:
+    """Put two streams into one map again: the inverse of `split` on what it gives.
+
+    >>> join(torch.tensor([[[[1.0, 2.0]]]]), torch.tensor([[[[7.0]]]]), [(1, 2)])[0]
+    tensor([[[1., 2.]],
+    <BLANKLINE>
+            [[7., 7.]]])
+    """
+    return interleave(high, up_to(low, high), ranges)
+
+
+def interleave(high: Tensor, low: Tensor, ranges: Sequence[Sequence[int]]) -> Tensor:
+    """Put channels of the same resolution into their order; `low` are those in the ranges."""
+    channels = high.shape[1] + low.shape[1]
+    if tuple(ranges[0]) == (high.shape[1], channels):
+        return torch.cat([high, low], 1)
+    sources = {False: high, True: low}
+    places = sorted([(start, stop, True) for start, stop in ranges] + [(*r, False) for r in others(ranges, channels)])
+    done, parts = {True: 0, False: 0}, []
+    for start, stop, is_low in places:
+        parts.append(sources[is_low].narrow(1, done[is_low], stop - start))
+        done[is_low] += stop - start
+    return torch.cat(parts, 1)
+
+
+def low_pass(x: Tensor, low: Sequence[Sequence[int]]) -> Tensor:
+    """What is left of a map when some of its channels go through half the resolution: join(split(x))."""
+    return join(*split(x, low), low)

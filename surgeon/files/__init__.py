@@ -1,0 +1,1 @@
+"""Bytes to networks, and back: what a file may do, and how one is written."""

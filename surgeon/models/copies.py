@@ -1,0 +1,187 @@
+"""Copies of a model to try things on, and what a copy of it would get wrong.
+
+Whatever is tried is tried on a shadow, a copy that is thrown away, so that what `forward` does to `self` does not reach
+the person's model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import random
+import sys
+import traceback
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FunctionType, MethodType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
+
+from surgeon.errors import CaptureError
+
+Model = TypeVar("Model", bound=nn.Module)
+_OURS_AND_TORCHS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+_TORCHS_OWN = vars(nn.Module()).keys()  # _modules, _parameters, hooks
+
+
+def in_mode(model: Model, training: bool) -> Model:
+    """Set the mode of a model of ours, and return it; a person's own `train` may return nothing."""
+    model.train(training)
+    return model
+
+
+def to_meta(tensor: Tensor) -> Tensor:
+    """Keep shape and dtype, and no numbers."""
+    return tensor.to("meta")
+
+
+def names(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
+    """Give every name of every module; a module that is reached twice has two."""
+    found: dict[nn.Module, list[str]] = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        found[module].append(name)
+    return {module: tuple(paths) for module, paths in found.items()}
+
+
+def kept_aside(model: nn.Module) -> dict[nn.Module, str]:
+    """Find modules that are also kept where torch does not look: in plain lists, dicts, functions and attributes."""
+    found: dict[nn.Module, str] = {}
+
+    def look(value: Any, where: str, depth: int) -> None:
+        if isinstance(value, nn.Module):
+            found.setdefault(value, where)
+        elif depth and isinstance(value, list | tuple | set):
+            for part in value:
+                look(part, where, depth - 1)
+        elif depth and isinstance(value, dict):
+            for part in value.values():
+                look(part, where, depth - 1)
+        elif depth and isinstance(value, functools.partial):
+            look((value.func, *value.args, *value.keywords.values()), where, depth)
+        elif depth and isinstance(value, MethodType):
+            look(value.__self__, where, depth)
+        elif depth and isinstance(value, FunctionType):
+            look(_enclosed(value), where, depth)
+
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute not in _TORCHS_OWN:
+                look(value, f"{name}.{attribute}".removeprefix("."), 3)
+    return found
+
+
+def shadow(model: Model, cast: Callable[[Tensor], Tensor] | None = None) -> Model:
+    """Copy a model's structure; share its parameters and clone its buffers, or `cast` each of them once.
+
+    Raises:
+        CaptureError: the model holds something that Python cannot copy.
+    """
+
+    def stand_in(tensor: Tensor) -> Tensor:
+        is_parameter = isinstance(tensor, nn.Parameter)
+        if cast is None:
+            return tensor if is_parameter else tensor.detach().clone()
+        made = cast(tensor.detach())
+        return nn.Parameter(made, tensor.requires_grad) if is_parameter else made
+
+    _check_copyable(model)
+    held = [t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor)]
+    memo: dict[int, Any] = {id(t): stand_in(t) for t in (*model.parameters(), *model.buffers(), *held)}
+    groups = [m.process_group for m in model.modules() if isinstance(m, nn.SyncBatchNorm)]
+    memo |= {id(group): group for group in groups}  # a connection to other processes has no copy
+    try:
+        made = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise CaptureError(
+            f"the model cannot be copied: {where(error)}", todo="Move what Python cannot copy out of the module."
+        ) from error
+    for (name, module), twin in zip(model.named_modules(), made.modules(), strict=False):
+        if _kind(twin) is not _kind(module):
+            raise CaptureError(
+                f"{name or 'the model'} cannot be copied: copy.deepcopy gives it another class",
+                todo="Give the network that it was made from.",
+            )
+        twin.training = module.training
+    return made
+
+
+def duplicate(model: Model) -> Model:
+    """Copy a model with its tensors.
+
+    Raises:
+        CaptureError: the model holds something that Python cannot copy.
+    """
+    return shadow(model, torch.clone)
+
+
+def _check_copyable(model: nn.Module) -> None:
+    modules = set(model.modules())
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if not isinstance(value, FunctionType):
+                continue
+            if any(True for _ in module.children()) if attribute == "forward" else _encloses(value, modules):
+                raise CaptureError(
+                    f"{name or 'the model'} has a function for its {attribute}, which would run the original in a copy",
+                    todo="Make it a method of a class.",
+                )
+    if lazy := [name for name, parameter in model.named_parameters() if is_lazy(parameter)]:
+        raise CaptureError(
+            f"{lazy[0]} has no shape yet",
+            todo="Run the model once, so that its lazy layers get their shapes, and save it.",
+        )
+
+
+def _kind(module: nn.Module) -> type:
+    """Give the class of a module; every GraphModule has one of its own, below that which names its kind."""
+    kind = type(module)
+    return kind.__mro__[1] if isinstance(module, fx.GraphModule) and kind.__name__ == "GraphModuleImpl" else kind
+
+
+def _encloses(function: FunctionType, modules: set[nn.Module]) -> bool:
+    return any(isinstance(one, nn.Module) and one in modules for one in _enclosed(function))
+
+
+def _enclosed(function: FunctionType) -> list[Any]:
+    """List what the variables of a closure hold."""
+    found = []
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # it has no value yet
+            found.append(cell.cell_contents)
+    return found
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Run the person's code so that its prints go to stderr, its warnings nowhere, and its random draws are undone."""
+    with (
+        contextlib.redirect_stdout(sys.stderr),
+        warnings.catch_warnings(),
+        torch.random.fork_rng(devices=[]),
+        torch.no_grad(),
+    ):
+        warnings.simplefilter("ignore")
+        state = random.getstate()
+        try:
+            yield
+        finally:
+            random.setstate(state)
+
+
+def where(error: BaseException) -> str:
+    """Say in one line what was raised, and where in the person's code."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if is_persons(f.filename)]
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    said = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {said[0].rstrip('.')}{place}"
+
+
+def is_persons(filename: str) -> bool:
+    """Whether code is not surgeon's or torch's."""
+    return not filename.startswith(_OURS_AND_TORCHS)

@@ -1,0 +1,87 @@
+"""What a module costs: parameters, stored bytes, and, at an input, multiply-adds and activation bytes.
+
+Multiply-adds (MACs) are half the FLOPs that torch's own `FlopCounterMode` counts while the module runs on the meta
+device: convolutions and matrix products, as executed. Norms, activations, pooling and copies are free to it.
+
+Activation bytes are what those steps are not free of: the sizes of all tensors that the run writes, in the model's
+dtype. What changes its input in place, and what is only another view of a tensor, writes no new one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from surgeon.models.call import Inputs, call_of
+from surgeon.models.copies import in_mode, quietly, shadow, to_meta
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Parameters, bytes of parameters and buffers; MACs and activation bytes are None where no input is known."""
+
+    params: int
+    bytes: int
+    macs: int | None = None
+    activations: int | None = None
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.params + other.params,
+            self.bytes + other.bytes,
+            None if self.macs is None or other.macs is None else self.macs + other.macs,
+            None if self.activations is None or other.activations is None else self.activations + other.activations,
+        )
+
+    def times(self, calls: int) -> Cost:
+        """The same module called that often in one run."""
+        macs, activations = (None if one is None else calls * one for one in (self.macs, self.activations))
+        return replace(self, macs=macs, activations=activations)
+
+
+def measure(module: nn.Module, inputs: Inputs | Sequence[Tensor] | None = None) -> Cost:
+    """Count the cost of a module in eval mode, for one call with `inputs`, of which only the shapes matter.
+
+    >>> import torch
+    >>> measure(nn.Conv2d(3, 8, 3, padding=1), [torch.zeros(1, 3, 10, 10)])
+    Cost(params=224, bytes=896, macs=21600, activations=3200)
+    """
+    params, buffers = list(module.parameters()), list(module.buffers())
+    stored = sum(t.numel() * t.element_size() for t in (*params, *buffers))
+    cost = Cost(sum(p.numel() for p in params), stored)
+    if inputs is None:
+        return cost
+    call = call_of(inputs)
+    try:
+        frozen = shadow(module, to_meta).requires_grad_(False)  # torch stumbles over a parameter handed to a module
+        return _count(cost, frozen, call.on_meta())
+    except Exception:  # a network that looks at values runs for real
+        return _count(cost, shadow(module), call)
+
+
+def _count(cost: Cost, module: nn.Module, inputs: Inputs) -> Cost:
+    given = inputs.cast_for(module)
+    with quietly(), FlopCounterMode(display=False) as flops, _Writes() as writes:
+        given.call(in_mode(module, False))
+    return replace(cost, macs=int(flops.get_total_flops()) // 2, activations=writes.bytes)
+
+
+class _Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up the bytes of the tensors that operations make anew."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if all(returned.alias_info is None for returned in func._schema.returns):
+            made = (t for t in pytree.tree_leaves(out) if isinstance(t, Tensor))
+            self.bytes += sum(t.numel() * t.element_size() for t in made)
+        return out

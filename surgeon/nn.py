@@ -1,0 +1,91 @@
+"""Every class that a file may name, at an address that stays.
+
+A pickle names classes by the module that they lie in. The classes below say that they lie here (`__module__ =
+"surgeon.nn"`), wherever their code is, so that code can move and files still open. `MOVED` has every other name that
+was ever written to a file. docs/formats.md says what is stable, and how a format changes.
+
+Nothing is imported before a name is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, ClassVar
+
+HOMES = {
+    "ACBlock": "surgeon.blocks.acblock",
+    "BasicBlock": "surgeon.app.demo.net",
+    "ConvSpec": "surgeon.conv.spec",
+    "FusedOctave": "surgeon.blocks.octave",
+    "HetConv": "surgeon.blocks.hetconv",
+    "OctaveConv": "surgeon.blocks.octave",
+    "Pads": "surgeon.conv.spec",
+    "PairNorm": "surgeon.blocks.pairs",
+    "Rewritten": "surgeon.analysis.program",
+    "SmallResNet": "surgeon.app.demo.net",
+}
+MOVED = {
+    "surgeon.blocks.acblock.ACBlock": "surgeon.nn.ACBlock",
+    "surgeon.blocks.hetconv.HetConv": "surgeon.nn.HetConv",
+    "surgeon.blocks.octave.FusedOctave": "surgeon.nn.FusedOctave",
+    "surgeon.blocks.octave.OctaveConv": "surgeon.nn.OctaveConv",
+    "surgeon.demo.net.BasicBlock": "surgeon.nn.BasicBlock",
+    "surgeon.demo.net.SmallResNet": "surgeon.nn.SmallResNet",
+    "surgeon.graph.Rewritten": "surgeon.nn.Rewritten",
+    "surgeon.pairs.PairNorm": "surgeon.nn.PairNorm",
+    "surgeon.spec.ConvSpec": "surgeon.nn.ConvSpec",
+    "surgeon.spec.Pads": "surgeon.nn.Pads",
+}
+
+__all__ = sorted(HOMES)
+
+
+class Stored:
+    """A class whose instances go into files: their state is a dict with the number of its format.
+
+    Raises:
+        ValueError: when the state was written by a later version.
+    """
+
+    FORMAT: ClassVar[int] = 2  # 1 had no number
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"format": self.FORMAT} | vars(self)
+
+    def __setstate__(self, state: Any) -> None:
+        state = dict(state)
+        super().__setstate__(self.upgraded(state, known_format(type(self), state)))  # type: ignore[misc]
+
+    @classmethod
+    def upgraded(cls, state: dict[str, Any], format: int) -> dict[str, Any]:
+        """Turn a state that was written in an earlier format into one of today's."""
+        return state
+
+
+def known_format(cls: type[Any], state: dict[str, Any]) -> int:
+    """Take the number of its format out of a state, and refuse what a later version has written."""
+    format = state.pop("format", 1)
+    if type(format) is not int or not 1 <= format <= cls.FORMAT:
+        raise ValueError(f"{cls.__name__} has format {format!r} in the file, and this surgeon reads up to {cls.FORMAT}")
+    return format
+
+
+def current_name(name: str) -> str:
+    """Give the name under which a class is found today; names that were never ours stay what they are.
+
+    >>> current_name("surgeon.graph.Rewritten"), current_name("torch.nn.modules.conv.Conv2d")
+    ('surgeon.nn.Rewritten', 'torch.nn.modules.conv.Conv2d')
+    """
+    return MOVED.get(name, name)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module 'surgeon.nn' has no attribute {name!r}")
+    value = getattr(importlib.import_module(HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

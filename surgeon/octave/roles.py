@@ -1,0 +1,200 @@
+"""The roles of octave convs: where two streams begin, how far they go, and where they end.
+
+A region is a set of convs joined by steps that two streams can go through. Of the convs that a recipe gives to
+OctaveConv,
+
+- one whose low map would be smaller than `min_size`, or that no larger one of them reads, writes high channels only
+  (alpha_out = 0), unless what it writes is added to low channels;
+- one reads low channels (alpha_in = alpha) exactly where what it reads has some; behind a concatenation they lie in
+  several ranges;
+- one with groups writes low channels only if it reads some.
+
+For Oct-ResNet and Oct-MobileNet these are the published roles. A plain map that is added to an octave one, as by the
+shortcut that leads into a region, is low-passed there. A conv that is called twice, or that no graph shows, keeps two
+streams to itself.
+
+Chen et al. 2019, Drop an Octave, arXiv:1904.05049, section 4.1.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import fx, nn
+
+from surgeon.analysis.islands import Island
+from surgeon.analysis.sites import Site
+from surgeon.blocks.octave import OctaveConv, OctaveConvOptions
+from surgeon.conv import streams
+from surgeon.octave import layout as channelwise
+from surgeon.octave.layout import Flow, Layout
+from surgeon.octave.rewrite import LowPass
+
+_CARRIES = {"elementwise", "norm", "sum", "product", "concat", "spatial", "low_pass"}
+
+
+@dataclass(slots=True)
+class Roles:
+    """What was planned: the options of the convs that are swapped, why others are not, and what is low-passed."""
+
+    options: dict[str, OctaveConvOptions] = field(default_factory=dict)
+    skips: dict[str, str] = field(default_factory=dict)
+    low_passes: list[LowPass] = field(default_factory=list)
+
+
+def assign(
+    model: nn.Module, islands: Sequence[Island], sites: Sequence[Site], wanted: Mapping[str, OctaveConvOptions]
+) -> Roles:
+    """Give every wanted conv its role; one that is refused in it is left out, and the others are planned anew."""
+    known = {site.path: site for site in sites}
+    refused: dict[str, str] = {}
+    open_ended: set[str] = set()
+    while True:
+        roles = Roles(skips=dict(refused))
+        left = {path: options for path, options in wanted.items() if path not in refused}
+        regions = [_Region(model, island, known, left, roles, open_ended) for island in islands]
+        for region in regions:
+            region.assign()
+        if added := {path for region in regions for path in region.added_to_streams()} - open_ended:
+            open_ended |= added
+            continue
+        for path, options in left.items():  # what no graph shows
+            if path not in roles.options and path not in roles.skips:
+                roles.options[path] = _fixed(options)
+        found = {path: why for path, options in roles.options.items() if (why := _refusal(known[path], options))}
+        if not found:
+            return roles
+        refused |= found
+
+
+def _refusal(site: Site, options: OctaveConvOptions) -> str | None:
+    assert site.spec is not None
+    return OctaveConv.refusal(site.spec, site.size, options)
+
+
+def _fixed(options: OctaveConvOptions) -> OctaveConvOptions:
+    before, behind = options.alphas
+    return options.model_copy(update={"alpha_in": before, "alpha_out": behind})
+
+
+class _Region:
+    """The octave convs of one island."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        island: Island,
+        sites: Mapping[str, Site],
+        wanted: Mapping[str, OctaveConvOptions],
+        roles: Roles,
+        open_ended: set[str],
+    ) -> None:
+        root = model.get_submodule(island.path)
+        self.island, self.roles, self.wanted, self.open_ended = island, roles, wanted, open_ended
+        self.low_passed: list[fx.Node] = []
+        self.modules = dict(root.named_modules(remove_duplicate=False))
+        first = {module: path for path, module in reversed(list(model.named_modules(remove_duplicate=False)))}
+        paths = {node: first[self.modules[str(node.target)]] for node in island.graph.nodes if node.op == "call_module"}
+        self.paths = {node: path for node, path in paths.items() if path in wanted}
+        self.sites = {node: sites[path] for node, path in self.paths.items()}
+        self.calls = Counter(self.paths.values())
+        self.layouts: dict[fx.Node, Layout] = {}
+
+    def assign(self) -> None:
+        if not self.paths:
+            return
+        for node in self.island.graph.nodes:
+            flow = self._octave(node) if node in self.paths else channelwise.flow(node, self.modules, self.layouts)
+            self.layouts[node] = flow.layout
+            self.low_passed += flow.low_pass
+            self.roles.low_passes += [LowPass(self.island.path, node.name, one.name) for one in flow.low_pass]
+
+    def added_to_streams(self) -> Iterator[str]:
+        """Name the convs that could write low channels, do not, and would have to be low-passed behind that."""
+        for node in self.low_passed:
+            source: fx.Node | None = node
+            while source is not None and channelwise.role(source, self.modules) in ("norm", "elementwise"):
+                source = channelwise.operand(source)
+            if source is None or source not in self.paths or not self._may_open(source):
+                continue
+            if self.wanted[self.paths[source]].alpha_out is None:
+                yield self.paths[source]
+
+    def _may_open(self, node: fx.Node) -> bool:
+        site, options = self.sites[node], self.roles.options.get(self.paths[node])
+        assert site.spec is not None
+        reads_low = options is not None and bool(options.alpha_in)
+        return self._is_large(site, self.wanted[self.paths[node]]) and (site.spec.groups == 1 or reads_low)
+
+    def _octave(self, node: fx.Node) -> Flow:
+        """Give a conv its role, and say how the channels lie behind it."""
+        path, site = self.paths[node], self.sites[node]
+        spec = site.spec
+        assert spec is not None
+        options = self.roles.options.get(path) or self._role(node, site)
+        if not any(options.alphas) and (spec.stride == (1, 1) or options.strided == "keep"):
+            self.roles.skips[path] = self._why_plain(node, options)
+            return channelwise.flow(node, self.modules, self.layouts)
+        self.roles.options[path] = options
+        low = () if options.seams == "keep" else options.ranges(spec)[1]
+        return Flow(Layout(spec.c_out, low))
+
+    def _role(self, node: fx.Node, site: Site) -> OctaveConvOptions:
+        options, spec = self.wanted[self.paths[node]], site.spec
+        assert spec is not None
+        if self.calls[self.paths[node]] > 1 or options.seams == "keep":
+            return _fixed(options)
+        source = channelwise.operand(node)
+        layout = self.layouts[source] if source is not None else Layout()
+        layout = layout.plain if layout.is_point else layout
+        low_in = layout.low if options.alpha_in is None else streams.last(options.alpha_in, spec.c_in)
+        alpha_in = options.alphas[0] if low_in == streams.last(options.alphas[0], spec.c_in) else None
+        reads_low = bool(low_in)
+        alpha_out = options.alpha_out
+        if alpha_out is None:
+            is_read = self._has_large_reader(node) or self.paths[node] in self.open_ended
+            is_open = self._is_large(site, options) and is_read and (spec.groups == 1 or reads_low)
+            alpha_out = options.alpha if is_open else 0.0
+        update: dict[str, object] = {"alpha_in": alpha_in if reads_low else 0.0, "alpha_out": alpha_out}
+        if reads_low and alpha_in is None:
+            update |= {"alpha_in": streams.count(low_in) / spec.c_in, "low_in": low_in}
+        return options.model_copy(update=update)
+
+    def _is_large(self, site: Site, options: OctaveConvOptions) -> bool:
+        """Whether the low map of a conv's output has sides of `min_size` at least; where no size is known, it has."""
+        sides = [side for call in site.runs for side in call.shape_out[-2:]]
+        return all(-(-side // 2) >= options.min_size for side in sides)
+
+    def _has_large_reader(self, node: fx.Node) -> bool:
+        return any(self._is_large(self.sites[one], self.wanted[self.paths[one]]) for one in self._readers(node))
+
+    def _readers(self, node: fx.Node) -> Iterator[fx.Node]:
+        """Give the wanted convs that read what a conv writes, through steps that two streams can go through."""
+        seen, waiting = {node}, list(node.users)
+        while waiting:
+            user = waiting.pop()
+            if user in seen:
+                continue
+            seen.add(user)
+            if user in self.paths:
+                yield user
+            elif channelwise.role(user, self.modules) in _CARRIES:
+                waiting += user.users
+
+    def _why_plain(self, node: fx.Node, options: OctaveConvOptions) -> str:
+        site = self.sites[node]
+        if options.alpha == 0:
+            return "alpha is 0"
+        source = channelwise.operand(node)
+        if source is not None and self.layouts[source].is_point:
+            return "it works on one pixel, which has no low frequencies"
+        if not self._is_large(site, options):
+            h, w = site.runs[0].shape_out[-2:]
+            least = f"its low map would be {-(-h // 2)}×{-(-w // 2)}, smaller than min_size {options.min_size}"
+            return f"{least}, and what it reads has no low channels"
+        assert site.spec is not None
+        if site.spec.groups > 1:
+            return "what it reads has no low channels, and its groups cannot make any"
+        return "it would be the first and the last conv of a region: no octave conv reads it, and it reads none"

@@ -1,0 +1,1 @@
+"""YAML to recipes, every error with its line and column."""

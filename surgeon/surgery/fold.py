@@ -1,0 +1,113 @@
+"""Blocks → plain convs, and norms → the convs before them.
+
+What a block folds to is its own business (`Foldable.fold`, `Deployable.deploy`); here every block of a model is folded,
+under all its names. A block that no single conv can stand for takes in the norm behind it first.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from surgeon.analysis.sites import custom_call, norms_behind
+from surgeon.blocks import Block, Deployable, Foldable
+from surgeon.conv import kernels
+from surgeon.conv.spec import ConvSpec
+from surgeon.errors import PlanError
+from surgeon.models.call import Inputs
+from surgeon.models.copies import names
+from surgeon.models.memory import give_back_after
+from surgeon.octave import rewrite as seams
+
+_TODO = "Undo what was done to it since it was converted, or train and deploy it unfolded."
+
+
+def fold_blocks_(model: nn.Module, inputs: Inputs | None = None, *, dense: bool = False) -> tuple[str, ...]:
+    """Replace every foldable block of `model` by the conv it folds to; returns their names.
+
+    Blocks that cost less than that conv stay, unless `dense` asks for them too. `inputs` are those that it was planned
+    with; they tell which parts of it are called as such.
+
+    The running statistics are what is folded in, whatever mode the model is in; that mode is left as it is.
+
+    Raises:
+        PlanError: a block that cannot be folded as it is now; nothing is done.
+    """
+    blocks = [
+        (paths, m) for m, paths in names(model).items() if isinstance(m, Foldable) and (dense or m.folds_for_free)
+    ]
+    for paths, block in blocks:
+        alone = "it is the whole model; its own fold() makes the conv" if "" in paths else None
+        if why := alone or _customised(block) or block.unfoldable():
+            raise PlanError(f"{paths[0] or 'the model'} cannot be folded: {why}", todo=_TODO)
+    folded: dict[tuple[str, ...], nn.Module] = {paths: _fold(block) for paths, block in blocks}
+    deployed, norms = _deployed(model, inputs)
+    for paths, made in (folded | deployed).items():  # all of them are there, so nothing can fail half-way
+        for path in paths:
+            model.set_submodule(path, made)
+    for path in norms:
+        model.set_submodule(path, nn.Identity())
+    if deployed:
+        seams.deploy_(model)
+    return tuple(paths[0] for paths in folded | deployed)
+
+
+def _deployed(model: nn.Module, inputs: Inputs | None) -> tuple[dict[tuple[str, ...], nn.Module], list[str]]:
+    """Make the deployment form of every block that has one, with its norm; and list the norms that are in there."""
+    blocks = {paths: m for m, paths in names(model).items() if isinstance(m, Deployable)}
+    for paths, block in blocks.items():
+        if why := _customised(block):
+            raise PlanError(f"{paths[0]} cannot be folded: {why}", todo=_TODO)
+    norms: list[str] = []
+    for paths, norm_paths in norms_behind(model, inputs) if blocks else ():
+        norm = model.get_submodule(norm_paths[0])
+        if paths in blocks and isinstance(norm, _BatchNorm) and (made := blocks[paths].with_norm(norm)) is not None:
+            blocks[paths] = made
+            norms += norm_paths
+    return {paths: block.deploy() for paths, block in blocks.items()}, norms
+
+
+def fold_norms_(model: nn.Module, inputs: Inputs | None = None) -> tuple[str, ...]:
+    """Fold every batch norm that belongs to one conv or block alone into it, in eval mode; returns the norms' names.
+
+    Done in float64 and cast once. What is left of a norm is an Identity.
+    """
+    folded = {}
+    for paths, norm_paths in norms_behind(model, inputs):
+        module, norm = model.get_submodule(paths[0]), model.get_submodule(norm_paths[0])
+        assert isinstance(norm, _BatchNorm)
+        made = module.with_norm(norm) if isinstance(module, Block) else _with_norm(module, norm)
+        if made is not None:
+            folded[norm_paths] = (paths, made)
+    for norm_paths, (paths, made) in folded.items():
+        for path in paths:
+            model.set_submodule(path, made)
+        for path in norm_paths:
+            model.set_submodule(path, nn.Identity())
+    return tuple(norm_paths[0] for norm_paths in folded)
+
+
+def _with_norm(conv: nn.Module, norm: _BatchNorm) -> nn.Conv2d:
+    assert isinstance(conv, nn.Conv2d)
+    made = ConvSpec.of(conv).change(bias=True).build(like=conv.weight)
+    with torch.no_grad():
+        kernel, bias = kernels.with_norm(conv.weight, conv.bias, norm)
+        made.weight.copy_(kernel)
+        assert made.bias is not None
+        made.bias.copy_(bias)
+    return made.train(conv.training)
+
+
+def _fold(block: Foldable) -> nn.Conv2d:
+    conv = block.fold()
+    give_back_after(conv.weight)
+    return conv
+
+
+def _customised(block: nn.Module) -> str | None:
+    """Say what somebody has added to a block or to one of its parts that a plain conv would not have."""
+    for name, module in block.named_modules():
+        if custom := custom_call(module, f"its {name}" if name else "it"):
+            return custom
+    return None

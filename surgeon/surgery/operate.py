@@ -1,0 +1,156 @@
+"""plan → rewritten model. Decides nothing: whether a swap can be made has been settled by `plans.check`.
+
+Three steps, so that a fault on the way leaves the model as it was: prepare builds every block and touches nothing,
+place puts them in, and undo takes them out again. Where there are octave convs, a fourth lets their streams go from
+conv to conv.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from surgeon.analysis import functional
+from surgeon.analysis.functional import Functional
+from surgeon.analysis.sites import Survey
+from surgeon.blocks import Block
+from surgeon.errors import CaptureError, PassError
+from surgeon.models.copies import shadow, to_meta, where
+from surgeon.models.cost import Cost, measure
+from surgeon.models.memory import give_back_after
+from surgeon.octave import rewrite as seams
+from surgeon.octave.rewrite import LowPass, Outcome
+from surgeon.surgery.plan import Entry, Plan, SeamLeft
+
+KEEP_SEAMS = "Leave each of its convs for itself: seams: keep, among the options of octave in the recipe."
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """What stands at a site, the norm that is taken over, and the block that takes their place."""
+
+    entry: Entry
+    conv: nn.Conv2d  # of a functional convolution, the conv that it is with its own parameters
+    norm: _BatchNorm | None
+    block: Block
+
+
+def operate_(model: nn.Module, plan: Plan) -> Outcome:
+    """Carry out a checked plan on `model` itself."""
+    place_(model, prepare(model, plan), plan)
+    return stream_(model, plan)
+
+
+def stream_(model: nn.Module, plan: Plan, *, only_low_pass: bool = False) -> Outcome:
+    """Take the seams between octave convs out; or, with `only_low_pass`, low-pass what the plan says and leave them."""
+    if not plan.has_streams:
+        return Outcome()
+    low_passes = [LowPass(one.island, one.step, one.operand) for one in plan.low_passed]
+    return seams.remove_(model, low_passes, inputs=plan.inputs, only_low_pass=only_low_pass)
+
+
+def foresee(plan: Plan, survey: Survey) -> Plan:
+    """Say in a plan what comes of its octave convs: islands that become graphs, seams that stay, costs of the whole.
+
+    It is carried out on a copy; on one without numbers, where the network runs without any.
+    """
+    if not plan.has_streams:
+        return plan
+    try:
+        outcome, after = _tried(plan, survey, to_meta)
+    except Exception:
+        try:
+            outcome, after = _tried(plan, survey, None)
+        except Exception as error:
+            raise CaptureError(
+                f"with streams that go from conv to conv the network does not run: {where(error)}", todo=KEEP_SEAMS
+            ) from error
+    left = tuple(dict.fromkeys(SeamLeft(island=one.island, kind=one.kind, reason=one.reason) for one in outcome.seams))
+    changes = {name: getattr(after, name) for name in ("params", "macs", "activations")}
+    total = plan.total.model_copy(
+        update={
+            name: change.model_copy(update={"after": changes[name]})
+            for name in changes
+            if (change := getattr(plan.total, name)) is not None
+        }
+    )
+    return plan.model_copy(update={"rewritten": outcome.rewritten, "seams": left, "total": total})
+
+
+def _tried(plan: Plan, survey: Survey, cast: Callable[[Tensor], Tensor] | None) -> tuple[Outcome, Cost]:
+    model = shadow(survey.model, cast)
+    outcome = operate_(model, plan)
+    return outcome, measure(model, survey.inputs)
+
+
+def prepare(model: nn.Module, plan: Plan) -> tuple[Swap, ...]:
+    """Build the block of every swap in a checked plan."""
+    return tuple(_prepare(model, entry, plan.seed) for entry in plan.swaps)
+
+
+def place_(model: nn.Module, swaps: Sequence[Swap], plan: Plan) -> Callable[[], None]:
+    """Put the blocks under all names of their convs, and an Identity under all names of the norms taken over.
+
+    Returns what puts the convs and norms back.
+    """
+    lifted = [(_functional(swap.entry), swap.block) for swap in swaps if swap.entry.functional is not None]
+    undos = functional.lift_(model, lifted, plan.inputs) if lifted else []
+    for swap in swaps:
+        if swap.entry.functional is None:
+            _set_(model, swap.entry.paths, swap.block)
+        if swap.norm is not None:
+            _set_(model, swap.entry.takes_norm, nn.Identity().train(swap.norm.training))
+
+    def undo() -> None:
+        for swap in swaps:
+            if swap.entry.functional is None:
+                _set_(model, swap.entry.paths, swap.conv)
+            if swap.norm is not None:
+                _set_(model, swap.entry.takes_norm, swap.norm)
+        for one in reversed(undos):
+            one()
+
+    return undo
+
+
+def _functional(entry: Entry) -> Functional:
+    step = entry.functional
+    assert step is not None
+    return Functional(entry.path, step.spec, step.island, step.step, step.weight, step.bias)
+
+
+def build(entry: Entry, conv: nn.Conv2d, norm: _BatchNorm | None, seed: int) -> Block:
+    """Make the block of one entry from the conv (and norm) that it replaces."""
+    return entry.block.from_conv(conv, entry.block_options, norm=norm, generator=_generator(seed, entry.path))
+
+
+def _prepare(model: nn.Module, entry: Entry, seed: int) -> Swap:
+    conv = _conv_of(model, entry)
+    norm = model.get_submodule(entry.takes_norm[0]) if entry.takes_norm else None
+    if not isinstance(conv, nn.Conv2d) or not isinstance(norm, _BatchNorm | None):
+        raise PassError("operate", f"{entry.path} or the norm behind it is not what the plan says")
+    swap = Swap(entry, conv, norm, build(entry, conv, norm, seed))
+    give_back_after(conv.weight)
+    return swap
+
+
+def _conv_of(model: nn.Module, entry: Entry) -> nn.Module:
+    if entry.functional is None:
+        return model.get_submodule(entry.path)
+    return functional.conv_of(model, _functional(entry))
+
+
+def _set_(model: nn.Module, paths: Sequence[str], module: nn.Module) -> None:
+    for path in paths:
+        model.set_submodule(path, module)
+
+
+def _generator(seed: int, path: str) -> torch.Generator:
+    """Give each conv its own stream, so that taking one out of a plan does not change the others."""
+    digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)

@@ -1,0 +1,170 @@
+"""Where two streams begin and end, conv by conv, as the plan says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torchvision
+from helpers import run_surgeon
+from small_networks import MobileNetV1
+from torch import Tensor, nn
+
+import surgeon
+from surgeon.errors import PlanError
+from surgeon.surgery.plan import Entry
+
+IMAGE = (1, 3, 224, 224)
+
+
+def plan(net: nn.Module, shape: tuple[int, ...] | None = IMAGE, **options: object) -> dict[str, Entry]:
+    rules = [{"leave": "the stem", "match": {"in_channels": {"max": 4}}, "optional": True}]
+    rules.append({"swap": "octave", "with": options})
+    made = surgeon.plan(net, {"surgeon": 1, "title": "T", "rules": rules}, shape)
+    return {entry.path: entry for entry in made.convs}
+
+
+def shares(entry: Entry) -> tuple[float, float] | None:
+    """The shares of low channels before and behind a conv; None where it stays."""
+    return (entry.options["alpha_in"], entry.options["alpha_out"]) if entry.swap else None
+
+
+def meta(name: str, **options: object) -> nn.Module:
+    with torch.device("meta"):
+        return torchvision.models.get_model(name, weights=None, **options)
+
+
+def conv(c_in: int = 16, c_out: int = 16, kernel: int = 3, **options: object) -> nn.Conv2d:
+    return nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, **options)
+
+
+@pytest.mark.parametrize("name", ["resnet50", "resnet101", "resnext50_32x4d"])
+def test_a_bottleneck_resnet_has_the_published_roles(name: str) -> None:
+    """Stem plain, alpha_in = 0 behind it; the last stage begins with alpha_out = 0, and the rest of it is plain."""
+    for path, entry in plan(meta(name)).items():
+        stage, begins = path.split(".")[0], path.split(".")[1:] in (["0", "conv1"], ["0", "downsample", "0"])
+        if path == "layer4.0.conv2":
+            assert shares(entry) == (0, 0)  # pooled, then convolved at stride 1
+        elif stage in ("conv1", "layer4"):
+            assert shares(entry) == ((0.5, 0) if begins else None), path
+        else:
+            assert shares(entry) == (0 if stage == "layer1" and begins else 0.5, 0.5), path
+
+
+def test_mobilenet_v1_has_two_streams_from_the_second_conv_to_the_last_stage() -> None:
+    entries = plan(MobileNetV1())
+    roles = [shares(entry) for entry in entries.values()]
+    assert roles[:3] == [None, None, (0, 0.5)]  # stem; a depthwise conv makes no low channels
+    assert set(roles[3:22]) == {(0.5, 0.5)}
+    assert roles[22:] == [(0.5, 0), (0, 0), None, None, None]
+
+
+def test_the_last_sum_of_a_basic_stage_is_one_of_streams() -> None:
+    """Only small convs read layer3, but its last conv is added to low channels."""
+    entries = plan(meta("resnet18"))
+    assert shares(entries["layer3.1.conv2"]) == (0.5, 0.5)
+    assert shares(entries["layer4.0.conv1"]) == (0.5, 0)
+
+
+@pytest.mark.parametrize(("size", "last"), [(2, "layer4"), (6, "layer3"), (12, "layer2"), (20, "layer1")])
+def test_min_size_says_where_a_region_ends(size: int, last: str) -> None:
+    entries = plan(meta("resnet50"), min_size=size)
+    open_ended = {path.split(".")[0] for path, entry in entries.items() if entry.swap and entry.options["alpha_out"]}
+    assert max(open_ended) == last
+    assert f"smaller than min_size {size}" in str(entries["layer4.2.conv3"].skip) or size == 2
+
+
+def test_the_size_is_that_of_the_example() -> None:
+    assert shares(plan(meta("resnet50"), (1, 3, 97, 97))["layer3.3.conv2"]) is None
+    assert shares(plan(meta("resnet50"))["layer3.3.conv2"]) == (0.5, 0.5)
+
+
+def test_without_an_input_no_map_is_too_small() -> None:
+    assert shares(plan(nn.Sequential(conv(), nn.Flatten(0), nn.Unflatten(0, (1, 16, 2, 2)), conv(), conv()), None)["3"])
+
+
+@pytest.mark.parametrize("strided", ["pool", "keep"])
+def test_a_strided_conv_without_low_channels_is_pooled_or_kept(strided: str) -> None:
+    entry = plan(meta("resnet50"), strided=strided)["layer4.0.conv2"]
+    assert shares(entry) == ((0, 0) if strided == "pool" else None)
+    assert strided == "pool" or "smaller than min_size" in str(entry.skip)
+
+
+def test_behind_a_concatenation_the_low_channels_lie_where_they_came_from() -> None:
+    class Joins(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.one, self.two = conv(3, 8), conv(8, 16), conv(8, 8)
+            self.norm, self.reads = nn.BatchNorm2d(32), conv(32, 4)
+            self.last = conv(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return self.last(self.reads(self.norm(torch.cat([self.one(x), x, self.two(x)], 1)).relu()))
+
+    entry = plan(Joins(), (1, 3, 32, 32))["reads"]
+    assert entry.options["low_in"] == [[8, 16], [28, 32]] or entry.options["low_in"] == ((8, 16), (28, 32))
+    assert entry.options["alpha_in"] == 12 / 32
+
+
+def test_densenet_reads_scattered_channels() -> None:
+    entries = plan(meta("densenet121"))
+    assert entries["features.denseblock1.denselayer3.conv1"].options["low_in"]
+    assert all(entry.swap or entry.skip for entry in entries.values())
+
+
+def test_what_is_given_is_not_planned() -> None:
+    net = nn.Sequential(conv(), nn.ReLU(), conv())
+    assert [shares(entry) for entry in plan(net, (1, 16, 32, 32)).values()] == [(0, 0.5), (0.5, 0)]
+    given = plan(net, (1, 16, 32, 32), alpha_in=0.25, alpha_out=0.75)
+    assert {shares(entry) for entry in given.values()} == {(0.25, 0.75)}
+
+
+def test_a_conv_that_is_called_twice_keeps_its_streams_to_itself() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = conv(), conv()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.two(self.one(self.one(x)))
+
+    entries = plan(Twice(), (1, 16, 32, 32))
+    assert shares(entries["one"]) == (0.5, 0.5)
+    assert shares(entries["two"]) == (0.5, 0)
+
+
+def test_a_conv_that_its_role_does_not_fit_is_left_out_and_the_others_are_planned_anew() -> None:
+    net = nn.Sequential(conv(), conv(16, 16, 3, dilation=2), conv(), conv())  # the second shrinks the map
+    entries = plan(net, (1, 16, 32, 32))
+    assert "does not keep the size" in str(entries["1"].skip)
+    assert shares(entries["0"]) is None
+    assert [shares(entries[path]) for path in "23"] == [(0, 0.5), (0.5, 0)]
+
+
+def test_one_conv_alone_is_no_region() -> None:
+    with pytest.raises(PlanError, match="nothing is swapped"):
+        surgeon.convert(nn.Sequential(conv(), nn.ReLU()), {"surgeon": 1, "title": "T", "rules": [{"swap": "octave"}]},
+                        (1, 16, 32, 32))  # fmt: skip
+    entry = plan(nn.Sequential(conv(), nn.ReLU()), (1, 16, 32, 32))["0"]
+    assert "no octave conv reads it, and it reads none" in str(entry.skip)
+
+
+def test_squeezing_convs_work_on_one_pixel_and_stay() -> None:
+    entries = plan(torchvision.models.mobilenet_v3_small(weights=None))
+    assert entries["features.1.block.1.fc1"].skip == "it works on one pixel, which has no low frequencies"
+
+
+def test_the_plan_of_the_command_line_tells_of_streams(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_surgeon("plan", "torchvision:resnet18", "-r", "octave") == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "low-passed: 'maxpool', where 'add' adds it to two streams" in told
+    assert "the forward of the model itself becomes a graph" in told
+    assert "no seam is left" in told
+
+
+def test_a_plan_that_low_passes_what_is_not_there_is_refused() -> None:
+    net = meta("resnet18")
+    made = surgeon.plan(net, "octave", IMAGE)
+    wrong = made.model_copy(update={"low_passed": (made.low_passed[0].model_copy(update={"step": "add_99"}),)})
+    with pytest.raises(PlanError, match="low_passed add_99: there is no such step"):
+        surgeon.convert(net, wrong)

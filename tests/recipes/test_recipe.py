@@ -1,0 +1,719 @@
+"""What a recipe may say, what it means, and where its faults stand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from textwrap import dedent
+from typing import Literal
+
+import jsonschema
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel, Field
+
+from surgeon.blocks import registry
+from surgeon.blocks.acblock import ACBlockOptions
+from surgeon.conv.spec import ConvSpec
+from surgeon.errors import RecipeError
+from surgeon.recipes import marks as yamlmarks
+from surgeon.recipes import recipe
+from surgeon.recipes.recipe import Match, Recipe, Subject, name_matches
+
+HEAD = "surgeon: 1\ntitle: T\n"
+SPEC = ConvSpec(8, 16, (3, 3), stride=(2, 2), padding=(1, 1))
+unhurried = settings(deadline=None, derandomize=True)
+
+
+def faults(text: str, *overrides: str) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        recipe.parse(text, "a.yaml", overrides)
+    return [str(fault) for fault in caught.value.faults]
+
+
+def rules(text: str) -> str:
+    return HEAD + "rules:\n" + text
+
+
+def match_fault(match: str) -> str:
+    """Read one rule with this match; give its only fault, without the place."""
+    [fault] = faults(rules(f"  - swap: acblock\n    match: {{{match}}}\n"))
+    return fault.partition(": ")[2].removeprefix("rules[0].match.")
+
+
+def matching(match: str) -> Match:
+    return recipe.parse(rules(f"  - swap: acblock\n    match: {{{match}}}\n"), "a.yaml").rules[0].match
+
+
+def claims(match: str, spec: ConvSpec = SPEC, **facts: object) -> bool:
+    subject = {"paths": ("layer1.0.conv1",), "size": (56, 56), "followed_by": ("BatchNorm2d",)} | facts
+    return matching(match).claims(Subject(spec=spec, **subject))
+
+
+# What is read
+
+
+def test_a_recipe_is_read_whole():
+    text = dedent("""\
+        # a comment
+        surgeon: 1
+        title: ACNet, keeping what the model has learnt
+        cites: arXiv:1908.03930
+        rules:
+          - leave: the stem sees raw pixels
+            match: {name: "conv1"}
+            optional: true
+          - swap: acblock
+            match: {kernel: [3, 5], groups: 1}
+            with: {init: split}
+        """)
+    read = recipe.parse(text, "acnet.yaml")
+    stem, block = read.rules
+    assert (read.name, read.title, read.cites) == (
+        "acnet",
+        "ACNet, keeping what the model has learnt",
+        "arXiv:1908.03930",
+    )
+    assert read.text == text
+    assert (stem.leave, stem.swap, stem.options, stem.optional) == ("the stem sees raw pixels", None, None, True)
+    assert (block.leave, block.swap, block.optional) == (None, "acblock", False)
+    assert block.options == ACBlockOptions(init="split")
+    assert (stem.where, block.where) == ("acnet.yaml:6:5", "acnet.yaml:9:5")
+    assert str(block) == "rules[1] (acnet.yaml:9:5)"
+
+
+def test_options_are_the_blocks_own_where_nothing_is_said():
+    for said in ("", "    with: {}\n", "    with:\n"):
+        assert recipe.parse(rules("  - swap: acblock\n" + said), "a.yaml").rules[0].options == ACBlockOptions()
+
+
+def test_a_recipe_cannot_be_changed():
+    read = recipe.load("acnet")
+    with pytest.raises(AttributeError):
+        read.title = "other"
+    with pytest.raises(ValueError):
+        read.rules[0].match.regex = "other"
+    assert hash(read) == hash(recipe.load("acnet"))
+
+
+@pytest.mark.parametrize(
+    ("written", "means"),
+    [
+        ("no", "no"),
+        ("yes", "yes"),
+        ("on", "on"),
+        ("12:30", "12:30"),
+        ("2001-01-01", "2001-01-01"),
+        ("0x10", "0x10"),
+        ("1_000", "1_000"),
+        ("012", 12),
+        ("-3", -3),
+        ("1e-3", 0.001),
+        (".5", 0.5),
+        ("5.", 5.0),
+        ("true", True),
+        ("False", False),
+        ("~", None),
+        ("null", None),
+        ("", None),
+        ("'012'", "012"),
+        ("1x7", "1x7"),
+    ],
+)
+def test_scalars_are_those_of_yaml_1_2(written: str, means: object):
+    value = yamlmarks.read(f"a: {written}", "a.yaml").data["a"]
+    assert value == means
+    assert type(value) is type(means)
+
+
+def test_anchors_may_be_used():
+    text = rules("  - swap: acblock\n    match: &m {kernel: 3}\n  - leave: why\n    match: {not: *m}\n")
+    assert recipe.parse(text, "a.yaml").rules[1].match.unless == recipe.parse(text, "a.yaml").rules[0].match
+
+
+# All faults at once, and where they stand
+
+
+def test_every_fault_is_reported_with_its_place_in_file_order():
+    text = dedent("""\
+        surgeon: 1
+        ttle: ACNet
+        rules:
+          - swap: acblok
+            optoins: {}
+          - swap: acblock
+            match: {kernal: 3, groups: depthwize, stride: [1, 0], regex: "(", size: {mn: 3}}
+            with: {init: takeovr, placement: 3, gamma: 1.5, gama: 2}
+            optional: yes
+          - leave: because
+            with: {init: split}
+          - leave: both
+            swap: acblock
+          - match: {kernel: 3}
+          - swap: acblock
+            with: {gamma: -1}
+          - 7
+        """)
+    assert faults(text) == [
+        "a.yaml:1:1: title: missing",
+        "a.yaml:2:1: ttle: unknown key 'ttle'; there are cites, rules, surgeon, title (did you mean 'title'?)",
+        f"a.yaml:4:11: rules[0].swap: no block called 'acblok'; there are {', '.join(registry())} "
+        "(did you mean 'acblock'?)",
+        "a.yaml:5:5: rules[0].optoins: unknown key 'optoins'; there are leave, match, optional, swap, with "
+        "(did you mean 'with'?)",
+        "a.yaml:7:13: rules[1].match.kernal: unknown key 'kernal'; there are dilation, followed_by, groups, "
+        "in_channels, kernel, name, not, out_channels, regex, size, stride (did you mean 'kernel'?)",
+        "a.yaml:7:32: rules[1].match.groups: 'depthwize' is neither a number nor depthwise (did you mean 'depthwise'?)",
+        "a.yaml:7:55: rules[1].match.stride[1]: 0 is not above 0",
+        "a.yaml:7:66: rules[1].match.regex: '(' is no regular expression: missing ), unterminated subpattern at "
+        "position 0",
+        "a.yaml:7:78: rules[1].match.size.mn: unknown key 'mn'; there are max, min (did you mean 'min'?)",
+        "a.yaml:8:18: rules[1].with.init: 'takeovr' is not one of takeover, split, scratch (did you mean 'takeover'?)",
+        "a.yaml:8:38: rules[1].with.placement: 3 is not one of skeleton, border",
+        "a.yaml:8:53: rules[1].with.gama: unknown key 'gama'; there are gamma, init, placement (did you mean 'gamma'?)",
+        "a.yaml:9:15: rules[1].optional: 'yes' is neither true nor false",
+        "a.yaml:11:11: rules[2].with: `with` belongs to swap; a conv that is left has no options",
+        "a.yaml:12:12: rules[3].leave: a rule has either swap or leave, not both",
+        "a.yaml:14:5: rules[4]: a rule needs swap (a block) or leave (a reason)",
+        "a.yaml:16:19: rules[5].with.gamma: -1 is not above 0",
+        "a.yaml:17:5: rules[6]: 7 is not a mapping",
+    ]
+
+
+def test_the_message_counts_the_faults_and_ends_with_a_next_step():
+    with pytest.raises(RecipeError, match=r"(?s)a.yaml:2:1.*\n2 faults\. `surgeon recipes acnet`"):
+        recipe.parse("surgeon: 1\nfoo: 2\nrules: [leave: x]", "a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("", "a.yaml:1:1: nothing is written here"),
+        ("# only a comment\n", "a.yaml:1:1: nothing is written here"),
+        ("- a\n", "a.yaml:1:1: a mapping (key: value) is needed, not a list"),
+        ("\n\n  7", "a.yaml:3:3: a mapping (key: value) is needed, not 7"),
+        ("a: [1\nb: 2", "a.yaml:2:2: not YAML: expected ',' or ']', but got ':'"),
+        ("a: 1\n  b: 2", "a.yaml:2:4: not YAML: mapping values are not allowed here"),
+        ("a: *b", "a.yaml:1:4: not YAML: found undefined alias 'b'"),
+        ("a: 1\n---\nb: 2", "a.yaml:2:1: a second document starts here; only one is read"),
+        ("a: &a [*a]", "a.yaml:1:4: an alias that contains itself"),
+        ("a: b\nc: d\0", "a.yaml:2:5: the character U+0000 has no place in a text"),
+        ('a: "\\UFFFFFFFF"', "a.yaml:1:7: not YAML: a number out of bounds"),
+        ("[" * 500, "a.yaml:1:1: nested deeper than 50 levels"),
+        ("a: " + "[" * 60 + "]" * 60, "a.yaml:1:54: nested deeper than 50 levels"),
+    ],
+)
+def test_a_text_that_is_no_mapping_is_one_fault(text: str, fault: str):
+    assert faults(text) == [fault]
+
+
+def test_aliases_may_not_multiply():
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
+    [fault] = faults("\n".join(lines))
+    assert "aliases that unfold to more than 10,000 values" in fault
+
+
+def test_what_yaml_allows_and_would_surprise_is_refused_together_with_everything_else():
+    text = dedent("""\
+        surgeon: 1
+        title: a
+        title: b
+        base: &base {swap: acblock}
+        rules:
+          - <<: *base
+            leave: !!python/object/apply:os.system [echo]
+            match: {kernel: 3, kernel: 5}
+            ? [complex]
+            : 3
+          - leave: !!str 12
+        """)
+    assert faults(text) == [
+        "a.yaml:3:1: title: this key stands here twice",
+        "a.yaml:4:1: base: unknown key 'base'; there are cites, rules, surgeon, title",
+        "a.yaml:6:5: rules[0]: merge keys (<<) are not read; write the keys out",
+        "a.yaml:7:12: rules[0].leave: the tag '!!python/object/apply:os.system' is refused: values are plain",
+        "a.yaml:7:12: rules[0].leave: a list is not text",
+        "a.yaml:8:24: rules[0].match.kernel: this key stands here twice",
+        "a.yaml:9:7: rules[0]: a key is a word, not a list or a mapping",
+        "a.yaml:11:12: rules[1].leave: the tag '!!str' is refused: values are plain",
+    ]
+
+
+def test_a_duplicate_key_alone_is_enough():
+    assert faults(rules("  - swap: acblock\n    swap: acblock\n")) == [
+        "a.yaml:5:5: rules[0].swap: this key stands here twice"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("title: T\nrules: [leave: x]", "a.yaml:1:1: surgeon: missing"),
+        ("surgeon: 2\ntitle: T\nrules: [leave: x]", "a.yaml:1:10: surgeon: format 2 is unknown; "),
+        ("surgeon: true\ntitle: T\nrules: [leave: x]", "a.yaml:1:10: surgeon: true is not a whole number"),
+        ("surgeon: 1\ntitle:\nrules: [leave: x]", "a.yaml:2:7: title: null is not text"),
+        ("surgeon: 1\ntitle: ' '\nrules: [leave: x]", "a.yaml:2:8: title: ' ' says nothing"),
+        ("surgeon: 1\ntitle: T\nrules: []", "a.yaml:3:8: rules: the list is empty"),
+        ("surgeon: 1\ntitle: T\nrules: {}", "a.yaml:3:8: rules: a mapping is not a list"),
+        ("surgeon: 1\ntitle: T", "a.yaml:1:1: rules: missing"),
+        (rules("  - {swap: acblock, with: [1]}"), "a.yaml:4:27: rules[0].with: a list is not a mapping"),
+        (rules("  - {swap: acblock, match: 3}"), "a.yaml:4:28: rules[0].match: 3 is not a mapping"),
+        (rules("  - {swap: 3}"), "a.yaml:4:12: rules[0].swap: 3 is not text"),
+        (
+            rules("  - {swap: acblock, with: {init: scratch, gamma: '1'}}"),
+            "a.yaml:4:50: rules[0].with.gamma: '1' is not a number",
+        ),
+        (
+            rules("  - {swap: acblock, with: {gamma: 1}}"),
+            "a.yaml:4:27: rules[0].with: gamma is for init: scratch",
+        ),
+        (rules('  - {leave: "\\ud800"}'), "a.yaml:4:13: rules[0].leave: '\\ud800' holds half a character"),
+        (rules("  - {leave: x, 1: 2}"), "a.yaml:4:16: rules[0].1: unknown key '1'; there are"),
+    ],
+)
+def test_single_faults(text: str, fault: str):
+    [only] = faults(text)
+    assert only.startswith(fault)
+
+
+@pytest.mark.parametrize(
+    ("match", "fault"),
+    [
+        ("kernel: 1.5", "kernel: 1.5 is not a whole number"),
+        ("kernel: true", "kernel: true is not a whole number"),
+        ("kernel: '3'", "kernel: '3' is not like 3, 1x7 or {min: 3, max: 7}"),
+        ("kernel: 0x3", "kernel: 0 is not above 0"),
+        ("kernel: [3, [5]]", "kernel[1]: a list is not a whole number"),
+        ("kernel: null", "kernel: null is not a whole number"),
+        ("kernel: []", "kernel: the list is empty"),
+        ("kernel: {}", "kernel: a range needs min, max or both"),
+        ("kernel: {min: 5, max: 3}", "kernel: nothing lies between min 5 and max 3"),
+        ("kernel: {min: 0}", "kernel.min: 0 is not above 0"),
+        ("in_channels: {max: 1.5}", "in_channels.max: 1.5 is not a whole number"),
+        ("in_channels: 1x7", "in_channels: '1x7' is not a whole number"),
+        ("groups: null", "groups: null is not a whole number"),
+        ("name: ''", "name: '' says nothing"),
+        ("name: [a, 3]", "name[1]: 3 is not text"),
+        ("name: null", "name: null is not text"),
+        ("regex: null", "regex: null is not text"),
+        ("regex: '[[a]'", "regex: '[[a]' is no regular expression: Possible nested set at position 1"),
+        ("regex: 'a{99999999999}'", "regex: 'a{99999999999}' is no regular expression: the repetition number is"),
+        ("followed_by: 3", "followed_by: 3 is not text"),
+        ("name: 'layer**'", "name: 'layer**': ** stands for whole segments, as in layer1.**.conv1; within one"),
+        ("not: {not: {stride: -1}}", "not.not.stride: -1 is not above 0"),
+    ],
+)
+def test_faults_of_a_match(match: str, fault: str):
+    assert match_fault(match).startswith(fault)
+
+
+@unhurried
+@given(st.text() | st.text(alphabet="[]{}:,-&*!|>'\"%@#?<~ \nabx01.\\U", max_size=40))
+def test_no_text_raises_anything_but_a_recipe_error(text: str):
+    for candidate in (text, HEAD + text, rules(f"  - swap: acblock\n    match: {text}\n")):
+        try:
+            recipe.parse(candidate, "a.yaml")
+        except RecipeError as error:
+            str(error).encode()  # can be printed
+
+
+class Dial(yamlmarks.Form):
+    alpha: float = Field(0.5, ge=0, le=1)
+    beta: float = Field(0.5, gt=0, lt=1)
+    parts: int | Literal["all"] = 1
+    low: int = Field(5, ge=2)
+    sub: Dial | None = None
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("alpha: 1.5", ["1:8: alpha: 1.5 is not in [0, 1]"]),
+        ("sub: {alpha: -1}", ["1:14: sub.alpha: -1 is not in [0, 1]"]),
+        ("beta: 0", ["1:7: beta: 0 is not in (0, 1)"]),
+        ("low: 1", ["1:6: low: 1 is below 2"]),
+        ("parts: al", ["1:8: parts: 'al' is not a whole number and 'al' is not one of all (did you mean 'all'?)"]),
+        ("sub: {sub: {bta: 1}}", ["1:13: sub.sub.bta: unknown key 'bta'; there are alpha, beta, low, parts, sub "]),
+    ],
+)
+def test_any_form_gets_faults_in_plain_words(text: str, found: list[str]):
+    with pytest.raises(RecipeError, match="Look there") as caught:
+        yamlmarks.validate(Dial, yamlmarks.read(text, "a.yaml"), todo="Look there.")
+    for fault, start in zip(caught.value.faults, found, strict=True):
+        assert str(fault).startswith(f"a.yaml:{start}")
+
+
+def test_a_model_that_is_no_form_gets_them_too():
+    class Plain(BaseModel, extra="forbid"):
+        size: int
+
+    with pytest.raises(RecipeError) as caught:
+        yamlmarks.validate(Plain, yamlmarks.read("size: a\nsze: 1\n", "a.yaml"))
+    assert list(map(str, caught.value.faults)) == [
+        "a.yaml:1:7: size: 'a' is not a whole number",
+        "a.yaml:2:1: sze: unknown key 'sze'",
+    ]
+
+
+# What a match means
+
+
+@pytest.mark.parametrize(
+    ("match", "holds"),
+    [
+        ("", True),
+        ("kernel: 3", True),
+        ("kernel: 5", False),
+        ("kernel: [5, 3]", True),
+        ("kernel: {min: 3}", True),
+        ("kernel: {max: 2}", False),
+        ("kernel: {min: 2, max: 4}", True),
+        ("kernel: [1x1, {min: 5}]", False),
+        ("kernel: 3, stride: 1", False),
+        ("kernel: 3, stride: 2, dilation: 1", True),
+        ("in_channels: 8, out_channels: {min: 16}", True),
+        ("in_channels: [4, 16]", False),
+        ("groups: 1", True),
+        ("groups: depthwise", False),
+        ("size: 56", True),
+        ("size: {max: 28}", False),
+        ("followed_by: BatchNorm2d", True),
+        ("followed_by: [ReLU, BatchNorm2d]", True),
+        ("followed_by: BatchNorm", False),
+        ("name: layer1.*.conv1", True),
+        ("name: [conv1, layer1.**]", True),
+        ("name: conv1", False),
+        ("regex: 'layer[0-9].*'", True),
+        ("regex: layer1", False),
+        ("not: {kernel: 3}", False),
+        ("not: {kernel: 3, stride: 1}", True),
+        ("kernel: 3, not: {name: conv1}", True),
+        ("not: {not: {kernel: 3}}", True),
+        ("not: {}", False),
+    ],
+)
+def test_a_match_claims(match: str, holds: bool):
+    assert claims(match) is holds
+
+
+@pytest.mark.parametrize("match", ["", "    match: {}\n", "    match:\n"])
+def test_an_empty_match_claims_every_conv(match: str):
+    [rule] = recipe.parse(rules("  - swap: acblock\n" + match), "a.yaml").rules
+    assert rule.match.claims(Subject(("any",), SPEC, None, ()))
+
+
+def test_a_pair_is_height_by_width():
+    strip = SPEC.change(kernel=(1, 7))
+    assert claims("kernel: 1x7", strip)
+    assert not claims("kernel: 7x1", strip)
+    assert not claims("kernel: {min: 3}", strip)
+    assert not claims("kernel: {max: 5}", strip)
+    assert claims("kernel: {min: 1, max: 7}", strip)
+    assert claims("size: 56x28", size=(56, 28))
+    assert not claims("size: 56", size=(56, 28))
+
+
+def test_depthwise_is_one_group_for_each_channel():
+    assert claims("groups: depthwise", SPEC.change(groups=8))
+    assert not claims("groups: depthwise", SPEC.change(groups=4))
+    assert claims("groups: [depthwise, 4]", SPEC.change(groups=4))
+    assert claims("groups: {min: 2}", SPEC.change(groups=4))
+
+
+def test_any_of_several_names_will_do():
+    names = ("stem.conv", "shared.conv")
+    assert claims("name: shared.*", paths=names)
+    assert claims("regex: 'shared[.]conv'", paths=names)
+    assert not claims("not: {name: shared.*}", paths=names)
+
+
+def test_a_match_knows_whether_it_needs_sizes():
+    assert matching("size: 7").needs_size
+    assert matching("not: {size: 7}").needs_size
+    assert not matching("kernel: 7").needs_size
+    assert claims("kernel: 3", size=None)
+    with pytest.raises(AssertionError):
+        claims("size: 7", size=None)
+
+
+@pytest.mark.parametrize(
+    ("glob", "path", "holds"),
+    [
+        ("layer1", "layer1", True),
+        ("layer1", "layer10", False),
+        ("layer1", "layer1.0", False),
+        ("layer1.*", "layer1.0", True),
+        ("layer1.*", "layer10.0", False),
+        ("layer1.*", "layer1.0.conv1", False),
+        ("*", "conv1", True),
+        ("*", "layer1.conv1", False),
+        ("layer*.0", "layer12.0", True),
+        ("layer*.0", "layer1.x.0", False),
+        ("layer1.**", "layer1.0.conv1", True),
+        ("layer1.**", "layer10.0.conv1", False),
+        ("**", "a.b.c", True),
+        ("**.conv1", "conv1", True),
+        ("**.conv1", "a.b.conv1", True),
+        ("**.conv1", "a.b.myconv1", False),
+        ("a.**.z", "a.z", True),
+        ("a.**.z", "a.b.c.z", True),
+        ("conv?", "conv1", True),
+        ("conv?", "conv", False),
+        ("a?b", "a.b", False),
+        ("layer[12].0", "layer2.0", True),
+        ("layer[!12].0", "layer2.0", False),
+        ("a[!x]b", "a.b", False),
+        ("Conv1", "conv1", False),
+        ("a.b", "axb", False),
+    ],
+)
+def test_globs(glob: str, path: str, holds: bool):
+    assert name_matches(glob, path) is holds
+
+
+paths = st.lists(st.text("ab1", min_size=1, max_size=3), min_size=1, max_size=4).map(".".join)
+
+
+@unhurried
+@given(paths, paths)
+def test_a_name_without_wildcards_takes_only_itself(glob: str, path: str):
+    assert name_matches(glob, path) is (glob == path)
+
+
+@unhurried
+@given(paths, paths)
+def test_a_star_is_one_segment_and_two_are_any_number(prefix: str, path: str):
+    rest = path.removeprefix(prefix + ".") if path.startswith(prefix + ".") else None
+    assert name_matches(f"{prefix}.*", path) is (rest is not None and "." not in rest)
+    assert name_matches(f"{prefix}.**", path) is (rest is not None or path == prefix)
+    assert name_matches(f"**.{path}", f"{prefix}.{path}")
+
+
+# Overrides
+
+RECIPE = rules("  - leave: the stem\n    optional: true\n  - swap: acblock\n    with: {init: split}\n")
+
+
+def overridden(*overrides: str) -> Recipe:
+    return recipe.parse(RECIPE, "a.yaml", overrides)
+
+
+def test_overrides_change_values():
+    read = overridden("rules[1].with.init=scratch", "rules[1].with.gamma=0.25", "title=no", "rules[0].optional = false")
+    assert read.rules[1].options == ACBlockOptions(init="scratch", gamma=0.25)
+    assert read.title == "no"
+    assert read.rules[0].optional is False
+    assert read.text == RECIPE
+    assert read.overrides[2] == "title=no"
+
+
+def test_overrides_make_mappings_where_they_are_missing():
+    read = overridden("rules[1].match.not.kernel=[1, 1x7]", "rules[0].match={name: conv1, size: {min: 3}}")
+    assert not read.rules[1].match.claims(Subject(("a",), SPEC.change(kernel=(1, 7)), None, ()))
+    assert read.rules[0].match.names == ("conv1",)
+
+
+def test_an_override_sees_what_earlier_ones_have_set():
+    read = overridden("rules[1].match.kernel=[3, 5]", "rules[1].match.kernel[1]=7")
+    assert [box.height.min for box in read.rules[1].match.kernel] == [3, 7]
+
+
+def test_an_override_replaces_the_faults_of_what_it_replaces():
+    broken = RECIPE.replace("{init: split}", "{int: split}")
+    assert recipe.parse(broken, "a.yaml", ["rules[1].with={init: split}"]).rules[1].options == ACBlockOptions(
+        init="split"
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "fault"),
+    [
+        ("rules[1].with.init=splt", "--set rules[1].with.init: rules[1].with.init: 'splt' is not one of takeover,"),
+        ("rules[1].with.inti=split", "--set rules[1].with.inti: rules[1].with.inti: unknown key 'inti'; there are"),
+        ("rules[1].wiht.init=split", "--set rules[1].wiht.init: rules[1].wiht: unknown key 'wiht'; there are"),
+        ("rules[1].with={a: 1, a: 2}", "--set rules[1].with: rules[1].with.a: this key stands here twice"),
+        ("rules[2].with.init=split", "--set rules[2].with.init: rules has 2 entries, counted from 0"),
+        ("rules[-1].with.init=split", "--set rules[-1].with.init: an override is written rules[0].with.key=value"),
+        ("rules[1].with.init", "--set rules[1].with.init: an override is written rules[0].with.key=value"),
+        ("=3", "--set : an override is written rules[0].with.key=value"),
+        ("rules.1.optional=true", "--set rules.1.optional: rules is a list and has no 1"),
+        ("title[0]=a", "--set title[0]: title is 'T' and has no [0]"),
+        ("rules[1].match.kernel[0]=3", "--set rules[1].match.kernel[0]: rules[1].match.kernel is null and has no [0]"),
+        ("title=[", "--set title: not YAML: expected the node content, but found '<stream end>'"),
+        ("title=", "--set title: title: null is not text"),
+        ("title=a\n---\nb", "--set title: a second document starts here; only one is read"),
+    ],
+)
+def test_faults_of_overrides_name_the_option(override: str, fault: str):
+    assert faults(RECIPE, override)[0].startswith(fault)
+
+
+def test_faults_of_overrides_come_after_those_of_the_file():
+    broken = RECIPE.replace("split", "splt")
+    assert [fault.split(": ")[0] for fault in faults(broken, "rules[9].swap=a", "title=3")] == [
+        "a.yaml:7:18",
+        "--set rules[9].swap",
+        "--set title",
+    ]
+
+
+@unhurried
+@given(st.text() | st.text(alphabet="rules[]01.=with{}: ", max_size=30))
+def test_no_override_raises_anything_but_a_recipe_error(override: str):
+    try:
+        overridden(override)
+    except RecipeError as error:
+        str(error).encode(errors="surrogatepass")
+
+
+# Where recipes come from
+
+
+@pytest.mark.parametrize("name", ["acnet", "acnet-border", "acnet-scratch"])
+def test_bundled_recipes_load_by_name_and_by_file_name(name: str):
+    read = recipe.load(name)
+    assert read == recipe.load(f"{name}.yaml")
+    assert read.name == name
+    assert read.cites == "arXiv:1908.03930"
+    assert read.rules[0].match.claims(Subject(("a",), SPEC, None, ()))
+    assert read.rules[0].where.startswith(f"{name}.yaml:")
+
+
+def test_every_bundled_recipe_loads_and_says_what_it_is():
+    recipes = recipe.bundled()
+    assert list(recipes) == sorted(recipes)
+    for name, file in recipes.items():
+        assert recipe.load(name).title
+        assert file.read_text(encoding="utf-8").startswith("# ")
+
+
+def test_the_three_acnets_differ_in_what_their_names_say():
+    options = {name: recipe.load(name).rules[0].options for name in ("acnet", "acnet-border", "acnet-scratch")}
+    assert options["acnet"] == ACBlockOptions(init="takeover", placement="skeleton")
+    assert options["acnet-border"] == ACBlockOptions(init="takeover", placement="border")
+    assert options["acnet-scratch"] == ACBlockOptions(init="scratch", gamma=1 / 3)
+
+
+def test_a_file_comes_before_a_bundled_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Path("acnet.yaml").write_text("\ufeff" + rules("  - leave: mine\n"), encoding="utf-8")
+    Path("acnet").mkdir()
+    assert recipe.load("acnet.yaml").rules[0].leave == "mine"
+    assert recipe.load(tmp_path / "acnet.yaml", ["rules[0].leave=other"]).rules[0].leave == "other"
+    assert recipe.load("acnet").rules[0].swap == "acblock"
+
+
+def test_an_unknown_recipe_is_met_with_the_known_ones():
+    with pytest.raises(
+        RecipeError, match=r"no recipe 'acnt.yaml': .*\(did you mean 'acnet'\?\)\. Bundled: acnet, acnet-bo"
+    ):
+        recipe.load("acnt.yaml")
+
+
+def test_files_that_cannot_be_read(tmp_path: Path):
+    (tmp_path / "latin.yaml").write_bytes(b"surgeon: 1\ntitle: caf\xe9\n")
+    with pytest.raises(RecipeError, match=r"^latin\.yaml:2:11: not UTF-8 text\. "):
+        recipe.load(tmp_path / "latin.yaml")
+    with pytest.raises(RecipeError, match="cannot be read: Is a directory"):
+        recipe.load(tmp_path)
+    with pytest.raises(RecipeError, match="no recipe"):
+        recipe.load(tmp_path / "missing.yaml")
+    with pytest.raises(RecipeError, match="no recipe"):
+        recipe.load("x" * 5000)
+
+
+def test_a_dict_is_a_recipe_too():
+    data = {"surgeon": 1, "title": "no", "rules": [{"swap": "acblock", "match": {"name": ["012", "1e3"]}}]}
+    read = recipe.from_dict(data)
+    assert read.rules[0].match.names == ("012", "1e3")
+    assert str(read.rules[0]) == "rules[0]"
+    assert recipe.parse(read.text, "a.yaml").rules[0].match == read.rules[0].match
+
+
+def test_faults_of_a_dict_have_a_path_and_no_place():
+    bad = {"surgeon": 1, "title": "t", "rules": [{"swap": "acblok", "match": {"kernel": (3, 0)}}]}
+    with pytest.raises(RecipeError) as caught:
+        recipe.from_dict(bad)
+    assert [(f.where, f.path) for f in caught.value.faults] == [("", "rules[0].swap"), ("", "rules[0].match.kernel[1]")]
+
+
+def test_a_dict_of_objects_is_refused():
+    loop: dict[str, object] = {}
+    loop["rules"] = loop
+    for data in ({"surgeon": object()}, loop, [1]):
+        with pytest.raises(RecipeError):
+            recipe.from_dict(data)
+
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text("no1e-3_:."),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("ab1-", min_size=1), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@unhurried
+@given(plain)
+def test_what_is_dumped_is_read_back_as_it_was(value: object):
+    assert yamlmarks.read(yamlmarks.dump({"a": value}), "").data == {"a": value}
+
+
+# For editors
+
+
+def schema() -> jsonschema.Draft202012Validator:
+    jsonschema.Draft202012Validator.check_schema(recipe.schema())
+    return jsonschema.Draft202012Validator(recipe.schema())
+
+
+def test_the_schema_accepts_every_bundled_recipe():
+    for file in recipe.bundled().values():
+        schema().validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "{leave: x, match: {name: a, not: {size: {min: 3}}}, optional: true}",
+        "{swap: acblock}",
+        "{swap: acblock, match: {kernel: [3, 1x7, {max: 5}], groups: [depthwise, 2], followed_by: [ReLU]}}",
+        "{swap: acblock, with: {init: scratch, gamma: 0.5}}",
+    ],
+)
+def test_the_schema_accepts_what_is_read(rule: str):
+    text = rules(f"  - {rule}\n")
+    recipe.parse(text, "a.yaml")
+    schema().validate(yaml.safe_load(text))
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "{}",
+        "{swap: acblok}",
+        "{swap: acblock, leave: x}",
+        "{leave: x, with: {}}",
+        "{leave: x, optoinal: true}",
+        "{leave: x, match: {kernal: 3}}",
+        "{leave: x, match: {kernel: 0}}",
+        "{leave: x, match: {kernel: []}}",
+        "{leave: x, match: {kernel: {mn: 3}}}",
+        "{leave: x, match: {not: {foo: 3}}}",
+        "{leave: x, match: {groups: depthwize}}",
+        "{swap: acblock, with: {init: takeovr}}",
+        "{swap: acblock, with: {alpha: 1}}",
+    ],
+)
+def test_the_schema_and_the_reader_refuse_alike(rule: str):
+    text = rules(f"  - {rule}\n")
+    assert faults(text)
+    assert not schema().is_valid(yaml.safe_load(text))
+
+
+def test_the_schema_names_the_blocks():
+    assert set(registry()) <= set(
+        json.loads(json.dumps(recipe.schema()))["$defs"]["RuleForm"]["properties"]["swap"]["enum"]
+    )

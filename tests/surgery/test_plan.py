@@ -1,0 +1,459 @@
+"""A plan says what will be done before anything is; a person may edit it; it is carried out exactly or refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import torchvision
+from helpers import relative, shake_
+from tiny import SHAPE, ConvNorm, conv3
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import surgeon
+from surgeon.blocks.acblock import ACBlock
+from surgeon.errors import PlanError, RecipeError
+from surgeon.recipes import recipe
+from surgeon.surgery import plan as plans
+from surgeon.surgery.plan import Entry, Plan
+
+
+def rules(*texts: str) -> recipe.Recipe:
+    return recipe.parse(f"{{surgeon: 1, title: T, rules: [{', '.join(texts)}]}}", "r.yaml")
+
+
+def own() -> tiny.Own:
+    torch.manual_seed(0)
+    return shake_(tiny.Own().double()).eval()
+
+
+def split(net: nn.Module) -> Plan:
+    """A plan with random strips, so that it shows who draws what."""
+    return surgeon.plan(net, "acnet", SHAPE, overrides=["rules[0].with.init=split"])
+
+
+def edited(plan: Plan, edit: Callable[[dict[str, Any]], object]) -> Plan:
+    """Edit a plan as a person does: in its file."""
+    data = json.loads(plan.dump(as_json=True))
+    edit(data)
+    return plans.parse(json.dumps(data), "plan.json")
+
+
+# What a plan is
+
+
+def test_the_same_network_gets_the_same_plan():
+    assert surgeon.plan(own(), "acnet", SHAPE).dump() == surgeon.plan(own(), "acnet", SHAPE).dump()
+    other_numbers = shake_(own(), seed=3)
+    assert surgeon.plan(other_numbers, "acnet", SHAPE) == surgeon.plan(own(), "acnet", SHAPE)
+
+
+def test_planning_touches_no_tensor():
+    """A network without numbers is enough, and gets the same plan as one with them."""
+    with torch.device("meta"):
+        empty = torchvision.models.resnet18()
+    plan = surgeon.plan(empty, "acnet", (1, 3, 64, 64))
+    assert all(p.is_meta for p in empty.parameters())
+    assert len(plan.swaps) == 16
+    assert plan == surgeon.plan(torchvision.models.resnet18(), "acnet", (1, 3, 64, 64))
+
+
+def test_every_conv_is_in_the_plan_swapped_or_with_a_reason():
+    plan = surgeon.plan(torchvision.models.resnet18(), "acnet", (1, 3, 64, 64))
+    assert len(plan.convs) == 20
+    assert {entry.path: entry.skip for entry in plan.convs if entry.skip} == {
+        "conv1": "no rule claims it",
+        **dict.fromkeys([f"layer{i}.0.downsample.0" for i in (2, 3, 4)], "no rule claims it"),
+    }
+    first = plan.swaps[0]
+    assert (first.path, first.conv, first.calls, first.size) == (
+        "layer1.0.conv1",
+        "64→64, 3x3, padding=1, no bias",
+        1,
+        (16, 16),
+    )
+    assert (first.takes_norm, first.options) == (
+        ("layer1.0.bn1",),
+        {"init": "takeover", "placement": "skeleton"},
+    )
+
+
+@pytest.mark.parametrize("as_json", [False, True], ids=["yaml", "json"])
+@pytest.mark.parametrize("build", [own, tiny.TwoParents, tiny.NeverCalled, conv3, tiny.ActsOnValuesWithStages])
+def test_a_plan_that_is_written_is_read_back_as_it_was(build: Callable[[], nn.Module], as_json: bool, tmp_path: Path):
+    given = rules("{swap: acblock, match: {kernel: 3}, with: {init: scratch, gamma: 0.3333333333333333}}")
+    plan = surgeon.plan(build(), given, SHAPE, seed=7)
+    text = plan.dump(as_json=as_json)
+    assert plans.parse(text, "plan") == plan
+    assert plans.parse(text, "plan").dump(as_json=as_json) == text
+    file = tmp_path / "plan.yaml"
+    file.write_text(text, encoding="utf-8")
+    assert plans.read(file) == plan
+
+
+def test_a_plan_keeps_its_recipe_as_it_was_written():
+    text = recipe.load("acnet").text
+    plan = plans.parse(split(own()).dump(), "plan.yaml")
+    assert (plan.recipe.name, plan.recipe.text) == ("acnet", text)
+    assert plan.recipe.overrides == ("rules[0].with.init=split",)
+
+
+# Carrying one out
+
+
+def test_a_plan_that_was_read_back_converts_to_the_same_numbers():
+    net = own()
+    plan = split(net)
+    one = surgeon.convert(net, plan).state_dict()
+    other = surgeon.convert(net, plans.parse(plan.dump(), "plan.yaml")).state_dict()
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_the_seed_decides_the_random_strips():
+    net = own()
+    strips = {
+        seed: surgeon.convert(net, "acnet", SHAPE, overrides=["rules[0].with.init=split"], seed=seed).stem.conv.ver_conv
+        for seed in (0, 1)
+    }
+    assert not torch.equal(strips[0].weight, strips[1].weight)
+
+
+def test_pruning_an_entry_leaves_that_conv_alone_and_the_others_as_they_would_be():
+    net = own()
+    plan = split(net)
+    whole = surgeon.convert(net, plan)
+    pruned = surgeon.convert(net, edited(plan, lambda data: data["convs"].pop(0)))
+    assert type(pruned.stem.conv) is nn.Conv2d
+    assert type(pruned.stem.bn) is nn.BatchNorm2d
+    assert torch.equal(pruned.stem.conv.weight, net.stem.conv.weight)
+    whole_state, state = whole.body.state_dict(), pruned.body.state_dict()
+    assert state.keys() == whole_state.keys()
+    assert all(torch.equal(state[key], whole_state[key]) for key in state)
+    assert relative(pruned(x()), net(x())) <= 1e-12
+
+
+def x() -> torch.Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def test_a_swap_that_a_person_turns_into_a_skip_is_skipped():
+    def edit(data: dict[str, Any]) -> None:
+        for key in ("swap", "with", "takes_norm"):
+            data["convs"][0].pop(key)
+        data["convs"][0]["skip"] = "I like it"
+
+    net = own()
+    plan = edited(split(net), edit)
+    assert plan.convs[0].skip == "I like it"
+    converted = surgeon.convert(net, plan)
+    assert type(converted.stem.conv) is nn.Conv2d
+    assert isinstance(converted.body[0].conv, ACBlock)
+
+
+def test_options_that_a_person_edits_are_honoured():
+    net = own()
+    plan = edited(split(net), lambda data: data["convs"][0]["with"].update(init="takeover", placement="border"))
+    converted = surgeon.convert(net, plan)
+    assert converted.stem.conv.placement == "border"
+    assert not converted.stem.conv.ver_bn.weight.any()
+    assert converted.body[0].conv.placement == "skeleton"
+    assert converted.body[0].conv.ver_bn.weight.all()
+
+
+def test_a_norm_that_a_person_takes_out_of_the_plan_stays():
+    net = own()
+    converted = surgeon.convert(net, edited(split(net), lambda data: data["convs"][0].pop("takes_norm")))
+    assert type(converted.stem.bn) is nn.BatchNorm2d
+    assert isinstance(converted.stem.conv, ACBlock)
+    assert relative(converted(x()), net(x())) <= 1e-12
+
+
+# Misfits: each names the conv and says why
+
+
+def misfit(net: nn.Module, plan: Plan) -> str:
+    before = {key: tensor.clone() for key, tensor in net.state_dict().items()}
+    with pytest.raises(PlanError) as caught:
+        surgeon.convert_(net, plan)
+    assert net.state_dict().keys() == before.keys(), "a refused plan changes nothing"
+    assert all(torch.equal(tensor, before[key]) for key, tensor in net.state_dict().items())
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (lambda entry: entry.update(path="stem.cnov"), "stem.cnov: there is no such conv"),
+        (lambda entry: entry.update(path="head"), "head: there is no such conv"),
+        (lambda entry: entry.update(conv="4→4, 5x5"), "stem.conv: the plan says 4→4, 5x5, the model has 4→4, 3x3"),
+        (lambda entry: entry.update(aliases=["other"]), "stem.conv: its names are stem.conv"),
+        (lambda entry: entry.update(takes_norm=["body.0.bn"]), "stem.conv: it cannot take over body.0.bn"),
+        (lambda entry: entry.update(takes_norm=["nowhere"]), "stem.conv: it cannot take over nowhere"),
+        (lambda entry: entry["with"].update(init="magic"), "stem.conv: with.init: "),
+        (lambda entry: entry["with"].update(colour="red"), "stem.conv: with.colour: "),
+        (lambda entry: entry["with"].update(gamma=0.5), "gamma is for init: scratch"),
+    ],
+)
+def test_an_edited_plan_that_does_not_fit_is_refused(edit: Callable[[dict[str, Any]], object], says: str):
+    net = own()
+    said = misfit(net, edited(split(net), lambda data: edit(data["convs"][0])))
+    assert says in said
+    assert "stem" in said or "head" in said
+
+
+def test_all_misfits_are_told_at_once():
+    def edit(data: dict[str, Any]) -> None:
+        data["convs"][0]["conv"] = "another"
+        data["convs"][1]["takes_norm"] = ["elsewhere"]
+        data["convs"].append(data["convs"][2])
+
+    said = misfit(net := own(), edited(split(net), edit))
+    assert "\n  stem.conv: the plan says another" in said
+    assert "\n  body.0.conv: it cannot take over elsewhere" in said
+    assert "\n  body.1.conv: it stands in the plan twice" in said
+
+
+def test_a_plan_for_another_network_is_refused():
+    said = misfit(tiny.Own(classes=6), surgeon.plan(tiny.Own(), "acnet", SHAPE))
+    assert "another network" in said
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stride": 2},
+        {"dilation": 2},
+        {"padding_mode": "reflect"},
+        {"bias": False},
+    ],
+    ids=str,
+)
+def test_geometry_that_no_tensor_shows_makes_another_network(change: dict[str, object]):
+    plan = surgeon.plan(ConvNorm(), "acnet", SHAPE)
+    assert "another network" in misfit(ConvNorm(conv3(**change)), plan)
+
+
+def test_trained_weights_do_not_make_another_network():
+    net = own()
+    plan = surgeon.plan(net, "acnet", SHAPE)
+    shake_(net, seed=5)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.1)
+    assert isinstance(surgeon.convert(net, plan).stem.conv, ACBlock)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda net: net.stem.conv.register_forward_hook(print), "stem.conv: hooks are attached"),
+        (lambda net: net.stem.bn.register_forward_hook(print), "stem.conv: it cannot take over stem.bn: hooks"),
+        (lambda net: setattr(net.stem.conv, "weight", net.body[0].conv.weight), "stem.conv: its weights are also"),
+    ],
+)
+def test_what_came_in_the_way_since_the_plan_was_made_is_noticed(spoil: Callable[[Any], object], says: str):
+    net = tiny.Own()
+    plan = surgeon.plan(net, "acnet", SHAPE)
+    spoil(net)
+    assert says in misfit(net, plan)
+
+
+def test_a_conv_that_the_block_refuses_is_not_swapped_by_hand_either():
+    net = nn.Sequential(nn.Conv2d(4, 4, 1), conv3())
+
+    def edit(data: dict[str, Any]) -> None:
+        assert "no rule" in data["convs"][0].pop("skip")
+        data["convs"][0]["swap"] = "acblock"
+
+    said = misfit(net, edited(surgeon.plan(net, "acnet", SHAPE), edit))
+    assert "0: a 1x1 kernel has no rows and columns" in said
+
+
+def test_a_plan_that_swaps_nothing_is_refused_with_the_reasons():
+    net = own()
+    assert "nothing is swapped" in misfit(net, edited(split(net), lambda data: data["convs"].clear()))
+
+
+# Faults of the file: where they stand
+
+
+def line_of(text: str, part: str) -> int:
+    return next(i for i, line in enumerate(text.splitlines(), 1) if part in line)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("  swap: acblock", "  swop: acblock", "swop"),
+        ("  swap: acblock\n", "", "swap"),
+        ("  calls: 1", "  calls: one", "whole number"),
+        ("  takes_norm: [stem.bn]", "  takes_norm: [stem.bn]\n  skip: both", "swap"),
+        ("surgeon-plan: 1", "surgeon-plan: 2", "surgeon-plan"),
+        ("model: ", "modle: ", "modle"),
+    ],
+)
+def test_a_fault_of_a_plan_file_has_its_place(old: str, new: str, says: str):
+    text = surgeon.plan(ConvNorm(), "acnet", SHAPE).dump().replace("[bn]", "[stem.bn]")
+    assert old in text
+    with pytest.raises(RecipeError) as caught:
+        plans.parse(text.replace(old, new, 1), "plan.yaml")
+    faults = [str(fault) for fault in caught.value.faults]
+    assert any(says in fault for fault in faults)
+    for fault in faults:
+        file, line, column = fault.split(":")[:3]
+        assert file == "plan.yaml"
+        assert int(line) >= 1
+        assert int(column) >= 1
+    if new.strip() and "\n" not in new:
+        assert any(fault.startswith(f"plan.yaml:{line_of(text, old)}:") for fault in faults)
+
+
+def test_a_fault_of_a_whole_entry_stands_where_the_entry_does():
+    text = surgeon.plan(ConvNorm(), "acnet", SHAPE).dump()
+    with pytest.raises(RecipeError, match=r"convs\[0\]: no block called 'acblok'; there are .*acblock") as caught:
+        plans.parse(text.replace("swap: acblock\n  with", "swap: acblok\n  with"), "plan.yaml")
+    assert caught.value.faults[0].where == f"plan.yaml:{line_of(text, 'path: conv')}:3"
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", "surgeon-plan: [", "{}", "\0"])
+def test_what_is_no_plan_is_refused(text: str):
+    with pytest.raises(RecipeError) as caught:
+        plans.parse(text, "plan.yaml")
+    assert "plan.yaml" in str(caught.value)
+
+
+def test_a_plan_file_that_is_not_there_is_refused(tmp_path: Path):
+    with pytest.raises(RecipeError, match=r"nothing\.yaml"):
+        plans.read(tmp_path / "nothing.yaml")
+
+
+# Rules
+
+
+def test_a_rule_that_claims_nothing_is_an_error_with_the_nearest_names():
+    given = rules("{swap: acblock, match: {name: layers1.0.conv1}}", "{swap: acblock}")
+    with pytest.raises(PlanError, match=r"rules\[0\] \(r\.yaml:1:\d+\) claims no conv.*layer1\.0\.conv1") as caught:
+        surgeon.plan(torchvision.models.resnet18(), given, (1, 3, 64, 64))
+    assert "optional" in caught.value.todo
+    assert "20" in caught.value.todo
+    assert caught.value.facts["rule"].index == 0
+
+
+def test_a_rule_that_comes_too_late_is_told_so():
+    given = rules("{swap: acblock}", "{leave: why, match: {name: stem.conv}}")
+    with pytest.raises(PlanError, match=r"rules\[1\].*claims no conv: stem\.conv went to an earlier rule"):
+        surgeon.plan(own(), given, SHAPE)
+
+
+def test_an_optional_rule_may_be_idle_or_late():
+    given = rules("{swap: acblock}", "{leave: why, match: {name: stem.conv}, optional: true}",
+                  "{leave: why, match: {name: nowhere}, optional: true}")  # fmt: skip
+    assert len(surgeon.plan(own(), given, SHAPE).swaps) == 3
+
+
+def test_the_first_rule_that_claims_a_conv_wins_and_its_reason_stands_in_the_plan():
+    given = rules("{leave: the stem sees raw pixels, match: {name: stem.*}}", "{swap: acblock, match: {kernel: 3}}")
+    stem, *body = surgeon.plan(own(), given, SHAPE).convs
+    assert (stem.skip, stem.swap, stem.rule) == ("the stem sees raw pixels", None, "rules[0] (r.yaml:1:32)")
+    assert [entry.rule for entry in body] == ["rules[1] (r.yaml:1:90)"] * 2
+
+
+def test_a_refusal_stands_in_the_plan():
+    net = nn.Sequential(nn.Conv2d(4, 4, 2), conv3())
+    even, odd = surgeon.plan(net, rules("{swap: acblock}"), SHAPE).convs
+    assert "even" in str(even.skip)
+    assert odd.swap == "acblock"
+
+
+def test_a_rule_that_asks_for_a_size_needs_an_input():
+    given = rules("{swap: acblock, match: {size: {min: 9}}}", "{leave: small, optional: true}")
+    net = own()
+    with pytest.raises(PlanError, match=r"rules\[0\].*size of feature maps.*--input"):
+        plans.make(given, surgeon.analysis.sites.survey(net))
+    assert [entry.skip for entry in surgeon.plan(net, given, (1, 4, 9, 9)).convs] == [None, None, "small"]
+
+
+# Costs
+
+
+def params(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def macs(net: nn.Module, shape: tuple[int, ...]) -> dict[str, int]:
+    """Multiply-adds of every module of a network, by path; '' is the whole."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net.eval()(torch.zeros(shape, dtype=next(net.parameters()).dtype))
+    root = type(net).__name__
+    counts = {name: sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items()}
+    return {name.removeprefix(root).removeprefix("."): count for name, count in counts.items() if name != "Global"}
+
+
+def under(counts: dict[str, int], entry: Entry) -> int:
+    """What is counted under any name of a conv: the counter has one of them."""
+    return next(counts[path] for path in entry.paths if path in counts)
+
+
+def costs_of(entry: Entry, net: nn.Module) -> int:
+    """Parameters of what stands where the entry's conv and its norm stood."""
+    norms = [net.get_submodule(path) for path in entry.takes_norm[:1]]
+    return params(nn.ModuleList([net.get_submodule(entry.path), *norms]))
+
+
+@pytest.mark.parametrize(
+    ("build", "shape", "swaps"),
+    [
+        (torchvision.models.resnet18, (1, 3, 64, 64), 16),
+        (own, SHAPE, 3),
+        (tiny.TwoParents, SHAPE, 1),
+        (tiny.CalledTwiceNormAfterEach, SHAPE, 1),
+        (tiny.ReadTwice, SHAPE, 1),
+        (lambda: torchvision.models.mobilenet_v2(width_mult=0.1), (1, 3, 64, 64), 18),
+        pytest.param(tiny.CalledAtTwoSizes, SHAPE, 1),
+        pytest.param(tiny.CalledByKeyword, SHAPE, 1),
+    ],
+    ids=["resnet18", "own", "shared", "called twice", "no norm", "depthwise", "two sizes", "keyword"],
+)
+def test_costs_are_those_of_the_networks(build: Callable[[], nn.Module], shape: tuple[int, ...], swaps: int):
+    net = build()
+    plan = surgeon.plan(net, "acnet", shape)
+    converted = surgeon.convert(net, plan)
+    before, after = macs(net, shape), macs(converted, shape)
+    assert len(plan.swaps) == swaps
+    assert (plan.total.params.before, plan.total.params.after) == (params(net), params(converted))
+    assert (plan.total.macs.before, plan.total.macs.after) == (before[""], after[""])
+    assert plan.total.macs.after > plan.total.macs.before
+    for entry in plan.convs:
+        assert entry.params.before == costs_of(entry, net)
+        assert entry.params.after == costs_of(entry, converted)
+        assert entry.macs.before == under(before, entry)
+        assert entry.macs.after == under(after, entry)
+
+
+def test_a_conv_that_is_never_called_costs_parameters_only():
+    net = tiny.NeverCalled()
+    plan = surgeon.plan(net, "acnet", SHAPE)
+    spare = next(entry for entry in plan.convs if entry.path == "spare")
+    assert (spare.calls, spare.macs) == (None, None)
+    converted = surgeon.convert(net, plan)
+    assert (plan.total.params.after, plan.total.macs.after) == (params(converted), macs(converted, SHAPE)[""])
+
+
+def test_without_an_input_there_are_parameters_only():
+    plan = plans.make(recipe.load("acnet"), surgeon.analysis.sites.survey(own()))
+    assert (plan.input, plan.total.macs) == (None, None)
+    assert all(entry.macs is None and entry.size is None for entry in plan.convs)
+    assert plan.total.params.after == params(surgeon.convert(own(), plan))
+
+
+def test_a_network_without_numbers_can_be_converted_too():
+    with torch.device("meta"):
+        net = ConvNorm()
+    assert isinstance(surgeon.convert(net, "acnet", SHAPE).conv, ACBlock)
