@@ -13,7 +13,7 @@ import random
 import sys
 import traceback
 import warnings
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FunctionType, MethodType
@@ -23,10 +23,19 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
+from surgeon.conv.spec import ConvSpec
 from surgeon.errors import CaptureError
+from surgeon.nn import Stored
 
 Model = TypeVar("Model", bound=nn.Module)
 _OURS_AND_TORCHS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+_ATOMIC = frozenset(
+    {type(None), bool, int, float, str, bytes, type, torch.dtype, ConvSpec}
+)  # what copy.deepcopy hands on
+_OF_COPYING = (
+    *("__deepcopy__", "__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__"),
+    *("__getstate__", "__setstate__"),
+)
 _TORCHS_OWN = vars(nn.Module()).keys()  # _modules, _parameters, hooks
 
 
@@ -96,7 +105,7 @@ def shadow(model: Model, cast: Callable[[Tensor], Tensor] | None = None) -> Mode
     groups = [m.process_group for m in model.modules() if isinstance(m, nn.SyncBatchNorm)]
     memo |= {id(group): group for group in groups}  # a connection to other processes has no copy
     try:
-        made = copy.deepcopy(model, memo)
+        made = _deepcopy(model, memo)
     except Exception as error:
         raise CaptureError(
             f"the model cannot be copied: {where(error)}", todo="Move what Python cannot copy out of the module."
@@ -109,6 +118,44 @@ def shadow(model: Model, cast: Callable[[Tensor], Tensor] | None = None) -> Mode
             )
         twin.training = module.training
     return made
+
+
+def _deepcopy(model: Model, memo: dict[int, Any]) -> Model:
+    """Do what copy.deepcopy does, in a third of the time: most of what a module holds is empty, or needs no copy."""
+    plain = [module for module in model.modules() if _is_plain(type(module))]
+    twins = [type(module).__new__(type(module)) for module in plain]
+    memo |= {id(module): twin for module, twin in zip(plain, twins, strict=True)}
+
+    def copied(value: Any) -> Any:
+        kind = type(value)
+        if kind in _ATOMIC:
+            return value
+        if id(value) in memo:
+            return memo[id(value)]
+        if kind not in (dict, OrderedDict) or not _is_registry(value):
+            return deep(value)
+        made = memo[id(value)] = kind()
+        made.update((key, copied(part)) for key, part in value.items())
+        return made
+
+    def deep(value: Any) -> Any:
+        return copy.deepcopy(value, memo)
+
+    for module, twin in zip(plain, twins, strict=True):
+        vars(twin).update((key, copied(value)) for key, value in vars(module).items())
+    made: Model = deep(model)
+    return made
+
+
+def _is_plain(kind: type[nn.Module]) -> bool:
+    """Whether a module of this class is copied by copying its attributes, with nothing of its own to say to that."""
+    own = [name for name in _OF_COPYING if getattr(kind, name, None) is not getattr(nn.Module, name, None)]
+    return not own or (issubclass(kind, Stored) and set(own) <= {"__getstate__", "__setstate__"})  # those are for files
+
+
+def _is_registry(held: dict[Any, Any]) -> bool:
+    """Whether a dict holds nothing but modules, tensors and None under names, as those that torch keeps do."""
+    return all(type(key) is str and isinstance(value, nn.Module | Tensor | None) for key, value in held.items())
 
 
 def duplicate(model: Model) -> Model:
