@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import surgeon
+from surgeon.analysis.network import Network
 from surgeon.api import carry_out_, decide
 from surgeon.models.copies import duplicate
 from surgeon.recipes.recipe import load
@@ -277,8 +278,8 @@ def survey(study: Study) -> surgeon.Survey:
     """Note the convs, the islands, and what could not be traced."""
     found = surgeon.survey(study.model, study.example)
     record = study.record
-    record.sites, record.islands = len(found.sites), len(found.capture.islands)
-    record.opaque = {part.path or "the model": part.reason for part in found.capture.opaque}
+    record.sites, record.islands = len(found.sites), len(found.network.islands)
+    record.opaque = {part.path or "the model": part.reason for part in found.opaque}
     record.dense = sum(is_dense(site) for site in found.sites)
     return found
 
@@ -409,7 +410,7 @@ def approximate(
 def carried_out(plan: surgeon.Plan, study: Study) -> nn.Module:
     """Do what surgeon.convert does, without looking at every conv once more."""
     model = duplicate(study.model)
-    carry_out_(model, plan, surgeon.Inputs(study.example))
+    carry_out_(plan, Network(model, surgeon.Inputs(study.example)))
     return model
 
 

@@ -28,7 +28,7 @@ from surgeon.analysis import example as examples
 from surgeon.analysis import program as graph
 from surgeon.analysis import sites
 from surgeon.analysis.example import Example
-from surgeon.analysis.islands import capture
+from surgeon.analysis.network import Network
 from surgeon.analysis.sites import Survey
 from surgeon.errors import CaptureError, ModelError, PassError, PlanError, VerifyError
 from surgeon.files import load as source
@@ -81,7 +81,7 @@ def survey(model: nn.Module, example: Example | None = None) -> Survey:
     >>> [site.path for site in survey(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())).sites]
     ['0']
     """
-    return sites.survey(model, inputs_for(model, example))
+    return sites.survey(network_for(model, example))
 
 
 def plan(
@@ -135,19 +135,17 @@ def convert_(
     seed: int = 0,
 ) -> Model:
     """Swap the convs of `model` itself, and return it; where something is wrong it stays as it was."""
-    inputs = inputs_for(model, example, plan=how if isinstance(how, Plan) else None, seed=seed)
-    surveyed = sites.survey(model, inputs)
+    surveyed = sites.survey(network_for(model, example, plan=how if isinstance(how, Plan) else None, seed=seed))
     if isinstance(how, Plan):
         plans.check(how, surveyed)
-        carry_out_(model, how, inputs)
-    else:
-        carry_out_(model, decide(_recipe(how, overrides), surveyed, seed=seed), inputs)
+    decided = how if isinstance(how, Plan) else decide(_recipe(how, overrides), surveyed, seed=seed)
+    carry_out_(decided, surveyed.network)
     return model
 
 
 @torch.inference_mode(False)
-def carry_out_(model: nn.Module, checked: Plan, inputs: Inputs | None) -> SelfCheck:
-    """Operate, measure what was done, and note it in the model's history.
+def carry_out_(checked: Plan, network: Network) -> SelfCheck:
+    """Operate on a network that was looked at, measure what was done, and note it in the model's history.
 
     Raises:
         PlanError: there is nothing to swap. PassError: a block that keeps the function does not.
@@ -159,18 +157,19 @@ def carry_out_(model: nn.Module, checked: Plan, inputs: Inputs | None) -> SelfCh
             f"nothing is swapped: {'; '.join(reasons[:3]) or 'the model has no convs'}",
             todo="`surgeon plan` gives the reason for every conv.",
         )
+    model, inputs = network.model, network.inputs
     parent = store.content_hash(model)
     swaps = prepare(model, checked)
     check = _check_sites(swaps, checked.seed)
     has_numbers = not any(parameter.is_meta for parameter in model.parameters())
     with _calls_of([one.conv for one in swaps]) as called:
         before = _outputs(model, inputs) if has_numbers else None
-    undo = place_(model, swaps, checked)
+    undo = place_(model, swaps, network)
     split = shadow(model) if has_numbers and inputs is not None and checked.has_streams else None
-    outcome = stream_(model, checked)
+    outcome = stream_(model, checked, network)
     try:
         if split is not None and inputs is not None and outcome.rewritten:
-            check = replace(check, streams=_check_streams(model, split, checked, inputs))
+            check = replace(check, streams=_check_streams(model, split, checked, network, inputs))
         if before is not None and inputs is not None:
             with _calls_of([one.block for one in swaps]) as called_now:
                 after = _run_again(model, inputs)
@@ -239,9 +238,9 @@ def _ways(model: nn.Module) -> tuple[_Way, ...]:
     )
 
 
-def _check_streams(model: nn.Module, split: nn.Module, plan: Plan, inputs: Inputs) -> float | None:
+def _check_streams(model: nn.Module, split: nn.Module, plan: Plan, network: Network, inputs: Inputs) -> float | None:
     """Compare streams that go from conv to conv with convs that split and join each for itself, in float64."""
-    stream_(split, plan, only_low_pass=True)
+    stream_(split, plan, network, only_low_pass=True)
     for way in (ways := _ways(model)):
         try:
             expected = way.run(split, inputs)
@@ -253,7 +252,7 @@ def _check_streams(model: nn.Module, split: nn.Module, plan: Plan, inputs: Input
     if not apart <= way.most:
         if worst(way.run(split, inputs, seed=1), expected):
             return None  # it draws numbers in eval mode, and other ones for two streams
-        if (path := _misread(split, plan, way, inputs, apart)) is not None:
+        if (path := _misread(split, plan, network, way, inputs, apart)) is not None:
             raise CaptureError(
                 f"the graph of {path or 'the model'} is not what it computes: its forward acts on what its inputs are",
                 todo=KEEP_SEAMS,
@@ -262,10 +261,10 @@ def _check_streams(model: nn.Module, split: nn.Module, plan: Plan, inputs: Input
     return apart
 
 
-def _misread(model: nn.Module, plan: Plan, way: _Way, inputs: Inputs, apart: float) -> str | None:
+def _misread(model: nn.Module, plan: Plan, network: Network, way: _Way, inputs: Inputs, apart: float) -> str | None:
     """Find an island whose graph, put in its place unchanged, is what sets the outputs `apart`."""
     expected = way.run(model, inputs)
-    for island in capture(model, inputs).islands:
+    for island in network.islands_after_swaps(model):
         if island.path in plan.rewritten:
             as_graph = shadow(model)
             graph.rewrite_(as_graph.get_submodule(island.path), island.graph)
@@ -313,18 +312,21 @@ def fuse(model: Model, *, dense: bool = False) -> Model:
 
 def fuse_(model: Model, *, dense: bool = False) -> Model:
     """Fold the blocks of `model` itself, and return it."""
-    fold_all_(_checked(model), None, dense=dense)
+    fold_all_(Network(_checked(model)), dense=dense)
     return model
 
 
-def fold_all_(model: nn.Module, inputs: Inputs | None, *, dense: bool = False) -> tuple[tuple[str, ...], float | None]:
+def fold_all_(network: Network, *, dense: bool = False) -> tuple[tuple[str, ...], float | None]:
     """Fold, note it in the model's history, and return the names of what was folded, and how far it moved the output.
 
     Raises:
         PassError: it moved the output by more than rounding can; the model is spoilt then.
     """
+    model, inputs = network.model, network.inputs
     parent, before = store.content_hash(model), _outputs(model, inputs)
-    folded = fold_blocks_(model, store.planned_inputs(store.history(model)), dense=dense)
+    planned = store.planned_inputs(store.history(model))  # what verify will look at the network with, too
+    is_planned = inputs is not None and planned is not None and inputs.text == planned.text
+    folded = fold_blocks_(network if is_planned else Network(model, called_with=planned), dense=dense)
     if folded:
         store.record_(model, store.Step("fuse", parent, store.content_hash(model), None, store.versions(), dense))
     if before is None or inputs is None:
@@ -455,12 +457,17 @@ def save(model: nn.Module, path: str | PathLike[str], *, arch: str | None = None
 
 def inputs_for(model: nn.Module, example: Example | None, *, plan: Plan | None = None, seed: int = 0) -> Inputs | None:
     """Take the example that was given, or that of the plan, or of the model's history, or one that it accepts."""
+    return network_for(model, example, plan=plan, seed=seed).inputs
+
+
+def network_for(model: nn.Module, example: Example | None, *, plan: Plan | None = None, seed: int = 0) -> Network:
+    """Look at a model with the example that was given, or with the first that does of those that are known."""
     _checked(model)
     if example is not None:
-        return examples.make(example, seed=seed)
+        return Network(model, examples.make(example, seed=seed))
     records = [plan.input] if plan is not None else []
     records += [step.plan.get("input") for step in reversed(store.history(model)) if step.plan]
-    return examples.recall(records, model, seed=seed) or examples.guess(model, seed=seed)
+    return examples.look(model, records, seed=seed)
 
 
 def _recipe(recipe: RecipeLike, overrides: Sequence[str]) -> Recipe:

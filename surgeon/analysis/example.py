@@ -12,6 +12,7 @@ Standing alone, these give a whole call: a tuple its positional arguments, a dic
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from os.path import isfile  # unlike Path.is_file, it bears names that are too long
@@ -23,7 +24,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from surgeon.analysis.islands import observe
+from surgeon.analysis.network import Network
+from surgeon.analysis.run import Run, observe
 from surgeon.errors import CaptureError, ModelError
 from surgeon.files import load as source
 from surgeon.models import call as calls
@@ -89,28 +91,42 @@ def read(text: str, model: nn.Module, *, seed: int = 0, say: Callable[[str], Non
 
 def guess(model: nn.Module, *, seed: int = 0) -> Inputs | None:
     """Find an input that the model accepts, trying what its library says and then common sizes; None if none does."""
+    return next((inputs for inputs, _ in _guessed(model, seed)), None)
+
+
+def look(model: nn.Module, records: Sequence[Sequence[Shape] | str | None] = (), *, seed: int = 0) -> Network:
+    """Look at a network with the input that a plan or history has written down, or with one that it accepts.
+
+    Random tensors of the recorded shapes are tried first; where there is no input that it accepts it is not run.
+    """
+    for inputs, run in itertools.chain(_recalled(records, model, seed), _guessed(model, seed)):
+        return Network(model, inputs, run=run)
+    return Network(model)
+
+
+def _guessed(model: nn.Module, seed: int) -> Iterator[tuple[Inputs, Run]]:
+    """Give inputs that the model accepts, and what the run with each has shown."""
     for call, needs_values in _candidates(model):
         try:
             inputs = call.drawn(seed)
-            observe(model, inputs, meta_only=not needs_values)
+            run = observe(model, inputs, meta_only=not needs_values)
         except CaptureError:
             continue
-        return Inputs(inputs.args, inputs.kwargs, is_guess=True)
-    return None
+        yield Inputs(inputs.args, inputs.kwargs, is_guess=True), run
 
 
-def recall(records: Sequence[Sequence[Shape] | str | None], model: nn.Module, *, seed: int = 0) -> Inputs | None:
-    """Draw what a plan or history has written down; None where noise of these shapes does not do."""
+def _recalled(
+    records: Sequence[Sequence[Shape] | str | None], model: nn.Module, seed: int
+) -> Iterator[tuple[Inputs, Run]]:
     for record in records:
         try:
             call = calls.recall(record)
             inputs = None if call is None else call.drawn(seed)
-            if inputs is not None and inputs.tensors:
-                observe(model, inputs)
-                return inputs
+            run = observe(model, inputs) if inputs is not None and inputs.tensors else None
         except CaptureError:
             continue
-    return None
+        if inputs is not None and run is not None:
+            yield inputs, run
 
 
 def _is_shape(part: object) -> TypeGuard[Sequence[int]]:

@@ -16,11 +16,9 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from surgeon.analysis import islands as capturing
 from surgeon.analysis import program as graph
 from surgeon.analysis.islands import Island
 from surgeon.conv.spec import ConvSpec, Pair
-from surgeon.models.call import Inputs
 
 _ARGUMENTS = inspect.Signature(
     [
@@ -90,18 +88,18 @@ def conv_of(model: nn.Module, one: Functional) -> nn.Conv2d:
 
 
 def lift_(
-    model: nn.Module, made: Sequence[tuple[Functional, nn.Module]], inputs: Inputs | None
+    model: nn.Module, made: Sequence[tuple[Functional, nn.Module]], islands: Sequence[Island]
 ) -> list[Callable[[], None]]:
     """Put modules in the place of functional convolutions, and take the parameters away that they have taken over.
 
     Returns what takes that back, in order.
     """
     undos: list[Callable[[], None]] = []
-    islands = {island.path: island for island in capturing.capture(model, inputs).islands}
+    graphs = {island.path: island.graph for island in islands}
     for path in dict.fromkeys(one.island for one, _ in made):
         root, own = model.get_submodule(path), [(one, module) for one, module in made if one.island == path]
         new = fx.Graph()
-        new.output(new.graph_copy(islands[path].graph, {}))
+        new.output(new.graph_copy(graphs[path], {}))
         nodes = {node.name: node for node in new.nodes}
         for one, module in own:
             undos.append(_hold_(model, root, one, module))

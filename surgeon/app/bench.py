@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgeon.analysis.islands import how_to_call
+from surgeon.analysis.network import Network
+from surgeon.analysis.run import how_to_call
 from surgeon.errors import CaptureError
 from surgeon.models.call import Inputs
 from surgeon.models.copies import duplicate, in_mode, where
@@ -109,7 +110,7 @@ def run(
 def deployed(model: nn.Module, inputs: Inputs | None = None) -> tuple[nn.Module, bool]:
     """Copy a model with its blocks and norms folded, and say whether there was anything to fold."""
     model = in_mode(duplicate(model), False)
-    found = [*fold_blocks_(model, inputs), *fold_norms_(model, inputs)]
+    found = [*fold_blocks_(Network(model, called_with=inputs)), *fold_norms_(Network(model, called_with=inputs))]
     return model, bool(found)
 
 

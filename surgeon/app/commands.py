@@ -15,6 +15,7 @@ from torch import nn
 from surgeon import api as surgery
 from surgeon.analysis import example as examples
 from surgeon.analysis import sites
+from surgeon.analysis.network import Network
 from surgeon.analysis.sites import Survey
 from surgeon.api import SelfCheck
 from surgeon.app import bench as benching
@@ -23,7 +24,6 @@ from surgeon.blocks import Foldable
 from surgeon.errors import CaptureError
 from surgeon.files import load as source
 from surgeon.files.load import Loaded, Trust
-from surgeon.models.call import Inputs
 from surgeon.proof.verify import Report
 from surgeon.recipes import recipe as recipes
 from surgeon.surgery import plan as plans
@@ -76,14 +76,13 @@ class Trials:
 
 
 def survey(name: str, given: Given, say: Say) -> Survey:
-    model = _load(name, given, say).model
-    return sites.survey(model, _inputs(model, given, say))
+    return sites.survey(_network(_load(name, given, say).model, given, say))
 
 
 def plan(name: str, recipe: str, given: Given, say: Say, *, overrides: Sequence[str] = ()) -> Plan:
     wanted = recipes.load(recipe, overrides)
-    model = _load(name, given, say).model
-    return surgery.decide(wanted, sites.survey(model, _inputs(model, given, say)), seed=given.seed)
+    network = _network(_load(name, given, say).model, given, say)
+    return surgery.decide(wanted, sites.survey(network), seed=given.seed)
 
 
 def convert(
@@ -101,13 +100,11 @@ def convert(
     label = wanted.recipe.name if isinstance(wanted, Plan) else wanted.name
     path = store.claim(output or _beside(name, label), force=force, origin=name)
     loaded = _load(name, given, say)
-    model = loaded.model
-    inputs = _inputs(model, given, say, plan=wanted if isinstance(wanted, Plan) else None)
-    surveyed = sites.survey(model, inputs)
+    surveyed = sites.survey(_network(loaded.model, given, say, plan=wanted if isinstance(wanted, Plan) else None))
     if isinstance(wanted, Plan):
         plans.check(wanted, surveyed)
     decided = wanted if isinstance(wanted, Plan) else surgery.decide(wanted, surveyed, seed=given.seed)
-    check = surgery.carry_out_(model, decided, inputs)
+    check = surgery.carry_out_(decided, surveyed.network)
     _save(loaded, path, say, force=force)
     return Converted(decided, check, path)
 
@@ -118,7 +115,7 @@ def fuse(
     path = store.claim(output or _beside(name, "fused"), force=force, origin=name)
     loaded = _load(name, given, say)
     model, params = loaded.model, _count(loaded.model)
-    folded, distance = surgery.fold_all_(model, _inputs(model, given, say), dense=dense)
+    folded, distance = surgery.fold_all_(_network(model, given, say), dense=dense)
     cheaper = sorted({m.name for m in model.modules() if isinstance(m, Foldable)})
     if cheaper:
         say(f"{', '.join(cheaper)} stays, for it costs less than the conv it folds to; --dense folds it all the same")
@@ -137,7 +134,7 @@ def verify(name_a: str, name_b: str, given: Given, say: Say) -> Report:
 def bench(names: Sequence[str], given: Given, say: Say, how: Trials, progress: Progress) -> tuple[Timing, ...]:
     """Time models against each other on inputs of the first one's kind."""
     models = [(label, _load(name, given, say).model) for label, name in zip(_labels(names), names, strict=True)]
-    inputs = _inputs(models[0][1], given, say)
+    inputs = _network(models[0][1], given, say).inputs
     if inputs is None:
         raise CaptureError("no input is known to run them on", todo="Give one: --input 1,3,224,224.")
     settings = benching.settings_for(
@@ -170,17 +167,18 @@ def _save(loaded: Loaded, path: Path, say: Say, *, force: bool) -> None:
         say(needed)
 
 
-def _inputs(model: nn.Module, given: Given, say: Say, *, plan: Plan | None = None) -> Inputs | None:
-    """Make the input that was given, or the one of a plan, or find one."""
+def _network(model: nn.Module, given: Given, say: Say, *, plan: Plan | None = None) -> Network:
+    """Look at a model with the input that was given, or the one of a plan, or one that is found."""
     example = examples.read(given.inputs[0], model, seed=given.seed, say=say) if given.inputs else None
-    inputs = surgery.inputs_for(model, example, plan=plan, seed=given.seed)
+    network = surgery.network_for(model, example, plan=plan, seed=given.seed)
+    inputs = network.inputs
     if inputs is None and plan is not None and plan.inputs is not None:
         say(f"noise of the shapes in the plan ({plan.inputs}) does not do, so nothing is run; give --input again")
     elif inputs is None:
         say("no input is known that the model accepts, so shapes and costs are left out; --input 1,3,224,224 gives one")
     elif inputs.is_guess:
         say(f"no --input was given; {inputs} works and is used")
-    return inputs
+    return network
 
 
 def _labels(names: Sequence[str]) -> list[str]:

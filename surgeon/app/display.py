@@ -49,7 +49,7 @@ def survey_view(survey: Survey) -> RenderableType:
         written = _amount(survey.cost.activations, "B")
         lines[0] += f", {_amount(survey.cost.macs)} MACs and {written} of activations at {survey.inputs}"
     lines += [f"already in it: {count} {name}" for name, count in survey.blocks.items()]
-    opaque = survey.capture.opaque
+    opaque = survey.opaque
     lines += [f"not traced: {part.path or 'the model itself'}: {part.reason}" for part in opaque[:_MOST_ROWS]]
     lines += [f"not traced: {len(opaque) - _MOST_ROWS} more; --json lists all"] * (len(opaque) > _MOST_ROWS)
     return Group(table, *map(_plain, lines))
@@ -61,7 +61,7 @@ def survey_data(survey: Survey) -> dict[str, Any]:
         "input": (survey.inputs.record or survey.inputs.text) if survey.inputs else None,
         "cost": asdict(survey.cost),
         "blocks": survey.blocks,
-        "not_traced": [asdict(opaque) for opaque in survey.capture.opaque],
+        "not_traced": [asdict(opaque) for opaque in survey.opaque],
         "convs": [
             {
                 "paths": site.paths,

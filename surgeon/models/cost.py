@@ -9,7 +9,8 @@ dtype. What changes its input in place, and what is only another view of a tenso
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,9 +53,7 @@ def measure(module: nn.Module, inputs: Inputs | Sequence[Tensor] | None = None) 
     >>> measure(nn.Conv2d(3, 8, 3, padding=1), [torch.zeros(1, 3, 10, 10)])
     Cost(params=224, bytes=896, macs=21600, activations=3200)
     """
-    params, buffers = list(module.parameters()), list(module.buffers())
-    stored = sum(t.numel() * t.element_size() for t in (*params, *buffers))
-    cost = Cost(sum(p.numel() for p in params), stored)
+    cost = stored(module)
     if inputs is None:
         return cost
     call = call_of(inputs)
@@ -65,11 +64,35 @@ def measure(module: nn.Module, inputs: Inputs | Sequence[Tensor] | None = None) 
         return _count(cost, shadow(module), call)
 
 
+def stored(module: nn.Module) -> Cost:
+    """Count parameters, and the bytes of parameters and buffers."""
+    params, buffers = list(module.parameters()), list(module.buffers())
+    size = sum(t.numel() * t.element_size() for t in (*params, *buffers))
+    return Cost(sum(p.numel() for p in params), size)
+
+
 def _count(cost: Cost, module: nn.Module, inputs: Inputs) -> Cost:
     given = inputs.cast_for(module)
-    with quietly(), FlopCounterMode(display=False) as flops, _Writes() as writes:
+    with quietly(), counting() as counts:
         given.call(in_mode(module, False))
-    return replace(cost, macs=int(flops.get_total_flops()) // 2, activations=writes.bytes)
+    return replace(cost, macs=counts.macs, activations=counts.activations)
+
+
+@dataclass(slots=True)
+class Counts:
+    """Multiply-adds and bytes of activations of a run."""
+
+    macs: int = 0
+    activations: int = 0
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[Counts]:
+    """Count what is run meanwhile; the counts are there when it has ended."""
+    counts = Counts()
+    with FlopCounterMode(display=False) as flops, _Writes() as writes:
+        yield counts
+    counts.macs, counts.activations = int(flops.get_total_flops()) // 2, writes.bytes
 
 
 class _Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]

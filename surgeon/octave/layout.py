@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from surgeon.analysis.sites import custom_call
+from surgeon.analysis.obstacles import custom_call
 from surgeon.blocks.octave import OctaveConv
 from surgeon.blocks.pairs import PairNorm
 from surgeon.conv import streams

@@ -20,16 +20,14 @@ from typing import Literal
 import torch
 from torch import fx, nn
 
-from surgeon.analysis import islands as capturing
 from surgeon.analysis import program as graph
 from surgeon.analysis.islands import Island
-from surgeon.analysis.sites import custom_call
+from surgeon.analysis.obstacles import custom_call
 from surgeon.analysis.trace import FOLLOWS_MODE
 from surgeon.blocks.octave import OctaveConv, TwoStreams
 from surgeon.blocks.pairs import make_pair_norm_
 from surgeon.conv import streams
 from surgeon.conv.streams import Ranges
-from surgeon.models.call import Inputs
 from surgeon.octave import layout as channelwise
 from surgeon.octave.layout import Layout
 
@@ -70,18 +68,14 @@ class Outcome:
 
 
 def remove_(
-    model: nn.Module,
-    low_passes: Sequence[LowPass] = (),
-    *,
-    inputs: Inputs | None = None,
-    only_low_pass: bool = False,
+    model: nn.Module, islands: Sequence[Island], low_passes: Sequence[LowPass] = (), *, only_low_pass: bool = False
 ) -> Outcome:
-    """Rewrite the islands of a model that hold octave convs; `inputs` are those that it was planned with.
+    """Rewrite those of a model's islands that hold octave convs.
 
     `low_passes` come from the plan. With `only_low_pass` they are put in, and every conv still splits and joins.
     """
     outcome = Outcome()
-    for island in capturing.capture(model, inputs).islands:
+    for island in islands:
         root = model.get_submodule(island.path)
         blocks = [m for m in root.modules() if isinstance(m, OctaveConv) and not m.keeps_seams]
         if not blocks:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
-from surgeon.analysis.islands import is_conv
+from surgeon.analysis.run import is_conv
 from surgeon.blocks import Operator
 from surgeon.models.copies import quietly
 from surgeon.proof.distance import apart, as_double

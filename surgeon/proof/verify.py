@@ -32,7 +32,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from surgeon.analysis.islands import how_to_call
+from surgeon.analysis.run import how_to_call
 from surgeon.conv.spec import ConvSpec
 from surgeon.errors import VerifyError
 from surgeon.models.call import Inputs

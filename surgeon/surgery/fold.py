@@ -10,39 +10,38 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from surgeon.analysis.sites import custom_call, norms_behind
+from surgeon.analysis.network import Network
+from surgeon.analysis.obstacles import custom_call, norms_behind
 from surgeon.blocks import Block, Deployable, Foldable
 from surgeon.conv import kernels
 from surgeon.conv.spec import ConvSpec
 from surgeon.errors import PlanError
-from surgeon.models.call import Inputs
-from surgeon.models.copies import names
 from surgeon.models.memory import give_back_after
 from surgeon.octave import rewrite as seams
 
 _TODO = "Undo what was done to it since it was converted, or train and deploy it unfolded."
 
 
-def fold_blocks_(model: nn.Module, inputs: Inputs | None = None, *, dense: bool = False) -> tuple[str, ...]:
-    """Replace every foldable block of `model` by the conv it folds to; returns their names.
+def fold_blocks_(network: Network, *, dense: bool = False) -> tuple[str, ...]:
+    """Replace every foldable block of a network by the conv it folds to; returns their names.
 
-    Blocks that cost less than that conv stay, unless `dense` asks for them too. `inputs` are those that it was planned
-    with; they tell which parts of it are called as such.
+    Blocks that cost less than that conv stay, unless `dense` asks for them too.
 
     The running statistics are what is folded in, whatever mode the model is in; that mode is left as it is.
 
     Raises:
         PlanError: a block that cannot be folded as it is now; nothing is done.
     """
+    model = network.model
     blocks = [
-        (paths, m) for m, paths in names(model).items() if isinstance(m, Foldable) and (dense or m.folds_for_free)
+        (paths, m) for m, paths in network.names.items() if isinstance(m, Foldable) and (dense or m.folds_for_free)
     ]
     for paths, block in blocks:
         alone = "it is the whole model; its own fold() makes the conv" if "" in paths else None
         if why := alone or _customised(block) or block.unfoldable():
             raise PlanError(f"{paths[0] or 'the model'} cannot be folded: {why}", todo=_TODO)
     folded: dict[tuple[str, ...], nn.Module] = {paths: _fold(block) for paths, block in blocks}
-    deployed, norms = _deployed(model, inputs)
+    deployed, norms = _deployed(network)
     for paths, made in (folded | deployed).items():  # all of them are there, so nothing can fail half-way
         for path in paths:
             model.set_submodule(path, made)
@@ -53,28 +52,28 @@ def fold_blocks_(model: nn.Module, inputs: Inputs | None = None, *, dense: bool 
     return tuple(paths[0] for paths in folded | deployed)
 
 
-def _deployed(model: nn.Module, inputs: Inputs | None) -> tuple[dict[tuple[str, ...], nn.Module], list[str]]:
+def _deployed(network: Network) -> tuple[dict[tuple[str, ...], nn.Module], list[str]]:
     """Make the deployment form of every block that has one, with its norm; and list the norms that are in there."""
-    blocks = {paths: m for m, paths in names(model).items() if isinstance(m, Deployable)}
+    blocks = {paths: m for m, paths in network.names.items() if isinstance(m, Deployable)}
     for paths, block in blocks.items():
         if why := _customised(block):
             raise PlanError(f"{paths[0]} cannot be folded: {why}", todo=_TODO)
     norms: list[str] = []
-    for paths, norm_paths in norms_behind(model, inputs) if blocks else ():
-        norm = model.get_submodule(norm_paths[0])
+    for paths, norm_paths in norms_behind(network) if blocks else ():
+        norm = network.model.get_submodule(norm_paths[0])
         if paths in blocks and isinstance(norm, _BatchNorm) and (made := blocks[paths].with_norm(norm)) is not None:
             blocks[paths] = made
             norms += norm_paths
     return {paths: block.deploy() for paths, block in blocks.items()}, norms
 
 
-def fold_norms_(model: nn.Module, inputs: Inputs | None = None) -> tuple[str, ...]:
+def fold_norms_(network: Network) -> tuple[str, ...]:
     """Fold every batch norm that belongs to one conv or block alone into it, in eval mode; returns the norms' names.
 
     Done in float64 and cast once. What is left of a norm is an Identity.
     """
-    folded = {}
-    for paths, norm_paths in norms_behind(model, inputs):
+    model, folded = network.model, {}
+    for paths, norm_paths in norms_behind(network):
         module, norm = model.get_submodule(paths[0]), model.get_submodule(norm_paths[0])
         assert isinstance(norm, _BatchNorm)
         made = module.with_norm(norm) if isinstance(module, Block) else _with_norm(module, norm)

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from surgeon.analysis import functional
 from surgeon.analysis.functional import Functional
+from surgeon.analysis.network import Network
 from surgeon.analysis.sites import Survey
 from surgeon.blocks import Block
 from surgeon.errors import CaptureError, PassError
@@ -40,18 +41,18 @@ class Swap:
     block: Block
 
 
-def operate_(model: nn.Module, plan: Plan) -> Outcome:
-    """Carry out a checked plan on `model` itself."""
-    place_(model, prepare(model, plan), plan)
-    return stream_(model, plan)
+def operate_(model: nn.Module, plan: Plan, network: Network) -> Outcome:
+    """Carry out a checked plan on `model` itself; `network` is that model looked at, or what it is a copy of."""
+    place_(model, prepare(model, plan), network)
+    return stream_(model, plan, network)
 
 
-def stream_(model: nn.Module, plan: Plan, *, only_low_pass: bool = False) -> Outcome:
+def stream_(model: nn.Module, plan: Plan, network: Network, *, only_low_pass: bool = False) -> Outcome:
     """Take the seams between octave convs out; or, with `only_low_pass`, low-pass what the plan says and leave them."""
     if not plan.has_streams:
         return Outcome()
     low_passes = [LowPass(one.island, one.step, one.operand) for one in plan.low_passed]
-    return seams.remove_(model, low_passes, inputs=plan.inputs, only_low_pass=only_low_pass)
+    return seams.remove_(model, network.islands_after_swaps(model), low_passes, only_low_pass=only_low_pass)
 
 
 def foresee(plan: Plan, survey: Survey) -> Plan:
@@ -84,7 +85,7 @@ def foresee(plan: Plan, survey: Survey) -> Plan:
 
 def _tried(plan: Plan, survey: Survey, cast: Callable[[Tensor], Tensor] | None) -> tuple[Outcome, Cost]:
     model = shadow(survey.model, cast)
-    outcome = operate_(model, plan)
+    outcome = operate_(model, plan, survey.network)
     return outcome, measure(model, survey.inputs)
 
 
@@ -93,13 +94,13 @@ def prepare(model: nn.Module, plan: Plan) -> tuple[Swap, ...]:
     return tuple(_prepare(model, entry, plan.seed) for entry in plan.swaps)
 
 
-def place_(model: nn.Module, swaps: Sequence[Swap], plan: Plan) -> Callable[[], None]:
+def place_(model: nn.Module, swaps: Sequence[Swap], network: Network) -> Callable[[], None]:
     """Put the blocks under all names of their convs, and an Identity under all names of the norms taken over.
 
     Returns what puts the convs and norms back.
     """
     lifted = [(_functional(swap.entry), swap.block) for swap in swaps if swap.entry.functional is not None]
-    undos = functional.lift_(model, lifted, plan.inputs) if lifted else []
+    undos = functional.lift_(model, lifted, network.islands) if lifted else []
     for swap in swaps:
         if swap.entry.functional is None:
             _set_(model, swap.entry.paths, swap.block)

@@ -263,7 +263,7 @@ def check(plan: Plan, survey: Survey) -> None:
     sites = {site.path: site for site in survey.sites}
     misfits = [f"{entry.path}: {why}" for entry in plan.convs if (why := _misfit(entry, sites.get(entry.path)))]
     seen = [entry.path for entry in plan.convs]
-    steps = {(island.path, node.name) for island in survey.capture.islands for node in island.graph.nodes}
+    steps = {(island.path, node.name) for island in survey.network.islands for node in island.graph.nodes}
     misfits += [
         f"low_passed {one.step}: there is no such step that reads {one.operand}"
         for one in plan.low_passed
@@ -335,7 +335,7 @@ def _roles(survey: Survey, claimed: Sequence[tuple[Site, Rule | None]]) -> Roles
         for site, rule in claimed
         if rule is not None and site.obstacle is None and isinstance(rule.options, OctaveConvOptions)
     }
-    return regions.assign(survey.model, survey.capture.islands, survey.sites, wanted) if wanted else Roles()
+    return regions.assign(survey.model, survey.network.islands, survey.sites, wanted) if wanted else Roles()
 
 
 def _entry(site: Site, rule: Rule | None, roles: Roles, measured: _Measured, weight: torch.Tensor | None) -> Entry:

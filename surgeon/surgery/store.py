@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from surgeon._version import __version__
 from surgeon.analysis import sites
+from surgeon.analysis.network import Network
 from surgeon.errors import StoreError
 from surgeon.files.load import MANIFEST, Architecture, Loaded, Trust, build, build_named_in_file, files_run
 from surgeon.files.pickles import PACKAGES, lies_in
@@ -75,11 +76,12 @@ def redo_(model: nn.Module, steps: Sequence[Step], before: Sequence[Step] = ()) 
     done = [*history(model), *before]
     for step in steps:
         if step.plan is None:
-            fold_blocks_(model, planned_inputs(done), dense=step.dense)
+            fold_blocks_(Network(model, called_with=planned_inputs(done)), dense=step.dense)
         else:
             plan = Plan.model_validate(step.plan)
-            plans.check(plan, sites.survey(model, called_with=plan.inputs))  # it may have come with a file
-            operate_(model, plan)
+            network = Network(model, called_with=plan.inputs)
+            plans.check(plan, sites.survey(network))  # it may have come with a file
+            operate_(model, plan, network)
         done.append(step)
     return model
 

@@ -16,7 +16,8 @@ from tiny import SHAPE, ConvNorm, conv3
 from torch import Tensor, nn
 
 import surgeon
-from surgeon.analysis.islands import Call, Opaque, capture, observe
+from surgeon.analysis.islands import Opaque, capture
+from surgeon.analysis.run import Call, observe
 from surgeon.errors import CaptureError
 from surgeon.models.call import Inputs
 

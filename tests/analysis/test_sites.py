@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import surgeon
+from surgeon.analysis.network import Network
 from surgeon.analysis.sites import Site
 from surgeon.blocks.acblock import ACBlock
 from surgeon.errors import CaptureError, PlanError
@@ -165,7 +166,7 @@ def test_a_site_knows_its_surroundings(case: Case):
 
 @pytest.mark.parametrize("case", [case for case in SWAPPED + KEPT if case.path], ids=lambda case: case.name)
 def test_calls_and_readers_are_known_without_an_input(case: Case):
-    site = next(site for site in surgeon.analysis.sites.survey(network(case)).sites if site.path == case.path)
+    site = next(site for site in surgeon.analysis.sites.survey(Network(network(case))).sites if site.path == case.path)
     assert (site.calls, site.readers, site.runs, site.size) == (case.calls, case.readers, (), None)
 
 
@@ -223,7 +224,7 @@ def test_taking_a_norm_over_in_spite_of_an_obstacle_would_show(case: Case):
     plan = surgeon.plan(net, "acnet", SHAPE)
     entries = [e.model_copy(update={"takes_norm": (norm,)}) if e.path == case.path else e for e in plan.convs]
     broken = copy.deepcopy(net)
-    operate_(broken, plan.model_copy(update={"convs": tuple(entries)}))
+    operate_(broken, plan.model_copy(update={"convs": tuple(entries)}), Network(broken))
     if type(net) is tiny.ReadsTheNormsWeight:
         with pytest.raises(AttributeError, match="weight"):
             broken(x())
@@ -411,7 +412,9 @@ def test_two_sites_that_share_a_bias_both_stay():
 
 def test_the_plan_of_a_network_does_not_depend_on_the_input_being_known():
     net = network(Case("", tiny.TwoParents))
-    without = surgeon.surgery.plan.make(surgeon.recipes.recipe.load("acnet"), surgeon.analysis.sites.survey(net))
+    without = surgeon.surgery.plan.make(
+        surgeon.recipes.recipe.load("acnet"), surgeon.analysis.sites.survey(Network(net))
+    )
     known = surgeon.plan(net, "acnet", SHAPE)
     assert without.input is None
     assert known.input == (SHAPE,)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import surgeon
+from surgeon.analysis.network import Network
 from surgeon.analysis.program import Rewritten, decode, encode
 from surgeon.blocks.octave import OctaveConv
 from surgeon.blocks.pairs import PairNorm
@@ -133,11 +134,11 @@ def octave_of(net: nn.Module, *names: str, seams: str = "remove", **options: obj
 
 def both_forms(net: nn.Module, plan: surgeon.Plan) -> tuple[nn.Module, nn.Module, seams.Outcome]:
     """The network conv by conv, and without seams."""
-    local, free = copy.deepcopy(net), copy.deepcopy(net)
+    local, free, looked_at = copy.deepcopy(net), copy.deepcopy(net), Network(net, called_with=plan.inputs)
     for model in (local, free):
-        operate.place_(model, operate.prepare(model, plan), plan)
-    operate.stream_(local, plan, only_low_pass=True)
-    return local.eval(), free.eval(), operate.stream_(free, plan)
+        operate.place_(model, operate.prepare(model, plan), looked_at)
+    operate.stream_(local, plan, looked_at, only_low_pass=True)
+    return local.eval(), free.eval(), operate.stream_(free, plan, looked_at)
 
 
 def noise(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

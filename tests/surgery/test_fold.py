@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import surgeon
+from surgeon.analysis.network import Network
 from surgeon.api import fold_all_, inputs_for
 from surgeon.errors import ModelError, PassError, PlanError
 
@@ -69,10 +70,10 @@ def test_a_fold_that_moves_the_output_is_our_fault(monkeypatch: pytest.MonkeyPat
     model = _converted()
     fold = surgeon.ACBlock.fold
     inputs = inputs_for(model, SHAPE)
-    assert fold_all_(_converted(), inputs)[1] < 1e-5
+    assert fold_all_(Network(_converted(), inputs))[1] < 1e-5
     monkeypatch.setattr(surgeon.ACBlock, "fold", lambda block: fold(block).requires_grad_(False).apply(_doubled))
     with pytest.raises(PassError, match="before its blocks were folded"):
-        fold_all_(model, inputs)
+        fold_all_(Network(model, inputs))
 
 
 def _doubled(conv: nn.Module) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import surgeon
+from surgeon.analysis.network import Network
 from surgeon.blocks.acblock import ACBlock
 from surgeon.errors import PlanError, RecipeError
 from surgeon.recipes import recipe
@@ -376,7 +377,7 @@ def test_a_rule_that_asks_for_a_size_needs_an_input():
     given = rules("{swap: acblock, match: {size: {min: 9}}}", "{leave: small, optional: true}")
     net = own()
     with pytest.raises(PlanError, match=r"rules\[0\].*size of feature maps.*--input"):
-        plans.make(given, surgeon.analysis.sites.survey(net))
+        plans.make(given, surgeon.analysis.sites.survey(Network(net)))
     assert [entry.skip for entry in surgeon.plan(net, given, (1, 4, 9, 9)).convs] == [None, None, "small"]
 
 
@@ -447,7 +448,7 @@ def test_a_conv_that_is_never_called_costs_parameters_only():
 
 
 def test_without_an_input_there_are_parameters_only():
-    plan = plans.make(recipe.load("acnet"), surgeon.analysis.sites.survey(own()))
+    plan = plans.make(recipe.load("acnet"), surgeon.analysis.sites.survey(Network(own())))
     assert (plan.input, plan.total.macs) == (None, None)
     assert all(entry.macs is None and entry.size is None for entry in plan.convs)
     assert plan.total.params.after == params(surgeon.convert(own(), plan))

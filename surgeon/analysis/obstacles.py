@@ -1,0 +1,147 @@
+"""What stands in the way: why a conv cannot be swapped, and why a block cannot take over the norm behind it.
+
+Every reason is a sentence that ends up in the plan.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from surgeon.analysis.network import Network
+from surgeon.analysis.readers import Facts, Graph, is_quantised, reader_name, readers_of
+from surgeon.blocks import Block
+from surgeon.blocks.pairs import PairNorm
+
+NO_NORM = "no norm follows"
+_COMPUTES = {
+    WeightNorm: "remove_weight_norm",
+    SpectralNorm: "remove_spectral_norm",
+    BasePruningMethod: "prune.remove",
+}
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, PairNorm)  # what a block can take over: the plain ones, not subclasses
+
+
+def norms_behind(network: Network) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Give all names of every conv or block that has a norm of its own behind it, and all names of that norm."""
+    facts = Facts(network)
+    found = []
+    for module in [*facts.convs(), *(m for m in facts.names if isinstance(m, Block))]:
+        norm, _ = norm_behind(facts, module)
+        if norm is not None and not (isinstance(module, nn.Conv2d) and obstacle(facts, module)):
+            found.append((facts.names[module], facts.names[norm]))
+    return found
+
+
+def obstacle(facts: Facts, module: nn.Module) -> str | None:
+    """Say why a conv cannot be swapped by any block."""
+    if is_quantised(module):
+        return "its weight is quantised; swap convs before a network is quantised"
+    if not isinstance(module, nn.Conv2d):
+        return f"{type(module).__name__}: only Conv2d is swapped"
+    if parametrize.is_parametrized(module):
+        return "its weight is computed by a parametrization; torch.nn.utils.parametrize can remove that"
+    if type(module) is not nn.Conv2d:
+        named = type(module).__qualname__
+        kind = f"{type(module).__module__}.{named}" if named == nn.Conv2d.__qualname__ else named
+        own = "with a forward of its own" if _computes_itself(type(module)) else "of its own kind"
+        return f"{kind} is a Conv2d {own}; only torch's own is swapped"
+    if computed := _computed(module):
+        return computed
+    if custom := custom_call(module, "it"):
+        return f"{custom}, which a block would not have"
+    if facts.names[module][0] == "":
+        return "it is the whole model: there is no module that holds it; nn.Sequential(model) is one"
+    for parameter in module.parameters():
+        if others := facts.owners[id(parameter)] - {module}:
+            return f"its weights are also those of {facts.names[others.pop()][0]}"
+    if module in facts.read_directly:
+        return "the network also reads its weight directly"
+    if module in facts.kept_aside:
+        return f"it is also kept in {facts.kept_aside[module]}, where a swap would not reach it"
+    if module not in facts.graph_of and module in facts.traced:
+        return "it is never called"
+    if not module.weight.numel():
+        return "it has no channels"
+    if module.weight.is_complex():
+        return "its weight is complex"
+    if any(len(call.shape_in) == 3 for call in facts.runs.get(facts.names[module][0], [])):
+        return "it is called with one map alone, without the dimension of a batch"
+    return None
+
+
+def _computed(conv: nn.Conv2d) -> str | None:
+    """Say which hook computes a weight or a bias before each call, as pruning and the older weight norms do."""
+    for hook in conv._forward_pre_hooks.values():
+        for kind, undo in _COMPUTES.items():
+            if isinstance(hook, kind):
+                return f"a hook ({type(hook).__name__}) computes its tensors; torch.nn.utils.{undo} makes them stay"
+    return None
+
+
+def norm_behind(facts: Facts, conv: nn.Module) -> tuple[nn.Module | None, str | None]:
+    """Find the norm that belongs to this conv alone, or say why there is none."""
+    graph = facts.graph_of.get(conv)
+    if graph is None:
+        return None, "it is never called" if conv in facts.traced else "what follows it could not be traced"
+    nodes = graph.calls[conv]
+    if len(nodes) != 1:
+        return None, f"it is called {len(nodes)} times"
+    users = readers_of(nodes[0])
+    readers = [reader_name(graph, user) for user in users]
+    norm = graph.modules[str(users[0].target)] if users and users[0].op == "call_module" else None
+    if len(users) != 1:
+        return None, f"its output is read by {' and '.join(readers)}" if users else "nothing reads its output"
+    if norm is None or not _is_norm(norm):
+        return None, NO_NORM
+    return _judge_norm(facts, graph, conv, norm)
+
+
+def _judge_norm(facts: Facts, graph: Graph, conv: nn.Module, norm: nn.Module) -> tuple[nn.Module | None, str | None]:
+    """Check all that taking over a norm assumes of it."""
+    name = facts.names[norm][0]
+    prefixes = tuple(f"{path}." if path else "" for path in graph.names)
+    outside = [path for path in (*facts.names[conv], *facts.names[norm]) if not path.startswith(prefixes)]
+    if not isinstance(norm, _NORMS) or type(norm) not in _NORMS:
+        return None, f"{name} is a {type(norm).__name__}; only torch's own BatchNorm2d can be taken over"
+    if (count := len(graph.calls[norm])) != 1:
+        return None, f"{name} is called {count} times"
+    if norm.running_mean is None or norm.running_var is None:
+        return None, f"{name} keeps no running statistics"
+    if outside:
+        return None, f"it is also reached as {outside[0]}"
+    if custom := custom_call(norm, name):
+        return None, custom
+    if any(facts.owners[id(p)] != {norm} for p in norm.parameters()):
+        return None, f"{name} shares its parameters"
+    if norm in facts.read_directly:
+        return None, f"the network also reads the parameters of {name} directly"
+    if norm in facts.kept_aside:
+        return None, f"{name} is also kept in {facts.kept_aside[norm]}"
+    return norm, None
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, _NormBase | nn.GroupNorm | nn.LayerNorm) or "norm" in type(module).__name__.lower()
+
+
+def custom_call(module: nn.Module, name: str) -> str | None:
+    """Say what else a module, called `name`, does when it is called than its class does."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    if any(hooks):
+        return f"hooks are attached to {name}"
+    return f"{name} has a forward of its own" if "forward" in vars(module) else None
+
+
+def _computes_itself(kind: type[nn.Conv2d]) -> bool:
+    """Whether a class does more than Conv2d does when it is called: pads by itself, say, or scales its weight."""
+    return kind.forward is not nn.Conv2d.forward or kind._conv_forward is not nn.Conv2d._conv_forward
