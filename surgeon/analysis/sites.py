@@ -6,7 +6,6 @@ block cannot take over the norm behind it. Both are sentences that end up in the
 
 from __future__ import annotations
 
-import hashlib
 import operator
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from surgeon.analysis import islands as capturing
+from surgeon.analysis.fingerprint import fingerprint
 from surgeon.analysis.functional import Functional, conv_of, find
 from surgeon.analysis.islands import Call, Capture, Observed
 from surgeon.blocks import Block
@@ -119,17 +119,6 @@ def norms_behind(model: nn.Module, inputs: Inputs | None = None) -> list[tuple[t
         if norm is not None and not (isinstance(module, nn.Conv2d) and _obstacle(facts, module)):
             found.append((facts.names[module], facts.names[norm]))
     return found
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Hash the architecture: names and classes of modules, geometry of convs, names and shapes of stored tensors."""
-    lines = []
-    for name, module in model.named_modules(remove_duplicate=False):
-        geometry = str(ConvSpec.of(module)) if type(module) is nn.Conv2d else ""
-        lines.append(f"{name} {type(module).__qualname__} {geometry}")
-    tensors = {key: value for key, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
-    lines += [f"{key} {tuple(tensor.shape)}" for key, tensor in tensors.items()]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 @dataclass(slots=True)

@@ -11,13 +11,13 @@ import pytest
 import torch
 from helpers import shake_
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import surgeon
 from surgeon.app.demo.net import SmallResNet
 from surgeon.errors import ModelError, StoreError, SurgeonError
-from surgeon.surgery import store
+from surgeon.surgery import history as histories
 
 INPUT = (1, 1, 28, 28)
 ARCH = "surgeon.app.demo.net:SmallResNet"
@@ -48,7 +48,7 @@ def test_a_model_comes_back_as_it_was(
     again = surgeon.load(path, arch=arch)
     assert type(again) is SmallResNet
     assert _equal(again, model)
-    assert store.history(again) == store.history(model)
+    assert histories.history(again) == histories.history(model)
     x = torch.randn(2, 1, 28, 28, dtype=dtype)
     with torch.no_grad():
         assert torch.equal(again.eval()(x), model.eval()(x))
@@ -84,7 +84,7 @@ def test_the_file_tells_where_the_model_comes_from(converted: nn.Module, tmp_pat
     convert, fuse = manifest["history"]
     assert [convert["operation"], fuse["operation"]] == ["convert", "fuse"]
     assert "init: takeover" in convert["plan"]["recipe"]["text"]
-    assert convert["result"] == fuse["parent"] == store.content_hash(converted)
+    assert convert["result"] == fuse["parent"] == histories.content_hash(converted)
     assert convert["versions"].keys() == {"surgeon", "torch", "python"}
 
 
@@ -93,7 +93,7 @@ def test_history_survives_training_and_ones_own_torch_save(converted: nn.Module,
         next(converted.parameters()).add_(0.1)
     torch.save(converted, tmp_path / "trained.pt")
     again = surgeon.load(tmp_path / "trained.pt")
-    assert [step.operation for step in store.history(again)] == ["convert"]
+    assert [step.operation for step in histories.history(again)] == ["convert"]
     assert surgeon.verify(again, surgeon.fuse(again), INPUT).checks[0].name == "mathematics"
 
 
@@ -141,7 +141,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_other(
         Path(part).write_bytes(b"half of it")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(store, "save_file", full)
+    monkeypatch.setattr("surgeon.files.formats.safetensors.save_file", full)
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(StoreError, match="No space left on device"):
         surgeon.save(converted, path, force=True)
@@ -160,7 +160,7 @@ def test_names_that_cannot_be_written(converted: nn.Module, name: str, says: str
 
 def _with_manifest(path: Path, model: nn.Module, manifest: object) -> Path:
     tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
-    store.save_file(tensors, path, metadata={"surgeon": json.dumps(manifest)})
+    save_file(tensors, path, metadata={"surgeon": json.dumps(manifest)})
     return path
 
 
@@ -246,10 +246,10 @@ def test_a_file_is_not_put_on_a_network_that_it_was_not_made_from(converted: nn.
 
 
 def test_the_hash_sees_every_number_dtype_and_name(converted: nn.Module) -> None:
-    known = store.content_hash(converted)
-    assert store.content_hash(copy.deepcopy(converted)) == known
+    known = histories.content_hash(converted)
+    assert histories.content_hash(copy.deepcopy(converted)) == known
     changed = copy.deepcopy(converted)
     with torch.no_grad():
         changed.fc.bias[3] = torch.nextafter(changed.fc.bias[3], torch.tensor(9.0))
-    assert store.content_hash(changed) != known
-    assert store.content_hash(copy.deepcopy(converted).double()) != known
+    assert histories.content_hash(changed) != known
+    assert histories.content_hash(copy.deepcopy(converted).double()) != known
