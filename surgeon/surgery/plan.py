@@ -10,11 +10,12 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, GetCoreSchemaHandler, ValidationError, field_validator, model_validator
+from pydantic_core import CoreSchema, core_schema
 
 from surgeon.analysis import fingerprint as fingerprints
 from surgeon.analysis.sites import Site, Survey, measure_calls
@@ -52,12 +53,28 @@ class Step(Form):
     bias: str = ""
 
 
+class FieldsOrWords:
+    """How a plan has a conv: its fields, but for those that have their default; or words.
+
+    Words are the geometry in format 1, and in any format the class of what is no Conv2d.
+    """
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_wrap_validator_function(
+            lambda value, fields: value if isinstance(value, str) else fields(value),
+            handler.generate_schema(ConvSpec),
+            serialization=core_schema.plain_serializer_function_ser_schema(
+                lambda value: value if isinstance(value, str) else value.to_dict()
+            ),
+        )
+
+
 class Entry(Form):
     """What happens to one conv: it is swapped (`swap`), or it is not (`skip`, a reason)."""
 
     path: str
     aliases: tuple[str, ...] = ()  # further names of the same module
-    spec: ConvSpec | str = Field(alias="conv")  # words in format 1, the class of what is no Conv2d; it has to fit
+    spec: Annotated[ConvSpec | str, FieldsOrWords()] = Field(alias="conv")  # a plan fits only a conv that has the same
     functional: Step | None = None
     calls: int | None = None
     size: tuple[int, int] | None = None  # of the input

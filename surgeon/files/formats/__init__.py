@@ -51,8 +51,9 @@ def of_file(path: Path) -> Format:
         raise ModelError(f"{path} cannot be read: {error.strerror}", todo="Name a file that you may read.") from error
     if head.startswith(b"version https://git-lfs"):
         raise ModelError(f"{path} is a Git LFS pointer, not the file itself", todo="Run `git lfs pull`.")
-    if found := next((one for one in known() if head and one.knows(path, head)), None):
-        return found
+    likely = (*(one for one in known() if one.knows(path, head)), *(one for one in known() if one.claims(path)))
+    if head and likely:
+        return likely[0]
     if path.suffix == ".onnx":
         raise compiled(path, "an ONNX graph")
     names = " and ".join(one.name for one in reversed(known()))

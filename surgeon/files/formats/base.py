@@ -27,7 +27,11 @@ class Format(abc.ABC):
 
     @abc.abstractmethod
     def knows(self, path: Path, head: bytes) -> bool:
-        """Whether a file is of this format, by its first 64 bytes. There is at least one."""
+        """Whether a file is of this format, by its first 64 bytes."""
+
+    def claims(self, path: Path) -> bool:
+        """Whether to try, and say what is damaged, where no format knows a file by its first bytes."""
+        return False
 
     @abc.abstractmethod
     def read(self, path: Path, trust: Trust) -> Any:

@@ -26,8 +26,10 @@ class Safetensors(Format):
     suffixes = (".safetensors",)
 
     def knows(self, path: Path, head: bytes) -> bool:
-        has_header = head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
-        return path.suffix in self.suffixes or has_header
+        return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
+
+    def claims(self, path: Path) -> bool:
+        return path.suffix in self.suffixes
 
     def read(self, path: Path, trust: Trust) -> Any:
         try:

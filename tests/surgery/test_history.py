@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import errno
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -179,7 +181,7 @@ def test_a_manifest_that_is_not_ours_is_refused(converted: nn.Module, manifest: 
         {"plan": {"surgeon-plan": 1}},
         {"operation": 3},
         {"parent": None},
-        {"more": 1},
+        {"operation": 3, "more": 1},
     ],
     ids=str,
 )
@@ -214,11 +216,47 @@ def test_a_plan_in_a_file_is_checked_before_it_is_carried_out(
     assert caught.value.exit_code == 2
 
 
-def test_a_later_format_is_refused(converted: nn.Module, tmp_path: Path) -> None:
-    converted.surgeon_provenance["format"] = 2
-    surgeon.save(converted, tmp_path / "net.safetensors", arch=ARCH)
+def _later_format(data: dict[str, Any]) -> None:
+    data["format"] = histories.FORMAT + 1
+
+
+def _more_fields(data: dict[str, Any]) -> None:
+    data["history"][0]["mood"] = "good"
+
+
+@pytest.mark.parametrize("change", [_later_format, _more_fields])
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_what_a_later_version_has_written_is_refused(
+    converted: nn.Module, change: Callable[[dict[str, Any]], None], suffix: str, tmp_path: Path
+) -> None:
+    change(converted.surgeon_provenance)
+    path = tmp_path / f"net.{suffix}"
+    surgeon.save(converted, path, arch=ARCH)
+    with pytest.raises(StoreError, match="written by a later surgeon than"):
+        histories.history(surgeon.load(path, arch=None if suffix == "pt" else ARCH))
+
+
+@pytest.mark.parametrize("number", [0, -1, True, "2", None, [2]], ids=str)
+def test_a_format_that_is_no_number_is_refused(converted: nn.Module, number: object) -> None:
+    converted.surgeon_provenance["format"] = number
     with pytest.raises(StoreError, match="is not one of surgeon"):
-        surgeon.load(tmp_path / "net.safetensors", arch=ARCH)
+        histories.history(converted)
+
+
+def test_a_step_of_an_older_version_lacks_fields(converted: nn.Module) -> None:
+    full = histories.history(converted)
+    for field in ("versions", "dense"):
+        del converted.surgeon_provenance["history"][0][field]
+    converted.surgeon_provenance["format"] = 1
+    (step,) = histories.history(converted)
+    assert (step.versions, step.dense) == ({}, False)
+    assert (step.operation, step.plan, step.result) == (full[0].operation, full[0].plan, full[0].result)
+    assert surgeon.verify(shake_(_original(), 1), converted, INPUT).verdict == "equivalent"
+
+
+def _original() -> nn.Module:
+    torch.manual_seed(0)
+    return SmallResNet()
 
 
 def test_a_manifest_cannot_name_code(converted: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
