@@ -96,3 +96,12 @@ def test_a_network_may_have_attributes_that_are_called_like_ours() -> None:
     again = copy.deepcopy(module)
     assert (again.format, again.DERIVED) == ("NCHW", {"mine"})
     assert isinstance(again, nn.Module)
+
+
+def test_what_a_file_says_is_made_from_the_graph_is_not_there_to_be_read() -> None:
+    module = _rewritten()
+    step = ["one", "get_attr", "_run", [], {"dict": []}]
+    data = {"format": 2, "inputs": [["x"]], "steps": [step], "output": {"node": "one"}}
+    made = Rewritten.__new__(Rewritten)
+    with pytest.raises(ValueError, match="reads '_run', which is not registered"):
+        made.__setstate__({**module.__getstate__(), "program": data, "_run": torch.zeros(3)})
