@@ -32,7 +32,9 @@ from surgeon.analysis.network import Network
 from surgeon.analysis.sites import Survey
 from surgeon.errors import CaptureError, ModelError, PassError, PlanError, VerifyError
 from surgeon.files import load as source
-from surgeon.files.load import Architecture, Trust
+from surgeon.files.architectures import Architecture
+from surgeon.files.pickles import Trust
+from surgeon.files.save import save as save_file
 from surgeon.models.call import Inputs
 from surgeon.models.copies import duplicate, shadow
 from surgeon.models.memory import give_back_after
@@ -41,9 +43,11 @@ from surgeon.proof.distance import Jitter, as_double, has_numbers, widened, wors
 from surgeon.proof.verify import EXACT, Replay, Report
 from surgeon.recipes import recipe as recipes
 from surgeon.recipes.recipe import Recipe
+from surgeon.surgery import history as histories
 from surgeon.surgery import plan as plans
-from surgeon.surgery import store
+from surgeon.surgery import replay
 from surgeon.surgery.fold import fold_blocks_
+from surgeon.surgery.manifest import manifest
 from surgeon.surgery.operate import KEEP_SEAMS, Swap, build, foresee, place_, prepare, stream_
 from surgeon.surgery.plan import Plan
 
@@ -158,7 +162,7 @@ def carry_out_(checked: Plan, network: Network) -> SelfCheck:
             todo="`surgeon plan` gives the reason for every conv.",
         )
     model, inputs = network.model, network.inputs
-    parent = store.content_hash(model)
+    parent = histories.content_hash(model)
     swaps = prepare(model, checked)
     check = _check_sites(swaps, checked.seed)
     has_numbers = not any(parameter.is_meta for parameter in model.parameters())
@@ -180,8 +184,8 @@ def carry_out_(checked: Plan, network: Network) -> SelfCheck:
         outcome.undo_()
         undo()
         raise
-    step = store.Step("convert", parent, store.content_hash(model), checked.to_dict(), store.versions())
-    store.record_(model, step)
+    step = histories.Step("convert", parent, histories.content_hash(model), checked.to_dict(), histories.versions())
+    histories.record_(model, step)
     return check
 
 
@@ -323,12 +327,13 @@ def fold_all_(network: Network, *, dense: bool = False) -> tuple[tuple[str, ...]
         PassError: it moved the output by more than rounding can; the model is spoilt then.
     """
     model, inputs = network.model, network.inputs
-    parent, before = store.content_hash(model), _outputs(model, inputs)
-    planned = store.planned_inputs(store.history(model))  # what verify will look at the network with, too
+    parent, before = histories.content_hash(model), _outputs(model, inputs)
+    planned = histories.planned_inputs(histories.history(model))  # what verify will look at the network with, too
     is_planned = inputs is not None and planned is not None and inputs.text == planned.text
     folded = fold_blocks_(network if is_planned else Network(model, called_with=planned), dense=dense)
     if folded:
-        store.record_(model, store.Step("fuse", parent, store.content_hash(model), None, store.versions(), dense))
+        made = histories.content_hash(model)
+        histories.record_(model, histories.Step("fuse", parent, made, None, histories.versions(), dense))
     if before is None or inputs is None:
         return folded, None
     distance = worst(equivalence.outputs(model, inputs), before)
@@ -401,7 +406,7 @@ def verify(a: nn.Module, b: nn.Module, example: Example | Sequence[Example] | No
     _checked(a), _checked(b)
     is_list = isinstance(example, list) and not all(isinstance(side, int) for side in example)
     given: Any = example if is_list else [example]
-    inputs = [inputs_for(b if one is None and store.history(b) else a, one, seed=seed) for one in given]
+    inputs = [inputs_for(b if one is None and histories.history(b) else a, one, seed=seed) for one in given]
     known = [one for one in inputs if one is not None]
     if not known:
         raise CaptureError("no input is known that the model accepts", todo="Give one: --input 1,3,224,224.")
@@ -414,7 +419,7 @@ def verify(a: nn.Module, b: nn.Module, example: Example | Sequence[Example] | No
         approximate=any(map(_is_approximate, steps)),
         seed=seed,
     )
-    if steps and not found and store.content_hash(b) != steps[-1].result:
+    if steps and not found and histories.content_hash(b) != steps[-1].result:
         changed = f"B's tensors were changed after the {steps[-1].operation} that made it"
         found = replace(found, remarks=(*found.remarks, changed))
     return found
@@ -440,7 +445,7 @@ def load(
         ModelError, StoreError: it cannot be read; the message says what to do.
     """
     trust = Trust(allow=tuple(allow), unsafe_pickle=unsafe_pickle)
-    rebuild = functools.partial(store.rebuild, trust=trust, seed=seed)
+    rebuild = functools.partial(replay.rebuild, trust=trust, seed=seed)
     return source.load(
         fspath(name), arch=arch, arch_args=arch_args or {}, trust=trust, seed=seed, rebuild=rebuild
     ).model
@@ -452,7 +457,8 @@ def save(model: nn.Module, path: str | PathLike[str], *, arch: str | None = None
     Raises:
         StoreError: the file exists and `force` is not given, or it cannot be written.
     """
-    store.save(model, Path(path), architecture=Architecture(arch) if arch else None, force=force)
+    architecture = Architecture(arch) if arch else None
+    save_file(model, Path(path), manifest=manifest(model, architecture), force=force)
 
 
 def inputs_for(model: nn.Module, example: Example | None, *, plan: Plan | None = None, seed: int = 0) -> Inputs | None:
@@ -466,7 +472,7 @@ def network_for(model: nn.Module, example: Example | None, *, plan: Plan | None 
     if example is not None:
         return Network(model, examples.make(example, seed=seed))
     records = [plan.input] if plan is not None else []
-    records += [step.plan.get("input") for step in reversed(store.history(model)) if step.plan]
+    records += [step.plan.get("input") for step in reversed(histories.history(model)) if step.plan]
     return examples.look(model, records, seed=seed)
 
 
@@ -479,11 +485,11 @@ def _recipe(recipe: RecipeLike, overrides: Sequence[str]) -> Recipe:
     return recipes.load(recipe, overrides)
 
 
-def _steps_between(a: nn.Module, b: nn.Module) -> tuple[store.Step, ...]:
+def _steps_between(a: nn.Module, b: nn.Module) -> tuple[histories.Step, ...]:
     """Find how `b` was made from `a`, if every step is known and nothing was trained in between."""
-    steps, known = store.history(b), store.history(a)
+    steps, known = histories.history(b), histories.history(a)
     shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(steps, known, strict=False)))
-    start = store.content_hash(a) if steps else ""
+    start = histories.content_hash(a) if steps else ""
     for i, step in enumerate(steps[shared:], shared):  # an octave model has the tensors that it was made from
         chain = steps[i:]
         if step.parent == start and all(one.result == two.parent for one, two in itertools.pairwise(chain)):
@@ -491,11 +497,11 @@ def _steps_between(a: nn.Module, b: nn.Module) -> tuple[store.Step, ...]:
     return ()
 
 
-def _replay(a: nn.Module, steps: Sequence[store.Step]) -> Replay:
+def _replay(a: nn.Module, steps: Sequence[histories.Step]) -> Replay:
     """Do the same to a copy again."""
-    exact = store.redo_(shadow(a, as_double), steps)
-    return Replay(exact, exact if len(steps) == 1 else store.redo_rounding_(duplicate(a), steps))
+    exact = replay.redo_(shadow(a, as_double), steps)
+    return Replay(exact, exact if len(steps) == 1 else replay.redo_rounding_(duplicate(a), steps))
 
 
-def _is_approximate(step: store.Step) -> bool:
+def _is_approximate(step: histories.Step) -> bool:
     return step.plan is not None and not Plan.model_validate(step.plan).keeps_function

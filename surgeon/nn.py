@@ -40,31 +40,45 @@ MOVED = {
 __all__ = sorted(HOMES)
 
 
+FORMAT_KEY = "surgeon.format"  # in the state of an instance; no attribute can have that name
+
+
 class Stored:
     """A class whose instances go into files: their state is a dict with the number of its format.
+
+    What can be made from the other attributes (`DERIVED`) is not stored; `derive_` makes it, also when a state is read.
 
     Raises:
         ValueError: when the state was written by a later version.
     """
 
     FORMAT: ClassVar[int] = 2  # 1 had no number
+    DERIVED: ClassVar[frozenset[str]] = frozenset()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"format": self.FORMAT} | vars(self)
+        stored = {name: value for name, value in vars(self).items() if name not in self.DERIVED}
+        return {FORMAT_KEY: self.FORMAT} | stored
 
     def __setstate__(self, state: Any) -> None:
         state = dict(state)
-        super().__setstate__(self.upgraded(state, known_format(type(self), state)))  # type: ignore[misc]
+        state = self.upgraded(state, known_format(type(self), state))
+        for name in self.DERIVED:
+            state.pop(name, None)
+        super().__setstate__(state)  # type: ignore[misc]
+        self.derive_()
 
     @classmethod
     def upgraded(cls, state: dict[str, Any], format: int) -> dict[str, Any]:
         """Turn a state that was written in an earlier format into one of today's."""
         return state
 
+    def derive_(self) -> None:
+        """Set the attributes that are made from the others."""
+
 
 def known_format(cls: type[Any], state: dict[str, Any]) -> int:
     """Take the number of its format out of a state, and refuse what a later version has written."""
-    format = state.pop("format", 1)
+    format = state.pop(FORMAT_KEY, 1)
     if type(format) is not int or not 1 <= format <= cls.FORMAT:
         raise ValueError(f"{cls.__name__} has format {format!r} in the file, and this surgeon reads up to {cls.FORMAT}")
     return format

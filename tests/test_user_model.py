@@ -303,15 +303,15 @@ def test_fusing_again_changes_nothing():
     fused = surgeon.fuse(trained(own()))
     again = surgeon.fuse(fused)
     assert_same_contents(contents(again), contents(fused))
-    assert surgeon.surgery.store.history(again) == surgeon.surgery.store.history(fused)
-    assert [step.operation for step in surgeon.surgery.store.history(again)] == ["convert", "fuse"]
+    assert surgeon.surgery.history.history(again) == surgeon.surgery.history.history(fused)
+    assert [step.operation for step in surgeon.surgery.history.history(again)] == ["convert", "fuse"]
 
 
 def test_fusing_a_model_that_surgeon_never_saw_changes_nothing():
     net = own()
     fused = surgeon.fuse(net)
     assert_same_contents(contents(fused), contents(net))
-    assert surgeon.surgery.store.history(fused) == ()
+    assert surgeon.surgery.history.history(fused) == ()
 
 
 def test_fusing_uses_all_branches():
@@ -374,7 +374,7 @@ def test_copies_are_whole(carry: Callable[[nn.Module], nn.Module]):
         other = carry(made)
         assert type(other) is tiny.Own
         assert_same_contents(contents(other), contents(made))
-        assert surgeon.surgery.store.history(other) == surgeon.surgery.store.history(made) != ()
+        assert surgeon.surgery.history.history(other) == surgeon.surgery.history.history(made) != ()
         assert torch.equal(other(noise()), made(noise()))
         assert relative(surgeon.fuse(other)(noise()), made(noise())) <= 1e-12
 

@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 from surgeon.analysis.network import Network
 from surgeon.analysis.run import Run, observe
 from surgeon.errors import CaptureError, ModelError
-from surgeon.files import load as source
+from surgeon.files import architectures
 from surgeon.models import call as calls
 from surgeon.models.call import Draw, Inputs, Shape
 from surgeon.models.copies import quietly, where
@@ -170,7 +170,7 @@ def _value(text: str, model: nn.Module, seed: int, say: Callable[[str], None]) -
 def _returned(name: str, seed: int) -> Any:
     """Call a person's function, seeded."""
     try:
-        function = source.find(name)
+        function = architectures.find(name)
     except ModelError as error:
         raise CaptureError(f"--input {name}: {error.problem}", todo=error.todo) from error
     with quietly():

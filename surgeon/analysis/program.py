@@ -26,7 +26,7 @@ from surgeon.conv import streams
 from surgeon.nn import Stored
 
 Data = dict[str, Any]
-_FORMAT = 1
+_FORMAT = 2
 SURROUNDINGS = "surroundings"  # in the meta of a step: what its module has entered before it, such as torch.no_grad
 _PART = re.compile(r"[\w-]+")  # of a module's path: it stands in quotes in the Python that is made
 _OPERATORS = (
@@ -69,13 +69,26 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     **_named(operator, "operator", _OPERATORS),
     **_named(torch, "torch", _TORCH),
     **_named(F, "torch.nn.functional", _FUNCTIONAL),
-    **{f"surgeon.streams.{function.__name__}": function for function in _STREAMS},
-    "torch.fx._symbolic_trace._assert_is_none": fx._symbolic_trace._assert_is_none,
+    **{f"streams.{function.__name__}": function for function in _STREAMS},
+    "torch.fx.assert_is_none": fx._symbolic_trace._assert_is_none,
     "collections.OrderedDict": OrderedDict,
     "getattr": builtins.getattr,  # of a tensor's shape, dtype and the like only
 }
 _NAMES = {id(function): name for name, function in reversed(FUNCTIONS.items())}
 METHODS = frozenset(_METHODS.split())
+# The names of functions in format 1 that have others since: those said where the code lay.
+_RENAMED = {
+    "surgeon.streams.add_into": "streams.add_into",
+    "surgeon.streams.crop_to": "streams.crop_to",
+    "surgeon.streams.interleave": "streams.interleave",
+    "surgeon.streams.join": "streams.join",
+    "surgeon.streams.lift_to": "streams.lift_to",
+    "surgeon.streams.low_pass": "streams.low_pass",
+    "surgeon.streams.pool": "streams.pool",
+    "surgeon.streams.split": "streams.split",
+    "surgeon.streams.take": "streams.take",
+    "torch.fx._symbolic_trace._assert_is_none": "torch.fx.assert_is_none",
+}
 # What a class may define, and a Rewritten would not have; all else that it overrides would be lost.
 _MAY_DEFINE = frozenset(
     {"__init__", "forward", "extra_repr", "_get_name", "__repr__", "__str__", "__doc__", "__module__", "__new__"}
@@ -90,6 +103,7 @@ class Rewritten(Stored, nn.Module):
     """
 
     __module__ = "surgeon.nn"
+    DERIVED = frozenset({"_run"})
 
     program: Data
     origin: str
@@ -106,11 +120,12 @@ class Rewritten(Stored, nn.Module):
     def extra_repr(self) -> str:
         return f"was {self.origin}, {len(self.program['steps'])} steps"
 
-    def __getstate__(self) -> Data:
-        return {key: value for key, value in super().__getstate__().items() if key != "_run"}
+    @classmethod
+    def upgraded(cls, state: Data, format: int) -> Data:
+        return state | {"program": _upgraded(state["program"])}
 
-    def __setstate__(self, state: Data) -> None:
-        super().__setstate__(state)
+    def derive_(self) -> None:
+        """Make the graph's Python, once every step in it has been checked."""
         check(self)
         self._run = _compiled(self.program)
 
@@ -228,6 +243,14 @@ def decode(program: Mapping[str, Any]) -> fx.Graph:
         nodes[name] = graph.create_node(op, found, made_args, made_kwargs, name=_word(name))
     graph.output(_decoded(program["output"], nodes))
     return graph
+
+
+def _upgraded(program: Data) -> Data:
+    """Turn a graph of format 1 into one of today's; nothing in it has been checked."""
+    if program.get("format") != 1:
+        return program
+    steps = [[name, op, _RENAMED.get(target, target), *rest] for name, op, target, *rest in program["steps"]]
+    return program | {"format": _FORMAT, "steps": steps}
 
 
 def _target(op: str, target: str) -> Any:

@@ -6,7 +6,6 @@ block cannot take over the norm behind it. Both are sentences that end up in the
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from surgeon.analysis.fingerprint import fingerprint
 from surgeon.analysis.functional import Functional, conv_of, find
 from surgeon.analysis.islands import Opaque
 from surgeon.analysis.network import Network
@@ -104,17 +104,6 @@ def survey(network: Network) -> Survey:
     weights = {facts.names[m][0]: m.weight for m in facts.convs() if type(m) is nn.Conv2d}
     weights |= {one.path: conv_of(model, one).weight for one in functional if one.spec is not None}
     return Survey(network, fingerprint(model), sites, dict(blocks), weights)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Hash the architecture: names and classes of modules, geometry of convs, names and shapes of stored tensors."""
-    lines = []
-    for name, module in model.named_modules(remove_duplicate=False):
-        geometry = str(ConvSpec.of(module)) if type(module) is nn.Conv2d else ""
-        lines.append(f"{name} {type(module).__qualname__} {geometry}")
-    tensors = {key: value for key, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
-    lines += [f"{key} {tuple(tensor.shape)}" for key, tensor in tensors.items()]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def _site(facts: Facts, costs: _Costs, module: nn.Module) -> Site:

@@ -92,7 +92,7 @@ def _about_models(command: Callable[..., None]) -> Callable[..., None]:
         **rest: Any,
     ) -> None:
         from surgeon.app.commands import Given
-        from surgeon.files.load import Trust
+        from surgeon.files.pickles import Trust
 
         if len(shape or ()) > 1 and command.__name__ != "verify":
             raise typer.BadParameter(

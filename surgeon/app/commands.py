@@ -22,13 +22,18 @@ from surgeon.app import bench as benching
 from surgeon.app.bench import Progress, Timing
 from surgeon.blocks import Foldable
 from surgeon.errors import CaptureError
+from surgeon.files import formats
 from surgeon.files import load as source
-from surgeon.files.load import Loaded, Trust
+from surgeon.files.atomic import claim, write_atomically
+from surgeon.files.load import Loaded
+from surgeon.files.pickles import Trust
+from surgeon.files.save import save, to_open_again
 from surgeon.proof.verify import Report
 from surgeon.recipes import recipe as recipes
+from surgeon.surgery import manifest as manifests
 from surgeon.surgery import plan as plans
-from surgeon.surgery import store
 from surgeon.surgery.plan import Plan
+from surgeon.surgery.replay import rebuild
 
 Say = Callable[[str], None]
 
@@ -98,7 +103,7 @@ def convert(
     """Convert by a recipe's name or path, or by a plan that was read from a file."""
     wanted = how if isinstance(how, Plan) else recipes.load(how, overrides)
     label = wanted.recipe.name if isinstance(wanted, Plan) else wanted.name
-    path = store.claim(output or _beside(name, label), force=force, origin=name)
+    path = claim(output or _beside(name, label), force=force, suffixes=formats.suffixes(), origin=name)
     loaded = _load(name, given, say)
     surveyed = sites.survey(_network(loaded.model, given, say, plan=wanted if isinstance(wanted, Plan) else None))
     if isinstance(wanted, Plan):
@@ -112,7 +117,7 @@ def convert(
 def fuse(
     name: str, given: Given, say: Say, *, dense: bool = False, output: Path | None = None, force: bool = False
 ) -> Fused:
-    path = store.claim(output or _beside(name, "fused"), force=force, origin=name)
+    path = claim(output or _beside(name, "fused"), force=force, suffixes=formats.suffixes(), origin=name)
     loaded = _load(name, given, say)
     model, params = loaded.model, _count(loaded.model)
     folded, distance = surgery.fold_all_(_network(model, given, say), dense=dense)
@@ -145,15 +150,15 @@ def bench(names: Sequence[str], given: Given, say: Say, how: Trials, progress: P
 
 def write_plan(decided: Plan, path: Path, *, force: bool) -> None:
     """Write a plan file: JSON if its name ends so, else YAML."""
-    store.claim(path, force=force, suffixes=(".yaml", ".yml", ".json"))
+    claim(path, force=force, suffixes=(".yaml", ".yml", ".json"))
     text = decided.dump(as_json=path.suffix == ".json")
-    store.write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def _load(name: str, given: Given, say: Say) -> Loaded:
-    rebuild = functools.partial(store.rebuild, trust=given.trust, seed=given.seed)
+    again = functools.partial(rebuild, trust=given.trust, seed=given.seed)
     loaded = source.load(
-        name, arch=given.arch, arch_args=given.arch_args, trust=given.trust, seed=given.seed, rebuild=rebuild
+        name, arch=given.arch, arch_args=given.arch_args, trust=given.trust, seed=given.seed, rebuild=again
     )
     for notice in loaded.notices:
         say(notice)
@@ -161,9 +166,9 @@ def _load(name: str, given: Given, say: Say) -> Loaded:
 
 
 def _save(loaded: Loaded, path: Path, say: Say, *, force: bool) -> None:
-    architecture = store.architecture_of(loaded)
-    store.save(loaded.model, path, architecture=architecture, force=force)
-    if needed := store.to_open_again(loaded.model, path, architecture):
+    architecture = manifests.architecture_of(loaded)
+    save(loaded.model, path, manifest=manifests.manifest(loaded.model, architecture), force=force)
+    if needed := to_open_again(loaded.model, path, architecture):
         say(needed)
 
 
@@ -194,7 +199,7 @@ def _count(model: nn.Module) -> int:
 def _beside(name: str, label: str) -> Path:
     """Name the result after its origin: model.pt → model.acnet.pt, torchvision:resnet18 → resnet18.acnet.pt."""
     path = Path(name)
-    if path.suffix in store.SUFFIXES:
+    if path.suffix in formats.suffixes():
         return path.with_name(f"{path.stem}.{label}{path.suffix}")
     if path.exists():
         return path.with_name(f"{path.stem}.{label}.pt")

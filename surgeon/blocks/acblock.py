@@ -67,16 +67,15 @@ class ACBlock(base.Foldable):
     title = "k×k + k×1 + 1×k branches, each with a norm; folds back to one conv"
     paper = "Ding et al. 2019, ACNet, arXiv:1908.03930"
     Options = ACBlockOptions
+    DERIVED = frozenset({"row", "column", "ver_shift", "hor_shift"})
 
     def __init__(self, spec: ConvSpec, norm: _BatchNorm, *, like: Tensor, placement: str = "skeleton") -> None:
         """Lay out the branches with tensors like `like`, uninitialised kernels, and norms like `norm`."""
         super().__init__()
         self.spec = spec.change(bias=False)
         self.placement = placement
-        kh, kw = spec.kernel
-        self.row, self.column = (kh // 2, kw // 2) if placement == "skeleton" else (kh - 1, kw - 1)
-        ver_spec, self.ver_shift = self._strip((kh, 1))
-        hor_spec, self.hor_shift = self._strip((1, kw))
+        self.derive_()
+        (ver_spec, _), (hor_spec, _) = self._strips()
         self.square_conv = self.spec.build(like=like)
         self.square_bn = norm
         self.ver_conv = ver_spec.build(like=like)
@@ -84,11 +83,16 @@ class ACBlock(base.Foldable):
         self.hor_conv = hor_spec.build(like=like)
         self.hor_bn = _fresh_norm(norm)
 
-    def _strip(self, kernel: tuple[int, int]) -> tuple[ConvSpec, Pads | None]:
-        """Give the spec of a strip, and how its input is to be shifted where the strip's own padding cannot do it."""
-        return self.spec.part(
-            kernel, row=self.row if kernel[0] == 1 else 0, column=self.column if kernel[1] == 1 else 0
-        )
+    def derive_(self) -> None:
+        """Find where the strips lie, and how their inputs are shifted where their own padding cannot do it."""
+        kh, kw = self.spec.kernel
+        self.row, self.column = (kh // 2, kw // 2) if self.placement == "skeleton" else (kh - 1, kw - 1)
+        (_, self.ver_shift), (_, self.hor_shift) = self._strips()
+
+    def _strips(self) -> tuple[tuple[ConvSpec, Pads | None], tuple[ConvSpec, Pads | None]]:
+        """Give the specs of the two strips, the vertical one first, and their shifts."""
+        kh, kw = self.spec.kernel
+        return self.spec.part((kh, 1), row=0, column=self.column), self.spec.part((1, kw), row=self.row, column=0)
 
     @classmethod
     def refusal(cls, spec: ConvSpec, size: tuple[int, int] | None, options: base.BlockOptions) -> str | None:

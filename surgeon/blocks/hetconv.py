@@ -78,14 +78,13 @@ class HetConv(base.Foldable):
     paper = "Singh et al. 2019, HetConv, arXiv:1903.04120"
     Options = HetConvOptions
     folds_for_free = False
+    DERIVED = frozenset({"grouped", "centre", "centre_shift"})
 
     def __init__(self, spec: ConvSpec, p: int, layout: Layout, *, like: Tensor) -> None:
         """Lay out parameters like `like`, uninitialised."""
         super().__init__()
         self.spec, self.p, self.layout = spec, p, layout
-        self.grouped = spec.change(groups=p)
-        kh, kw = spec.kernel
-        self.centre, self.centre_shift = spec.part((1, 1), row=kh // 2, column=kw // 2)
+        self.derive_()
         conv = self.grouped.build(like=like)
         self.weight, self.bias = conv.weight, conv.bias
         self.pointwise = nn.Parameter(like.new_empty(spec.c_out, spec.c_in - spec.c_in // p))
@@ -94,6 +93,12 @@ class HetConv(base.Foldable):
         if layout == "best":
             self.register_buffer("channel_order", torch.arange(spec.c_in, device=like.device))
             self.register_buffer("filter_place", torch.arange(spec.c_out, device=like.device))
+
+    def derive_(self) -> None:
+        """Find the specs of the two convs, and how the input of the 1×1 one is shifted."""
+        kh, kw = self.spec.kernel
+        self.grouped = self.spec.change(groups=self.p)
+        self.centre, self.centre_shift = self.spec.part((1, 1), row=kh // 2, column=kw // 2)
 
     @classmethod
     def refusal(cls, spec: ConvSpec, size: tuple[int, int] | None, options: base.BlockOptions) -> str | None:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import nn
 
-from surgeon.nn import known_format
+from surgeon.nn import FORMAT_KEY, known_format
 
 Pair = tuple[int, int]
 
@@ -37,6 +37,7 @@ class ConvSpec:
 
     __module__ = "surgeon.nn"
     FORMAT: ClassVar[int] = 2  # 1 was the list of its fields
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # in plans
 
     c_in: int
     c_out: int
@@ -90,8 +91,17 @@ class ConvSpec:
         """Return this spec with some fields changed."""
         return replace(self, **fields)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Give its fields as plain data, without those that have their default.
+
+        >>> ConvSpec(3, 8, (3, 3), padding="same").to_dict()
+        {'c_in': 3, 'c_out': 8, 'kernel': [3, 3], 'padding': 'same'}
+        """
+        said = {one.name: getattr(self, one.name) for one in fields(self) if getattr(self, one.name) != one.default}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in said.items()}
+
     def __getstate__(self) -> dict[str, Any]:
-        return {"format": self.FORMAT} | asdict(self)
+        return {FORMAT_KEY: self.FORMAT} | asdict(self)
 
     def __setstate__(self, state: Any) -> None:
         """Read fields by name, or, as they were stored once, in their order; what is missing has its default."""

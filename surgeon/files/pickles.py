@@ -5,7 +5,8 @@ runs that program with a list of names it may use. A whole `nn.Module` needs mor
 depends on the file, so a file is read three times:
 
 1. **Names.** torch lists them without unpickling. Every one must lie in an admitted package; only then is anything
-   imported, and then each must be, whatever it calls itself, an `nn.Module` class of an admitted package.
+   imported, and then each must be, whatever it calls itself, an `nn.Module` class of an admitted package. A block
+   that an installed distribution offers (entry point `surgeon.blocks`) is admitted by itself, not its package.
 2. **Calls.** The program is followed on paper. torch lets a file call whatever it may name, with arguments of the
    file's choice: `timm.task.distillation.DistillationTeacher` downloads what it is told to. But an honest file makes
    its modules blank, fills each one once, hides none of their methods, changes nothing that a module has looked through
@@ -31,6 +32,7 @@ import torch
 import torch.fx
 from torch import nn
 
+from surgeon import blocks
 from surgeon.errors import ModelError
 from surgeon.nn import MOVED, current_name
 
@@ -122,6 +124,12 @@ def lies_in(name: str, packages: Sequence[str]) -> bool:
     return any(name.startswith(f"{package}.") for package in packages)
 
 
+def offered_blocks() -> dict[str, type[nn.Module]]:
+    """Give the blocks that other distributions offer, by the names that files have for them."""
+    named = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in blocks.registry().values()}
+    return {name: kind for name, kind in named.items() if not lies_in(name, PACKAGES)}
+
+
 @contextmanager
 def on_path(folder: Path, *, first: bool) -> Iterator[None]:
     """Let modules in `folder` be imported: before all others, as `python -m` does, or only where no other answers."""
@@ -197,9 +205,10 @@ def _refusal(name: str, packages: Sequence[str]) -> str | None:
         return "defined in a script"
     if name.startswith(("torch.fx.", "torch.jit.")):
         return "a program that runs when it is opened"
-    if not lies_in(name, packages) or not all(p.isidentifier() and not p.startswith("__") for p in name.split(".")):
-        return "outside the admitted packages"
-    return None
+    is_plain = all(part.isidentifier() and not part.startswith("__") for part in name.split("."))
+    if is_plain and (lies_in(name, packages) or name in offered_blocks()):
+        return None
+    return "outside the admitted packages"
 
 
 class _RefusedError(Exception):
@@ -218,7 +227,7 @@ def _find(name: str, packages: Sequence[str]) -> object:
         raise _RefusedError(f"there is no module {error.name} here") from error
     except Exception as error:  # importing runs the package; what it raises is its own affair
         raise _RefusedError(f"not in the version installed here: {error}") from error
-    if name in HARMLESS:
+    if name in HARMLESS or (not lies_in(name, packages) and offered_blocks().get(name) is found):
         return found
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise _RefusedError("not an nn.Module class")

@@ -10,12 +10,14 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, GetCoreSchemaHandler, ValidationError, field_validator, model_validator
+from pydantic_core import CoreSchema, core_schema
 
+from surgeon.analysis import fingerprint as fingerprints
 from surgeon.analysis.sites import Site, Survey, measure_calls
 from surgeon.blocks import Block, BlockOptions, registry
 from surgeon.blocks.octave import OctaveConv, OctaveConvOptions
@@ -51,12 +53,28 @@ class Step(Form):
     bias: str = ""
 
 
+class FieldsOrWords:
+    """How a plan has a conv: its fields, but for those that have their default; or words.
+
+    Words are the geometry in format 1, and in any format the class of what is no Conv2d.
+    """
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_wrap_validator_function(
+            lambda value, fields: value if isinstance(value, str) else fields(value),
+            handler.generate_schema(ConvSpec),
+            serialization=core_schema.plain_serializer_function_ser_schema(
+                lambda value: value if isinstance(value, str) else value.to_dict()
+            ),
+        )
+
+
 class Entry(Form):
     """What happens to one conv: it is swapped (`swap`), or it is not (`skip`, a reason)."""
 
     path: str
     aliases: tuple[str, ...] = ()  # further names of the same module
-    conv: str  # its geometry in words; a plan fits only a conv that reads the same
+    spec: Annotated[ConvSpec | str, FieldsOrWords()] = Field(alias="conv")  # a plan fits only a conv that has the same
     functional: Step | None = None
     calls: int | None = None
     size: tuple[int, int] | None = None  # of the input
@@ -85,6 +103,11 @@ class Entry(Form):
         return (self.path, *self.aliases)
 
     @property
+    def conv(self) -> str:
+        """Its geometry in words."""
+        return str(self.spec)
+
+    @property
     def block(self) -> type[Block]:
         assert self.swap is not None
         return registry()[self.swap]
@@ -99,7 +122,10 @@ class Entry(Form):
 
 
 class _Dumper(yamlmarks.Dumper):
-    """Writes lists of numbers on one line and texts of several lines as blocks, so that a person can edit them."""
+    """Writes convs and lists of numbers on one line, and texts of several lines as blocks: users edit them."""
+
+    def represent_mapping(self, tag: str, mapping: Any, flow_style: bool | None = None) -> yaml.MappingNode:
+        return super().represent_mapping(tag, mapping, flow_style="c_in" in mapping or flow_style)
 
     def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> yaml.SequenceNode:
         is_flat = not any(isinstance(item, dict | list) for item in sequence)
@@ -151,7 +177,7 @@ class SeamLeft(Form):
 class Plan(Form):
     """What will be done to one model, conv by conv."""
 
-    format: Literal[1] = Field(alias="surgeon-plan")
+    format: Literal[1, 2] = Field(alias="surgeon-plan")
     model: str  # fingerprint of the architecture
     input: tuple[tuple[int, ...], ...] | str | None = None  # shapes of positional tensors, or text as --input takes it
     seed: int = 0
@@ -219,7 +245,7 @@ def make(recipe: Recipe, survey: Survey, *, seed: int = 0) -> Plan:
     entries = [_entry(site, rule, roles, measured, survey.weights.get(site.path)) for site, rule in claimed]
     return Plan.model_validate(
         {
-            "surgeon-plan": 1,
+            "surgeon-plan": 2,
             "model": survey.fingerprint,
             "input": survey.inputs.record if survey.inputs else None,
             "seed": seed,
@@ -255,7 +281,7 @@ def check(plan: Plan, survey: Survey) -> None:
     Raises:
         PlanError: what does not fit; all of it.
     """
-    if plan.model != survey.fingerprint:
+    if not fingerprints.fits(plan.model, survey.model):
         raise PlanError(
             f"the plan is for another network ({plan.model}; this one is {survey.fingerprint})",
             todo="Make one for this network: surgeon plan MODEL --recipe … -o plan.yaml.",
@@ -284,7 +310,7 @@ def _misfit(entry: Entry, site: Site | None) -> str | None:
         return None
     if entry.functional != _step(site):
         return "it is another step of the network"
-    if site.spec is None or entry.conv != str(site.spec):
+    if site.spec is None or entry.spec not in (site.spec, fingerprints.words_of(site.spec)):
         return f"the plan says {entry.conv}, the model has {site.spec or site.kind}"
     if set(entry.paths) != set(site.paths):
         return f"its names are {', '.join(site.paths)}"
@@ -342,7 +368,7 @@ def _entry(site: Site, rule: Rule | None, roles: Roles, measured: _Measured, wei
     facts: dict[str, Any] = {
         "path": site.path,
         "aliases": site.paths[1:],
-        "conv": str(site.spec or site.kind),
+        "conv": site.spec or site.kind,
         "functional": _step(site),
         "calls": site.calls,
         "size": site.size,

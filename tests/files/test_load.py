@@ -23,10 +23,11 @@ from torch.nn import functional as F
 import surgeon
 from surgeon.conv.spec import ConvSpec, Pads
 from surgeon.errors import ModelError
+from surgeon.files import architectures, checkpoints, pickles
 from surgeon.files import load as source
-from surgeon.files import pickles
-from surgeon.files.load import Architecture, Trust
-from surgeon.surgery import store
+from surgeon.files.architectures import Architecture
+from surgeon.files.pickles import Trust
+from surgeon.files.save import to_open_again
 
 CODE = """
 import torch
@@ -248,7 +249,7 @@ def test_an_honest_file_runs_only_when_told_to(marker: Path) -> None:
 
 def test_a_constructor_is_not_run(marker: Path) -> None:
     """The unpickler of torch calls any class that it may name, with the file's arguments; surgeon does not."""
-    kind = source._import("mypkg.nets").Net
+    kind = architectures._import("mypkg.nets").Net
     torch.save(Calls(kind, 4, str(marker)), "evil.pt")
     assert "evil.pt calls mypkg.nets.Net" in refusal("evil.pt", trust=Trust(allow=("mypkg",)))
     assert not marker.exists()
@@ -403,7 +404,7 @@ def test_naming_the_file_of_a_class_admits_it(here: Path, monkeypatch: pytest.Mo
     model = source.load("away/others.py:Net").model
     model.append(torch.nn.Conv2d(3, 3, 3))
     torch.save(model, "net.pt")
-    assert "give --arch away/others.py:Net" in str(store.to_open_again(model, Path("net.pt"), None))
+    assert "give --arch away/others.py:Net" in str(to_open_again(model, Path("net.pt"), None))
     monkeypatch.delitem(sys.modules, "others")  # another process
     assert "others.Net" in refusal("net.pt")
     assert isinstance(source.load("net.pt", arch="away/others.py:Net").model[0], torch.nn.Conv2d)
@@ -488,14 +489,14 @@ def test_unaligned_safetensors_are_copied(here: Path) -> None:
     save_state({"a": torch.ones(1, dtype=torch.uint8), **model.state_dict()}, "w.safetensors")
     state, _ = source.read_tensors(Path("w.safetensors"))
     del state["a"]
-    source.load_weights(model, state, "w")
+    checkpoints.load_weights(model, state, "w")
     assert all(p.data_ptr() % 16 == 0 for p in model.parameters())
 
 
 def test_tied_tensors_are_stored_once(here: Path) -> None:
     model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU())
     model.append(model[0])
-    source.load_weights(model, {"0.weight": torch.ones(3, 3, 1, 1), "0.bias": torch.ones(3)}, "w")
+    checkpoints.load_weights(model, {"0.weight": torch.ones(3, 3, 1, 1), "0.bias": torch.ones(3)}, "w")
     assert (model[2].weight == 1).all()  # type: ignore[union-attr]
 
 
@@ -591,7 +592,7 @@ def test_wrong_arguments(here: Path) -> None:
 def test_arguments_are_read_as_values() -> None:
     texts = ["a=1", "b=1e-3", "c=[1, 2]", "d=true", "e=None", "f=relu", "g=(1, 2)", "h='012'", "i=no", "j=x=y"]
     expected = {"a": 1, "b": 1e-3, "c": [1, 2], "d": True, "e": None, "f": "relu", "g": (1, 2), "h": "012", "i": "no"}
-    assert source._parse(texts) == {**expected, "j": "x=y"}
+    assert architectures.parse(texts) == {**expected, "j": "x=y"}
 
 
 def test_wrappers_are_taken_off(here: Path) -> None:

@@ -1,9 +1,10 @@
 """Writes the golden files: one of every kind that surgeon writes, small, by the public API and the command line alone.
 
-    python tests/golden/make.py tests/golden/format1
+    python tests/golden/make.py tests/golden/format3
 
-`format1` was written before the code moved into packages, and is never written again. When a format changes, this is
-run once more into a folder of its own, with the code as it is then; `tests/test_golden.py` opens all folders, for ever.
+`format1` was written before the code moved into packages, and `format2` when states, graphs, plans and histories got
+numbers of their own; neither is ever written again. When a format changes, this is run once more, into a new folder
+and with the code as it is then. `tests/test_golden.py` opens all folders, for ever; docs/formats.md says why.
 Beside each model lie an input and the output for it, in `expected.safetensors`.
 """
 

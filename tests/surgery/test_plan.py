@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import surgeon
 from surgeon.analysis.network import Network
 from surgeon.blocks.acblock import ACBlock
+from surgeon.conv.spec import ConvSpec
 from surgeon.errors import PlanError, RecipeError
 from surgeon.recipes import recipe
 from surgeon.surgery import plan as plans
@@ -209,6 +210,61 @@ def test_an_edited_plan_that_does_not_fit_is_refused(edit: Callable[[dict[str, A
     assert "stem" in said or "head" in said
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("c_in", 5, "5→4"),
+        ("c_out", 5, "4→5"),
+        ("kernel", [3, 5], "3x5"),
+        ("stride", [1, 2], "stride=1x2"),
+        ("padding", "same", "padding=same"),
+        ("dilation", [2, 1], "dilation=2x1"),
+        ("groups", 2, "groups=2"),
+        ("bias", True, "3x3, padding=1, the model"),
+        ("padding_mode", "circular", "mode=circular"),
+    ],
+)
+def test_every_field_of_a_conv_has_to_fit(field: str, value: object, says: str):
+    net = own()
+    said = misfit(net, edited(split(net), lambda data: data["convs"][0]["conv"].update({field: value})))
+    assert "stem.conv: the plan says " in said
+    assert says in said
+
+
+def in_format_1(plan: Plan, words: str) -> Plan:
+    def edit(data: dict[str, Any]) -> None:
+        data["surgeon-plan"] = 1
+        data["convs"] = [{**entry, "conv": words} for entry in data["convs"]]
+
+    return edited(plan, edit)
+
+
+def test_a_plan_of_format_1_is_carried_out_whatever_a_conv_is_called_today(monkeypatch: pytest.MonkeyPatch):
+    plan = surgeon.plan(ConvNorm(), "acnet", SHAPE)
+    old = in_format_1(plan, "4→4, 3x3, padding=1")
+    monkeypatch.setattr(ConvSpec, "__str__", lambda self: "worded otherwise")
+    assert old.convs[0].conv == "4→4, 3x3, padding=1"
+    assert isinstance(surgeon.convert(ConvNorm(), old).conv, ACBlock)
+    assert plans.parse(old.dump(), "plan.yaml") == old
+
+
+def test_a_plan_of_format_1_fits_only_the_conv_that_its_words_are_for():
+    plan = surgeon.plan(ConvNorm(), "acnet", SHAPE)
+    said = misfit(ConvNorm(), in_format_1(plan, "4→4, 3x3"))
+    assert "conv: the plan says 4→4, 3x3, the model has 4→4, 3x3, padding=1" in said
+
+
+def test_a_conv_is_one_line_of_a_plan_without_defaults():
+    text = surgeon.plan(ConvNorm(conv3(dilation=2)), "acnet", SHAPE).dump()
+    assert "\n  conv: {c_in: 4, c_out: 4, kernel: [3, 3], padding: [1, 1], dilation: [2, 2]}\n" in text
+
+
+def test_what_is_no_conv2d_is_named():
+    plan = surgeon.plan(nn.Sequential(conv3(), nn.ConvTranspose2d(4, 4, 3)), "acnet", SHAPE)
+    assert plans.parse(plan.dump(), "plan.yaml") == plan
+    assert plan.to_dict()["convs"][1]["conv"] == plan.convs[1].conv == "ConvTranspose2d"
+
+
 def test_all_misfits_are_told_at_once():
     def edit(data: dict[str, Any]) -> None:
         data["convs"][0]["conv"] = "another"
@@ -296,7 +352,10 @@ def line_of(text: str, part: str) -> int:
         ("  swap: acblock\n", "", "swap"),
         ("  calls: 1", "  calls: one", "whole number"),
         ("  takes_norm: [stem.bn]", "  takes_norm: [stem.bn]\n  skip: both", "swap"),
-        ("surgeon-plan: 1", "surgeon-plan: 2", "surgeon-plan"),
+        ("surgeon-plan: 2", "surgeon-plan: 3", "surgeon-plan"),
+        ("c_in: 4, c_out: 4", "c_in: 4, c_aut: 4", "unknown key 'c_aut'"),
+        ("kernel: [3, 3]", "kernel: [3, three]", "whole number"),
+        ("conv: {", "conv: 7 # {", "7 is not a mapping"),
         ("model: ", "modle: ", "modle"),
     ],
 )

@@ -5,19 +5,21 @@ from __future__ import annotations
 import copy
 import errno
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers import shake_
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import surgeon
 from surgeon.app.demo.net import SmallResNet
 from surgeon.errors import ModelError, StoreError, SurgeonError
-from surgeon.surgery import store
+from surgeon.surgery import history as histories
 
 INPUT = (1, 1, 28, 28)
 ARCH = "surgeon.app.demo.net:SmallResNet"
@@ -48,7 +50,7 @@ def test_a_model_comes_back_as_it_was(
     again = surgeon.load(path, arch=arch)
     assert type(again) is SmallResNet
     assert _equal(again, model)
-    assert store.history(again) == store.history(model)
+    assert histories.history(again) == histories.history(model)
     x = torch.randn(2, 1, 28, 28, dtype=dtype)
     with torch.no_grad():
         assert torch.equal(again.eval()(x), model.eval()(x))
@@ -84,7 +86,7 @@ def test_the_file_tells_where_the_model_comes_from(converted: nn.Module, tmp_pat
     convert, fuse = manifest["history"]
     assert [convert["operation"], fuse["operation"]] == ["convert", "fuse"]
     assert "init: takeover" in convert["plan"]["recipe"]["text"]
-    assert convert["result"] == fuse["parent"] == store.content_hash(converted)
+    assert convert["result"] == fuse["parent"] == histories.content_hash(converted)
     assert convert["versions"].keys() == {"surgeon", "torch", "python"}
 
 
@@ -93,7 +95,7 @@ def test_history_survives_training_and_ones_own_torch_save(converted: nn.Module,
         next(converted.parameters()).add_(0.1)
     torch.save(converted, tmp_path / "trained.pt")
     again = surgeon.load(tmp_path / "trained.pt")
-    assert [step.operation for step in store.history(again)] == ["convert"]
+    assert [step.operation for step in histories.history(again)] == ["convert"]
     assert surgeon.verify(again, surgeon.fuse(again), INPUT).checks[0].name == "mathematics"
 
 
@@ -141,7 +143,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_other(
         Path(part).write_bytes(b"half of it")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(store, "save_file", full)
+    monkeypatch.setattr("surgeon.files.formats.safetensors.save_file", full)
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(StoreError, match="No space left on device"):
         surgeon.save(converted, path, force=True)
@@ -160,7 +162,7 @@ def test_names_that_cannot_be_written(converted: nn.Module, name: str, says: str
 
 def _with_manifest(path: Path, model: nn.Module, manifest: object) -> Path:
     tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
-    store.save_file(tensors, path, metadata={"surgeon": json.dumps(manifest)})
+    save_file(tensors, path, metadata={"surgeon": json.dumps(manifest)})
     return path
 
 
@@ -179,7 +181,7 @@ def test_a_manifest_that_is_not_ours_is_refused(converted: nn.Module, manifest: 
         {"plan": {"surgeon-plan": 1}},
         {"operation": 3},
         {"parent": None},
-        {"more": 1},
+        {"operation": 3, "more": 1},
     ],
     ids=str,
 )
@@ -214,11 +216,47 @@ def test_a_plan_in_a_file_is_checked_before_it_is_carried_out(
     assert caught.value.exit_code == 2
 
 
-def test_a_later_format_is_refused(converted: nn.Module, tmp_path: Path) -> None:
-    converted.surgeon_provenance["format"] = 2
-    surgeon.save(converted, tmp_path / "net.safetensors", arch=ARCH)
+def _later_format(data: dict[str, Any]) -> None:
+    data["format"] = histories.FORMAT + 1
+
+
+def _more_fields(data: dict[str, Any]) -> None:
+    data["history"][0]["mood"] = "good"
+
+
+@pytest.mark.parametrize("change", [_later_format, _more_fields])
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_what_a_later_version_has_written_is_refused(
+    converted: nn.Module, change: Callable[[dict[str, Any]], None], suffix: str, tmp_path: Path
+) -> None:
+    change(converted.surgeon_provenance)
+    path = tmp_path / f"net.{suffix}"
+    surgeon.save(converted, path, arch=ARCH)
+    with pytest.raises(StoreError, match="written by a later surgeon than"):
+        histories.history(surgeon.load(path, arch=None if suffix == "pt" else ARCH))
+
+
+@pytest.mark.parametrize("number", [0, -1, True, "2", None, [2]], ids=str)
+def test_a_format_that_is_no_number_is_refused(converted: nn.Module, number: object) -> None:
+    converted.surgeon_provenance["format"] = number
     with pytest.raises(StoreError, match="is not one of surgeon"):
-        surgeon.load(tmp_path / "net.safetensors", arch=ARCH)
+        histories.history(converted)
+
+
+def test_a_step_of_an_older_version_lacks_fields(converted: nn.Module) -> None:
+    full = histories.history(converted)
+    for field in ("versions", "dense"):
+        del converted.surgeon_provenance["history"][0][field]
+    converted.surgeon_provenance["format"] = 1
+    (step,) = histories.history(converted)
+    assert (step.versions, step.dense) == ({}, False)
+    assert (step.operation, step.plan, step.result) == (full[0].operation, full[0].plan, full[0].result)
+    assert surgeon.verify(shake_(_original(), 1), converted, INPUT).verdict == "equivalent"
+
+
+def _original() -> nn.Module:
+    torch.manual_seed(0)
+    return SmallResNet()
 
 
 def test_a_manifest_cannot_name_code(converted: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,10 +284,10 @@ def test_a_file_is_not_put_on_a_network_that_it_was_not_made_from(converted: nn.
 
 
 def test_the_hash_sees_every_number_dtype_and_name(converted: nn.Module) -> None:
-    known = store.content_hash(converted)
-    assert store.content_hash(copy.deepcopy(converted)) == known
+    known = histories.content_hash(converted)
+    assert histories.content_hash(copy.deepcopy(converted)) == known
     changed = copy.deepcopy(converted)
     with torch.no_grad():
         changed.fc.bias[3] = torch.nextafter(changed.fc.bias[3], torch.tensor(9.0))
-    assert store.content_hash(changed) != known
-    assert store.content_hash(copy.deepcopy(converted).double()) != known
+    assert histories.content_hash(changed) != known
+    assert histories.content_hash(copy.deepcopy(converted).double()) != known

@@ -1,0 +1,64 @@
+"""Files of tensors and nothing else, whose header can hold surgeon's manifest: https://github.com/huggingface/safetensors.
+
+The first eight bytes are the length of the header, which is JSON.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from surgeon.errors import StoreError
+from surgeon.files.faults import damaged
+from surgeon.files.formats.base import MANIFEST, Format
+from surgeon.files.pickles import Trust
+
+
+class Safetensors(Format):
+    """The tensors of a model, each of them once, and how their network is built."""
+
+    name = ".safetensors files"
+    suffixes = (".safetensors",)
+
+    def knows(self, path: Path, head: bytes) -> bool:
+        return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
+
+    def claims(self, path: Path) -> bool:
+        return path.suffix in self.suffixes
+
+    def read(self, path: Path, trust: Trust) -> Any:
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+        except SafetensorError as error:
+            raise damaged(path, error) from error
+
+    def write(self, model: nn.Module, path: Path, manifest: str) -> None:
+        save_file(_untied(model.state_dict()), path, metadata={"format": "pt", MANIFEST: manifest})
+
+    def header(self, path: Path) -> Mapping[str, str]:
+        try:
+            with safe_open(path, framework="pt") as file:
+                return dict(file.metadata() or {})
+        except SafetensorError as error:
+            raise damaged(path, error) from error
+
+
+def _untied(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give the tensors that share nothing; what is a second name of one is found again in the network itself."""
+    first: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
+    tensors = {}
+    for key, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise StoreError(f"{key} is no tensor, and safetensors holds nothing else", todo="Write a .pt file.")
+        place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and first.setdefault(place, key) != key:
+            continue
+        whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+        tensors[key] = tensor.detach().contiguous() if whole else tensor.detach().clone().contiguous()
+    return tensors

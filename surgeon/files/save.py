@@ -1,0 +1,43 @@
+"""An `nn.Module` → a file, in the format that its suffix names; and what a user has to give to open it again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from surgeon.files import formats
+from surgeon.files.architectures import Architecture, files_run
+from surgeon.files.atomic import claim, write_atomically
+from surgeon.files.pickles import PACKAGES, lies_in, offered_blocks
+
+
+def save(model: nn.Module, path: Path, *, manifest: str, force: bool = False) -> None:
+    """Write a model; `manifest` goes into files that hold tensors only.
+
+    Raises:
+        StoreError: the file exists (and `force` is not given), or cannot be written; nothing is left behind.
+    """
+    claim(path, force=force, suffixes=formats.suffixes())
+    write_atomically(path, lambda part: formats.of_suffix(path).write(model, part, manifest))
+
+
+def to_open_again(model: nn.Module, path: Path, architecture: Architecture | None) -> str | None:
+    """Say what a user has to give to open a file that was just written, if anything."""
+    if not formats.of_suffix(path).holds_modules:
+        return f"to open {path} again, name its network with --arch" if architecture is None else None
+    foreign = {
+        m.__module__.partition(".")[0]: type(m)
+        for m in reversed(list(model.modules()))
+        if not lies_in(m.__module__, PACKAGES) and type(m) not in offered_blocks().values()
+    }
+    flags = [_admission(module, kind) for module, kind in sorted(foreign.items())]
+    return f"to open {path} again, give {' '.join(flags)}" if flags else None
+
+
+def _admission(module: str, kind: type[nn.Module]) -> str:
+    """Name the option that lets a pickle hold the modules of a user's own code."""
+    file = files_run.get(module)
+    if file is None or file.parent.resolve() == Path.cwd():
+        return f"--allow {module}"
+    return f"--arch {file}:{kind.__qualname__}"

@@ -1,0 +1,147 @@
+"""What was done to a model: a list of steps that the model carries with it.
+
+For every operation it has the hash of all tensors before and after, the plan with the recipe's text, and the versions.
+It is plain data in an attribute of the model, so it survives training and the user's own torch.save; a file of tensors
+has it in its manifest. It may have come with a file: nothing in it is believed before it has been checked.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from torch import Tensor, nn
+
+from surgeon._version import __version__
+from surgeon.errors import StoreError
+from surgeon.models.call import Inputs, recall
+from surgeon.surgery.plan import Plan
+
+_ATTRIBUTE = "surgeon_provenance"
+FORMAT = 2  # of histories and manifests; 1 is read as well
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One operation: `plan` is what convert carried out; `parent` and `result` hash all tensors before and after.
+
+    A field that is added later needs a default, with which the steps in older files are read.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    operation: str  # convert or fuse
+    parent: str
+    result: str
+    plan: dict[str, Any] | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    dense: bool = False  # fuse: blocks that cost less than their conv were folded too
+
+
+def versions() -> dict[str, str]:
+    """Name the versions that an operation is carried out with."""
+    return {"surgeon": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
+
+
+def history(model: nn.Module) -> tuple[Step, ...]:
+    """Say what surgeon has done to a model, oldest first."""
+    return steps_in(as_data(model))
+
+
+def record_(model: nn.Module, step: Step) -> None:
+    """Add an operation to a model's history."""
+    set_history_(model, (*history(model), step))
+
+
+def set_history_(model: nn.Module, steps: Sequence[Step]) -> None:
+    """Give a model another history."""
+    setattr(model, _ATTRIBUTE, {"format": FORMAT, "history": [asdict(step) for step in steps]})
+
+
+def as_data(model: nn.Module) -> dict[str, Any]:
+    """Give a model's history as it is stored."""
+    stored: dict[str, Any] = vars(model).get(_ATTRIBUTE, {"format": FORMAT, "history": []})
+    return stored
+
+
+def steps_in(data: Any) -> tuple[Step, ...]:
+    """Read a history as it is stored.
+
+    Raises:
+        StoreError: it is not a history, or one that a later version has written.
+    """
+    try:
+        check_format(data)
+        steps = _HISTORY.validate_python(data["history"])
+        for step in steps:
+            if step.plan is not None:
+                Plan.model_validate(step.plan)
+    except ValidationError as error:
+        raise (_later() if _only_adds(error) else foreign()) from error
+    except (TypeError, KeyError, AttributeError) as error:
+        raise foreign() from error
+    return steps
+
+
+def check_format(data: Any) -> None:
+    """Refuse a history or manifest in a format of a later version, or in none."""
+    number = data.get("format", 1)
+    if type(number) is not int or number < 1:
+        raise foreign()
+    if number > FORMAT:
+        raise _later()
+
+
+def foreign() -> StoreError:
+    """Say that a history, or a manifest, is none."""
+    return StoreError(
+        f"the history in the file is not one of surgeon {__version__}",
+        todo="Save the weights alone, and name their network with --arch.",
+    )
+
+
+def _later() -> StoreError:
+    return StoreError(
+        f"the history in the file was written by a later surgeon than {__version__}",
+        todo="Upgrade: pip install -U conv-surgeon.",
+    )
+
+
+def _only_adds(error: ValidationError) -> bool:
+    """Whether a history is faultless but for fields that this version does not know."""
+    return all(fault["type"] in ("unexpected_keyword_argument", "extra_forbidden") for fault in error.errors())
+
+
+def planned_inputs(steps: Sequence[Step]) -> Inputs | None:
+    """Give the inputs of the last plan that was carried out, still to be drawn."""
+    records = (step.plan.get("input") for step in reversed(steps) if step.plan is not None)
+    return recall(next(records, None))
+
+
+def content_hash(model: nn.Module) -> str:
+    """Hash names, dtypes, shapes and bytes of all stored tensors."""
+    digest = hashlib.sha256()
+    for key, value in model.state_dict().items():
+        if not isinstance(value, Tensor):  # a module's own extra state
+            digest.update(f"{key} {value!r}\n".encode())
+            continue
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        if not value.is_meta:
+            _feed(digest, value)
+    return digest.hexdigest()
+
+
+def _feed(digest: hashlib._Hash, tensor: Tensor) -> None:
+    """Hash the bytes of a tensor where they lie."""
+    tensor = tensor.detach().cpu().contiguous()
+    if size := tensor.numel() * tensor.element_size():
+        digest.update((ctypes.c_char * size).from_address(tensor.data_ptr()))
+
+
+_HISTORY = TypeAdapter(tuple[Step, ...])

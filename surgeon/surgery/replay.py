@@ -1,0 +1,71 @@
+"""Carry out again what a history records: on a copy, to prove a model, or on a network built anew, to open its file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from surgeon.analysis import fingerprint as fingerprints
+from surgeon.analysis import sites
+from surgeon.analysis.network import Network
+from surgeon.errors import StoreError
+from surgeon.files.architectures import Architecture
+from surgeon.files.load import build, build_named_in_file
+from surgeon.files.pickles import Trust
+from surgeon.models.copies import shadow
+from surgeon.proof.distance import as_double
+from surgeon.surgery import manifest as manifests
+from surgeon.surgery import plan as plans
+from surgeon.surgery.fold import fold_blocks_
+from surgeon.surgery.history import Step, history, planned_inputs, set_history_
+from surgeon.surgery.operate import operate_
+from surgeon.surgery.plan import Plan
+
+
+def redo_(model: nn.Module, steps: Sequence[Step], before: Sequence[Step] = ()) -> nn.Module:
+    """Carry out recorded operations again on `model` itself, and return it; `before` are those not in its history."""
+    done = [*history(model), *before]
+    for step in steps:
+        if step.plan is None:
+            fold_blocks_(Network(model, called_with=planned_inputs(done)), dense=step.dense)
+        else:
+            plan = Plan.model_validate(step.plan)
+            network = Network(model, called_with=plan.inputs)
+            plans.check(plan, sites.survey(network))  # it may have come with a file
+            operate_(model, plan, network)
+        done.append(step)
+    return model
+
+
+def redo_rounding_(model: nn.Module, steps: Sequence[Step]) -> nn.Module:
+    """The same in float64, but between two operations every tensor is rounded to its dtype, as it is in a file."""
+    for i, step in enumerate(steps[:-1]):
+        exact = redo_(shadow(model, as_double), [step], steps[:i])
+        redo_(model, [step], steps[:i]).load_state_dict(exact.state_dict())
+    return redo_(shadow(model, as_double), steps[-1:], steps[:-1])
+
+
+def rebuild(manifest: str, given: Architecture | None, *, trust: Trust, seed: int) -> nn.Module:
+    """Make the network that a safetensors file of ours belongs to: build its architecture, do to it what was done.
+
+    Raises:
+        StoreError: the manifest is not ours, names no architecture (give one with --arch), or another one than given.
+    """
+    named, steps = manifests.read(manifest)
+    if given is None and named is None:
+        raise StoreError(
+            "the file holds weights, and does not say of which network",
+            todo="Name what it was made from: --arch model.pt.",
+        )
+    if given is not None:
+        model = build(given, trust=trust, seed=seed)
+    elif named is not None:  # the file chose the name, so it may only be one of a library's
+        model = build_named_in_file(named, trust=trust, seed=seed)
+    known = len(history(model))
+    for i, step in enumerate(steps[known:]):
+        if step.plan is not None and not fingerprints.fits(step.plan["model"], model):
+            raise StoreError("the file was not made from that network", todo="Name what it was made from with --arch.")
+        redo_(model, [step], steps[known : known + i])
+    set_history_(model, steps)
+    return model
