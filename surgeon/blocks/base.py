@@ -43,18 +43,18 @@ class Trial:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class Wanted(Generic[Opts]):
     """The block and options that a recipe gives to one conv."""
 
-    block: type[Block]
-    options: BlockOptions
+    block: type[Block[Opts]]
+    options: Opts
 
 
 @dataclass(slots=True)
-class Together:
+class Together(Generic[Opts]):
     """What a planner says of the convs that it was given: the options of each, or why it stays as it is."""
 
-    options: dict[str, BlockOptions] = field(default_factory=dict)
+    options: dict[str, Opts] = field(default_factory=dict)
     skips: dict[str, str] = field(default_factory=dict)
 
 

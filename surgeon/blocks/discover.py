@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from surgeon.blocks.base import Block, BlockOptions
+from surgeon.blocks.two_streams import TwoStreamBlock, TwoStreamOptions
 from surgeon.errors import BlockError
 
 GROUP = "surgeon.blocks"
@@ -82,6 +83,8 @@ def _fault(found: Any) -> str | None:
     options = getattr(found, "Options", None)
     if not (isinstance(options, type) and issubclass(options, BlockOptions)):
         return "has no subclass of surgeon.BlockOptions as its `Options`"
+    if issubclass(found, TwoStreamBlock) and not issubclass(options, TwoStreamOptions):
+        return "is a TwoStreamBlock, and its `Options` are no TwoStreamOptions"
     return None
 
 

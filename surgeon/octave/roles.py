@@ -1,7 +1,7 @@
 """The roles of octave convs: where two streams begin, how far they go, and where they end.
 
-A region is a set of convs joined by steps that two streams can go through. Of the convs that a recipe gives to
-blocks of two streams,
+A region is a set of convs joined by steps that two streams can go through. Of the convs that a recipe gives to blocks
+of two streams,
 
 - one whose low map would be smaller than `min_size`, or that no larger one of them reads, writes high channels only
   (alpha_out = 0), unless what it writes is added to low channels;
@@ -35,24 +35,23 @@ from surgeon.octave.rules import rule_of
 
 
 @dataclass(slots=True)
-class Roles(Together):
+class Roles(Together[TwoStreamOptions]):
     """What was planned: the options of the convs that are swapped, why others are not, and what is low-passed."""
 
     low_passes: list[LowPass] = field(default_factory=list)
 
 
-def assign(survey: Survey, wanted: Mapping[str, Wanted]) -> Roles:
+def assign(survey: Survey, wanted: Mapping[str, Wanted[TwoStreamOptions]]) -> Roles:
     """Give every wanted conv its role; one that is refused in it is left out, and the others are planned anew.
 
     It is the `planner` of all blocks of two streams.
     """
     known = {site.path: site for site in survey.sites}
-    asked = {path: _options(one) for path, one in wanted.items()}
     refused: dict[str, str] = {}
     open_ended: set[str] = set()
     while True:
         roles = Roles(skips=dict(refused))
-        left = {path: options for path, options in asked.items() if path not in refused}
+        left = {path: one.options for path, one in wanted.items() if path not in refused}
         regions = [_Region(survey.model, one, known, left, roles, open_ended) for one in survey.capture.islands]
         for region in regions:
             region.assign()
@@ -68,12 +67,7 @@ def assign(survey: Survey, wanted: Mapping[str, Wanted]) -> Roles:
         refused |= found
 
 
-def _options(wanted: Wanted) -> TwoStreamOptions:
-    assert isinstance(wanted.options, TwoStreamOptions)
-    return wanted.options
-
-
-def _refusal(site: Site, wanted: Wanted, roles: Roles) -> str | None:
+def _refusal(site: Site, wanted: Wanted[TwoStreamOptions], roles: Roles) -> str | None:
     assert site.spec is not None
     return wanted.block.refusal(site.spec, site.size, roles.options[site.path])
 
@@ -133,14 +127,8 @@ class _Region:
             if self.wanted[self.paths[source]].alpha_out is None:
                 yield self.paths[source]
 
-    def _known(self, path: str) -> TwoStreamOptions | None:
-        """The role that a conv has been given already."""
-        options = self.roles.options.get(path)
-        assert options is None or isinstance(options, TwoStreamOptions)
-        return options
-
     def _may_open(self, node: fx.Node) -> bool:
-        site, options = self.sites[node], self._known(self.paths[node])
+        site, options = self.sites[node], self.roles.options.get(self.paths[node])
         assert site.spec is not None
         reads_low = options is not None and bool(options.alpha_in)
         return self._is_large(site, self.wanted[self.paths[node]]) and (site.spec.groups == 1 or reads_low)
@@ -150,7 +138,7 @@ class _Region:
         path, site = self.paths[node], self.sites[node]
         spec = site.spec
         assert spec is not None
-        options = self._known(path) or self._role(node, site)
+        options = self.roles.options.get(path) or self._role(node, site)
         if not any(options.alphas) and (spec.stride == (1, 1) or options.strided == "keep"):
             self.roles.skips[path] = self._why_plain(node, options)
             return self._plain(node)

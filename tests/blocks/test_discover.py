@@ -264,6 +264,13 @@ class Other(TwoStreamBlock[TwoStreamOptions]):
 """
 
 
+def test_a_block_of_two_streams_has_options_of_one(installed: Path) -> None:
+    text = TWO_STREAMS.replace('"p", TwoStreamOptions', '"p", surgeon.BlockOptions')
+    install(installed, "otherblocks", "other", text, "other:Other")
+    with pytest.raises(BlockError, match="is a TwoStreamBlock, and its `Options` are no TwoStreamOptions"):
+        registry()
+
+
 def test_streams_go_from_our_convs_to_those_of_another_distribution(installed: Path) -> None:
     install(installed, "otherblocks", "other", TWO_STREAMS, "other:Other")
     net = nn.Sequential(*(nn.Conv2d(c, 8, 3, padding=1) for c in (3, 8, 8)), nn.Conv2d(8, 6, 3, padding=1)).eval()
