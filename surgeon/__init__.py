@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from surgeon.analysis.sites import Survey
     from surgeon.api import convert, convert_, fuse, fuse_, load, plan, save, survey, verify
     from surgeon.blocks.acblock import ACBlock
+    from surgeon.blocks.base import Block, BlockOptions, Deployable, Foldable, Trial
     from surgeon.blocks.hetconv import HetConv
     from surgeon.blocks.octave import OctaveConv
+    from surgeon.conv.spec import ConvSpec
     from surgeon.models.call import Inputs
     from surgeon.proof.verify import Report
     from surgeon.recipes.recipe import Recipe
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "ACBlock": "surgeon.blocks.acblock",
+    **dict.fromkeys(("Block", "BlockOptions", "Deployable", "Foldable", "Trial"), "surgeon.blocks.base"),
+    "ConvSpec": "surgeon.conv.spec",
     "HetConv": "surgeon.blocks.hetconv",
     "Inputs": "surgeon.models.call",
     "OctaveConv": "surgeon.blocks.octave",
@@ -44,6 +48,11 @@ _HOMES = {
 
 __all__ = [
     "ACBlock",
+    "Block",
+    "BlockOptions",
+    "ConvSpec",
+    "Deployable",
+    "Foldable",
     "HetConv",
     "Inputs",
     "OctaveConv",
@@ -52,6 +61,7 @@ __all__ = [
     "Report",
     "SurgeonError",
     "Survey",
+    "Trial",
     "__version__",
     "convert",
     "convert_",

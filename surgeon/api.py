@@ -48,7 +48,7 @@ from surgeon.surgery import plan as plans
 from surgeon.surgery import replay
 from surgeon.surgery.fold import fold_blocks_
 from surgeon.surgery.manifest import manifest
-from surgeon.surgery.operate import KEEP_SEAMS, Swap, build, foresee, place_, prepare, stream_
+from surgeon.surgery.operate import Swap, build, foresee, keep_seams, place_, prepare, stream_
 from surgeon.surgery.plan import Plan
 
 # Relative L2 that no rounding explains once every block is proved; a norm that is applied twice or never is above it.
@@ -259,7 +259,7 @@ def _check_streams(model: nn.Module, split: nn.Module, plan: Plan, network: Netw
         if (path := _misread(split, plan, network, way, inputs, apart)) is not None:
             raise CaptureError(
                 f"the graph of {path or 'the model'} is not what it computes: its forward acts on what its inputs are",
-                todo=KEEP_SEAMS,
+                todo=keep_seams(plan),
             )
         raise PassError("seams", f"without seams the network is {apart:.1e} from itself with them")
     return apart

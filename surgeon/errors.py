@@ -4,6 +4,7 @@
     ├── RecipeError     exit 2      every fault of a recipe or plan file at once, each with file:line:column
     ├── ModelError      exit 2      no such model, wrong weights, refused classes
     ├── CaptureError    exit 2      what tracing or a trial run met, and where
+    ├── BlockError      exit 2      a block of another distribution that cannot be used
     ├── PlanError       exit 2      a rule that claims nothing; a plan that does not fit this model
     ├── StoreError      exit 2      file exists, disk full, wrong format
     ├── VerifyError     exit 2      outputs that cannot be compared
@@ -59,6 +60,10 @@ class ModelError(SurgeonError):
 
 class CaptureError(SurgeonError):
     """A model that cannot be followed or run as asked."""
+
+
+class BlockError(SurgeonError):
+    """A block of another distribution that cannot be used."""
 
 
 class PlanError(SurgeonError):

@@ -16,7 +16,7 @@ HOMES = {
     "ACBlock": "surgeon.blocks.acblock",
     "BasicBlock": "surgeon.app.demo.net",
     "ConvSpec": "surgeon.conv.spec",
-    "FusedOctave": "surgeon.blocks.octave",
+    "FusedOctave": "surgeon.blocks.fused_octave",
     "HetConv": "surgeon.blocks.hetconv",
     "OctaveConv": "surgeon.blocks.octave",
     "Pads": "surgeon.conv.spec",

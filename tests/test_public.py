@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import surgeon
+import surgeon.blocks
 import surgeon.nn
 
 PACKAGE = Path(surgeon.__file__).parent
@@ -112,3 +113,56 @@ def test_a_file_that_imports_the_other_way_is_found(tmp_path: Path) -> None:
     file = tmp_path / "wrong.py"
     file.write_text("def f():\n    from surgeon.app import cli\n")
     assert [_package(name) for name in _imports(file)] == ["app"]
+
+
+# The files of each block; no other file may name its classes.
+BLOCKS = {
+    "ACBlock": {"surgeon.blocks.acblock"},
+    "HetConv": {"surgeon.blocks.hetconv"},
+    "OctaveConv": {"surgeon.blocks.octave", "surgeon.blocks.fused_octave"},
+    "FusedOctave": {"surgeon.blocks.octave", "surgeon.blocks.fused_octave"},
+}
+
+
+def _named(text: str) -> set[str]:
+    """The names in a file, also those of its imports and attributes."""
+    found = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Name):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.alias):
+            found |= {node.name.rpartition(".")[2], node.asname or node.name}
+    return found
+
+
+def _blocks_in(text: str) -> set[str]:
+    return {block for block in BLOCKS for name in _named(text) if name in (block, f"{block}Options")}
+
+
+@pytest.mark.parametrize("path", FILES, ids=_dotted)
+def test_no_file_but_its_own_names_a_block(path: Path) -> None:
+    if _dotted(path) in ("surgeon", "surgeon.nn"):
+        return
+    named = _blocks_in(path.read_text(encoding="utf-8"))
+    assert not {block for block in named if _dotted(path) not in BLOCKS[block]}
+
+
+def test_every_block_of_surgeon_is_among_those_that_no_file_names() -> None:
+    ours = {block.__name__ for block in surgeon.blocks.registry().values() if block.__module__ == "surgeon.nn"}
+    assert ours == set(BLOCKS) - {"FusedOctave"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from surgeon.blocks.octave import OctaveConvOptions",
+        "from surgeon.blocks.octave import OctaveConv as Conv",
+        "isinstance(m, surgeon.nn.OctaveConv)",
+        "def f(block: OctaveConv) -> None: ...",
+    ],
+)
+def test_a_file_that_names_a_block_is_found(line: str) -> None:
+    assert _blocks_in(line) == {"OctaveConv"}
+    assert _blocks_in("# OctaveConv\n'OctaveConv'\nOctaveConvLike") == set()

@@ -168,12 +168,10 @@ def _plan_row(entry: Entry) -> tuple[str, ...]:
 
 
 def _kept(entry: Entry) -> str | None:
-    """Say how much off-centre energy a swap keeps, and how much the other ways would."""
-    if entry.kept_energy is None:
+    """Say how much of what a conv has learnt a swap keeps, in the words of its block."""
+    if entry.kept_energy is None or entry.swap is None:
         return None
-    chosen = str(entry.options["layout"])
-    others = ", ".join(f"{way} {share:.0%}" for way, share in entry.kept_energy.items() if way != chosen)
-    return f"keeps {entry.kept_energy[chosen]:.0%} of the energy off the centre ({others})"
+    return entry.block.kept_in_words(entry.kept_energy, entry.block_options)
 
 
 def _beside(path: str, other: str) -> str:

@@ -1,24 +1,6 @@
-"""The blocks: every subclass of `Block` in this folder, by the name that recipes use."""
+"""The blocks: what a conv can become. `base` is the contract, `registry` finds every block by its name in recipes."""
 
-from __future__ import annotations
+from surgeon.blocks.base import Block, BlockOptions, Deployable, Foldable, Operator, Together, Trial, Wanted
+from surgeon.blocks.discover import registry
 
-import importlib
-import inspect
-import pkgutil
-from functools import cache
-
-from surgeon.blocks.base import Block, BlockOptions, Deployable, Example, Foldable, Operator
-
-__all__ = ["Block", "BlockOptions", "Deployable", "Example", "Foldable", "Operator", "registry"]
-
-
-@cache
-def registry() -> dict[str, type[Block]]:
-    """Find every block in this folder: name → class, sorted by name."""
-    found: dict[str, type[Block]] = {}
-    for info in pkgutil.iter_modules(__path__):
-        module = importlib.import_module(f"{__name__}.{info.name}")
-        for value in vars(module).values():
-            if isinstance(value, type) and issubclass(value, Block) and not inspect.isabstract(value):
-                found[value.name] = value
-    return dict(sorted(found.items()))
+__all__ = ["Block", "BlockOptions", "Deployable", "Foldable", "Operator", "Together", "Trial", "Wanted", "registry"]

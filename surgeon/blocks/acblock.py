@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from surgeon.blocks import base
-from surgeon.blocks.base import Example
+from surgeon.blocks.base import Trial
 from surgeon.conv import kernels
 from surgeon.conv.spec import ConvSpec, Pads
 
@@ -55,7 +55,7 @@ class ACBlockOptions(base.BlockOptions):
         return self
 
 
-class ACBlock(base.Foldable):
+class ACBlock(base.Foldable[ACBlockOptions]):
     """Three parallel branches for one k×k conv: (n, c_in, h, w) → (n, c_out, h', w').
 
     Submodules are named as in the published code, so its checkpoints load.
@@ -95,7 +95,7 @@ class ACBlock(base.Foldable):
         return self.spec.part((kh, 1), row=0, column=self.column), self.spec.part((1, kw), row=self.row, column=0)
 
     @classmethod
-    def refusal(cls, spec: ConvSpec, size: tuple[int, int] | None, options: base.BlockOptions) -> str | None:
+    def refusal(cls, spec: ConvSpec, size: tuple[int, int] | None, options: ACBlockOptions) -> str | None:
         kh, kw = spec.kernel
         if spec.kernel == (1, 1):
             return "a 1x1 kernel has no rows and columns to strengthen"
@@ -106,17 +106,15 @@ class ACBlock(base.Foldable):
         return None
 
     @classmethod
-    def keeps_function(cls, options: base.BlockOptions) -> bool:
-        assert isinstance(options, ACBlockOptions)
+    def keeps_function(cls, options: ACBlockOptions) -> bool:
         return options.init != "scratch"
 
     @classmethod
-    def takes_norm(cls, options: base.BlockOptions) -> bool:
+    def takes_norm(cls, options: ACBlockOptions) -> bool:
         return True
 
     @classmethod
-    def note(cls, options: base.BlockOptions, norm_obstacle: str | None) -> str | None:
-        assert isinstance(options, ACBlockOptions)
+    def note(cls, options: ACBlockOptions, norm_obstacle: str | None) -> str | None:
         if options.init == "scratch":
             return "starts at random: what the conv has learnt is lost"
         if norm_obstacle is not None:
@@ -127,9 +125,8 @@ class ACBlock(base.Foldable):
 
     @classmethod
     def from_conv(
-        cls, conv: nn.Conv2d, options: base.BlockOptions, *, norm: _BatchNorm | None, generator: torch.Generator
+        cls, conv: nn.Conv2d, options: ACBlockOptions, *, norm: _BatchNorm | None, generator: torch.Generator
     ) -> Self:
-        assert isinstance(options, ACBlockOptions)
         own = _identity_norm(conv) if norm is None else _taken_over(norm, conv.bias)
         is_scratch = options.init == "scratch"
         block = cls(
@@ -146,7 +143,7 @@ class ACBlock(base.Foldable):
         return block
 
     @classmethod
-    def examples(cls) -> Iterator[Example]:
+    def trials(cls) -> Iterator[Trial]:
         specs = [
             ConvSpec(4, 6, (3, 3), padding=(1, 1)),
             ConvSpec(4, 6, (3, 3), padding=(1, 1), bias=False, stride=(2, 2)),
@@ -157,8 +154,8 @@ class ACBlock(base.Foldable):
             for placement in ("skeleton", "border"):
                 for init in ("takeover", "split", "scratch"):
                     options = ACBlockOptions.model_validate({"init": init, "placement": placement})
-                    yield Example(spec, options)
-                    yield Example(spec, options, with_norm=True)
+                    yield Trial(spec, options)
+                    yield Trial(spec, options, with_norm=True)
 
     def forward(self, input: Tensor) -> Tensor:
         x, mode = input, self.spec.padding_mode

@@ -1,21 +1,23 @@
 """The contract of a block: what a replacement for an `nn.Conv2d` has to be.
 
-A new block is one file in this folder with one subclass of `Block` (or `Foldable`); recipes, plans, the command line
-and the contract test (`tests/test_contract.py`) find it by themselves.
+A new block is one file with one subclass of `Block`, `Foldable` or `Deployable`, in this folder or in a distribution of
+its own that names it as an entry point of the group `surgeon.blocks`. Recipes, plans and the command line find it by
+themselves (`discover`); CONTRIBUTING.md goes through the contract.
 """
 
 from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar, Self
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from typing_extensions import TypeVar
 
 from surgeon.conv.spec import ConvSpec
 from surgeon.nn import Stored
@@ -27,8 +29,11 @@ class BlockOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+Opts = TypeVar("Opts", bound=BlockOptions, default=Any)  # the options of a block
+
+
 @dataclass(frozen=True, slots=True)
-class Example:
+class Trial:
     """A conv and options that the contract test tries a block on; the size is that of its input."""
 
     spec: ConvSpec
@@ -37,55 +42,81 @@ class Example:
     with_norm: bool = False  # the conv comes with the norm that follows it
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted(Generic[Opts]):
+    """The block and options that a recipe gives to one conv."""
+
+    block: type[Block[Opts]]
+    options: Opts
+
+
+@dataclass(slots=True)
+class Together(Generic[Opts]):
+    """What a planner says of the convs that it was given: the options of each, or why it stays as it is."""
+
+    options: dict[str, Opts] = field(default_factory=dict)
+    skips: dict[str, str] = field(default_factory=dict)
+
+
 class Operator(Stored, nn.Module):
     """One step of a graph: tracing does not look into it."""
 
     spec: ConvSpec  # of the conv whose work it does
 
 
-class Block(Operator, abc.ABC):
-    """A module that stands where an `nn.Conv2d` stood: it takes the same input and gives the same output shape."""
+class Block(Operator, abc.ABC, Generic[Opts]):
+    """A module that stands where an `nn.Conv2d` stood: it takes the same input and gives the same output shape.
+
+    Most blocks are planned conv by conv. A block whose convs have to know of each other gives `planner`, the name of a
+    function `planner(survey, wanted)`, as `package.module:function`. It is called once for a network, with the `Wanted`
+    of every conv that a recipe gives to blocks of this planner, by path, and returns a `Together`. It is named, not
+    imported, because a planner looks at a whole network, which blocks know nothing about.
+    """
 
     name: ClassVar[str]  # as recipes write it
     title: ClassVar[str]  # one line for `surgeon blocks`
     paper: ClassVar[str]
     Options: ClassVar[type[BlockOptions]]
+    planner: ClassVar[str | None] = None
 
     @classmethod
     @abc.abstractmethod
-    def refusal(cls, spec: ConvSpec, size: tuple[int, int] | None, options: BlockOptions) -> str | None:
+    def refusal(cls, spec: ConvSpec, size: tuple[int, int] | None, options: Opts) -> str | None:
         """Say why this block cannot replace such a conv, or None if it can. `size` is the input's, where known."""
 
     @classmethod
     @abc.abstractmethod
-    def keeps_function(cls, options: BlockOptions) -> bool:
+    def keeps_function(cls, options: Opts) -> bool:
         """Whether the block, in eval mode, computes what the conv it replaces computed."""
 
     @classmethod
-    def takes_norm(cls, options: BlockOptions) -> bool:
+    def takes_norm(cls, options: Opts) -> bool:
         """Whether the block wants to take over the batch norm that follows the conv."""
         return False
 
     @classmethod
-    def note(cls, options: BlockOptions, norm_obstacle: str | None) -> str | None:
+    def note(cls, options: Opts, norm_obstacle: str | None) -> str | None:
         """Say what the plan should add about a swap; `norm_obstacle` is why no norm is taken over, if none is."""
         return None
 
     @classmethod
-    def ideal_share(cls, spec: ConvSpec, options: BlockOptions) -> float | None:
+    def ideal_share(cls, spec: ConvSpec, options: Opts) -> float | None:
         """The share of the conv's multiply-adds that the paper counts, where that is not what is executed."""
         return None
 
     @classmethod
-    def kept_energy(cls, weight: torch.Tensor, options: BlockOptions) -> dict[str, float] | None:
+    def kept_energy(cls, weight: torch.Tensor, options: Opts) -> dict[str, float] | None:
         """What share of a trained kernel's energy each way of thinning it out keeps, for blocks that do that."""
         return None
 
     @classmethod
+    def kept_in_words(cls, kept: Mapping[str, float], options: Opts) -> str:
+        """Say in a table what `kept_energy` found."""
+        return "energy kept: " + ", ".join(f"{way} {share:.0%}" for way, share in kept.items())
+
+    @classmethod
     @abc.abstractmethod
-    def from_conv(
-        cls, conv: nn.Conv2d, options: BlockOptions, *, norm: _BatchNorm | None, generator: torch.Generator
-    ) -> Self:
+    def from_conv(cls, conv: nn.Conv2d, options: Opts, *, norm: _BatchNorm | None, generator: torch.Generator) -> Self:
         """Build the block from a conv that is not refused, with its dtype, device, memory format and training flag.
 
         The conv's tensors may be shared, never changed. `norm` is the norm to take over, where there is one. What is
@@ -94,7 +125,7 @@ class Block(Operator, abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def examples(cls) -> Iterator[Example]:
+    def trials(cls) -> Iterator[Trial]:
         """Convs and options that the contract test tries."""
 
     # What people read off a conv can be read off the block in its place.
@@ -112,7 +143,7 @@ class Block(Operator, abc.ABC):
         return None
 
 
-class Foldable(Block):
+class Foldable(Block[Opts]):
     """A block that one plain conv can do the work of, once it is trained."""
 
     folds_for_free: ClassVar[bool] = True  # False: the plain conv costs more than the block
@@ -133,7 +164,7 @@ class Foldable(Block):
         return self.fold()
 
 
-class Deployable(Block):
+class Deployable(Block[Opts]):
     """A block that no single conv can do the work of, but that has a form of plain convs to deploy."""
 
     @abc.abstractmethod

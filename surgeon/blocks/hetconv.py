@@ -22,7 +22,7 @@ Singh et al. 2019, HetConv, arXiv:1903.04120, section 3 and eq. 3–6.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal, Self
 
 import torch
@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from surgeon.blocks import base
-from surgeon.blocks.base import Example
+from surgeon.blocks.base import Trial
 from surgeon.conv import kernels
 from surgeon.conv.grouping import best_groups, share_kept
 from surgeon.conv.spec import ConvSpec
@@ -62,7 +62,7 @@ class HetConvOptions(base.BlockOptions):
         return self
 
 
-class HetConv(base.Foldable):
+class HetConv(base.Foldable[HetConvOptions]):
     """A cheaper stand-in for a dense k×k conv: (n, c_in, h, w) → (n, c_out, h', w'). Approximates it, by design.
 
     Parameters, with filters and channels sorted: `weight` (out, in/p, kh, kw), the k×k kernels of a group's filters
@@ -101,8 +101,7 @@ class HetConv(base.Foldable):
         self.centre, self.centre_shift = self.spec.part((1, 1), row=kh // 2, column=kw // 2)
 
     @classmethod
-    def refusal(cls, spec: ConvSpec, size: tuple[int, int] | None, options: base.BlockOptions) -> str | None:
-        assert isinstance(options, HetConvOptions)
+    def refusal(cls, spec: ConvSpec, size: tuple[int, int] | None, options: HetConvOptions) -> str | None:
         kh, kw = spec.kernel
         if spec.kernel == (1, 1):
             return "a 1x1 kernel has nothing to leave out"
@@ -118,26 +117,23 @@ class HetConv(base.Foldable):
         return None
 
     @classmethod
-    def keeps_function(cls, options: base.BlockOptions) -> bool:
+    def keeps_function(cls, options: HetConvOptions) -> bool:
         return False
 
     @classmethod
-    def note(cls, options: base.BlockOptions, norm_obstacle: str | None) -> str | None:
-        assert isinstance(options, HetConvOptions)
+    def note(cls, options: HetConvOptions, norm_obstacle: str | None) -> str | None:
         if options.init == "scratch":
             return "starts at random: what the conv has learnt is lost"
         return "approximates the conv: taps are left out, and want training"
 
     @classmethod
-    def ideal_share(cls, spec: ConvSpec, options: base.BlockOptions) -> float:
+    def ideal_share(cls, spec: ConvSpec, options: HetConvOptions) -> float:
         """The paper's share, 1/P + (1 − 1/P)/K² (eq. 6); executed are the zeros of the 1×1 kernel too."""
-        assert isinstance(options, HetConvOptions)
         kh, kw = spec.kernel
         return 1 / options.p + (1 - 1 / options.p) / (kh * kw)
 
     @classmethod
-    def kept_energy(cls, weight: Tensor, options: base.BlockOptions) -> dict[str, float] | None:
-        assert isinstance(options, HetConvOptions)
+    def kept_energy(cls, weight: Tensor, options: HetConvOptions) -> dict[str, float] | None:
         if options.init == "scratch":
             return None
         energy, known = _off_centre_energy(weight), _fixed_groups(weight, options.p)
@@ -146,10 +142,14 @@ class HetConv(base.Foldable):
         return {layout: share_kept(energy, *groups) for layout, groups in known.items()}
 
     @classmethod
+    def kept_in_words(cls, kept: Mapping[str, float], options: HetConvOptions) -> str:
+        others = ", ".join(f"{layout} {share:.0%}" for layout, share in kept.items() if layout != options.layout)
+        return f"keeps {kept.get(options.layout, math.nan):.0%} of the energy off the centre ({others})"
+
+    @classmethod
     def from_conv(
-        cls, conv: nn.Conv2d, options: base.BlockOptions, *, norm: _BatchNorm | None, generator: torch.Generator
+        cls, conv: nn.Conv2d, options: HetConvOptions, *, norm: _BatchNorm | None, generator: torch.Generator
     ) -> Self:
-        assert isinstance(options, HetConvOptions)
         block = cls(ConvSpec.of(conv), options.p, options.layout, like=conv.weight)
         dense: Tensor = conv.weight
         if options.layout == "best" and not dense.is_meta:
@@ -192,7 +192,7 @@ class HetConv(base.Foldable):
         return block.train(grouped.training)
 
     @classmethod
-    def examples(cls) -> Iterator[Example]:
+    def trials(cls) -> Iterator[Trial]:
         specs = [
             ConvSpec(8, 12, (3, 3), padding=(1, 1)),
             ConvSpec(8, 4, (3, 3), padding=(0, 2), stride=(2, 1), bias=False),
@@ -205,7 +205,7 @@ class HetConv(base.Foldable):
                 {"p": 2, "layout": "interleaved", "init": "scratch"},
                 {"p": 4, "layout": "best"},
             ):
-                yield Example(spec, HetConvOptions.model_validate(options))
+                yield Trial(spec, HetConvOptions.model_validate(options))
 
     def forward(self, input: Tensor) -> Tensor:
         spec = self.spec

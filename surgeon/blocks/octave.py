@@ -22,118 +22,29 @@ Chen et al. 2019, Drop an Octave, arXiv:1904.05049, section 3 and eq. 2–5.
 
 from __future__ import annotations
 
-import abc
 import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self, overload
+from typing import Self
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from surgeon.blocks import base
-from surgeon.blocks.base import Example
+from surgeon.blocks.base import Trial
+from surgeon.blocks.fused_octave import FusedOctave
+from surgeon.blocks.two_streams import Streams, TwoStreamBlock, TwoStreamOptions, in_words
 from surgeon.conv import kernels, streams
 from surgeon.conv.spec import ConvSpec
 from surgeon.conv.streams import Ranges
 
-Streams = tuple[Tensor, Tensor | None]
-_Count = Annotated[int, Field(ge=0)]
 
-
-class OctaveConvOptions(base.BlockOptions):
+class OctaveConvOptions(TwoStreamOptions):
     """What share of the channels is low, before and behind the conv."""
 
-    alpha: float = Field(0.5, ge=0, lt=1, description="share of low channels, before and behind the conv")
-    alpha_in: float | None = Field(
-        None, ge=0, lt=1, description="share before the conv; left out, it is planned: what the conv reads decides"
-    )
-    alpha_out: float | None = Field(
-        None, ge=0, lt=1, description="share behind the conv; left out, it is planned: who reads the conv decides"
-    )
-    low_in: tuple[tuple[_Count, _Count], ...] | None = Field(
-        None, description="the low input channels as pairs of start and stop, where they are not the last; planned"
-    )
-    downsample: Literal["paper", "pool-both"] = Field(
-        "paper",
-        description="at stride 2, paper: the low stream makes the high one as it is; pool-both: both streams are "
-        "pooled first, as a second lineage of code does",
-    )
-    min_size: int = Field(
-        6, ge=1, description="a conv whose low map would have a shorter side than this writes high channels only"
-    )
-    strided: Literal["pool", "keep"] = Field(
-        "pool",
-        description="a conv of stride 2 without low channels: pooled, then convolved at stride 1, as in "
-        "the paper's code, or kept as it is",
-    )
-    seams: Literal["remove", "keep"] = Field(
-        "remove", description="remove: hand the streams on from conv to conv; keep: each conv splits and joins"
-    )
 
-    @model_validator(mode="after")
-    def _ranges_follow_each_other(self) -> Self:
-        borders = [border for limits in self.low_in or () for border in limits]
-        are_empty = any(one >= other for one, other in zip(borders[::2], borders[1::2], strict=True))
-        if are_empty or borders != sorted(borders):
-            raise ValueError("low_in needs ranges [start, stop] that follow each other")
-        return self
-
-    @property
-    def alphas(self) -> tuple[float, float]:
-        """The shares before and behind the conv."""
-        before, behind = self.alpha_in, self.alpha_out
-        return self.alpha if before is None else before, self.alpha if behind is None else behind
-
-    def ranges(self, spec: ConvSpec) -> tuple[Ranges, Ranges]:
-        """The low channels before and behind the conv."""
-        before, behind = self.alphas
-        low_in = streams.last(before, spec.c_in) if self.low_in is None else self.low_in
-        return low_in, streams.last(behind, spec.c_out)
-
-
-class TwoStreams(base.Operator):
-    """What reads and writes two streams: (n, c_in, h, w) → (n, c_out, h', w'), or a pair of streams → such a pair.
-
-    The low stream of a pair is None where there is none. `low_in` and `low_out` are the ranges of the low channels.
-    """
-
-    downsample: str
-    low_in: Ranges
-    low_out: Ranges
-
-    @overload
-    def forward(self, input: Tensor) -> Tensor: ...
-
-    @overload
-    def forward(self, input: Streams) -> Streams: ...
-
-    def forward(self, input: Tensor | Streams) -> Tensor | Streams:
-        if not isinstance(input, Tensor):
-            return self.core(*input)
-        high, low = self.core(*(streams.split(input, self.low_in) if self.low_in else (input, None)))
-        return high if low is None else streams.join(high, low, self.low_out)
-
-    @abc.abstractmethod
-    def core(self, high: Tensor, low: Tensor | None) -> Streams:
-        """Convolve the two streams: (n, high, h, w) and (n, low, ⌈h/2⌉, ⌈w/2⌉) or None, to the like."""
-
-    def extra_repr(self) -> str:
-        words = [str(self.spec), f"low {in_words(self.low_in)} → {in_words(self.low_out)}"]
-        return ", ".join([*words, *[f"downsample={self.downsample}"] * (self.spec.stride == (2, 2))])
-
-    def _resampled(self, high: Tensor, low: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None, bool]:
-        """Give h, l on its way to the high stream, l on its way to the low one; and whether the second needs up."""
-        if self.spec.stride == (1, 1):
-            return high, low, low, True
-        pooled, pools_both = None if low is None else streams.pool(low), self.downsample == "pool-both"
-        return streams.pool(high), pooled if pools_both else low, pooled, pools_both
-
-
-class OctaveConv(TwoStreams, base.Deployable):
+class OctaveConv(TwoStreamBlock[OctaveConvOptions]):
     """Two streams in place of a conv, joined again: (n, c_in, h, w) → (n, c_out, h', w'). Approximates it, by design.
 
     `weight` and `bias` are those of the conv.
@@ -155,8 +66,7 @@ class OctaveConv(TwoStreams, base.Deployable):
         self.weight, self.bias = conv.weight, conv.bias
 
     @classmethod
-    def refusal(cls, spec: ConvSpec, size: tuple[int, int] | None, options: base.BlockOptions) -> str | None:
-        assert isinstance(options, OctaveConvOptions)
+    def refusal(cls, spec: ConvSpec, size: tuple[int, int] | None, options: OctaveConvOptions) -> str | None:
         if spec.stride not in ((1, 1), (2, 2)):
             return f"stride {spec.stride[0]}x{spec.stride[1]}: only 1 and 2 are defined for two streams"
         if even := [k for k in spec.kernel if k % 2 == 0]:
@@ -176,12 +86,11 @@ class OctaveConv(TwoStreams, base.Deployable):
         return None
 
     @classmethod
-    def keeps_function(cls, options: base.BlockOptions) -> bool:
+    def keeps_function(cls, options: OctaveConvOptions) -> bool:
         return False
 
     @classmethod
-    def note(cls, options: base.BlockOptions, norm_obstacle: str | None) -> str | None:
-        assert isinstance(options, OctaveConvOptions)
+    def note(cls, options: OctaveConvOptions, norm_obstacle: str | None) -> str | None:
         before, behind = options.alphas
         if not (before or behind):
             return "pooled, then convolved at stride 1"
@@ -190,13 +99,12 @@ class OctaveConv(TwoStreams, base.Deployable):
 
     @classmethod
     def from_conv(
-        cls, conv: nn.Conv2d, options: base.BlockOptions, *, norm: _BatchNorm | None, generator: torch.Generator
+        cls, conv: nn.Conv2d, options: OctaveConvOptions, *, norm: _BatchNorm | None, generator: torch.Generator
     ) -> Self:
-        assert isinstance(options, OctaveConvOptions)
         return cls(conv, options).train(conv.training)
 
     @classmethod
-    def examples(cls) -> Iterator[Example]:
+    def trials(cls) -> Iterator[Trial]:
         specs = [
             ConvSpec(8, 12, (3, 3), padding=(1, 1)),
             ConvSpec(8, 4, (1, 1), stride=(2, 2), bias=False),
@@ -205,13 +113,13 @@ class OctaveConv(TwoStreams, base.Deployable):
         ]
         for spec in specs:
             for options in ({"alpha": 0.5}, {"alpha_in": 0.0}, {"alpha_out": 0.0}, {"downsample": "pool-both"}):
-                yield Example(spec, OctaveConvOptions.model_validate(options))
-        yield Example(specs[0], OctaveConvOptions.model_validate({"low_in": ((1, 3), (5, 6))}))
+                yield Trial(spec, OctaveConvOptions.model_validate(options))
+        yield Trial(specs[0], OctaveConvOptions.model_validate({"low_in": ((1, 3), (5, 6))}))
 
     def core(self, high: Tensor, low: Tensor | None) -> Streams:
         if self.spec.groups > 1:
             return self._grouped(high, low)
-        high, fine, low, needs_up = self._resampled(high, low)
+        high, fine, low, needs_up = self.resampled(high, low)
         to_high, to_low = streams.part(self.weight, self.low_out, 0)
         bias_high, bias_low = (None, None) if self.bias is None else streams.part(self.bias, self.low_out, 0)
         from_high, from_low = streams.part(to_high, self.low_in)
@@ -251,7 +159,7 @@ class OctaveConv(TwoStreams, base.Deployable):
 
     def _grouped(self, high: Tensor, low: Tensor | None) -> Streams:
         """Convolve group by group: what each stream gets from the other comes behind or before its own channels."""
-        high, fine, low, needs_up = self._resampled(high, low)
+        high, fine, low, needs_up = self.resampled(high, low)
         highs, lows = [], []
         for path in self._paths(to_low=False):
             source = fine if path.reads_low else high
@@ -308,75 +216,6 @@ class _Path:
     channels: slice  # of the stream that it reads
     rows: slice  # of the kernel: its filters
     spec: ConvSpec
-
-
-class FusedOctave(TwoStreams):
-    """An OctaveConv in plain convs, one for each path, to deploy.
-
-    Two convs that read the same low map are one (`low_to_both`), unless their kernels are 1×1: then it is faster to add
-    the second one's result, in a matrix product, to what is there.
-    """
-
-    __module__ = "surgeon.nn"
-
-    def __init__(self, block: OctaveConv) -> None:
-        super().__init__()
-        self.spec, self.downsample = block.spec, block.downsample
-        self.low_in, self.low_out = block.low_in, block.low_out
-        reads_once = self.spec.stride == (1, 1) or self.downsample == "pool-both"
-        shares = bool(block.low_in and block.low_out) and reads_once and self.spec.kernel != (1, 1)
-        high_in, high_out = streams.others(block.low_in, self.spec.c_in), streams.others(block.low_out, self.spec.c_out)
-        self.high_to_high = _conv(block, high_out, high_in, with_bias=True)
-        self.high_to_low = _conv(block, block.low_out, high_in, with_bias=True)
-        self.low_to_both = _conv(block, (*high_out, *block.low_out), block.low_in) if shares else None
-        self.low_to_high = None if shares else _conv(block, high_out, block.low_in)
-        self.low_to_low = None if shares else _conv(block, block.low_out, block.low_in)
-        self.train(block.training)
-
-    def core(self, high: Tensor, low: Tensor | None) -> Streams:
-        high, fine, low, needs_up = self._resampled(high, low)
-        made: Tensor = _ran(self.high_to_high, high)
-        made_low = None if self.high_to_low is None else _ran(self.high_to_low, streams.pool(high))
-        if fine is None or low is None:
-            return made, made_low
-        if self.low_to_both is not None:
-            both = self.low_to_both(fine)
-            border = made.shape[1]
-            assert made_low is not None
-            made_low = streams.add_into(made_low, both[:, border:])
-            extra = both[:, :border]
-        else:
-            extra = _ran(self.low_to_high, fine)
-            if self.low_to_low is not None and made_low is not None:
-                spec = ConvSpec.of(self.low_to_low)
-                made_low = kernels.add_convolved(made_low, low, self.low_to_low.weight, spec)
-        return streams.add_up(made, extra) if needs_up else streams.add_into(made, extra), made_low
-
-
-def _ran(conv: nn.Conv2d | None, x: Tensor) -> Tensor:
-    assert conv is not None
-    made: Tensor = conv(x)
-    return made
-
-
-def _conv(block: OctaveConv, filters: Ranges, channels: Ranges, *, with_bias: bool = False) -> nn.Conv2d | None:
-    """Make a plain conv of one or two paths of a block, if there are any."""
-    if not (filters and channels):
-        return None
-    kernel = block.kernel(filters, channels).detach()
-    bias = streams.take(block.bias, filters, 0).detach() if with_bias and block.bias is not None else None
-    spec = block.spec.change(c_in=kernel.shape[1], c_out=kernel.shape[0], stride=(1, 1), bias=bias is not None)
-    conv = spec.build(like=block.weight)
-    with torch.no_grad():
-        conv.weight.copy_(kernel)
-        if bias is not None:
-            assert conv.bias is not None
-            conv.bias.copy_(bias)
-    return conv
-
-
-def in_words(ranges: Ranges) -> str:
-    return " ".join(f"{start}:{stop}" for start, stop in ranges) or "none"
 
 
 def _cut_group(spec: ConvSpec, options: OctaveConvOptions) -> str | None:

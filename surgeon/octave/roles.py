@@ -1,7 +1,7 @@
 """The roles of octave convs: where two streams begin, how far they go, and where they end.
 
-A region is a set of convs joined by steps that two streams can go through. Of the convs that a recipe gives to
-OctaveConv,
+A region is a set of convs joined by steps that two streams can go through. Of the convs that a recipe gives to blocks
+of two streams,
 
 - one whose low map would be smaller than `min_size`, or that no larger one of them reads, writes high channels only
   (alpha_out = 0), unless what it writes is added to low channels;
@@ -19,42 +19,40 @@ Chen et al. 2019, Drop an Octave, arXiv:1904.05049, section 4.1.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import fx, nn
 
 from surgeon.analysis.islands import Island
-from surgeon.analysis.sites import Site
-from surgeon.blocks.octave import OctaveConv, OctaveConvOptions
+from surgeon.analysis.sites import Site, Survey
+from surgeon.blocks import Together, Wanted
+from surgeon.blocks.two_streams import TwoStreamOptions
 from surgeon.conv import streams
-from surgeon.octave import layout as channelwise
-from surgeon.octave.layout import Flow, Layout
+from surgeon.octave.layout import Flow, Layout, Step
 from surgeon.octave.rewrite import LowPass
-
-_CARRIES = {"elementwise", "norm", "sum", "product", "concat", "spatial", "low_pass"}
+from surgeon.octave.rules import rule_of
 
 
 @dataclass(slots=True)
-class Roles:
+class Roles(Together[TwoStreamOptions]):
     """What was planned: the options of the convs that are swapped, why others are not, and what is low-passed."""
 
-    options: dict[str, OctaveConvOptions] = field(default_factory=dict)
-    skips: dict[str, str] = field(default_factory=dict)
     low_passes: list[LowPass] = field(default_factory=list)
 
 
-def assign(
-    model: nn.Module, islands: Sequence[Island], sites: Sequence[Site], wanted: Mapping[str, OctaveConvOptions]
-) -> Roles:
-    """Give every wanted conv its role; one that is refused in it is left out, and the others are planned anew."""
-    known = {site.path: site for site in sites}
+def assign(survey: Survey, wanted: Mapping[str, Wanted[TwoStreamOptions]]) -> Roles:
+    """Give every wanted conv its role; one that is refused in it is left out, and the others are planned anew.
+
+    It is the `planner` of all blocks of two streams.
+    """
+    known = {site.path: site for site in survey.sites}
     refused: dict[str, str] = {}
     open_ended: set[str] = set()
     while True:
         roles = Roles(skips=dict(refused))
-        left = {path: options for path, options in wanted.items() if path not in refused}
-        regions = [_Region(model, island, known, left, roles, open_ended) for island in islands]
+        left = {path: one.options for path, one in wanted.items() if path not in refused}
+        regions = [_Region(survey.model, one, known, left, roles, open_ended) for one in survey.network.islands]
         for region in regions:
             region.assign()
         if added := {path for region in regions for path in region.added_to_streams()} - open_ended:
@@ -63,18 +61,18 @@ def assign(
         for path, options in left.items():  # what no graph shows
             if path not in roles.options and path not in roles.skips:
                 roles.options[path] = _fixed(options)
-        found = {path: why for path, options in roles.options.items() if (why := _refusal(known[path], options))}
+        found = {path: why for path in roles.options if (why := _refusal(known[path], wanted[path], roles))}
         if not found:
             return roles
         refused |= found
 
 
-def _refusal(site: Site, options: OctaveConvOptions) -> str | None:
+def _refusal(site: Site, wanted: Wanted[TwoStreamOptions], roles: Roles) -> str | None:
     assert site.spec is not None
-    return OctaveConv.refusal(site.spec, site.size, options)
+    return wanted.block.refusal(site.spec, site.size, roles.options[site.path])
 
 
-def _fixed(options: OctaveConvOptions) -> OctaveConvOptions:
+def _fixed(options: TwoStreamOptions) -> TwoStreamOptions:
     before, behind = options.alphas
     return options.model_copy(update={"alpha_in": before, "alpha_out": behind})
 
@@ -87,7 +85,7 @@ class _Region:
         model: nn.Module,
         island: Island,
         sites: Mapping[str, Site],
-        wanted: Mapping[str, OctaveConvOptions],
+        wanted: Mapping[str, TwoStreamOptions],
         roles: Roles,
         open_ended: set[str],
     ) -> None:
@@ -106,17 +104,24 @@ class _Region:
         if not self.paths:
             return
         for node in self.island.graph.nodes:
-            flow = self._octave(node) if node in self.paths else channelwise.flow(node, self.modules, self.layouts)
+            flow = self._octave(node) if node in self.paths else self._plain(node)
             self.layouts[node] = flow.layout
             self.low_passed += flow.low_pass
             self.roles.low_passes += [LowPass(self.island.path, node.name, one.name) for one in flow.low_pass]
+
+    def _plain(self, node: fx.Node) -> Flow:
+        step = self._step(node)
+        return rule_of(step).flow(step, self.layouts)
+
+    def _step(self, node: fx.Node) -> Step:
+        return Step(node, self.modules)
 
     def added_to_streams(self) -> Iterator[str]:
         """Name the convs that could write low channels, do not, and would have to be low-passed behind that."""
         for node in self.low_passed:
             source: fx.Node | None = node
-            while source is not None and channelwise.role(source, self.modules) in ("norm", "elementwise"):
-                source = channelwise.operand(source)
+            while source is not None and rule_of(self._step(source)).is_channelwise:
+                source = self._step(source).operand
             if source is None or source not in self.paths or not self._may_open(source):
                 continue
             if self.wanted[self.paths[source]].alpha_out is None:
@@ -136,18 +141,17 @@ class _Region:
         options = self.roles.options.get(path) or self._role(node, site)
         if not any(options.alphas) and (spec.stride == (1, 1) or options.strided == "keep"):
             self.roles.skips[path] = self._why_plain(node, options)
-            return channelwise.flow(node, self.modules, self.layouts)
+            return self._plain(node)
         self.roles.options[path] = options
         low = () if options.seams == "keep" else options.ranges(spec)[1]
         return Flow(Layout(spec.c_out, low))
 
-    def _role(self, node: fx.Node, site: Site) -> OctaveConvOptions:
+    def _role(self, node: fx.Node, site: Site) -> TwoStreamOptions:
         options, spec = self.wanted[self.paths[node]], site.spec
         assert spec is not None
         if self.calls[self.paths[node]] > 1 or options.seams == "keep":
             return _fixed(options)
-        source = channelwise.operand(node)
-        layout = self.layouts[source] if source is not None else Layout()
+        layout = self._step(node).layout_before(self.layouts)
         layout = layout.plain if layout.is_point else layout
         low_in = layout.low if options.alpha_in is None else streams.last(options.alpha_in, spec.c_in)
         alpha_in = options.alphas[0] if low_in == streams.last(options.alphas[0], spec.c_in) else None
@@ -162,7 +166,7 @@ class _Region:
             update |= {"alpha_in": streams.count(low_in) / spec.c_in, "low_in": low_in}
         return options.model_copy(update=update)
 
-    def _is_large(self, site: Site, options: OctaveConvOptions) -> bool:
+    def _is_large(self, site: Site, options: TwoStreamOptions) -> bool:
         """Whether the low map of a conv's output has sides of `min_size` at least; where no size is known, it has."""
         sides = [side for call in site.runs for side in call.shape_out[-2:]]
         return all(-(-side // 2) >= options.min_size for side in sides)
@@ -180,15 +184,14 @@ class _Region:
             seen.add(user)
             if user in self.paths:
                 yield user
-            elif channelwise.role(user, self.modules) in _CARRIES:
+            elif rule_of(self._step(user)).carries:
                 waiting += user.users
 
-    def _why_plain(self, node: fx.Node, options: OctaveConvOptions) -> str:
+    def _why_plain(self, node: fx.Node, options: TwoStreamOptions) -> str:
         site = self.sites[node]
         if options.alpha == 0:
             return "alpha is 0"
-        source = channelwise.operand(node)
-        if source is not None and self.layouts[source].is_point:
+        if self._step(node).layout_before(self.layouts).is_point:
             return "it works on one pixel, which has no low frequencies"
         if not self._is_large(site, options):
             h, w = site.runs[0].shape_out[-2:]

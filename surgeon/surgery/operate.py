@@ -28,8 +28,6 @@ from surgeon.octave import rewrite as seams
 from surgeon.octave.rewrite import LowPass, Outcome
 from surgeon.surgery.plan import Entry, Plan, SeamLeft
 
-KEEP_SEAMS = "Leave each of its convs for itself: seams: keep, among the options of octave in the recipe."
-
 
 @dataclass(frozen=True, slots=True)
 class Swap:
@@ -45,6 +43,12 @@ def operate_(model: nn.Module, plan: Plan, network: Network) -> Outcome:
     """Carry out a checked plan on `model` itself; `network` is that model looked at, or what it is a copy of."""
     place_(model, prepare(model, plan), network)
     return stream_(model, plan, network)
+
+
+def keep_seams(plan: Plan) -> str:
+    """Say how to convert a network without leading streams from conv to conv."""
+    names = " and ".join(plan.stream_blocks)
+    return f"Leave each of its convs for itself: seams: keep, among the options of {names} in the recipe."
 
 
 def stream_(model: nn.Module, plan: Plan, network: Network, *, only_low_pass: bool = False) -> Outcome:
@@ -69,7 +73,8 @@ def foresee(plan: Plan, survey: Survey) -> Plan:
             outcome, after = _tried(plan, survey, None)
         except Exception as error:
             raise CaptureError(
-                f"with streams that go from conv to conv the network does not run: {where(error)}", todo=KEEP_SEAMS
+                f"with streams that go from conv to conv the network does not run: {where(error)}",
+                todo=keep_seams(plan),
             ) from error
     left = tuple(dict.fromkeys(SeamLeft(island=one.island, kind=one.kind, reason=one.reason) for one in outcome.seams))
     changes = {name: getattr(after, name) for name in ("params", "macs", "activations")}

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Sequence
+import pkgutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -19,14 +20,13 @@ from pydantic_core import CoreSchema, core_schema
 
 from surgeon.analysis import fingerprint as fingerprints
 from surgeon.analysis.sites import Site, Survey, measure_calls
-from surgeon.blocks import Block, BlockOptions, registry
-from surgeon.blocks.octave import OctaveConv, OctaveConvOptions
+from surgeon.blocks import Block, BlockOptions, Together, Wanted, registry
+from surgeon.blocks.two_streams import TwoStreamBlock
 from surgeon.conv.spec import ConvSpec
-from surgeon.errors import CaptureError, PlanError
+from surgeon.errors import BlockError, CaptureError, PlanError
 from surgeon.models import call as calls
 from surgeon.models.call import Inputs
 from surgeon.models.cost import Cost
-from surgeon.octave import roles as regions
 from surgeon.octave.roles import Roles
 from surgeon.recipes import marks as yamlmarks
 from surgeon.recipes.marks import Form
@@ -203,8 +203,13 @@ class Plan(Form):
         return calls.recall(self.input)
 
     @property
+    def stream_blocks(self) -> tuple[str, ...]:
+        """The names of the blocks that hand two streams on."""
+        return tuple(sorted({str(entry.swap) for entry in self.swaps if issubclass(entry.block, TwoStreamBlock)}))
+
+    @property
     def has_streams(self) -> bool:
-        return any(issubclass(entry.block, OctaveConv) for entry in self.swaps)
+        return bool(self.stream_blocks)
 
     @property
     def swaps(self) -> tuple[Entry, ...]:
@@ -241,7 +246,7 @@ def make(recipe: Recipe, survey: Survey, *, seed: int = 0) -> Plan:
         if not rule.optional and not any(rule is claim for claim in claims):
             _refuse_idle_rule(rule, survey)
     measured, claimed = _Measured(), list(zip(survey.sites, claims, strict=True))
-    roles = _roles(survey, claimed)
+    roles = _planned_together(survey, claimed)
     entries = [_entry(site, rule, roles, measured, survey.weights.get(site.path)) for site, rule in claimed]
     return Plan.model_validate(
         {
@@ -354,14 +359,33 @@ def _nearest(rule: Rule, paths: list[str]) -> list[str]:
     return list(dict.fromkeys(found or paths))[:3] if any(patterns) else []
 
 
-def _roles(survey: Survey, claimed: Sequence[tuple[Site, Rule | None]]) -> Roles:
-    """Plan how far the streams of octave convs go."""
-    wanted = {
-        site.path: rule.options
-        for site, rule in claimed
-        if rule is not None and site.obstacle is None and isinstance(rule.options, OctaveConvOptions)
-    }
-    return regions.assign(survey.model, survey.network.islands, survey.sites, wanted) if wanted else Roles()
+def _planned_together(survey: Survey, claimed: Sequence[tuple[Site, Rule | None]]) -> Roles:
+    """Ask the planners of blocks whose convs have to know of each other."""
+    wanted: dict[str, dict[str, Wanted]] = {}
+    for site, rule in claimed:
+        if rule is None or rule.swap is None or rule.options is None or site.obstacle is not None:
+            continue
+        block = registry()[rule.swap]
+        if block.planner is not None:
+            wanted.setdefault(block.planner, {})[site.path] = Wanted(block, rule.options)
+    roles = Roles()
+    for planner, theirs in wanted.items():
+        made = _planner(planner)(survey, theirs)
+        roles.options |= made.options
+        roles.skips |= made.skips
+        roles.low_passes += made.low_passes if isinstance(made, Roles) else []
+    return roles
+
+
+def _planner(name: str) -> Callable[[Survey, Mapping[str, Wanted]], Together]:
+    try:
+        found: Callable[[Survey, Mapping[str, Wanted]], Together] = pkgutil.resolve_name(name)
+    except Exception as error:  # importing runs a package; what it raises is its own affair
+        raise BlockError(
+            f"{name}, which a block names as its planner, cannot be imported: {error}",
+            todo="Mend the distribution that brings the block, or uninstall it.",
+        ) from error
+    return found
 
 
 def _entry(site: Site, rule: Rule | None, roles: Roles, measured: _Measured, weight: torch.Tensor | None) -> Entry:
@@ -374,7 +398,7 @@ def _entry(site: Site, rule: Rule | None, roles: Roles, measured: _Measured, wei
         "size": site.size,
         "rule": str(rule) if rule else None,
     }
-    if skip := _skip(site, rule) or roles.skips.get(site.path):
+    if skip := _skip(site, rule, roles):
         return Entry.model_validate(facts | {"skip": skip} | _changes(site.cost, site.cost))
     assert rule is not None
     assert rule.swap is not None
@@ -405,7 +429,7 @@ def _step(site: Site) -> Step | None:
     return Step(island=one.island, step=one.step, spec=one.spec, weight=one.weight, bias=one.bias)
 
 
-def _skip(site: Site, rule: Rule | None) -> str | None:
+def _skip(site: Site, rule: Rule | None, roles: Roles) -> str | None:
     """Say why a conv stays as it is, or None if it is swapped."""
     if site.spec is None:
         return site.obstacle
@@ -415,9 +439,9 @@ def _skip(site: Site, rule: Rule | None) -> str | None:
         return rule.leave
     assert rule.swap is not None
     assert rule.options is not None
-    if site.obstacle or isinstance(rule.options, OctaveConvOptions):  # of an octave conv its role decides
-        return site.obstacle
-    return registry()[rule.swap].refusal(site.spec, site.size, rule.options)
+    if why := site.obstacle or roles.skips.get(site.path):
+        return why
+    return registry()[rule.swap].refusal(site.spec, site.size, roles.options.get(site.path, rule.options))
 
 
 def _changes(before: Cost, after: Cost) -> dict[str, Change]:

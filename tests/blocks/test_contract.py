@@ -1,4 +1,4 @@
-"""The contract that every block keeps, on every example that it gives of itself.
+"""The contract that every block keeps, on every trial that it gives of itself.
 
 A block that is added to `surgeon/blocks` is tested here without a word being added.
 """
@@ -15,34 +15,34 @@ import torch
 from helpers import relative, shake_
 from torch import Tensor, nn
 
-from surgeon.blocks import Block, Example, Foldable, registry
+from surgeon.blocks import Block, Foldable, Trial, registry
 
 EXACT = 1e-12
 GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
-CASES = [(block, example) for block in registry().values() for example in block.examples()]
+CASES = [(block, trial) for block in registry().values() for trial in block.trials()]
 
 
 def name_of(case: object) -> str:
     if isinstance(case, type):
         return case.name
-    assert isinstance(case, Example)
+    assert isinstance(case, Trial)
     chosen = [f"{key}={value}" for key, value in case.options.model_dump(exclude_defaults=True).items()]
     words = [str(case.spec).replace("→", "-"), *chosen, *(["norm"] if case.with_norm else [])]  # pytest wants ASCII
     return " ".join(words).replace(", ", " ")
 
 
-every_example = pytest.mark.parametrize(("kind", "example"), CASES, ids=name_of)
+every_trial = pytest.mark.parametrize(("kind", "trial"), CASES, ids=name_of)
 every_foldable = pytest.mark.parametrize(
-    ("kind", "example"), [case for case in CASES if issubclass(case[0], Foldable)], ids=name_of
+    ("kind", "trial"), [case for case in CASES if issubclass(case[0], Foldable)], ids=name_of
 )
 
 Original = tuple[nn.Conv2d, nn.BatchNorm2d | None]
 
 
-def original(example: Example, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Original:
-    """Make the conv of an example, and its shaken norm if it has one."""
-    spec = example.spec
+def original(trial: Trial, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Original:
+    """Make the conv of a trial, and its shaken norm if it has one."""
+    spec = trial.spec
     with torch.random.fork_rng():
         torch.manual_seed(0)
         conv = nn.Conv2d(
@@ -57,17 +57,17 @@ def original(example: Example, dtype: torch.dtype = torch.float64, device: str =
             padding_mode=spec.padding_mode,
             dtype=dtype,
         )
-    norm = shake_(nn.BatchNorm2d(spec.c_out, dtype=dtype), seed=1) if example.with_norm else None
+    norm = shake_(nn.BatchNorm2d(spec.c_out, dtype=dtype), seed=1) if trial.with_norm else None
     return conv.to(device), None if norm is None else norm.to(device)
 
 
-def replaced(kind: type[Block], example: Example, made: Original, seed: int = 0) -> Block:
+def replaced(kind: type[Block], trial: Trial, made: Original, seed: int = 0) -> Block:
     conv, norm = made
-    return kind.from_conv(conv, example.options, norm=norm, generator=torch.Generator().manual_seed(seed))
+    return kind.from_conv(conv, trial.options, norm=norm, generator=torch.Generator().manual_seed(seed))
 
 
-def input_of(example: Example, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Tensor:
-    shape = (2, example.spec.c_in, *example.size)
+def input_of(trial: Trial, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Tensor:
+    shape = (2, trial.spec.c_in, *trial.size)
     return torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(device, dtype)
 
 
@@ -97,20 +97,18 @@ def test_there_are_blocks_with_examples() -> None:
     assert "acblock" in registry()
 
 
-@every_example
-def test_an_example_is_one_that_the_block_accepts(kind: type[Block], example: Example) -> None:
-    assert isinstance(example.options, kind.Options)
-    assert kind.refusal(example.spec, example.size, example.options) is None
-    assert kind.refusal(example.spec, None, example.options) is None
+@every_trial
+def test_an_example_is_one_that_the_block_accepts(kind: type[Block], trial: Trial) -> None:
+    assert isinstance(trial.options, kind.Options)
+    assert kind.refusal(trial.spec, trial.size, trial.options) is None
+    assert kind.refusal(trial.spec, None, trial.options) is None
 
 
-@every_example
+@every_trial
 @pytest.mark.parametrize("training", [True, False])
-def test_it_gives_the_shape_of_the_conv_and_finite_gradients(
-    kind: type[Block], example: Example, training: bool
-) -> None:
-    made, x = original(example), input_of(example)
-    block = replaced(kind, example, made).train(training)
+def test_it_gives_the_shape_of_the_conv_and_finite_gradients(kind: type[Block], trial: Trial, training: bool) -> None:
+    made, x = original(trial), input_of(trial)
+    block = replaced(kind, trial, made).train(training)
     y = block(x)
     assert y.shape == run(made, x).shape
     assert y.isfinite().all()
@@ -120,125 +118,125 @@ def test_it_gives_the_shape_of_the_conv_and_finite_gradients(
     assert [name for name, grad in trained.items() if grad is None or not grad.isfinite().all()] == []
 
 
-@every_example
-def test_what_is_read_off_the_conv_can_be_read_off_the_block(kind: type[Block], example: Example) -> None:
-    conv, norm = original(example)
-    block, x = replaced(kind, example, (conv, norm)).eval(), input_of(example)
+@every_trial
+def test_what_is_read_off_the_conv_can_be_read_off_the_block(kind: type[Block], trial: Trial) -> None:
+    conv, norm = original(trial)
+    block, x = replaced(kind, trial, (conv, norm)).eval(), input_of(trial)
     assert {name: getattr(block, name) for name in GEOMETRY} == {name: getattr(conv, name) for name in GEOMETRY}
     assert torch.equal(block(input=x), block(x))  # as conv(input=x)
 
 
-@every_example
+@every_trial
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_dtype_and_device_carry_over(kind: type[Block], example: Example, dtype: torch.dtype, device: str) -> None:
-    made = original(example, dtype, device)
-    block = replaced(kind, example, made)
+def test_dtype_and_device_carry_over(kind: type[Block], trial: Trial, dtype: torch.dtype, device: str) -> None:
+    made = original(trial, dtype, device)
+    block = replaced(kind, trial, made)
     assert {(tensor.dtype, tensor.device.type) for tensor in floats(block)} == {(dtype, device)}
     for training in (True, False):
-        y = block.train(training)(input_of(example, dtype, device))
+        y = block.train(training)(input_of(trial, dtype, device))
         assert (y.dtype, y.device.type) == (dtype, device)
-        assert y.shape == run(made, input_of(example, dtype, device)).shape
+        assert y.shape == run(made, input_of(trial, dtype, device)).shape
     if isinstance(block, Foldable):
         folded = block.fold()
         assert {(tensor.dtype, tensor.device.type) for tensor in floats(folded)} == {(dtype, device)}
 
 
-@every_example
-def test_memory_format_carries_over(kind: type[Block], example: Example) -> None:
-    conv, norm = original(example)
-    block = replaced(kind, example, (conv.to(memory_format=torch.channels_last), norm))
+@every_trial
+def test_memory_format_carries_over(kind: type[Block], trial: Trial) -> None:
+    conv, norm = original(trial)
+    block = replaced(kind, trial, (conv.to(memory_format=torch.channels_last), norm))
     weights = [p for p in block.parameters() if p.dim() == 4]
     if isinstance(block, Foldable):
         weights.append(block.fold().weight)
     assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
-    plain = replaced(kind, example, original(example))
+    plain = replaced(kind, trial, original(trial))
     assert all(weight.is_contiguous() for weight in plain.parameters())
-    x = input_of(example)
+    x = input_of(trial)
     assert relative(block.eval()(x.to(memory_format=torch.channels_last)), plain.eval()(x)) <= EXACT
 
 
-@every_example
+@every_trial
 @pytest.mark.parametrize("training", [True, False])
-def test_the_training_flag_carries_over(kind: type[Block], example: Example, training: bool) -> None:
-    made = original(example)
+def test_the_training_flag_carries_over(kind: type[Block], trial: Trial, training: bool) -> None:
+    made = original(trial)
     modules_of(made).train(training)
-    block = replaced(kind, example, made)
+    block = replaced(kind, trial, made)
     assert {module.training for module in block.modules()} == {training}
     if isinstance(block, Foldable):
         assert block.fold().training == training
 
 
-@every_example
+@every_trial
 @pytest.mark.parametrize("trained", [True, False])
-def test_requires_grad_carries_over(kind: type[Block], example: Example, trained: bool) -> None:
-    made = original(example)
+def test_requires_grad_carries_over(kind: type[Block], trial: Trial, trained: bool) -> None:
+    made = original(trial)
     modules_of(made).requires_grad_(trained)
-    block = replaced(kind, example, made)
+    block = replaced(kind, trial, made)
     assert {p.requires_grad for p in block.parameters()} == {trained}
     if isinstance(block, Foldable):
         assert {p.requires_grad for p in block.fold().parameters()} == {trained}
 
 
-@every_example
-def test_what_is_handed_in_is_not_changed(kind: type[Block], example: Example) -> None:
-    made = original(example)
+@every_trial
+def test_what_is_handed_in_is_not_changed(kind: type[Block], trial: Trial) -> None:
+    made = original(trial)
     given = modules_of(made)
     before, flags = state(given), [(m.training, [p.requires_grad for p in m.parameters()]) for m in given]
-    y = run(made, input_of(example)).detach()
+    y = run(made, input_of(trial)).detach()
     given.load_state_dict(before)  # the run above has moved the norm's statistics
-    replaced(kind, example, made)
+    replaced(kind, trial, made)
     assert is_same(state(given), before)
     assert [(m.training, [p.requires_grad for p in m.parameters()]) for m in given] == flags
-    assert torch.equal(run(made, input_of(example)), y)
+    assert torch.equal(run(made, input_of(trial)), y)
 
 
-@every_example
-def test_running_the_block_leaves_the_norm_that_was_handed_in(kind: type[Block], example: Example) -> None:
-    made = original(example)
+@every_trial
+def test_running_the_block_leaves_the_norm_that_was_handed_in(kind: type[Block], trial: Trial) -> None:
+    made = original(trial)
     before = state(modules_of(made))
-    replaced(kind, example, made).train()(input_of(example))
+    replaced(kind, trial, made).train()(input_of(trial))
     assert is_same(state(modules_of(made)), before)
 
 
-@every_example
-def test_the_function_is_kept_or_it_is_not_as_the_block_says(kind: type[Block], example: Example) -> None:
-    made, x = original(example), input_of(example)
+@every_trial
+def test_the_function_is_kept_or_it_is_not_as_the_block_says(kind: type[Block], trial: Trial) -> None:
+    made, x = original(trial), input_of(trial)
     modules_of(made).eval()
-    apart = relative(replaced(kind, example, made)(x), run(made, x))
-    if kind.keeps_function(example.options):
+    apart = relative(replaced(kind, trial, made)(x), run(made, x))
+    if kind.keeps_function(trial.options):
         assert apart <= EXACT
     else:
         assert apart > 1e-3
 
 
-@every_example
-def test_random_numbers_come_from_the_generator_alone(kind: type[Block], example: Example) -> None:
+@every_trial
+def test_random_numbers_come_from_the_generator_alone(kind: type[Block], trial: Trial) -> None:
     torch.manual_seed(1)
-    one = replaced(kind, example, original(example))
+    one = replaced(kind, trial, original(trial))
     torch.manual_seed(2)
     before = torch.get_rng_state()
-    two = replaced(kind, example, original(example))
+    two = replaced(kind, trial, original(trial))
     assert torch.equal(torch.get_rng_state(), before)
     assert is_same(state(one), state(two))
 
 
-@every_example
-def test_float32_gets_the_numbers_of_float64_rounded_once(kind: type[Block], example: Example) -> None:
-    made = original(example, torch.float32)
+@every_trial
+def test_float32_gets_the_numbers_of_float64_rounded_once(kind: type[Block], trial: Trial) -> None:
+    made = original(trial, torch.float32)
     wide = copy.deepcopy(modules_of(made)).double()
-    narrow_block = replaced(kind, example, made)
-    wide_block = replaced(kind, example, (wide[0], wide[1] if example.with_norm else None))
+    narrow_block = replaced(kind, trial, made)
+    wide_block = replaced(kind, trial, (wide[0], wide[1] if trial.with_norm else None))
     assert is_same(state(narrow_block), state(wide_block.float()))
 
 
-@every_example
-def test_copies_pickles_and_state_dicts_are_the_same_block(kind: type[Block], example: Example) -> None:
-    block, x = shake_(replaced(kind, example, original(example))).eval(), input_of(example)
+@every_trial
+def test_copies_pickles_and_state_dicts_are_the_same_block(kind: type[Block], trial: Trial) -> None:
+    block, x = shake_(replaced(kind, trial, original(trial))).eval(), input_of(trial)
     file = io.BytesIO()
     torch.save(block, file)
     file.seek(0)
-    other = shake_(replaced(kind, example, original(example), seed=5), seed=5).eval()
+    other = shake_(replaced(kind, trial, original(trial), seed=5), seed=5).eval()
     other.load_state_dict(copy.deepcopy(block.state_dict()))
     for twin in (copy.deepcopy(block), torch.load(file, weights_only=False), other):
         assert type(twin) is kind
@@ -250,16 +248,16 @@ def test_copies_pickles_and_state_dicts_are_the_same_block(kind: type[Block], ex
         assert not is_same(state(twin), state(block))  # nothing is shared
 
 
-def foldable(kind: type[Block], example: Example, **how: torch.dtype) -> Foldable:
+def foldable(kind: type[Block], trial: Trial, **how: torch.dtype) -> Foldable:
     """Make a block, every norm of it shaken after it was built: what training would leave behind."""
-    block = shake_(replaced(kind, example, original(example, **how)), seed=3).eval()
+    block = shake_(replaced(kind, trial, original(trial, **how)), seed=3).eval()
     assert isinstance(block, Foldable)
     return block
 
 
 @every_foldable
-def test_it_folds_to_one_conv_and_a_wrong_tap_would_show(kind: type[Block], example: Example) -> None:
-    block, x = foldable(kind, example), input_of(example)
+def test_it_folds_to_one_conv_and_a_wrong_tap_would_show(kind: type[Block], trial: Trial) -> None:
+    block, x = foldable(kind, trial), input_of(trial)
     folded = block.fold()
     assert relative(folded(x), block(x)) <= EXACT
     with torch.no_grad():
@@ -268,9 +266,9 @@ def test_it_folds_to_one_conv_and_a_wrong_tap_would_show(kind: type[Block], exam
 
 
 @every_foldable
-def test_the_folded_conv_has_the_geometry_of_the_original(kind: type[Block], example: Example) -> None:
-    conv, _ = original(example)
-    folded = foldable(kind, example).fold()
+def test_the_folded_conv_has_the_geometry_of_the_original(kind: type[Block], trial: Trial) -> None:
+    conv, _ = original(trial)
+    folded = foldable(kind, trial).fold()
     assert type(folded) is nn.Conv2d
     assert folded.weight.shape == conv.weight.shape
     assert folded.bias is not None or conv.bias is None  # a norm that is folded in leaves a bias
@@ -279,8 +277,8 @@ def test_the_folded_conv_has_the_geometry_of_the_original(kind: type[Block], exa
 
 
 @every_foldable
-def test_folding_leaves_the_block_as_it_was(kind: type[Block], example: Example) -> None:
-    block = foldable(kind, example)
+def test_folding_leaves_the_block_as_it_was(kind: type[Block], trial: Trial) -> None:
+    block = foldable(kind, trial)
     before, shown = state(block), repr(block)
     folded = block.fold()
     with torch.no_grad():
@@ -292,24 +290,24 @@ def test_folding_leaves_the_block_as_it_was(kind: type[Block], example: Example)
 
 
 @every_foldable
-def test_folding_while_training_gives_the_conv_of_eval_mode(kind: type[Block], example: Example) -> None:
-    block = foldable(kind, example)
+def test_folding_while_training_gives_the_conv_of_eval_mode(kind: type[Block], trial: Trial) -> None:
+    block = foldable(kind, trial)
     expected = state(block.fold())
     assert is_same(state(block.train().fold()), expected)
     assert {module.training for module in block.modules()} == {True}
 
 
 @every_foldable
-def test_a_float32_fold_is_the_float64_fold_rounded_once(kind: type[Block], example: Example) -> None:
-    block = foldable(kind, example, dtype=torch.float32)
+def test_a_float32_fold_is_the_float64_fold_rounded_once(kind: type[Block], trial: Trial) -> None:
+    block = foldable(kind, trial, dtype=torch.float32)
     assert is_same(state(block.fold()), state(copy.deepcopy(block).double().fold().float()))
 
 
 @every_foldable
-def test_timm_folds_it_too(kind: type[Block], example: Example) -> None:
-    model = nn.Sequential(nn.Sequential(foldable(kind, example)), nn.ReLU()).eval()
+def test_timm_folds_it_too(kind: type[Block], trial: Trial) -> None:
+    model = nn.Sequential(nn.Sequential(foldable(kind, trial)), nn.ReLU()).eval()
     deployed = timm.utils.reparameterize_model(model)
     assert type(deployed[0][0]) is nn.Conv2d
-    x = input_of(example)
+    x = input_of(trial)
     assert relative(deployed(x), model(x)) <= EXACT
     assert type(model[0][0]) is kind

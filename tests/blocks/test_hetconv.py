@@ -152,6 +152,23 @@ def test_the_kept_energy_is_that_of_the_folded_kernel(p: int) -> None:
     assert kept["best"] > max(kept["block"], kept["interleaved"])
 
 
+def test_the_plan_says_what_the_layout_that_was_chosen_keeps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = HetConv.kept_in_words({"block": 0.25, "interleaved": 0.31}, HetConvOptions(p=4, layout="interleaved"))
+    assert words == "keeps 31% of the energy off the centre (block 25%)"
+    torch.save(nn.Sequential(dense(ConvSpec(32, 16, (3, 3))).float()), tmp_path / "net.pt")
+    (tmp_path / "r.yaml").write_text("{surgeon: 1, title: T, rules: [{swap: hetconv, with: {layout: interleaved}}]}")
+    assert run_surgeon("plan", tmp_path / "net.pt", "-r", tmp_path / "r.yaml", "--input", "1,32,8,8", "--json") == 0
+    [entry] = json.loads(capsys.readouterr().out)["convs"]
+    options = HetConvOptions.model_validate(entry["with"])
+    assert run_surgeon("plan", tmp_path / "net.pt", "-r", tmp_path / "r.yaml", "--input", "1,32,8,8") == 0
+    told = "".join(capsys.readouterr().out.split())
+    words = HetConv.kept_in_words(entry["kept_energy"], options).split()
+    assert words[0] == "keeps"
+    assert all(word in told for word in words)
+
+
 def test_the_same_weights_give_the_same_groups_in_every_dtype_they_fit_in() -> None:
     conv = dense(ConvSpec(32, 32, (3, 3))).bfloat16()
     low, high = (

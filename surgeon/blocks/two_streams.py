@@ -1,0 +1,127 @@
+"""What reads and writes a feature map in two streams, some of its channels at half the resolution.
+
+`TwoStreams` is any operator that does; `TwoStreamBlock` is a block that does, and is all that planning and rewriting
+graphs (`octave/`) know of one. A block that subclasses it, wherever it comes from, has its streams led from conv to
+conv. What the arithmetic of such a conv is, its own file says.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import Annotated, Any, Literal, Self, overload
+
+from pydantic import Field, model_validator
+from torch import Tensor
+from typing_extensions import TypeVar
+
+from surgeon.blocks import base
+from surgeon.conv import streams
+from surgeon.conv.spec import ConvSpec
+from surgeon.conv.streams import Ranges
+
+Streams = tuple[Tensor, Tensor | None]
+_Count = Annotated[int, Field(ge=0)]
+
+
+class TwoStreamOptions(base.BlockOptions):
+    """What share of the channels is low, before and behind a conv, and how far its streams go."""
+
+    alpha: float = Field(0.5, ge=0, lt=1, description="share of low channels, before and behind the conv")
+    alpha_in: float | None = Field(
+        None, ge=0, lt=1, description="share before the conv; left out, it is planned: what the conv reads decides"
+    )
+    alpha_out: float | None = Field(
+        None, ge=0, lt=1, description="share behind the conv; left out, it is planned: who reads the conv decides"
+    )
+    low_in: tuple[tuple[_Count, _Count], ...] | None = Field(
+        None, description="the low input channels as pairs of start and stop, where they are not the last; planned"
+    )
+    downsample: Literal["paper", "pool-both"] = Field(
+        "paper",
+        description="at stride 2, paper: the low stream makes the high one as it is; pool-both: both streams are "
+        "pooled first, as a second lineage of code does",
+    )
+    min_size: int = Field(
+        6, ge=1, description="a conv whose low map would have a shorter side than this writes high channels only"
+    )
+    strided: Literal["pool", "keep"] = Field(
+        "pool",
+        description="a conv of stride 2 without low channels: pooled, then convolved at stride 1, as in "
+        "the paper's code, or kept as it is",
+    )
+    seams: Literal["remove", "keep"] = Field(
+        "remove", description="remove: hand the streams on from conv to conv; keep: each conv splits and joins"
+    )
+
+    @model_validator(mode="after")
+    def _ranges_follow_each_other(self) -> Self:
+        borders = [border for limits in self.low_in or () for border in limits]
+        are_empty = any(one >= other for one, other in zip(borders[::2], borders[1::2], strict=True))
+        if are_empty or borders != sorted(borders):
+            raise ValueError("low_in needs ranges [start, stop] that follow each other")
+        return self
+
+    @property
+    def alphas(self) -> tuple[float, float]:
+        """The shares before and behind the conv."""
+        before, behind = self.alpha_in, self.alpha_out
+        return self.alpha if before is None else before, self.alpha if behind is None else behind
+
+    def ranges(self, spec: ConvSpec) -> tuple[Ranges, Ranges]:
+        """The low channels before and behind the conv."""
+        before, behind = self.alphas
+        low_in = streams.last(before, spec.c_in) if self.low_in is None else self.low_in
+        return low_in, streams.last(behind, spec.c_out)
+
+
+Opts = TypeVar("Opts", bound=TwoStreamOptions, default=Any)
+
+
+class TwoStreams(base.Operator):
+    """What reads and writes two streams: (n, c_in, h, w) → (n, c_out, h', w'), or a pair of streams → such a pair.
+
+    The low stream of a pair is None where there is none. `low_in` and `low_out` are the ranges of the low channels.
+    """
+
+    downsample: str
+    low_in: Ranges
+    low_out: Ranges
+
+    @overload
+    def forward(self, input: Tensor) -> Tensor: ...
+
+    @overload
+    def forward(self, input: Streams) -> Streams: ...
+
+    def forward(self, input: Tensor | Streams) -> Tensor | Streams:
+        if not isinstance(input, Tensor):
+            return self.core(*input)
+        high, low = self.core(*(streams.split(input, self.low_in) if self.low_in else (input, None)))
+        return high if low is None else streams.join(high, low, self.low_out)
+
+    @abc.abstractmethod
+    def core(self, high: Tensor, low: Tensor | None) -> Streams:
+        """Convolve the two streams: (n, high, h, w) and (n, low, ⌈h/2⌉, ⌈w/2⌉) or None, to the like."""
+
+    def extra_repr(self) -> str:
+        words = [str(self.spec), f"low {in_words(self.low_in)} → {in_words(self.low_out)}"]
+        return ", ".join([*words, *[f"downsample={self.downsample}"] * (self.spec.stride == (2, 2))])
+
+    def resampled(self, high: Tensor, low: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None, bool]:
+        """Give h, l on its way to the high stream, l on its way to the low one; and whether the second needs up."""
+        if self.spec.stride == (1, 1):
+            return high, low, low, True
+        pooled, pools_both = None if low is None else streams.pool(low), self.downsample == "pool-both"
+        return streams.pool(high), pooled if pools_both else low, pooled, pools_both
+
+
+class TwoStreamBlock(TwoStreams, base.Deployable[Opts]):
+    """A block that two streams go through. `keeps_seams`: it splits and joins them for itself, at every call."""
+
+    planner = "surgeon.octave.roles:assign"
+
+    keeps_seams: bool
+
+
+def in_words(ranges: Ranges) -> str:
+    return " ".join(f"{start}:{stop}" for start, stop in ranges) or "none"

@@ -1,0 +1,28 @@
+"""Convs that are no octave convs, or keep their streams to themselves."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from surgeon.blocks.two_streams import TwoStreamBlock
+from surgeon.octave.layout import Flow, Layout, Layouts, Step
+from surgeon.octave.rules.base import StreamRule, whole_map
+
+
+class Conv(StreamRule):
+    """conv(join(h, l)): it mixes all channels, so it needs the whole map, and what it writes is plain."""
+
+    name = "conv"
+    carries = False
+
+    def matches(self, step: Step) -> bool:
+        if isinstance(step.module, TwoStreamBlock):
+            return step.module.keeps_seams
+        return isinstance(step.module, nn.Conv2d)
+
+    def flow(self, step: Step, layouts: Layouts) -> Flow:
+        conv, source = step.module, step.operand
+        assert isinstance(conv, nn.Conv2d | TwoStreamBlock)
+        is_pointwise = isinstance(conv, nn.Conv2d) and conv.kernel_size == (1, 1)
+        is_point = source is not None and layouts[source].is_point and is_pointwise
+        return whole_map(step, layouts, Layout(conv.out_channels, is_point=is_point))

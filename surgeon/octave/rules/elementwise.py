@@ -1,0 +1,54 @@
+"""Steps that treat every number alone."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from surgeon.octave.layout import Flow, Layouts, Step
+from surgeon.octave.rules.base import StreamRule, whole_map
+from surgeon.octave.stream_graph import StreamGraph, StreamNodes
+
+MODULES = {
+    *(nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish),
+    *(nn.Hardsigmoid, nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Softsign, nn.LogSigmoid, nn.Threshold),
+    *(nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout),
+}
+FUNCTIONS = {
+    *(F.relu, F.relu6, F.relu_, F.leaky_relu, F.leaky_relu_, F.elu, F.celu, F.selu, F.gelu, F.silu, F.mish),
+    *(F.hardswish, F.hardsigmoid, F.hardtanh, F.hardtanh_, F.sigmoid, F.tanh, F.softplus, F.softsign, F.logsigmoid),
+    *(F.threshold, F.dropout, F.dropout2d, F.alpha_dropout, F.feature_alpha_dropout),
+    *(torch.relu, torch.relu_, torch.sigmoid, torch.tanh, torch.clamp, torch.abs, torch.exp, torch.neg, torch.square),
+    operator.neg,
+}
+METHODS = {
+    *("relu", "relu_", "sigmoid", "sigmoid_", "tanh", "clamp", "clamp_", "abs", "exp", "neg", "square", "contiguous"),
+    *("clone", "detach"),
+}
+
+
+class Elementwise(StreamRule):
+    """f(join(h, l)) = join(f(h), f(l)), for f repeats what it does where up repeats a pixel."""
+
+    name = "elementwise"
+    is_channelwise = True
+
+    def matches(self, step: Step) -> bool:
+        has_one_slope = type(step.module) is nn.PReLU and step.module.num_parameters == 1
+        return has_one_slope or step.calls(MODULES, FUNCTIONS, METHODS)
+
+    def flow(self, step: Step, layouts: Layouts) -> Flow:
+        source = step.operand
+        others = [value for value in step.given[1:] if value is not source]
+        if source is None or any(isinstance(value, fx.Node) and layouts[value].low for value in others):
+            return whole_map(step, layouts)
+        return Flow(layouts[source])
+
+    def rewrite(self, step: Step, graph: StreamGraph) -> StreamNodes:
+        source = step.operand
+        assert source is not None
+        pair = graph.own(graph.streams[source], step)
+        return StreamNodes(graph.again(step, {source: pair.high}), graph.again(step, {source: pair.low}))
