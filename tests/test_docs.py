@@ -10,6 +10,7 @@ import pytest
 
 import surgeon
 from surgeon.recipes import recipe
+from surgeon.recipes.match import Match
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
@@ -53,7 +54,7 @@ def test_the_fault_in_the_readme_is_what_a_wrong_recipe_gets() -> None:
 
 
 def test_every_match_key_is_in_the_readme() -> None:
-    keys = {field.alias or name for name, field in recipe.Match.model_fields.items()}
+    keys = {field.alias or name for name, field in Match.model_fields.items()}
     table = README[README.index("| `match` key") : README.index("Numbers may be single")]
     assert keys == set(
         re.findall(r"`(\w+)`", "\n".join(row.split("|")[1] for row in table.splitlines()[2:] if "|" in row))

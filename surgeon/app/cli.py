@@ -266,9 +266,10 @@ def recipes(
     """List the bundled recipes, or print one."""
     from surgeon.app import display as report
     from surgeon.recipes import recipe
+    from surgeon.recipes import schema as schemas
 
     if schema:
-        _show(recipe.schema())
+        _show(schemas.json_schema())
     elif name is not None:
         found = recipe.load(name)
         _show(report.recipes_data([found])[0]) if json else sys.stdout.write(found.text)

@@ -26,9 +26,11 @@ from surgeon.models.call import Inputs
 from surgeon.models.cost import Cost
 from surgeon.octave import roles as regions
 from surgeon.octave.roles import Roles
+from surgeon.recipes import forms
 from surgeon.recipes import marks as yamlmarks
-from surgeon.recipes.marks import Form
-from surgeon.recipes.recipe import Recipe, Rule, Subject, text_of
+from surgeon.recipes.forms import Form
+from surgeon.recipes.match import Subject
+from surgeon.recipes.recipe import Recipe, Rule, text_of
 
 _NO_RULE = "no rule claims it"
 _COSTS = ("params", "macs", "activations")
@@ -243,7 +245,7 @@ def read(source: str | Path) -> Plan:
 
 def parse(text: str, name: str) -> Plan:
     """Read a plan from text; `name` stands in the positions of faults."""
-    return yamlmarks.validate(Plan, yamlmarks.read(text, name, todo=_HOW_TO_PLAN), todo=_HOW_TO_PLAN)
+    return forms.validate(Plan, yamlmarks.read(text, name, todo=_HOW_TO_PLAN), todo=_HOW_TO_PLAN)
 
 
 _HOW_TO_PLAN = "`surgeon plan MODEL --recipe acnet -o plan.yaml` writes one that works."

@@ -18,9 +18,10 @@ from surgeon.blocks import registry
 from surgeon.blocks.acblock import ACBlockOptions
 from surgeon.conv.spec import ConvSpec
 from surgeon.errors import RecipeError
-from surgeon.recipes import marks as yamlmarks
-from surgeon.recipes import recipe
-from surgeon.recipes.recipe import Match, Recipe, Subject, name_matches
+from surgeon.recipes import forms, marks, recipe
+from surgeon.recipes.match import Match, Subject, name_matches
+from surgeon.recipes.recipe import Recipe
+from surgeon.recipes.schema import json_schema
 
 HEAD = "surgeon: 1\ntitle: T\n"
 SPEC = ConvSpec(8, 16, (3, 3), stride=(2, 2), padding=(1, 1))
@@ -123,7 +124,7 @@ def test_a_recipe_cannot_be_changed():
     ],
 )
 def test_scalars_are_those_of_yaml_1_2(written: str, means: object):
-    value = yamlmarks.read(f"a: {written}", "a.yaml").data["a"]
+    value = marks.read(f"a: {written}", "a.yaml").data["a"]
     assert value == means
     assert type(value) is type(means)
 
@@ -320,7 +321,7 @@ def test_no_text_raises_anything_but_a_recipe_error(text: str):
             str(error).encode()  # can be printed
 
 
-class Dial(yamlmarks.Form):
+class Dial(forms.Form):
     alpha: float = Field(0.5, ge=0, le=1)
     beta: float = Field(0.5, gt=0, lt=1)
     parts: int | Literal["all"] = 1
@@ -341,7 +342,7 @@ class Dial(yamlmarks.Form):
 )
 def test_any_form_gets_faults_in_plain_words(text: str, found: list[str]):
     with pytest.raises(RecipeError, match="Look there") as caught:
-        yamlmarks.validate(Dial, yamlmarks.read(text, "a.yaml"), todo="Look there.")
+        forms.validate(Dial, marks.read(text, "a.yaml"), todo="Look there.")
     for fault, start in zip(caught.value.faults, found, strict=True):
         assert str(fault).startswith(f"a.yaml:{start}")
 
@@ -351,7 +352,7 @@ def test_a_model_that_is_no_form_gets_them_too():
         size: int
 
     with pytest.raises(RecipeError) as caught:
-        yamlmarks.validate(Plain, yamlmarks.read("size: a\nsze: 1\n", "a.yaml"))
+        forms.validate(Plain, marks.read("size: a\nsze: 1\n", "a.yaml"))
     assert list(map(str, caught.value.faults)) == [
         "a.yaml:1:7: size: 'a' is not a whole number",
         "a.yaml:2:1: sze: unknown key 'sze'",
@@ -658,15 +659,15 @@ plain = st.recursive(
 @unhurried
 @given(plain)
 def test_what_is_dumped_is_read_back_as_it_was(value: object):
-    assert yamlmarks.read(yamlmarks.dump({"a": value}), "").data == {"a": value}
+    assert marks.read(marks.dump({"a": value}), "").data == {"a": value}
 
 
 # For editors
 
 
 def schema() -> jsonschema.Draft202012Validator:
-    jsonschema.Draft202012Validator.check_schema(recipe.schema())
-    return jsonschema.Draft202012Validator(recipe.schema())
+    jsonschema.Draft202012Validator.check_schema(json_schema())
+    return jsonschema.Draft202012Validator(json_schema())
 
 
 def test_the_schema_accepts_every_bundled_recipe():
@@ -715,5 +716,5 @@ def test_the_schema_and_the_reader_refuse_alike(rule: str):
 
 def test_the_schema_names_the_blocks():
     assert set(registry()) <= set(
-        json.loads(json.dumps(recipe.schema()))["$defs"]["RuleForm"]["properties"]["swap"]["enum"]
+        json.loads(json.dumps(json_schema()))["$defs"]["RuleForm"]["properties"]["swap"]["enum"]
     )
