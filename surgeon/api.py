@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -53,6 +54,7 @@ _GROSS = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 0.9, torch.bf
 _WRAPPERS = {"DistributedDataParallel": "module", "FullyShardedDataParallel": "module", "OptimizedModule": "_orig_mod"}
 _UNSEEN = "the network uses a conv in a way that its graph does not show"
 _LEAVE = "Leave out the convs that are read in other ways than by calling them: `surgeon plan -o plan.yaml`, edit it."
+_log = logging.getLogger("surgeon")
 Model = TypeVar("Model", bound=nn.Module)
 RecipeLike = str | PathLike[str] | Mapping[str, Any] | Recipe
 
@@ -439,9 +441,10 @@ def load(
     """
     trust = Trust(allow=tuple(allow), unsafe_pickle=unsafe_pickle)
     rebuild = functools.partial(store.rebuild, trust=trust, seed=seed)
-    return source.load(
-        fspath(name), arch=arch, arch_args=arch_args or {}, trust=trust, seed=seed, rebuild=rebuild
-    ).model
+    loaded = source.load(fspath(name), arch=arch, arch_args=arch_args or {}, trust=trust, seed=seed, rebuild=rebuild)
+    for notice in loaded.notices:
+        _log.info(notice)
+    return loaded.model
 
 
 def save(model: nn.Module, path: str | PathLike[str], *, arch: str | None = None, force: bool = False) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from rich.console import RenderableType
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
@@ -26,6 +27,8 @@ from surgeon.analysis.islands import Call, Capture, Observed
 from surgeon.blocks import Block
 from surgeon.blocks.pairs import PairNorm
 from surgeon.conv.spec import ConvSpec
+from surgeon.display.shown import Shown
+from surgeon.display.survey import survey_view
 from surgeon.models import copies as copying
 from surgeon.models.call import Inputs
 from surgeon.models.cost import Cost, measure
@@ -68,7 +71,7 @@ class Site:
 
 
 @dataclass(frozen=True, slots=True)
-class Survey:
+class Survey(Shown):
     """All sites of a model in the order of its modules, and what was known when they were looked at."""
 
     fingerprint: str
@@ -79,6 +82,9 @@ class Survey:
     cost: Cost
     weights: dict[str, torch.Tensor]  # the model's own, by the first name of their conv
     model: nn.Module  # what was looked at
+
+    def __rich__(self) -> RenderableType:
+        return survey_view(self)
 
 
 def survey(model: nn.Module, inputs: Inputs | None = None, *, called_with: Inputs | None = None) -> Survey:

@@ -31,6 +31,7 @@ from surgeon.errors import CaptureError
 from surgeon.models.call import Inputs
 from surgeon.models.copies import duplicate, in_mode, where
 from surgeon.models.cost import measure
+from surgeon.models.progress import Progress, parts, silent
 from surgeon.proof.distance import tensors
 from surgeon.surgery.fold import fold_blocks_, fold_norms_
 
@@ -79,16 +80,13 @@ class Timing:
         return high - low <= TOO_WIDE * self.time_ratio
 
 
-Progress = Callable[[str, float], None]  # what is being done, and the share that is done of all
-
-
 def run(
     models: Sequence[tuple[str, nn.Module]],
     inputs: Inputs,
     settings: Sequence[Setting],
     *,
     rounds: int = 15,
-    progress: Progress = lambda what, share: None,
+    progress: Progress = silent,
 ) -> tuple[Timing, ...]:
     """Time models with labels on inputs of this kind in each of the settings; they are copied, and stay as they are.
 
@@ -97,12 +95,9 @@ def run(
     """
     timings: list[Timing] = []
     for i, setting in enumerate(settings):
-
-        def tell(what: str, share: float, done: int = i) -> None:
-            progress(what, (done + share) / len(settings))
-
+        part = parts(progress, i / len(settings), (i + 1) / len(settings))
         with _threads(setting.threads), _compiling(setting.compiled):
-            timings += _run_setting(models, inputs.batched(setting.batch), setting, rounds, tell)
+            timings += _run_setting(models, inputs.batched(setting.batch), setting, rounds, part)
     return tuple(timings)
 
 

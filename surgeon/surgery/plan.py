@@ -15,11 +15,14 @@ from typing import Any, Literal, Self
 import torch
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
+from rich.console import RenderableType
 
 from surgeon.analysis.sites import Site, Survey, measure_calls
 from surgeon.blocks import Block, BlockOptions, registry
 from surgeon.blocks.octave import OctaveConv, OctaveConvOptions
 from surgeon.conv.spec import ConvSpec
+from surgeon.display.plan import plan_view
+from surgeon.display.shown import Shown
 from surgeon.errors import CaptureError, PlanError
 from surgeon.models import call as calls
 from surgeon.models.call import Inputs
@@ -150,7 +153,7 @@ class SeamLeft(Form):
     reason: str
 
 
-class Plan(Form):
+class Plan(Shown, Form):
     """What will be done to one model, conv by conv."""
 
     format: Literal[1] = Field(alias="surgeon-plan")
@@ -189,6 +192,9 @@ class Plan(Form):
     @property
     def keeps_function(self) -> bool:
         return all(entry.keeps_function for entry in self.convs)
+
+    def __rich__(self) -> RenderableType:
+        return plan_view(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain data, without what goes without saying."""
