@@ -80,6 +80,25 @@ class Timing:
         return high - low <= TOO_WIDE * self.time_ratio
 
 
+@dataclass(frozen=True, slots=True)
+class Trials:
+    """What is asked for: every batch size with every number of threads; layout and compilers beside the plain way."""
+
+    batches: tuple[int, ...] = (1,)
+    threads: tuple[int, ...] = ()  # as many as torch uses, where none are named
+    rounds: int = 15
+    channels_last: bool = False
+    compiled: bool = False
+    train: bool = False
+
+    @property
+    def settings(self) -> list[Setting]:
+        """Every combination."""
+        layouts, ways = [False, True][: 1 + self.channels_last], [False, True][: 1 + self.compiled]
+        threads = self.threads or (torch.get_num_threads(),)
+        return [Setting(*one, self.train) for one in itertools.product(self.batches, threads, layouts, ways)]
+
+
 def run(
     models: Sequence[tuple[str, nn.Module]],
     inputs: Inputs,
@@ -255,12 +274,3 @@ def _peak_bytes(call: Callable[[], object]) -> int | None:
 def _status(key: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(f"{key}:")).split()[1])
-
-
-def settings_for(
-    batches: Sequence[int], threads: Sequence[int], *, channels_last: bool, compiled: bool, train: bool
-) -> list[Setting]:
-    """Every combination that was asked for; layouts and compilation are measured beside the plain way."""
-    layouts, ways = [False, True][: 1 + channels_last], [False, True][: 1 + compiled]
-    counts = threads or [torch.get_num_threads()]
-    return [Setting(*one, train) for one in itertools.product(batches, counts, layouts, ways)]

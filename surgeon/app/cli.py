@@ -256,10 +256,11 @@ def bench(
     """Time models against each other, by turns in one run, as they are and with their norms folded."""
     with _bar() as progress:
         from surgeon.app import commands
+        from surgeon.app.bench import Trials
         from surgeon.display.bench import bench_data, bench_view
 
-        how = commands.Trials(tuple(batch or (1,)), tuple(threads or ()), rounds, channels_last, compiled, train)
-        timings = commands.bench(models, given, how, progress)
+        trials = Trials(tuple(batch or (1,)), tuple(threads or ()), rounds, channels_last, compiled, train)
+        timings = commands.bench(models, given, trials, progress)
     _show(bench_data(timings) if json else bench_view(timings))
 
 

@@ -20,7 +20,7 @@ from surgeon.analysis import sites
 from surgeon.analysis.sites import Survey
 from surgeon.api import SelfCheck
 from surgeon.app import bench as benching
-from surgeon.app.bench import Timing
+from surgeon.app.bench import Timing, Trials
 from surgeon.blocks import Foldable
 from surgeon.errors import CaptureError
 from surgeon.files import load as source
@@ -64,18 +64,6 @@ class Fused:
     params: tuple[int, int]
     distance: float | None
     path: Path
-
-
-@dataclass(frozen=True, slots=True)
-class Trials:
-    """How `bench` runs models: every batch size with every number of threads, each that many rounds."""
-
-    batches: tuple[int, ...] = (1,)
-    threads: tuple[int, ...] = ()
-    rounds: int = 15
-    channels_last: bool = False
-    compiled: bool = False
-    train: bool = False
 
 
 def survey(name: str, given: Given, progress: Progress = silent) -> Survey:
@@ -167,7 +155,7 @@ def verify(name_a: str, name_b: str, given: Given, progress: Progress = silent) 
     return surgery.verify(a, b, inputs or None, seed=given.seed)
 
 
-def bench(names: Sequence[str], given: Given, how: Trials, progress: Progress = silent) -> tuple[Timing, ...]:
+def bench(names: Sequence[str], given: Given, trials: Trials, progress: Progress = silent) -> tuple[Timing, ...]:
     """Time models against each other on inputs of the first one's kind."""
     models = []
     for i, (label, name) in enumerate(zip(_labels(names), names, strict=True)):
@@ -176,10 +164,7 @@ def bench(names: Sequence[str], given: Given, how: Trials, progress: Progress = 
     inputs = _inputs(models[0][1], given)
     if inputs is None:
         raise CaptureError("no input is known to run them on", todo="Give one: --input 1,3,224,224.")
-    settings = benching.settings_for(
-        how.batches, how.threads, channels_last=how.channels_last, compiled=how.compiled, train=how.train
-    )
-    return benching.run(models, inputs, settings, rounds=how.rounds, progress=parts(progress, 0.1, 1))
+    return benching.run(models, inputs, trials.settings, rounds=trials.rounds, progress=parts(progress, 0.1, 1))
 
 
 def write_plan(decided: Plan, path: Path, *, force: bool) -> None:

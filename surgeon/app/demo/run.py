@@ -27,7 +27,7 @@ _INPUT = "1,1,28,28"
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class Snapshot:
     """The network after one step: share of test images that it gets right, and what it costs."""
 
     name: str
@@ -39,7 +39,9 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Demo:
-    steps: tuple[Step, ...]
+    """What the demo did: the network after every step, and the proof of the last one."""
+
+    steps: tuple[Snapshot, ...]
     report: Report  # of the folded network against the trained one
     images: tuple[int, int]  # to train on, to test on
     seconds: float  # of training
@@ -54,11 +56,11 @@ def demo(progress: Progress = silent, *, seconds: float, folder: Path | None, se
         home = Path(place)
         home.mkdir(parents=True, exist_ok=True)
 
-        def step(name: str, path: Path) -> Step:
+        def step(name: str, path: Path) -> Snapshot:
             model = surgery.load(path)
             cost = measure(model, [images.test_x[:1]])
             assert cost.macs is not None
-            return Step(name, path.name, accuracy(model, images.test_x, images.test_y), cost.params, cost.macs)
+            return Snapshot(name, path.name, accuracy(model, images.test_x, images.test_y), cost.params, cost.macs)
 
         start, trained = home / "net.pt", home / "net.acnet.trained.pt"
         surgery.save(_trained_net(), start, force=True)
