@@ -1,30 +1,23 @@
 """The command line: parse, call one function of `commands`, print, exit code. torch is imported only when needed."""
 
 import inspect
-import json as jsonlib
 import logging
-import math
 import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import progress as bars
-from rich.console import Console, RenderableType
-from rich.progress import BarColumn, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from surgeon._version import __version__
-from surgeon.display.shown import WIDE
+from surgeon.app.terminal import bar, notes, show
 from surgeon.errors import PassError, SurgeonError
 
 if TYPE_CHECKING:
     from surgeon.app.commands import Given
-    from surgeon.models.progress import Progress
 
 _log = logging.getLogger("surgeon")
 
@@ -137,14 +130,14 @@ def convert(
         raise typer.BadParameter("give either --recipe or --plan, for example --recipe acnet")
     if plan is not None and sets:
         raise typer.BadParameter("--set changes a recipe; edit the plan file instead")
-    with _bar() as progress:
+    with bar() as progress:
         from surgeon.app import commands
         from surgeon.display.convert import converted_data, converted_view
         from surgeon.surgery import plan as plans
 
         how = plans.read(plan) if plan is not None else str(recipe)
         done = commands.convert(model, how, given, progress, overrides=sets or (), output=output, force=force)
-    _show(converted_data(done) if json else converted_view(done))
+    show(converted_data(done) if json else converted_view(done))
 
 
 @app.command(epilog="Example: surgeon fuse model.acnet.pt   writes model.acnet.fused.pt")
@@ -160,12 +153,12 @@ def fuse(
     json: Json = False,
 ) -> None:
     """Fold every block that can be folded into one plain conv, and save the result."""
-    with _bar() as progress:
+    with bar() as progress:
         from surgeon.app import commands
         from surgeon.display.convert import fused_data, fused_view
 
         done = commands.fuse(model, given, progress, dense=dense, output=output, force=force)
-    _show(fused_data(done) if json else fused_view(done))
+    show(fused_data(done) if json else fused_view(done))
 
 
 @app.command(epilog="Example: surgeon verify model.acnet.pt model.acnet.fused.pt   exits 0 if they are equivalent")
@@ -180,12 +173,12 @@ def verify(
 
     Exit code: 0 equivalent, 1 different, 2 could not be compared, 3 approximate by design.
     """
-    with _bar() as progress:
+    with bar() as progress:
         from surgeon.app import commands
         from surgeon.display.report import report_view
 
         found = commands.verify(a, b, given, progress)
-    _show(found.to_dict() if json else report_view(found))
+    show(found.to_dict() if json else report_view(found))
     raise typer.Exit({"equivalent": 0, "different": 1, "approximate": 3}[found.verdict])
 
 
@@ -197,12 +190,12 @@ def survey(
     json: Json = False,
 ) -> None:
     """List every conv of a model: names, geometry, sizes, calls, what reads it and what stands in the way."""
-    with _bar() as progress:
+    with bar() as progress:
         from surgeon.app import commands
         from surgeon.display.survey import survey_data, survey_view
 
         found = commands.survey(model, given, progress)
-    _show(survey_data(found) if json else survey_view(found))
+    show(survey_data(found) if json else survey_view(found))
 
 
 @app.command(
@@ -222,7 +215,7 @@ def plan(
     json: Json = False,
 ) -> None:
     """Show what a recipe would do to every conv of a model, and why; nothing is changed."""
-    with _bar() as progress:
+    with bar() as progress:
         from surgeon.app import commands
         from surgeon.display.plan import plan_view
 
@@ -230,7 +223,7 @@ def plan(
         if output is not None:
             commands.write_plan(decided, output, force=force)
             _log.info(f"written: {output}")
-    _show(decided.to_dict() if json else plan_view(decided, every_conv=output is None))
+    show(decided.to_dict() if json else plan_view(decided, every_conv=output is None))
 
 
 @app.command(epilog="Example: surgeon bench model.pt model.hetconv-p4.pt --batch 8 --channels-last")
@@ -254,14 +247,14 @@ def bench(
     json: Json = False,
 ) -> None:
     """Time models against each other, by turns in one run, as they are and with their norms folded."""
-    with _bar() as progress:
+    with bar() as progress:
         from surgeon.app import commands
         from surgeon.app.bench import Trials
         from surgeon.display.bench import bench_data, bench_view
 
         trials = Trials(tuple(batch or (1,)), tuple(threads or ()), rounds, channels_last, compiled, train)
         timings = commands.bench(models, given, trials, progress)
-    _show(bench_data(timings) if json else bench_view(timings))
+    show(bench_data(timings) if json else bench_view(timings))
 
 
 @app.command(epilog="Example: surgeon recipes acnet > mine.yaml")
@@ -276,13 +269,13 @@ def recipes(
     from surgeon.recipes import schema as schemas
 
     if schema:
-        _show(schemas.json_schema())
+        show(schemas.json_schema())
     elif name is not None:
         found = recipe.load(name)
-        _show(recipes_data([found])[0]) if json else sys.stdout.write(found.text)
+        show(recipes_data([found])[0]) if json else sys.stdout.write(found.text)
     else:
         known = [recipe.load(each) for each in recipe.bundled()]
-        _show(recipes_data(known) if json else recipes_view(known))
+        show(recipes_data(known) if json else recipes_view(known))
 
 
 @app.command(epilog="Example: surgeon blocks --json")
@@ -291,7 +284,7 @@ def blocks(json: Json = False) -> None:
     from surgeon.blocks import registry
     from surgeon.display.blocks import blocks_data, blocks_view
 
-    _show(blocks_data(registry()) if json else blocks_view(registry()))
+    show(blocks_data(registry()) if json else blocks_view(registry()))
 
 
 @app.command(epilog="Example: surgeon demo --seconds 20")
@@ -307,9 +300,9 @@ def demo(
     from surgeon.app.demo import run
     from surgeon.display.demo import demo_data, demo_view
 
-    with _bar() as progress:
+    with bar() as progress:
         steps = run.demo(progress, seconds=seconds, folder=folder, seed=seed)
-    _show(demo_data(steps) if json else demo_view(steps))
+    show(demo_data(steps) if json else demo_view(steps))
 
 
 @app.callback(invoke_without_command=True)
@@ -325,7 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; what was raised on purpose becomes one message and an exit code."""
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch's, and nothing here needs NumPy
     try:
-        with _notes():
+        with notes():
             app(arguments)
     except SurgeonError as error:
         if isinstance(error, PassError):
@@ -342,61 +335,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
         traceback.print_exc()
         print(f"surgeon: {PassError('command line', repr(error))}", file=sys.stderr)
         sys.exit(PassError.exit_code)
-
-
-def _console(*, stderr: bool) -> Console:
-    """A terminal as wide as it is; a file or a pipe wide enough for every table."""
-    console = Console(stderr=stderr, highlight=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        return Console(stderr=stderr, highlight=False, width=WIDE)
-    return console
-
-
-_err = _console(stderr=True)
-
-
-class _Notes(logging.Handler):
-    """Prints what is logged as notes, above the bar where there is one."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        _err.print(f"note: {record.getMessage()}", markup=False, soft_wrap=True)
-
-
-@contextmanager
-def _notes() -> Iterator[None]:
-    """Print what surgeon logs meanwhile, and leave its logger as it was."""
-    notes, level = _Notes(), _log.level
-    _log.addHandler(notes)
-    _log.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        _log.removeHandler(notes)
-        _log.setLevel(level)
-
-
-@contextmanager
-def _bar() -> Iterator["Progress"]:
-    """Draw a progress bar on a terminal; nothing is printed elsewhere."""
-    doing = TextColumn("{task.description}", markup=False)  # names may hold brackets
-    columns = (SpinnerColumn(), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), doing)
-    with bars.Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as bar:
-        task = bar.add_task("starting", total=1.0)
-        yield lambda what, share: bar.update(task, description=what, completed=share)
-
-
-def _show(result: RenderableType | dict[str, Any] | list[Any]) -> None:
-    """Print the one thing that a command is about on stdout: a table, or a JSON document."""
-    if isinstance(result, dict | list):
-        print(jsonlib.dumps(_finite(result), indent=1, ensure_ascii=False, allow_nan=False))
-    else:
-        _console(stderr=False).print(result)
-
-
-def _finite(data: Any) -> Any:
-    """Write Infinity and NaN as text, which JSON has no numbers for."""
-    if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
-    return str(data) if isinstance(data, float) and not math.isfinite(data) else data

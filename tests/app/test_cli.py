@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import surgeon
-from surgeon.app import cli
+from surgeon.app import terminal
 from surgeon.app.cli import app, main
 from surgeon.app.demo.net import SmallResNet
 
@@ -118,27 +118,41 @@ def test_the_logger_is_left_as_it_was(run) -> None:
     assert (logger.level, list(logger.handlers)) == before
 
 
-@pytest.mark.parametrize("arguments", [("survey", "net.pt"), ("convert", "net.pt", "-r", "acnet")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("survey", "net.pt"),
+        ("plan", "net.pt", "-r", "acnet"),
+        ("convert", "net.pt", "-r", "acnet"),
+        ("fuse", "net.pt"),
+        ("verify", "net.pt", "net.pt"),
+        ("bench", "net.pt", "--rounds=3", "--batch=1", "--batch=2"),
+        ("demo", "--seconds=1"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
 def test_a_bar_on_a_terminal_says_what_is_done_and_runs_forward(
     run, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
 ) -> None:
     screen = io.StringIO()
-    monkeypatch.setattr(cli, "_err", Console(file=screen, force_terminal=True, width=100, highlight=False))
-    seen: dict[str, float] = {}
+    monkeypatch.setattr(terminal, "_err", Console(file=screen, force_terminal=True, width=150, highlight=False))
+    seen: list[tuple[str, float]] = []
     update = Progress.update
 
     def note(self: Progress, task: TaskID, *, description: str, completed: float) -> None:
-        seen[description] = completed
+        seen.append((description, completed))
         update(self, task, description=description, completed=completed, refresh=True)
 
     monkeypatch.setattr(Progress, "update", note)
     assert run(*arguments).code == 0
-    assert len(seen) >= 3
-    assert next(iter(seen)) == "loading net.pt"
-    assert list(seen.values()) == sorted(seen.values())
-    assert all(0 <= share <= 1 for share in seen.values())
-    assert all(what in screen.getvalue() for what in seen)
-    assert "note: no --input was given" in screen.getvalue()
+    words, shares = zip(*seen, strict=True)
+    assert words[0].startswith("loading")
+    assert len(words) >= 3
+    assert list(shares) == sorted(shares)
+    assert 0 <= shares[0] < shares[-1] <= 1
+    assert words[-1] in screen.getvalue()
+    is_told = "note: no --input was given" in screen.getvalue()
+    assert is_told == (arguments[0] not in ("verify", "demo"))
 
 
 def test_what_a_model_prints_does_not_spoil_the_json(run, tmp_path: Path) -> None:
