@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from surgeon.errors import Fault, RecipeError
-from surgeon.recipes.marks import Marked, Path, Place, in_file_order, path_text, shown
+from surgeon.recipes.marks import Marked, Path, Place, in_file_order, path_text, quoted
 
 _NOWHERE: Path = ()
 Model = TypeVar("Model", bound=BaseModel)
@@ -114,11 +114,11 @@ _WORDS = _BOUNDS | {
 
 def _in_words(details: ErrorDetails, fields: Mapping[str, FieldInfo]) -> tuple[str, str]:
     """Say what is wrong, and what kind of fault it is: `missing`, `unknown_key` or `fault`."""
-    kind, loc, context, value = details["type"], details["loc"], details.get("ctx", {}), shown(details["input"])
+    kind, loc, context, value = details["type"], details["loc"], details.get("ctx", {}), quoted(details["input"])
     if kind in ("unknown_key", "fault"):  # said already, by a form inside this one
         return kind, details["msg"]
     if kind == "extra_forbidden":
-        return "unknown_key", f"unknown key {shown(loc[-1])}" + (_keys_near(loc[0], fields) if len(loc) == 1 else "")
+        return "unknown_key", f"unknown key {quoted(loc[-1])}" + (_keys_near(loc[0], fields) if len(loc) == 1 else "")
     if kind == "literal_error":
         words = re.findall(r"'([^']*)'", context["expected"]) or [context["expected"]]
         return "fault", f"{value} is not one of {', '.join(words)}{did_you_mean(details['input'], words)}"

@@ -94,7 +94,7 @@ def read(text: str, name: str, *, todo: str = "") -> Marked:
     try:
         marked.data = walk.read(text, ())
         if not isinstance(marked.data, dict):
-            raise _ReadError(marked.values[()], f"a mapping (key: value) is needed, not {shown(marked.data)}")
+            raise _ReadError(marked.values[()], f"a mapping (key: value) is needed, not {quoted(marked.data)}")
     except _ReadError as error:
         raise RecipeError([error.fault[1]], todo=todo) from error
     return marked
@@ -127,10 +127,10 @@ def dump(data: Any) -> str:
     return str(yaml.dump(data, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=110))
 
 
-def shown(value: object) -> str:
+def quoted(value: object) -> str:
     """Write a value as its author would recognise it: short, and in the language of the file.
 
-    >>> [shown(value) for value in (None, True, "1.5", 1.5, [1], {})]
+    >>> [quoted(value) for value in (None, True, "1.5", 1.5, [1], {})]
     ['null', 'true', "'1.5'", '1.5', 'a list', 'a mapping']
     """
     if value is None or isinstance(value, bool):
@@ -231,7 +231,7 @@ class _Walk:
     def _scalar(self, node: yaml.ScalarNode, path: Path) -> object:
         self._refuse_tag(node, path)
         if re.search("[\ud800-\udfff]", node.value):
-            self._fault(node, path, f"{shown(node.value)} holds half a character")
+            self._fault(node, path, f"{quoted(node.value)} holds half a character")
             return ascii(node.value)
         try:
             return _VALUE_OF.get(node.tag, str)(node.value)
@@ -266,7 +266,7 @@ def _refusal(holder: Any, step: str | int) -> str | None:
         return f"has {len(holder)} entries, counted from 0" if step >= len(holder) else None
     if isinstance(step, str) and isinstance(holder, dict):
         return None
-    return f"is {shown(holder)} and has no {path_text((step,))}"
+    return f"is {quoted(holder)} and has no {path_text((step,))}"
 
 
 def _finite(number: float) -> float:

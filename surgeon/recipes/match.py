@@ -25,7 +25,7 @@ from pydantic_core import CoreSchema
 
 from surgeon.conv.spec import ConvSpec, Pair
 from surgeon.recipes.forms import Form, did_you_mean
-from surgeon.recipes.marks import shown
+from surgeon.recipes.marks import quoted
 
 T = TypeVar("T")
 Seen = TypeVar("Seen", contravariant=True)
@@ -104,7 +104,7 @@ class Box(Form):
         if not isinstance(value, str):
             return {"height": value, "width": value}
         if not (sides := re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", value)):
-            raise ValueError(f"{shown(value)} is not like 3, 1x7 or {{min: 3, max: 7}}")
+            raise ValueError(f"{quoted(value)} is not like 3, 1x7 or {{min: 3, max: 7}}")
         return {"height": int(sides[1]), "width": int(sides[2])}
 
     def admits(self, pair: Pair) -> bool:
@@ -121,7 +121,7 @@ class Groups(Form):
     @classmethod
     def _from_text(cls, value: object) -> object:
         if isinstance(value, str) and value != "depthwise":
-            raise ValueError(f"{shown(value)} is neither a number nor depthwise{did_you_mean(value, ['depthwise'])}")
+            raise ValueError(f"{quoted(value)} is neither a number nor depthwise{did_you_mean(value, ['depthwise'])}")
         return {"depthwise": True} if value == "depthwise" else {"span": value}
 
     def admits(self, spec: ConvSpec) -> bool:
@@ -130,7 +130,7 @@ class Groups(Form):
 
 def _glob(text: str) -> str:
     if any("**" in segment and segment != "**" for segment in text.split(".")):
-        raise ValueError(f"{shown(text)}: ** stands for whole segments, as in layer1.**.conv1; within one write *")
+        raise ValueError(f"{quoted(text)}: ** stands for whole segments, as in layer1.**.conv1; within one write *")
     return text
 
 
@@ -139,7 +139,7 @@ def _regex(text: str) -> str:
         with warnings.catch_warnings(action="error"):  # raised where Python may read the pattern otherwise one day
             re.compile(text)
     except (re.error, Warning, OverflowError, RecursionError) as error:
-        raise ValueError(f"{shown(text)} is no regular expression: {error}") from error
+        raise ValueError(f"{quoted(text)} is no regular expression: {error}") from error
     return text
 
 

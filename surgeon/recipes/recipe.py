@@ -42,7 +42,7 @@ from surgeon.blocks import BlockOptions, registry
 from surgeon.errors import Fault, RecipeError
 from surgeon.recipes import forms, marks
 from surgeon.recipes.forms import Form, did_you_mean, plain_words
-from surgeon.recipes.marks import shown
+from surgeon.recipes.marks import quoted
 from surgeon.recipes.match import Match, Text, as_mapping, not_empty
 
 FORMAT = 1
@@ -92,7 +92,7 @@ def load(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recip
     if os.path.exists(source) and (found is None or os.path.isfile(source)):
         found = Path(source)
     if found is None:
-        what = f"no recipe {shown(source)}: it is neither a file nor bundled{did_you_mean(name, recipes)}"
+        what = f"no recipe {quoted(source)}: it is neither a file nor bundled{did_you_mean(name, recipes)}"
         raise RecipeError([Fault("", "", what)], todo=f"Bundled: {', '.join(recipes)}.")
     return parse(text_of(found), found.name, overrides)
 
@@ -163,7 +163,7 @@ def text_of(file: Traversable) -> str:
 def _known_block(name: str) -> str:
     if name not in registry():
         names = ", ".join(registry())
-        raise ValueError(f"no block called {shown(name)}; there are {names}{did_you_mean(name, registry())}")
+        raise ValueError(f"no block called {quoted(name)}; there are {names}{did_you_mean(name, registry())}")
     return name
 
 
