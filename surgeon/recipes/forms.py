@@ -104,7 +104,7 @@ _WORDS = _BOUNDS | {
     **dict.fromkeys(("float_type", "float_parsing"), "{value} is not a number"),
     **dict.fromkeys(("bool_type", "bool_parsing"), "{value} is neither true nor false"),
     **dict.fromkeys(("tuple_type", "list_type"), "{value} is not a list"),
-    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "{value} is not a mapping"),
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type", "dataclass_type"), "{value} is not a mapping"),
     "string_type": "{value} is not text",
     "string_too_short": "{value} says nothing",
     "value_error": "{error}",
@@ -117,7 +117,7 @@ def _in_words(details: ErrorDetails, fields: Mapping[str, FieldInfo]) -> tuple[s
     kind, loc, context, value = details["type"], details["loc"], details.get("ctx", {}), quoted(details["input"])
     if kind in ("unknown_key", "fault"):  # said already, by a form inside this one
         return kind, details["msg"]
-    if kind == "extra_forbidden":
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         return "unknown_key", f"unknown key {quoted(loc[-1])}" + (_keys_near(loc[0], fields) if len(loc) == 1 else "")
     if kind == "literal_error":
         words = re.findall(r"'([^']*)'", context["expected"]) or [context["expected"]]

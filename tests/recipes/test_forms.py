@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal
 
+import pydantic
 import pytest
 from pydantic import BaseModel, Field
 
@@ -46,4 +48,20 @@ def test_a_model_that_is_no_form_gets_them_too():
     assert list(map(str, caught.value.faults)) == [
         "a.yaml:1:7: size: 'a' is not a whole number",
         "a.yaml:2:1: sze: unknown key 'sze'",
+    ]
+
+
+def test_a_dataclass_in_a_form_gets_them_too():
+    @dataclasses.dataclass
+    class Size:
+        side: int
+
+    with pytest.raises(RecipeError) as caught:
+        forms.validate(
+            pydantic.create_model("Sizes", __base__=forms.Form, size=(Size, ...), other=(Size, ...)),
+            marks.read("size: 3\nother: {side: 1, sdie: 2}\n", "a.yaml"),
+        )
+    assert list(map(str, caught.value.faults)) == [
+        "a.yaml:1:7: size: 3 is not a mapping",
+        "a.yaml:2:18: other.sdie: unknown key 'sdie'",
     ]
