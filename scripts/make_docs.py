@@ -7,20 +7,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import shlex
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import typer
 
 from surgeon.analysis import example as examples
 from surgeon.app.cli import app
+from surgeon.app.cli import main as surgeon
 from surgeon.models import call as inputs
 
 ROOT = Path(__file__).parents[1]
@@ -59,24 +61,61 @@ def _default(option: Any) -> str:
 
 
 def with_outputs(readme: str) -> str:
-    """Run the commands of the README's console blocks in one folder, in order, and write what they print below each."""
-    with tempfile.TemporaryDirectory() as folder:
-        return _BLOCK.sub(lambda block: _run_block(block[1], Path(folder)), readme)
+    """Run the commands of the README's console blocks in one folder, in order, and write what they print below each.
+
+    They run in this process, which saves importing torch anew for each of them.
+    """
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), _columns("150"):
+        return _BLOCK.sub(lambda block: _run_block(block[1]), readme)
 
 
-def _run_block(text: str, folder: Path) -> str:
+def _run_block(text: str) -> str:
     commands = [line[2:] for line in text.splitlines() if line.startswith("$ ")]
-    lines = [line for command in commands for line in (f"$ {command}", *_output(command, folder))]
+    lines = [line for command in commands for line in (f"$ {command}", *_output(command))]
     return "\n".join(["```console", *lines, "```"])
 
 
-def _output(command: str, folder: Path) -> list[str]:
-    """Run one command with this Python; standard error and standard output, as a terminal shows them."""
-    words = shlex.split(command)
-    words[:1] = [sys.executable] if words[0] == "python" else [sys.executable, "-m", words[0]]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "150"}
-    done = subprocess.run(words, cwd=folder, env=environment, text=True, capture_output=True, check=True)
-    return [line.rstrip() for line in (done.stderr + done.stdout).splitlines()]
+def _output(command: str) -> list[str]:
+    """Run one command; what goes to standard error and to standard output, in the order of a terminal.
+
+    Raises:
+        RuntimeError: it fails.
+    """
+    program, *arguments = shlex.split(command)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed), torch.random.fork_rng():
+        torch.manual_seed(torch.Generator().initial_seed())  # the one that a new process begins with
+        code = _run(program, arguments)
+    if code:
+        raise RuntimeError(f"`{command}` exits with {code}:\n{printed.getvalue()}")
+    return [line.rstrip() for line in printed.getvalue().splitlines()]
+
+
+def _run(program: str, arguments: list[str]) -> int | str | None:
+    """Run what the README runs: `surgeon …` and `python -c …`; its exit code."""
+    try:
+        if program == "surgeon":
+            surgeon(arguments)
+        elif program == "python" and arguments[0] == "-c":
+            exec(compile(arguments[1], "README.md", "exec"), {"__name__": "__main__"})
+        else:
+            raise RuntimeError(f"the README runs {program}, which this script does not know")
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+@contextlib.contextmanager
+def _columns(count: str) -> Iterator[None]:
+    """Let tables be this wide."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = count
+    try:
+        yield
+    finally:
+        os.environ.pop("COLUMNS")
+        if before is not None:
+            os.environ["COLUMNS"] = before
 
 
 def main() -> None:

@@ -5,12 +5,14 @@
     deployed  = surgeon.fuse(converted)
     report    = surgeon.verify(converted, deployed, example=(1, 3, 224, 224))
 
-`import surgeon` imports neither torch nor anything slow; the names below come when they are first used.
+`import surgeon` imports neither torch nor anything slow; the names below come when they are first used. What may be
+good to know goes to the logger `surgeon`, and is printed where the program sets up logging.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from surgeon import errors
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from surgeon.proof.verify import Report
     from surgeon.recipes.recipe import Recipe
     from surgeon.surgery.plan import Plan
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # else Python would print warnings by itself
 
 _HOMES = {
     "ACBlock": "surgeon.blocks.acblock",

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -57,6 +58,7 @@ _GROSS = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 0.9, torch.bf
 _WRAPPERS = {"DistributedDataParallel": "module", "FullyShardedDataParallel": "module", "OptimizedModule": "_orig_mod"}
 _UNSEEN = "the network uses a conv in a way that its graph does not show"
 _LEAVE = "Leave out the convs that are read in other ways than by calling them: `surgeon plan -o plan.yaml`, edit it."
+_log = logging.getLogger("surgeon")
 Model = TypeVar("Model", bound=nn.Module)
 RecipeLike = str | PathLike[str] | Mapping[str, Any] | Recipe
 
@@ -445,10 +447,11 @@ def load(
         ModelError, StoreError: it cannot be read; the message says what to do.
     """
     trust = Trust(allow=tuple(allow), unsafe_pickle=unsafe_pickle)
-    rebuild = functools.partial(replay.rebuild, trust=trust, seed=seed)
-    return source.load(
-        fspath(name), arch=arch, arch_args=arch_args or {}, trust=trust, seed=seed, rebuild=rebuild
-    ).model
+    again = functools.partial(replay.rebuild, trust=trust, seed=seed)
+    loaded = source.load(fspath(name), arch=arch, arch_args=arch_args or {}, trust=trust, seed=seed, rebuild=again)
+    for notice in loaded.notices:
+        _log.info(notice)
+    return loaded.model
 
 
 def save(model: nn.Module, path: str | PathLike[str], *, arch: str | None = None, force: bool = False) -> None:

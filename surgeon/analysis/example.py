@@ -13,6 +13,7 @@ Standing alone, these give a whole call: a tuple its positional arguments, a dic
 from __future__ import annotations
 
 import itertools
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from os.path import isfile  # unlike Path.is_file, it bears names that are too long
@@ -32,6 +33,7 @@ from surgeon.models import call as calls
 from surgeon.models.call import Draw, Inputs, Shape
 from surgeon.models.copies import quietly, where
 
+_log = logging.getLogger("surgeon")
 Example = Shape | Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any] | Inputs
 
 # What torchvision's networks take, by the beginning of their module's name, the first that fits.
@@ -72,18 +74,18 @@ def make(example: Example, *, seed: int = 0) -> Inputs:
     return call.drawn(seed)
 
 
-def read(text: str, model: nn.Module, *, seed: int = 0, say: Callable[[str], None] = lambda notice: None) -> Inputs:
-    """Read what `--input` was given for a model; `say` takes notices of what was done to a picture.
+def read(text: str, model: nn.Module, *, seed: int = 0) -> Inputs:
+    """Read what `--input` was given for a model; what was done to a picture is logged.
 
     Raises:
         CaptureError: whatever is wrong with it.
     """
 
     def value(part: str) -> Any:
-        return calls.draw(part) if _SHAPE.fullmatch(part) else _value(part, model, seed, say)
+        return calls.draw(part) if _SHAPE.fullmatch(part) else _value(part, model, seed)
 
     is_whole = isfile(text) or (_FUNCTION.fullmatch(text) and not _SHAPE.fullmatch(text))
-    call = _arguments(_value(text, model, seed, say)) if is_whole else calls.parse(text, value)
+    call = _arguments(_value(text, model, seed)) if is_whole else calls.parse(text, value)
     if not call.has_tensors:
         raise CaptureError(f"there is no tensor in {text}", todo="Give tensors, alone or in lists, tuples and dicts.")
     return call.drawn(seed)
@@ -146,7 +148,7 @@ def _arguments(value: Any) -> Inputs:
     return Inputs(value if isinstance(value, tuple) else (value,))
 
 
-def _value(text: str, model: nn.Module, seed: int, say: Callable[[str], None]) -> Any:
+def _value(text: str, model: nn.Module, seed: int) -> Any:
     """Read a file or call a function."""
     path = Path(text)
     if not isfile(text) and _FUNCTION.fullmatch(text):
@@ -158,7 +160,7 @@ def _value(text: str, model: nn.Module, seed: int, say: Callable[[str], None]) -
         raise CaptureError(f"there is no file {text} to take as input", todo=_TODO)
     try:
         if path.suffix.lower() in _PICTURES:
-            return _picture(path, model, seed, say)
+            return _picture(path, model, seed)
         return _READERS[path.suffix.lower()](path)
     except ImportError as error:
         package = {"PIL": "pillow"}.get(str(error.name), error.name)
@@ -216,7 +218,7 @@ def _alone(found: dict[str, Tensor]) -> Any:
     return next(iter(found.values())) if len(found) == 1 else found
 
 
-def _picture(path: Path, model: nn.Module, seed: int, say: Callable[[str], None]) -> Any:
+def _picture(path: Path, model: nn.Module, seed: int) -> Any:
     """Make a picture what the model is known to take: its size, its channels, and its normalisation."""
     from PIL import Image, ImageOps
 
@@ -233,10 +235,10 @@ def _picture(path: Path, model: nn.Module, seed: int, say: Callable[[str], None]
     pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).double() / 255
     image = pixels.view(picture.height, picture.width, -1).permute(2, 0, 1)  # (channels, height, width)
     if like is not None and like.dim() == 3:  # a detector, which normalises and resizes by itself
-        say(f"{path} was {' and '.join(done)}")
+        _log.info(f"{path} was {' and '.join(done)}")
         return [image]
     image, normalised = _normalised(image, getattr(model, "pretrained_cfg", None))
-    say(f"{path} was {', '.join([*done, *normalised])}")
+    _log.info(f"{path} was {', '.join([*done, *normalised])}")
     return image[None]
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from rich.console import RenderableType
 from torch import nn
 
 from surgeon.analysis.fingerprint import fingerprint
@@ -22,6 +23,8 @@ from surgeon.analysis.readers import Facts, reader_name
 from surgeon.analysis.run import Call
 from surgeon.blocks import Block
 from surgeon.conv.spec import ConvSpec
+from surgeon.display.shown import Shown
+from surgeon.display.survey import survey_view
 from surgeon.models.call import Inputs
 from surgeon.models.cost import Cost, measure
 
@@ -55,7 +58,7 @@ class Site:
 
 
 @dataclass(frozen=True, slots=True)
-class Survey:
+class Survey(Shown):
     """All sites of a model in the order of its modules, and what was known when they were looked at."""
 
     network: Network  # what was looked at
@@ -80,6 +83,9 @@ class Survey:
     def opaque(self) -> Sequence[Opaque]:
         """Modules whose own Python could not be followed."""
         return self.network.captured.opaque
+
+    def __rich__(self) -> RenderableType:
+        return survey_view(self)
 
 
 def survey(network: Network) -> Survey:

@@ -32,6 +32,7 @@ from surgeon.errors import CaptureError
 from surgeon.models.call import Inputs
 from surgeon.models.copies import duplicate, in_mode, where
 from surgeon.models.cost import measure
+from surgeon.models.progress import Progress, parts, silent
 from surgeon.proof.distance import tensors
 from surgeon.surgery.fold import fold_blocks_, fold_norms_
 
@@ -80,7 +81,23 @@ class Timing:
         return high - low <= TOO_WIDE * self.time_ratio
 
 
-Progress = Callable[[str, float], None]  # what is being done, and the share that is done of all
+@dataclass(frozen=True, slots=True)
+class Trials:
+    """What is asked for: every batch size with every number of threads; layout and compilers beside the plain way."""
+
+    batches: tuple[int, ...] = (1,)
+    threads: tuple[int, ...] = ()  # as many as torch uses, where none are named
+    rounds: int = 15
+    channels_last: bool = False
+    compiled: bool = False
+    train: bool = False
+
+    @property
+    def settings(self) -> list[Setting]:
+        """Every combination."""
+        layouts, ways = [False, True][: 1 + self.channels_last], [False, True][: 1 + self.compiled]
+        threads = self.threads or (torch.get_num_threads(),)
+        return [Setting(*one, self.train) for one in itertools.product(self.batches, threads, layouts, ways)]
 
 
 def run(
@@ -89,7 +106,7 @@ def run(
     settings: Sequence[Setting],
     *,
     rounds: int = 15,
-    progress: Progress = lambda what, share: None,
+    progress: Progress = silent,
 ) -> tuple[Timing, ...]:
     """Time models with labels on inputs of this kind in each of the settings; they are copied, and stay as they are.
 
@@ -98,12 +115,9 @@ def run(
     """
     timings: list[Timing] = []
     for i, setting in enumerate(settings):
-
-        def tell(what: str, share: float, done: int = i) -> None:
-            progress(what, (done + share) / len(settings))
-
+        part = parts(progress, i / len(settings), (i + 1) / len(settings))
         with _threads(setting.threads), _compiling(setting.compiled):
-            timings += _run_setting(models, inputs.batched(setting.batch), setting, rounds, tell)
+            timings += _run_setting(models, inputs.batched(setting.batch), setting, rounds, part)
     return tuple(timings)
 
 
@@ -261,12 +275,3 @@ def _peak_bytes(call: Callable[[], object]) -> int | None:
 def _status(key: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(f"{key}:")).split()[1])
-
-
-def settings_for(
-    batches: Sequence[int], threads: Sequence[int], *, channels_last: bool, compiled: bool, train: bool
-) -> list[Setting]:
-    """Every combination that was asked for; layouts and compilation are measured beside the plain way."""
-    layouts, ways = [False, True][: 1 + channels_last], [False, True][: 1 + compiled]
-    counts = threads or [torch.get_num_threads()]
-    return [Setting(*one, train) for one in itertools.product(batches, counts, layouts, ways)]

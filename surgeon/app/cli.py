@@ -1,26 +1,25 @@
-"""The command line: parse, call one function of `pipeline`, print, exit code. torch is imported only when needed."""
+"""The command line: parse, call one function of `commands`, print, exit code. torch is imported only when needed."""
 
 import inspect
-import json as jsonlib
-import math
+import logging
 import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from surgeon._version import __version__
+from surgeon.app.terminal import bar, notes, show
 from surgeon.errors import PassError, SurgeonError
 
 if TYPE_CHECKING:
     from surgeon.app.commands import Given
+
+_log = logging.getLogger("surgeon")
 
 app = typer.Typer(
     name="surgeon",
@@ -131,14 +130,14 @@ def convert(
         raise typer.BadParameter("give either --recipe or --plan, for example --recipe acnet")
     if plan is not None and sets:
         raise typer.BadParameter("--set changes a recipe; edit the plan file instead")
-    with _working("converting"):
-        from surgeon.app import commands as pipeline
-        from surgeon.app import display as report
+    with bar() as progress:
+        from surgeon.app import commands
+        from surgeon.display.convert import converted_data, converted_view
         from surgeon.surgery import plan as plans
 
         how = plans.read(plan) if plan is not None else str(recipe)
-        done = pipeline.convert(model, how, given, _say, overrides=sets or (), output=output, force=force)
-    _show(report.converted_data(done) if json else report.converted_view(done))
+        done = commands.convert(model, how, given, progress, overrides=sets or (), output=output, force=force)
+    show(converted_data(done) if json else converted_view(done))
 
 
 @app.command(epilog="Example: surgeon fuse model.acnet.pt   writes model.acnet.fused.pt")
@@ -154,12 +153,12 @@ def fuse(
     json: Json = False,
 ) -> None:
     """Fold every block that can be folded into one plain conv, and save the result."""
-    with _working("folding"):
-        from surgeon.app import commands as pipeline
-        from surgeon.app import display as report
+    with bar() as progress:
+        from surgeon.app import commands
+        from surgeon.display.convert import fused_data, fused_view
 
-        done = pipeline.fuse(model, given, _say, dense=dense, output=output, force=force)
-    _show(report.fused_data(done) if json else report.fused_view(done))
+        done = commands.fuse(model, given, progress, dense=dense, output=output, force=force)
+    show(fused_data(done) if json else fused_view(done))
 
 
 @app.command(epilog="Example: surgeon verify model.acnet.pt model.acnet.fused.pt   exits 0 if they are equivalent")
@@ -174,12 +173,12 @@ def verify(
 
     Exit code: 0 equivalent, 1 different, 2 could not be compared, 3 approximate by design.
     """
-    with _working("comparing"):
-        from surgeon.app import commands as pipeline
-        from surgeon.app import display as report
+    with bar() as progress:
+        from surgeon.app import commands
+        from surgeon.display.report import report_view
 
-        found = pipeline.verify(a, b, given, _say)
-    _show(found.to_dict() if json else report.report_view(found))
+        found = commands.verify(a, b, given, progress)
+    show(found.to_dict() if json else report_view(found))
     raise typer.Exit({"equivalent": 0, "different": 1, "approximate": 3}[found.verdict])
 
 
@@ -191,12 +190,12 @@ def survey(
     json: Json = False,
 ) -> None:
     """List every conv of a model: names, geometry, sizes, calls, what reads it and what stands in the way."""
-    with _working("looking"):
-        from surgeon.app import commands as pipeline
-        from surgeon.app import display as report
+    with bar() as progress:
+        from surgeon.app import commands
+        from surgeon.display.survey import survey_data, survey_view
 
-        found = pipeline.survey(model, given, _say)
-    _show(report.survey_data(found) if json else report.survey_view(found))
+        found = commands.survey(model, given, progress)
+    show(survey_data(found) if json else survey_view(found))
 
 
 @app.command(
@@ -216,15 +215,15 @@ def plan(
     json: Json = False,
 ) -> None:
     """Show what a recipe would do to every conv of a model, and why; nothing is changed."""
-    with _working("planning"):
-        from surgeon.app import commands as pipeline
-        from surgeon.app import display as report
+    with bar() as progress:
+        from surgeon.app import commands
+        from surgeon.display.plan import plan_view
 
-        decided = pipeline.plan(model, recipe, given, _say, overrides=sets or ())
+        decided = commands.plan(model, recipe, given, progress, overrides=sets or ())
         if output is not None:
-            pipeline.write_plan(decided, output, force=force)
-            _say(f"written: {output}")
-    _show(decided.to_dict() if json else report.plan_view(decided, every_conv=output is None))
+            commands.write_plan(decided, output, force=force)
+            _log.info(f"written: {output}")
+    show(decided.to_dict() if json else plan_view(decided, every_conv=output is None))
 
 
 @app.command(epilog="Example: surgeon bench model.pt model.hetconv-p4.pt --batch 8 --channels-last")
@@ -248,13 +247,14 @@ def bench(
     json: Json = False,
 ) -> None:
     """Time models against each other, by turns in one run, as they are and with their norms folded."""
-    with _bar() as progress:
-        from surgeon.app import commands as pipeline
-        from surgeon.app import display as report
+    with bar() as progress:
+        from surgeon.app import commands
+        from surgeon.app.bench import Trials
+        from surgeon.display.bench import bench_data, bench_view
 
-        how = pipeline.Trials(tuple(batch or (1,)), tuple(threads or ()), rounds, channels_last, compiled, train)
-        timings = pipeline.bench(models, given, _say, how, progress)
-    _show(report.bench_data(timings) if json else report.bench_view(timings))
+        trials = Trials(tuple(batch or (1,)), tuple(threads or ()), rounds, channels_last, compiled, train)
+        timings = commands.bench(models, given, trials, progress)
+    show(bench_data(timings) if json else bench_view(timings))
 
 
 @app.command(epilog="Example: surgeon recipes acnet > mine.yaml")
@@ -264,26 +264,27 @@ def recipes(
     json: Json = False,
 ) -> None:
     """List the bundled recipes, or print one."""
-    from surgeon.app import display as report
+    from surgeon.display.recipes import recipes_data, recipes_view
     from surgeon.recipes import recipe
+    from surgeon.recipes import schema as schemas
 
     if schema:
-        _show(recipe.schema())
+        show(schemas.json_schema())
     elif name is not None:
         found = recipe.load(name)
-        _show(report.recipes_data([found])[0]) if json else sys.stdout.write(found.text)
+        show(recipes_data([found])[0]) if json else sys.stdout.write(found.text)
     else:
         known = [recipe.load(each) for each in recipe.bundled()]
-        _show(report.recipes_data(known) if json else report.recipes_view(known))
+        show(recipes_data(known) if json else recipes_view(known))
 
 
 @app.command(epilog="Example: surgeon blocks --json")
 def blocks(json: Json = False) -> None:
     """List the blocks that a recipe can swap in, with their options."""
-    from surgeon.app import display as report
     from surgeon.blocks import registry
+    from surgeon.display.blocks import blocks_data, blocks_view
 
-    _show(report.blocks_data(registry()) if json else report.blocks_view(registry()))
+    show(blocks_data(registry()) if json else blocks_view(registry()))
 
 
 @app.command(epilog="Example: surgeon demo --seconds 20")
@@ -296,11 +297,12 @@ def demo(
     json: Json = False,
 ) -> None:
     """Convert, train, fold and verify a small network on Fashion-MNIST; needs no network and no downloads."""
-    from surgeon.app import display as report
     from surgeon.app.demo import run
+    from surgeon.display.demo import demo_data, demo_view
 
-    steps = run.demo(_err, seconds=seconds, folder=folder, seed=seed)
-    _show(report.demo_data(steps) if json else report.demo_view(steps))
+    with bar() as progress:
+        steps = run.demo(progress, seconds=seconds, folder=folder, seed=seed)
+    show(demo_data(steps) if json else demo_view(steps))
 
 
 @app.callback(invoke_without_command=True)
@@ -316,7 +318,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; what was raised on purpose becomes one message and an exit code."""
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch's, and nothing here needs NumPy
     try:
-        app(arguments)
+        with notes():
+            app(arguments)
     except SurgeonError as error:
         if isinstance(error, PassError):
             traceback.print_exc()
@@ -332,54 +335,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
         traceback.print_exc()
         print(f"surgeon: {PassError('command line', repr(error))}", file=sys.stderr)
         sys.exit(PassError.exit_code)
-
-
-def _console(*, stderr: bool) -> Console:
-    """A terminal as wide as it is; a file or a pipe wide enough for every table."""
-    console = Console(stderr=stderr, highlight=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        return Console(stderr=stderr, highlight=False, width=180)
-    return console
-
-
-_err = _console(stderr=True)
-
-
-@contextmanager
-def _working(what: str) -> Iterator[None]:
-    """Turn a spinner on a terminal; nothing is printed elsewhere."""
-    if not _err.is_terminal:
-        yield
-        return
-    with _err.status(f"{what} …"):
-        yield
-
-
-@contextmanager
-def _bar() -> Iterator[Callable[[str, float], None]]:
-    """Draw a progress bar on a terminal; nothing is printed elsewhere."""
-    columns = (BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as progress:
-        task = progress.add_task("loading", total=1.0)
-        yield lambda what, share: progress.update(task, description=what, completed=share)
-
-
-def _say(notice: str) -> None:
-    _err.print(f"note: {notice}", markup=False, soft_wrap=True)
-
-
-def _show(result: RenderableType | dict[str, Any] | list[Any]) -> None:
-    """Print the one thing that a command is about on stdout: a table, or a JSON document."""
-    if isinstance(result, dict | list):
-        print(jsonlib.dumps(_finite(result), indent=1, ensure_ascii=False, allow_nan=False))
-    else:
-        _console(stderr=False).print(result)
-
-
-def _finite(data: Any) -> Any:
-    """Write Infinity and NaN as text, which JSON has no numbers for."""
-    if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
-    return str(data) if isinstance(data, float) and not math.isfinite(data) else data

@@ -1,12 +1,14 @@
 """One short function per command: the table of contents of the whole program.
 
-Files in, files out; what happens in between is `surgery`. Nothing here prints: `say` takes notices.
+Files in, files out; what happens in between is `surgery`. Nothing here prints: notices are logged, and `progress` is
+told how far the work is.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from surgeon.analysis.network import Network
 from surgeon.analysis.sites import Survey
 from surgeon.api import SelfCheck
 from surgeon.app import bench as benching
-from surgeon.app.bench import Progress, Timing
+from surgeon.app.bench import Timing, Trials
 from surgeon.blocks import Foldable
 from surgeon.errors import CaptureError
 from surgeon.files import formats
@@ -28,6 +30,7 @@ from surgeon.files.atomic import claim, write_atomically
 from surgeon.files.load import Loaded
 from surgeon.files.pickles import Trust
 from surgeon.files.save import save, to_open_again
+from surgeon.models.progress import Progress, parts, silent
 from surgeon.proof.verify import Report
 from surgeon.recipes import recipe as recipes
 from surgeon.surgery import manifest as manifests
@@ -35,12 +38,12 @@ from surgeon.surgery import plan as plans
 from surgeon.surgery.plan import Plan
 from surgeon.surgery.replay import rebuild
 
-Say = Callable[[str], None]
+_log = logging.getLogger("surgeon")
 
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """What the person says about a model, the same for every command."""
+    """What the user says about a model, the same for every command."""
 
     arch: str | None = None
     arch_args: tuple[str, ...] = ()
@@ -68,33 +71,28 @@ class Fused:
     path: Path
 
 
-@dataclass(frozen=True, slots=True)
-class Trials:
-    """How `bench` runs models: every batch size with every number of threads, each that many rounds."""
-
-    batches: tuple[int, ...] = (1,)
-    threads: tuple[int, ...] = ()
-    rounds: int = 15
-    channels_last: bool = False
-    compiled: bool = False
-    train: bool = False
+def survey(name: str, given: Given, progress: Progress = silent) -> Survey:
+    """Load a model and look at its convs."""
+    network = _load_and_look(name, given, parts(progress, 0, 0.5))
+    progress("looking at the convs", 0.5)
+    return sites.survey(network)
 
 
-def survey(name: str, given: Given, say: Say) -> Survey:
-    return sites.survey(_network(_load(name, given, say).model, given, say))
-
-
-def plan(name: str, recipe: str, given: Given, say: Say, *, overrides: Sequence[str] = ()) -> Plan:
+def plan(name: str, recipe: str, given: Given, progress: Progress = silent, *, overrides: Sequence[str] = ()) -> Plan:
+    """Decide what a recipe makes of a model."""
     wanted = recipes.load(recipe, overrides)
-    network = _network(_load(name, given, say).model, given, say)
-    return surgery.decide(wanted, sites.survey(network), seed=given.seed)
+    network = _load_and_look(name, given, parts(progress, 0, 0.4))
+    progress("looking at the convs", 0.4)
+    surveyed = sites.survey(network)
+    progress("planning", 0.7)
+    return surgery.decide(wanted, surveyed, seed=given.seed)
 
 
 def convert(
     name: str,
     how: str | Plan,
     given: Given,
-    say: Say,
+    progress: Progress = silent,
     *,
     overrides: Sequence[str] = (),
     output: Path | None,
@@ -104,48 +102,73 @@ def convert(
     wanted = how if isinstance(how, Plan) else recipes.load(how, overrides)
     label = wanted.recipe.name if isinstance(wanted, Plan) else wanted.name
     path = claim(output or _beside(name, label), force=force, suffixes=formats.suffixes(), origin=name)
-    loaded = _load(name, given, say)
-    surveyed = sites.survey(_network(loaded.model, given, say, plan=wanted if isinstance(wanted, Plan) else None))
+    progress(f"loading {name}", 0)
+    loaded = _load(name, given)
+    progress("looking for an input", 0.1)
+    network = _network(loaded.model, given, plan=wanted if isinstance(wanted, Plan) else None)
+    progress("looking at the convs", 0.2)
+    surveyed = sites.survey(network)
+    progress("planning", 0.3)
     if isinstance(wanted, Plan):
         plans.check(wanted, surveyed)
     decided = wanted if isinstance(wanted, Plan) else surgery.decide(wanted, surveyed, seed=given.seed)
-    check = surgery.carry_out_(decided, surveyed.network)
-    _save(loaded, path, say, force=force)
+    progress("converting, and measuring it", 0.4)
+    check = surgery.carry_out_(decided, network)
+    progress(f"writing {path}", 0.9)
+    _save(loaded, path, force=force)
     return Converted(decided, check, path)
 
 
 def fuse(
-    name: str, given: Given, say: Say, *, dense: bool = False, output: Path | None = None, force: bool = False
+    name: str,
+    given: Given,
+    progress: Progress = silent,
+    *,
+    dense: bool = False,
+    output: Path | None = None,
+    force: bool = False,
 ) -> Fused:
+    """Fold the blocks of a model, and write it."""
     path = claim(output or _beside(name, "fused"), force=force, suffixes=formats.suffixes(), origin=name)
-    loaded = _load(name, given, say)
+    progress(f"loading {name}", 0)
+    loaded = _load(name, given)
     model, params = loaded.model, _count(loaded.model)
-    folded, distance = surgery.fold_all_(_network(model, given, say), dense=dense)
+    progress("looking for an input", 0.3)
+    network = _network(model, given)
+    progress("folding, and measuring it", 0.4)
+    folded, distance = surgery.fold_all_(network, dense=dense)
     cheaper = sorted({m.name for m in model.modules() if isinstance(m, Foldable)})
     if cheaper:
-        say(f"{', '.join(cheaper)} stays, for it costs less than the conv it folds to; --dense folds it all the same")
+        stays = f"{', '.join(cheaper)} stays, for it costs less than the conv it folds to"
+        _log.info(f"{stays}; --dense folds it all the same")
     elif not folded:
-        say("there is no block in it that can be folded; it is written as it is")
-    _save(loaded, path, say, force=force)
+        _log.info("there is no block in it that can be folded; it is written as it is")
+    progress(f"writing {path}", 0.9)
+    _save(loaded, path, force=force)
     return Fused(folded, (params, _count(model)), distance, path)
 
 
-def verify(name_a: str, name_b: str, given: Given, say: Say) -> Report:
-    a, b = (_load(name, given, say).model for name in (name_a, name_b))
-    inputs = [examples.read(text, a, seed=given.seed, say=say) for text in given.inputs]
+def verify(name_a: str, name_b: str, given: Given, progress: Progress = silent) -> Report:
+    """Load two models and compare them."""
+    progress(f"loading {name_a}", 0)
+    a = _load(name_a, given).model
+    progress(f"loading {name_b}", 0.1)
+    b = _load(name_b, given).model
+    inputs = [examples.read(text, a, seed=given.seed) for text in given.inputs]
+    progress("comparing", 0.2)
     return surgery.verify(a, b, inputs or None, seed=given.seed)
 
 
-def bench(names: Sequence[str], given: Given, say: Say, how: Trials, progress: Progress) -> tuple[Timing, ...]:
+def bench(names: Sequence[str], given: Given, trials: Trials, progress: Progress = silent) -> tuple[Timing, ...]:
     """Time models against each other on inputs of the first one's kind."""
-    models = [(label, _load(name, given, say).model) for label, name in zip(_labels(names), names, strict=True)]
-    inputs = _network(models[0][1], given, say).inputs
+    models = []
+    for i, (label, name) in enumerate(zip(_labels(names), names, strict=True)):
+        progress(f"loading {name}", 0.1 * i / len(names))
+        models.append((label, _load(name, given).model))
+    inputs = _network(models[0][1], given).inputs
     if inputs is None:
         raise CaptureError("no input is known to run them on", todo="Give one: --input 1,3,224,224.")
-    settings = benching.settings_for(
-        how.batches, how.threads, channels_last=how.channels_last, compiled=how.compiled, train=how.train
-    )
-    return benching.run(models, inputs, settings, rounds=how.rounds, progress=progress)
+    return benching.run(models, inputs, trials.settings, rounds=trials.rounds, progress=parts(progress, 0.1, 1))
 
 
 def write_plan(decided: Plan, path: Path, *, force: bool) -> None:
@@ -155,34 +178,44 @@ def write_plan(decided: Plan, path: Path, *, force: bool) -> None:
     write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
-def _load(name: str, given: Given, say: Say) -> Loaded:
+def _load_and_look(name: str, given: Given, progress: Progress) -> Network:
+    """Load a model that stays as it is, and look at it."""
+    progress(f"loading {name}", 0)
+    model = _load(name, given).model
+    progress("looking for an input", 0.6)
+    return _network(model, given)
+
+
+def _load(name: str, given: Given) -> Loaded:
     again = functools.partial(rebuild, trust=given.trust, seed=given.seed)
     loaded = source.load(
         name, arch=given.arch, arch_args=given.arch_args, trust=given.trust, seed=given.seed, rebuild=again
     )
     for notice in loaded.notices:
-        say(notice)
+        _log.info(notice)
     return loaded
 
 
-def _save(loaded: Loaded, path: Path, say: Say, *, force: bool) -> None:
+def _save(loaded: Loaded, path: Path, *, force: bool) -> None:
     architecture = manifests.architecture_of(loaded)
     save(loaded.model, path, manifest=manifests.manifest(loaded.model, architecture), force=force)
     if needed := to_open_again(loaded.model, path, architecture):
-        say(needed)
+        _log.info(needed)
 
 
-def _network(model: nn.Module, given: Given, say: Say, *, plan: Plan | None = None) -> Network:
+def _network(model: nn.Module, given: Given, *, plan: Plan | None = None) -> Network:
     """Look at a model with the input that was given, or the one of a plan, or one that is found."""
-    example = examples.read(given.inputs[0], model, seed=given.seed, say=say) if given.inputs else None
+    example = examples.read(given.inputs[0], model, seed=given.seed) if given.inputs else None
     network = surgery.network_for(model, example, plan=plan, seed=given.seed)
     inputs = network.inputs
     if inputs is None and plan is not None and plan.inputs is not None:
-        say(f"noise of the shapes in the plan ({plan.inputs}) does not do, so nothing is run; give --input again")
+        rejected = f"noise of the shapes in the plan ({plan.inputs}) does not do"
+        _log.warning(f"{rejected}, so nothing is run; give --input again")
     elif inputs is None:
-        say("no input is known that the model accepts, so shapes and costs are left out; --input 1,3,224,224 gives one")
+        unknown = "no input is known that the model accepts, so shapes and costs are left out"
+        _log.warning(f"{unknown}; --input 1,3,224,224 gives one")
     elif inputs.is_guess:
-        say(f"no --input was given; {inputs} works and is used")
+        _log.info(f"no --input was given; {inputs} works and is used")
     return network
 
 

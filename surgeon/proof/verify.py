@@ -30,10 +30,13 @@ from dataclasses import asdict, astuple, dataclass
 from typing import Any, Literal
 
 import torch
+from rich.console import RenderableType
 from torch import Tensor, nn
 
 from surgeon.analysis.run import how_to_call
 from surgeon.conv.spec import ConvSpec
+from surgeon.display.report import report_view
+from surgeon.display.shown import Shown
 from surgeon.errors import VerifyError
 from surgeon.models.call import Inputs
 from surgeon.models.copies import in_mode, quietly, shadow, where
@@ -98,7 +101,7 @@ class Replay:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class Report(Shown):
     """The answer; true where A and B are equivalent."""
 
     verdict: Verdict
@@ -123,12 +126,8 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         return {"equivalent": self.equivalent, "first_to_part": self.first_to_part} | asdict(self)
 
-    def __str__(self) -> str:
-        lines = [self.verdict, *(f"{'ok' if c.passed else 'FAILED'}  {c.says}" for c in self.checks)]
-        if self.first_to_part:
-            lines.append(f"first to part: {self.first_to_part}")
-        lines += self.remarks
-        return "\n".join(lines)
+    def __rich__(self) -> RenderableType:
+        return report_view(self, verdict_first=True)
 
 
 def verify(

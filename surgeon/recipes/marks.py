@@ -2,35 +2,23 @@
 
 Scalars are those of YAML 1.2: `no` and `12:30` are text, `012` is 12, `1e-3` is a number. What would surprise is
 refused: duplicate keys, merge keys, tags, several documents, aliases that contain themselves or multiply.
-
-What is wrong is said where the model is known (`Form`, `plain_words`); where it stands is looked up where the file is
-known (`validate`).
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 import reprlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple
 
 import yaml
-from annotated_types import Ge, Gt, Le, Lt
-from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
-from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from surgeon.errors import Fault, RecipeError
 
 Path = tuple[str | int, ...]
-_NOWHERE: Path = ()
-Model = TypeVar("Model", bound=BaseModel)
-
 _MOST_COPIES = 10_000  # values that aliases may add to what is written out
 _DEEPEST = 50  # levels of lists and mappings
 _TAG = "tag:yaml.org,2002:"
@@ -106,7 +94,7 @@ def read(text: str, name: str, *, todo: str = "") -> Marked:
     try:
         marked.data = walk.read(text, ())
         if not isinstance(marked.data, dict):
-            raise _ReadError(marked.values[()], f"a mapping (key: value) is needed, not {shown(marked.data)}")
+            raise _ReadError(marked.values[()], f"a mapping (key: value) is needed, not {quoted(marked.data)}")
     except _ReadError as error:
         raise RecipeError([error.fault[1]], todo=todo) from error
     return marked
@@ -130,39 +118,6 @@ def override_(marked: Marked, setting: str) -> None:
         marked.faults.append(error.fault)
 
 
-def validate(model: type[Model], marked: Marked, *, todo: str = "") -> Model:
-    """Make a model of what was read.
-
-    Raises:
-        RecipeError: every fault, of the YAML and of what it says, in file order.
-    """
-    try:
-        made = model.model_validate(marked.data)
-    except ValidationError as error:
-        raise RecipeError(faults_of(error, marked), todo=todo) from error
-    if marked.faults:
-        raise RecipeError(_in_file_order(marked.faults), todo=todo)
-    return made
-
-
-def faults_of(error: ValidationError, marked: Marked) -> list[Fault]:
-    """Give a place to all that pydantic found, and add the faults of the YAML itself; in file order."""
-    found: dict[tuple[Place, str], list[str]] = {}
-    for details in error.errors(include_url=False):
-        kind, what = _in_words(details, {})
-        path, missing = _NOWHERE, details["loc"]
-        for i, part in enumerate(details["loc"], start=1):
-            if (*path, part) in marked.values:  # the others name the members of unions, which no file has
-                path, missing = (*path, part), details["loc"][i:]
-        place = (marked.keys if kind == "unknown_key" else marked.values)[path]
-        full = (*path, *missing) if kind == "missing" else path
-        found.setdefault((place, path_text(full)), []).append(what)
-    faults = list(marked.faults)
-    for (place, shown_path), whats in found.items():  # several remarks on one value are one fault
-        faults.append((place, Fault(place.where, shown_path, " and ".join(dict.fromkeys(whats)))))
-    return _in_file_order(faults)
-
-
 def dump(data: Any) -> str:
     r"""Write plain data as YAML that `read` reads back as it was.
 
@@ -172,46 +127,10 @@ def dump(data: Any) -> str:
     return str(yaml.dump(data, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=110))
 
 
-class Form(BaseModel):
-    """A mapping in a file: frozen, without unknown keys, and its faults in plain words."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _in_plain_words(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        with plain_words(cls):
-            return handler(data)
-
-
-@contextmanager
-def plain_words(model: type[BaseModel]) -> Iterator[None]:
-    """Say what pydantic finds while it validates `model` to a person who has never heard of pydantic."""
-    try:
-        yield
-    except ValidationError as error:
-        lines = []
-        for details in error.errors(include_url=False):
-            kind, what = _in_words(details, model.model_fields)
-            said = PydanticCustomError(kind, "{what}", {"what": what})
-            lines.append(InitErrorDetails(type=said, loc=details["loc"], input=details["input"]))
-        raise ValidationError.from_exception_data(model.__name__, lines) from None
-
-
-def did_you_mean(word: object, known: Iterable[str]) -> str:
-    """Suggest the nearest of the known words, if one is near.
-
-    >>> did_you_mean("acblok", ["acblock", "octave"])
-    " (did you mean 'acblock'?)"
-    """
-    near = difflib.get_close_matches(str(word), list(known), n=1)
-    return f" (did you mean '{near[0]}'?)" if near else ""
-
-
-def shown(value: object) -> str:
+def quoted(value: object) -> str:
     """Write a value as its author would recognise it: short, and in the language of the file.
 
-    >>> [shown(value) for value in (None, True, "1.5", 1.5, [1], {})]
+    >>> [quoted(value) for value in (None, True, "1.5", 1.5, [1], {})]
     ['null', 'true', "'1.5'", '1.5', 'a list', 'a mapping']
     """
     if value is None or isinstance(value, bool):
@@ -229,6 +148,11 @@ def path_text(path: Path) -> str:
     """
     words = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
     return "".join(words).removeprefix(".")
+
+
+def in_file_order(faults: Iterable[tuple[Place, Fault]]) -> list[Fault]:
+    """Sort faults by where they stand."""
+    return [fault for _, fault in sorted(faults, key=lambda placed: placed[0])]
 
 
 class _Walk:
@@ -307,7 +231,7 @@ class _Walk:
     def _scalar(self, node: yaml.ScalarNode, path: Path) -> object:
         self._refuse_tag(node, path)
         if re.search("[\ud800-\udfff]", node.value):
-            self._fault(node, path, f"{shown(node.value)} holds half a character")
+            self._fault(node, path, f"{quoted(node.value)} holds half a character")
             return ascii(node.value)
         try:
             return _VALUE_OF.get(node.tag, str)(node.value)
@@ -342,66 +266,10 @@ def _refusal(holder: Any, step: str | int) -> str | None:
         return f"has {len(holder)} entries, counted from 0" if step >= len(holder) else None
     if isinstance(step, str) and isinstance(holder, dict):
         return None
-    return f"is {shown(holder)} and has no {path_text((step,))}"
+    return f"is {quoted(holder)} and has no {path_text((step,))}"
 
 
 def _finite(number: float) -> float:
     if math.isinf(number):
         raise ValueError
     return number
-
-
-def _in_file_order(faults: Iterable[tuple[Place, Fault]]) -> list[Fault]:
-    return [fault for _, fault in sorted(faults, key=lambda placed: placed[0])]
-
-
-_BOUNDS = {
-    "greater_than": "{value} is not above {gt:g}",
-    "greater_than_equal": "{value} is below {ge:g}",
-    "less_than": "{value} is not below {lt:g}",
-    "less_than_equal": "{value} is above {le:g}",
-}
-_WORDS = _BOUNDS | {
-    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "{value} is not a whole number"),
-    **dict.fromkeys(("float_type", "float_parsing"), "{value} is not a number"),
-    **dict.fromkeys(("bool_type", "bool_parsing"), "{value} is neither true nor false"),
-    **dict.fromkeys(("tuple_type", "list_type"), "{value} is not a list"),
-    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type", "dataclass_type"), "{value} is not a mapping"),
-    "string_type": "{value} is not text",
-    "string_too_short": "{value} says nothing",
-    "value_error": "{error}",
-    "missing": "missing",
-}
-
-
-def _in_words(details: ErrorDetails, fields: Mapping[str, FieldInfo]) -> tuple[str, str]:
-    """Say what is wrong, and what kind of fault it is: `missing`, `unknown_key` or `fault`."""
-    kind, loc, context, value = details["type"], details["loc"], details.get("ctx", {}), shown(details["input"])
-    if kind in ("unknown_key", "fault"):  # said already, by a form inside this one
-        return kind, details["msg"]
-    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        return "unknown_key", f"unknown key {shown(loc[-1])}" + (_keys_near(loc[0], fields) if len(loc) == 1 else "")
-    if kind == "literal_error":
-        words = re.findall(r"'([^']*)'", context["expected"]) or [context["expected"]]
-        return "fault", f"{value} is not one of {', '.join(words)}{did_you_mean(details['input'], words)}"
-    if kind in _BOUNDS and len(loc) == 1 and (interval := _interval(loc[0], fields)):
-        return "fault", f"{value} is not in {interval}"
-    words_of_kind = _WORDS.get(kind, "{value} does not fit: {msg}")
-    return "missing" if kind == "missing" else "fault", words_of_kind.format(value=value, msg=details["msg"], **context)
-
-
-def _keys_near(key: str | int, fields: Mapping[str, FieldInfo]) -> str:
-    """List the keys that there are, and the one that may have been meant, by its own name or by the field's."""
-    aliases = {name: info.alias or name for name, info in fields.items()}
-    names = aliases | {alias: alias for alias in aliases.values()}
-    near = difflib.get_close_matches(str(key), names, n=1)
-    hint = f" (did you mean '{names[near[0]]}'?)" if near else ""
-    return f"; there are {', '.join(sorted(aliases.values()))}{hint}" if fields else ""
-
-
-def _interval(key: str | int, fields: Mapping[str, FieldInfo]) -> str | None:
-    """Write the bounds of a number as [low, high], if it has both."""
-    rules = next((info.metadata for name, info in fields.items() if key == (info.alias or name)), [])
-    low = [f"[{rule.ge}" if isinstance(rule, Ge) else f"({rule.gt}" for rule in rules if isinstance(rule, Ge | Gt)]
-    high = [f"{rule.le}]" if isinstance(rule, Le) else f"{rule.lt})" for rule in rules if isinstance(rule, Le | Lt)]
-    return f"{low[0]}, {high[0]}" if low and high else None

@@ -19,53 +19,33 @@ from __future__ import annotations
 import importlib.resources
 import json
 import os
-import re
-import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from importlib.resources.abc import Traversable
 from pathlib import Path, PurePath
-from typing import Annotated, Any, Protocol, Self, TypeVar
+from typing import Annotated, Any, Self
 
 import yaml
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
     Field,
-    GetJsonSchemaHandler,
     StrictBool,
     StrictInt,
-    StringConstraints,
     ValidationInfo,
     WithJsonSchema,
     field_validator,
     model_validator,
 )
-from pydantic.json_schema import JsonSchemaValue, models_json_schema
-from pydantic_core import CoreSchema
 
 from surgeon.blocks import BlockOptions, registry
-from surgeon.conv.spec import ConvSpec, Pair
 from surgeon.errors import Fault, RecipeError
-from surgeon.recipes import marks as yamlmarks
-from surgeon.recipes.marks import Form, did_you_mean, plain_words, shown
+from surgeon.recipes import forms, marks
+from surgeon.recipes.forms import Form, did_you_mean, plain_words
+from surgeon.recipes.marks import quoted
+from surgeon.recipes.match import Match, Text, as_mapping, not_empty
 
 FORMAT = 1
-T = TypeVar("T")
-Seen = TypeVar("Seen", contravariant=True)
-
-
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """What rules look at in a conv: all its names, its geometry, its input's height and width, who reads its output."""
-
-    paths: tuple[str, ...]
-    spec: ConvSpec
-    size: Pair | None
-    followed_by: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +92,7 @@ def load(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recip
     if os.path.exists(source) and (found is None or os.path.isfile(source)):
         found = Path(source)
     if found is None:
-        what = f"no recipe {shown(source)}: it is neither a file nor bundled{did_you_mean(name, recipes)}"
+        what = f"no recipe {quoted(source)}: it is neither a file nor bundled{did_you_mean(name, recipes)}"
         raise RecipeError([Fault("", "", what)], todo=f"Bundled: {', '.join(recipes)}.")
     return parse(text_of(found), found.name, overrides)
 
@@ -126,10 +106,10 @@ def parse(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: every fault of the text and of the overrides.
     """
-    marked = yamlmarks.read(text, name)
+    marked = marks.read(text, name)
     for setting in overrides:
-        yamlmarks.override_(marked, setting)
-    form = yamlmarks.validate(RecipeForm, marked)
+        marks.override_(marked, setting)
+    form = forms.validate(RecipeForm, marked)
     rules = (
         Rule(index=i, where=marked.values["rules", i].where, **dict(rule_form))
         for i, rule_form in enumerate(form.rules)
@@ -151,7 +131,7 @@ def from_dict(data: dict[str, Any], overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: every fault, by its path alone.
     """
     try:
-        text = yamlmarks.dump(data)
+        text = marks.dump(data)
     except (yaml.YAMLError, RecursionError) as error:
         what = f"a recipe is made of dicts, lists, text, numbers and booleans ({error})"
         raise RecipeError([Fault("", "", what)]) from error
@@ -167,132 +147,23 @@ def bundled() -> dict[str, Traversable]:
     return dict(sorted(files.items()))
 
 
-def schema() -> dict[str, Any]:
-    """Make the JSON Schema of the format, for editors."""
-    blocks = {name: block.Options for name, block in registry().items()}
-    models: list[type[BaseModel]] = [RecipeForm, *blocks.values()]
-    refs, made = models_json_schema([(model, "validation") for model in models], title="A surgeon recipe")
-    for key in made["$defs"]["Match"]["properties"].values():
-        key.pop("default", None)  # that the key is absent, which no value says
-    rule = made["$defs"]["RuleForm"]
-    rule["properties"]["swap"] = {"enum": list(blocks), "description": "the block to put in place of the conv"}
-    rule["oneOf"] = [{"required": ["swap"]}, {"required": ["leave"], "properties": {"with": False}}]
-    rule["allOf"] = [
-        {
-            "if": {"properties": {"swap": {"const": name}}, "required": ["swap"]},
-            "then": {"properties": {"with": refs[options, "validation"]}},
-        }
-        for name, options in blocks.items()
-    ]
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **made, **refs[RecipeForm, "validation"]}
-
-
-def name_matches(glob: str, path: str) -> bool:
-    """Whether a glob takes a whole dotted name: `*`, `?` and `[ab]` within a segment, `**` for any number of segments.
-
-    >>> name_matches("layer1.*.conv?", "layer1.0.conv1"), name_matches("layer1.*", "layer1.0.conv1")
-    (True, False)
-    >>> name_matches("layer1.**", "layer1.0.conv1"), name_matches("layer1.**", "layer10.0.conv1")
-    (True, False)
-    >>> name_matches("**.conv1", "conv1")
-    True
-    """
-    return _segments_match(glob.split("."), path.split("."))
-
-
-def _segments_match(globs: list[str], names: list[str]) -> bool:
-    if not globs:
-        return not names
-    head, *rest = globs
-    if head == "**":
-        return any(_segments_match(rest, names[i:]) for i in range(len(names) + 1))
-    return bool(names) and fnmatchcase(names[0], head) and _segments_match(rest, names[1:])
-
-
-class Condition(Protocol[Seen]):
-    """One entry of a `match` key."""
-
-    def admits(self, value: Seen, /) -> bool: ...
-
-
-class Span(Form):
-    """Whole numbers from `min` to `max`, both included: {min: 3, max: 5}, or 3 for itself alone."""
-
-    min: Annotated[StrictInt, Field(gt=0)] = 1
-    max: Annotated[StrictInt, Field(gt=0)] = sys.maxsize
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_number(cls, value: object) -> object:
-        return value if isinstance(value, dict) else {"min": value, "max": value}
-
-    @model_validator(mode="after")
-    def _holds_something(self) -> Self:
-        if not self.model_fields_set:
-            raise ValueError("a range needs min, max or both")
-        if self.min > self.max:
-            raise ValueError(f"nothing lies between min {self.min} and max {self.max}")
-        return self
-
-    def admits(self, number: int) -> bool:
-        return self.min <= number <= self.max
-
-
-class Box(Form):
-    """Pairs (height, width) with each side in its span: 1x7, or any span for both sides."""
-
-    height: Span
-    width: Span
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_text(cls, value: object) -> object:
-        if not isinstance(value, str):
-            return {"height": value, "width": value}
-        if not (sides := re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", value)):
-            raise ValueError(f"{shown(value)} is not like 3, 1x7 or {{min: 3, max: 7}}")
-        return {"height": int(sides[1]), "width": int(sides[2])}
-
-    def admits(self, pair: Pair) -> bool:
-        return self.height.admits(pair[0]) and self.width.admits(pair[1])
-
-
-class Groups(Form):
-    """A number of groups, or depthwise: as many as input channels."""
-
-    depthwise: bool = False
-    span: Span = Span(min=1)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_text(cls, value: object) -> object:
-        if isinstance(value, str) and value != "depthwise":
-            raise ValueError(f"{shown(value)} is neither a number nor depthwise{did_you_mean(value, ['depthwise'])}")
-        return {"depthwise": True} if value == "depthwise" else {"span": value}
-
-    def admits(self, spec: ConvSpec) -> bool:
-        return spec.is_depthwise if self.depthwise else self.span.admits(spec.groups)
-
-
-def _glob(text: str) -> str:
-    if any("**" in segment and segment != "**" for segment in text.split(".")):
-        raise ValueError(f"{shown(text)}: ** stands for whole segments, as in layer1.**.conv1; within one write *")
-    return text
-
-
-def _regex(text: str) -> str:
+def text_of(file: Traversable) -> str:
+    """Read a file of UTF-8 text."""
     try:
-        with warnings.catch_warnings(action="error"):  # raised where Python may read the pattern otherwise one day
-            re.compile(text)
-    except (re.error, Warning, OverflowError, RecursionError) as error:
-        raise ValueError(f"{shown(text)} is no regular expression: {error}") from error
-    return text
+        raw = file.read_bytes()
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = error.object[: error.start].split(b"\n")
+        where = f"{file.name}:{len(before)}:{len(before[-1]) + 1}"
+        raise RecipeError([Fault(where, "", "not UTF-8 text")]) from error
+    except OSError as error:
+        raise RecipeError([Fault(file.name or str(file), "", f"cannot be read: {error.strerror}")]) from error
 
 
 def _known_block(name: str) -> str:
     if name not in registry():
         names = ", ".join(registry())
-        raise ValueError(f"no block called {shown(name)}; there are {names}{did_you_mean(name, registry())}")
+        raise ValueError(f"no block called {quoted(name)}; there are {names}{did_you_mean(name, registry())}")
     return name
 
 
@@ -302,88 +173,10 @@ def _known_format(number: int) -> int:
     return number
 
 
-def _as_list(value: object) -> object:
-    return value if isinstance(value, list) else [value]
-
-
-def _not_empty(items: tuple[T, ...]) -> tuple[T, ...]:
-    if not items:
-        raise ValueError("the list is empty")
-    return items
-
-
-def _as_mapping(value: object) -> object:
-    return {} if value is None else value
-
-
-class _ItemOrList:
-    """Tells the JSON Schema that one item may stand for a list of one."""
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        array = handler(schema)
-        return {"anyOf": [array["items"], array | {"minItems": 1}]}
-
-
-Text = Annotated[str, StringConstraints(strict=True, strip_whitespace=True, min_length=1)]
-OneOrMore = Annotated[tuple[T, ...], BeforeValidator(_as_list), AfterValidator(_not_empty), _ItemOrList()]
-_COUNT = {"type": "integer", "minimum": 1}
-_RANGE = {"type": "object", "properties": {"min": _COUNT, "max": _COUNT}, "minProperties": 1}
-_NUMBER = [_COUNT, _RANGE | {"additionalProperties": False}]
-Numbers = OneOrMore[Annotated[Span, WithJsonSchema({"anyOf": _NUMBER})]]
-Pairs = OneOrMore[
-    Annotated[Box, WithJsonSchema({"anyOf": [*_NUMBER, {"type": "string", "pattern": "^[0-9]+x[0-9]+$"}]})]
-]
-GroupCounts = OneOrMore[Annotated[Groups, WithJsonSchema({"anyOf": [*_NUMBER, {"const": "depthwise"}]})]]
-
-
-class Match(Form):
-    """What a conv must be for a rule to claim it: every key given must hold, and of a list one entry."""
-
-    names: OneOrMore[Annotated[Text, AfterValidator(_glob)]] = Field(default=(), alias="name")
-    regex: Annotated[Text, AfterValidator(_regex)] = ""
-    kernel: Pairs = ()
-    stride: Pairs = ()
-    dilation: Pairs = ()
-    groups: GroupCounts = ()
-    in_channels: Numbers = ()
-    out_channels: Numbers = ()
-    size: Pairs = ()
-    followed_by: OneOrMore[Text] = ()
-    unless: Annotated[Match | None, BeforeValidator(_as_mapping)] = Field(default=None, alias="not")
-
-    @property
-    def needs_size(self) -> bool:
-        """Whether only a conv whose input's size is known can be judged."""
-        return bool(self.size) or (self.unless is not None and self.unless.needs_size)
-
-    def claims(self, subject: Subject) -> bool:
-        """Whether all of it holds for a conv; its size must be known if `needs_size`."""
-        spec = subject.spec
-        assert not self.size or subject.size is not None, "ask needs_size first"
-        return (
-            (not self.names or any(name_matches(glob, path) for glob in self.names for path in subject.paths))
-            and (not self.regex or any(re.fullmatch(self.regex, path) for path in subject.paths))
-            and _holds(self.kernel, spec.kernel)
-            and _holds(self.stride, spec.stride)
-            and _holds(self.dilation, spec.dilation)
-            and _holds(self.groups, spec)
-            and _holds(self.in_channels, spec.c_in)
-            and _holds(self.out_channels, spec.c_out)
-            and (subject.size is None or _holds(self.size, subject.size))
-            and (not self.followed_by or not set(self.followed_by).isdisjoint(subject.followed_by))
-            and not (self.unless is not None and self.unless.claims(subject))
-        )
-
-
-def _holds(conditions: Sequence[Condition[T]], value: T) -> bool:
-    """Whether a value is admitted by one of the conditions; without any, everything is."""
-    return not conditions or any(condition.admits(value) for condition in conditions)
-
-
 class RuleForm(Form):
     """A rule as it is written: either swap or leave."""
 
-    match: Annotated[Match, BeforeValidator(_as_mapping)] = Field(default_factory=Match)
+    match: Annotated[Match, BeforeValidator(as_mapping)] = Field(default_factory=Match)
     swap: Annotated[Text, AfterValidator(_known_block)] | None = None
     leave: Annotated[Text, Field(description="why these convs stay as they are")] | None = None
     options: Annotated[BlockOptions | None, WithJsonSchema({"type": "object"})] = Field(
@@ -406,7 +199,7 @@ class RuleForm(Form):
         if swap is not None:
             block = registry()[swap]
             with plain_words(block.Options):
-                return block.Options.model_validate_json(json.dumps(_as_mapping(value)), strict=True)
+                return block.Options.model_validate_json(json.dumps(as_mapping(value)), strict=True)
         if value is not None and info.data.get("leave") is not None:
             raise ValueError("`with` belongs to swap; a conv that is left has no options")
         return None
@@ -424,17 +217,4 @@ class RecipeForm(Form):
     surgeon: Annotated[StrictInt, AfterValidator(_known_format), WithJsonSchema({"const": FORMAT})]
     title: Text
     cites: Text | None = None
-    rules: Annotated[tuple[RuleForm, ...], AfterValidator(_not_empty)]
-
-
-def text_of(file: Traversable) -> str:
-    """Read a file of UTF-8 text."""
-    try:
-        raw = file.read_bytes()
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        before = error.object[: error.start].split(b"\n")
-        where = f"{file.name}:{len(before)}:{len(before[-1]) + 1}"
-        raise RecipeError([Fault(where, "", "not UTF-8 text")]) from error
-    except OSError as error:
-        raise RecipeError([Fault(file.name or str(file), "", f"cannot be read: {error.strerror}")]) from error
+    rules: Annotated[tuple[RuleForm, ...], AfterValidator(not_empty)]

@@ -17,20 +17,25 @@ import torch
 import yaml
 from pydantic import Field, GetCoreSchemaHandler, ValidationError, field_validator, model_validator
 from pydantic_core import CoreSchema, core_schema
+from rich.console import RenderableType
 
 from surgeon.analysis import fingerprint as fingerprints
 from surgeon.analysis.sites import Site, Survey, measure_calls
 from surgeon.blocks import Block, BlockOptions, Together, Wanted, registry
 from surgeon.blocks.two_streams import TwoStreamBlock
 from surgeon.conv.spec import ConvSpec
+from surgeon.display.plan import plan_view
+from surgeon.display.shown import Shown
 from surgeon.errors import BlockError, CaptureError, PlanError
 from surgeon.models import call as calls
 from surgeon.models.call import Inputs
 from surgeon.models.cost import Cost
 from surgeon.octave.roles import Roles
+from surgeon.recipes import forms
 from surgeon.recipes import marks as yamlmarks
-from surgeon.recipes.marks import Form
-from surgeon.recipes.recipe import Recipe, Rule, Subject, text_of
+from surgeon.recipes.forms import Form
+from surgeon.recipes.match import Subject
+from surgeon.recipes.recipe import Recipe, Rule, text_of
 
 _NO_RULE = "no rule claims it"
 _COSTS = ("params", "macs", "activations")
@@ -174,7 +179,7 @@ class SeamLeft(Form):
     reason: str
 
 
-class Plan(Form):
+class Plan(Shown, Form):
     """What will be done to one model, conv by conv."""
 
     format: Literal[1, 2] = Field(alias="surgeon-plan")
@@ -218,6 +223,9 @@ class Plan(Form):
     @property
     def keeps_function(self) -> bool:
         return all(entry.keeps_function for entry in self.convs)
+
+    def __rich__(self) -> RenderableType:
+        return plan_view(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain data, without what goes without saying."""
@@ -274,7 +282,7 @@ def read(source: str | Path) -> Plan:
 
 def parse(text: str, name: str) -> Plan:
     """Read a plan from text; `name` stands in the positions of faults."""
-    return yamlmarks.validate(Plan, yamlmarks.read(text, name, todo=_HOW_TO_PLAN), todo=_HOW_TO_PLAN)
+    return forms.validate(Plan, yamlmarks.read(text, name, todo=_HOW_TO_PLAN), todo=_HOW_TO_PLAN)
 
 
 _HOW_TO_PLAN = "`surgeon plan MODEL --recipe acnet -o plan.yaml` writes one that works."

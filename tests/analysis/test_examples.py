@@ -573,15 +573,16 @@ def _draw_picture(path: str, mode: str = "RGB") -> Tensor:
 
 
 @pytest.mark.usefixtures("folder")
-def test_a_picture_is_made_to_fit_a_timm_network() -> None:
-    pixels, said = _draw_picture("photo.png"), []
+def test_a_picture_is_made_to_fit_a_timm_network(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="surgeon")
+    pixels = _draw_picture("photo.png")
     net = nn.Sequential(nn.Conv2d(3, 4, 3))
     net.pretrained_cfg = {"input_size": (3, 5, 7), "mean": (0.5, 0.4, 0.3), "std": (0.1, 0.2, 0.5)}
-    (image,) = read("photo.png", net, say=said.append).args
+    (image,) = read("photo.png", net).args
     mean, std = (torch.tensor(net.pretrained_cfg[key]).double().view(1, 3, 1, 1) for key in ("mean", "std"))
     torch.testing.assert_close(image, (pixels - mean) / std)
     by = "the mean (0.5, 0.4, 0.3) and deviation (0.1, 0.2, 0.5) of the model"
-    assert said == [f"photo.png was scaled to [0, 1], normalised with {by}"]
+    assert caplog.messages == [f"photo.png was scaled to [0, 1], normalised with {by}"]
 
 
 @pytest.mark.usefixtures("folder")
@@ -606,11 +607,12 @@ def test_a_picture_for_one_channel_is_grey() -> None:
 
 
 @pytest.mark.usefixtures("folder")
-def test_a_picture_for_a_detector_keeps_its_size_and_its_colours() -> None:
-    pixels, said = _draw_picture("photo.png"), []
-    ((image,),) = read("photo.png", _detector(), say=said.append).args
+def test_a_picture_for_a_detector_keeps_its_size_and_its_colours(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="surgeon")
+    pixels = _draw_picture("photo.png")
+    ((image,),) = read("photo.png", _detector()).args
     assert torch.equal(image, pixels)
-    assert said == ["photo.png was scaled to [0, 1]"]
+    assert caplog.messages == ["photo.png was scaled to [0, 1]"]
 
 
 # What is known without asking

@@ -126,9 +126,10 @@ def test_the_models_stay_as_they_are(setting: Setting) -> None:
 
 
 def test_every_combination_that_is_asked_for() -> None:
-    settings = bench.settings_for([1, 8], [1, 2], channels_last=True, compiled=True, train=False)
+    settings = bench.Trials((1, 8), (1, 2), channels_last=True, compiled=True).settings
     assert len(settings) == len(set(settings)) == 16
     assert str(settings[-1]) == "batch 8, 2 threads, channels_last, compiled"
+    assert bench.Trials(train=True).settings == [Setting(1, torch.get_num_threads(), train=True)]
 
 
 def test_compiled_models_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -12,10 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from rich.console import Console
+from rich.progress import Progress, TaskID
 from safetensors.torch import save_file
 from torch import nn
 
 import surgeon
+from surgeon.app import terminal
 from surgeon.app.cli import app, main
 from surgeon.app.demo.net import SmallResNet
 
@@ -103,6 +108,51 @@ def test_notices_go_to_stderr(run) -> None:
     assert "no --input was given" in result.err
     assert "no --input was given" not in result.out
     assert "layer3.0.conv2" in result.out
+
+
+def test_the_logger_is_left_as_it_was(run) -> None:
+    logger = logging.getLogger("surgeon")
+    before = (logger.level, list(logger.handlers))
+    assert run("survey", "net.pt").code == 0
+    assert run("survey", "nte.pt").code == 2
+    assert (logger.level, list(logger.handlers)) == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("survey", "net.pt"),
+        ("plan", "net.pt", "-r", "acnet"),
+        ("convert", "net.pt", "-r", "acnet"),
+        ("fuse", "net.pt"),
+        ("verify", "net.pt", "net.pt"),
+        ("bench", "net.pt", "--rounds=3", "--batch=1", "--batch=2"),
+        ("demo", "--seconds=1"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_bar_on_a_terminal_says_what_is_done_and_runs_forward(
+    run, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(terminal, "_err", Console(file=screen, force_terminal=True, width=150, highlight=False))
+    seen: list[tuple[str, float]] = []
+    update = Progress.update
+
+    def note(self: Progress, task: TaskID, *, description: str, completed: float) -> None:
+        seen.append((description, completed))
+        update(self, task, description=description, completed=completed, refresh=True)
+
+    monkeypatch.setattr(Progress, "update", note)
+    assert run(*arguments).code == 0
+    words, shares = zip(*seen, strict=True)
+    assert words[0].startswith("loading")
+    assert len(words) >= 3
+    assert list(shares) == sorted(shares)
+    assert 0 <= shares[0] < shares[-1] <= 1
+    assert words[-1] in screen.getvalue()
+    is_told = "note: no --input was given" in screen.getvalue()
+    assert is_told == (arguments[0] not in ("verify", "demo"))
 
 
 def test_what_a_model_prints_does_not_spoil_the_json(run, tmp_path: Path) -> None:
@@ -224,7 +274,7 @@ def test_python_dash_m_is_the_same_program() -> None:
 def test_colours_only_on_a_terminal_and_never_with_no_color(run) -> None:
     assert "\x1b" not in run("verify", "net.pt", "net.pt").out
     code = (
-        "from rich.console import Console; from surgeon.app.display import report_view; from surgeon import verify;"
+        "from rich.console import Console; from surgeon.display.report import report_view; from surgeon import verify;"
         "from surgeon.app.demo.net import SmallResNet; n = SmallResNet();"
         "Console(force_terminal=True).print(report_view(verify(n, n, (1, 1, 28, 28))))"
     )

@@ -2,55 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from textwrap import dedent
-from typing import Literal
 
-import jsonschema
 import pytest
-import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel, Field
+from yamls import HEAD, SPEC, faults, rules, unhurried
 
 from surgeon.blocks import registry
 from surgeon.blocks.acblock import ACBlockOptions
-from surgeon.conv.spec import ConvSpec
 from surgeon.errors import RecipeError
-from surgeon.recipes import marks as yamlmarks
 from surgeon.recipes import recipe
-from surgeon.recipes.recipe import Match, Recipe, Subject, name_matches
-
-HEAD = "surgeon: 1\ntitle: T\n"
-SPEC = ConvSpec(8, 16, (3, 3), stride=(2, 2), padding=(1, 1))
-unhurried = settings(deadline=None, derandomize=True)
-
-
-def faults(text: str, *overrides: str) -> list[str]:
-    with pytest.raises(RecipeError) as caught:
-        recipe.parse(text, "a.yaml", overrides)
-    return [str(fault) for fault in caught.value.faults]
-
-
-def rules(text: str) -> str:
-    return HEAD + "rules:\n" + text
-
-
-def match_fault(match: str) -> str:
-    """Read one rule with this match; give its only fault, without the place."""
-    [fault] = faults(rules(f"  - swap: acblock\n    match: {{{match}}}\n"))
-    return fault.partition(": ")[2].removeprefix("rules[0].match.")
-
-
-def matching(match: str) -> Match:
-    return recipe.parse(rules(f"  - swap: acblock\n    match: {{{match}}}\n"), "a.yaml").rules[0].match
-
-
-def claims(match: str, spec: ConvSpec = SPEC, **facts: object) -> bool:
-    subject = {"paths": ("layer1.0.conv1",), "size": (56, 56), "followed_by": ("BatchNorm2d",)} | facts
-    return matching(match).claims(Subject(spec=spec, **subject))
-
+from surgeon.recipes.match import Subject
+from surgeon.recipes.recipe import Recipe
 
 # What is read
 
@@ -96,36 +61,6 @@ def test_a_recipe_cannot_be_changed():
     with pytest.raises(ValueError):
         read.rules[0].match.regex = "other"
     assert hash(read) == hash(recipe.load("acnet"))
-
-
-@pytest.mark.parametrize(
-    ("written", "means"),
-    [
-        ("no", "no"),
-        ("yes", "yes"),
-        ("on", "on"),
-        ("12:30", "12:30"),
-        ("2001-01-01", "2001-01-01"),
-        ("0x10", "0x10"),
-        ("1_000", "1_000"),
-        ("012", 12),
-        ("-3", -3),
-        ("1e-3", 0.001),
-        (".5", 0.5),
-        ("5.", 5.0),
-        ("true", True),
-        ("False", False),
-        ("~", None),
-        ("null", None),
-        ("", None),
-        ("'012'", "012"),
-        ("1x7", "1x7"),
-    ],
-)
-def test_scalars_are_those_of_yaml_1_2(written: str, means: object):
-    value = yamlmarks.read(f"a: {written}", "a.yaml").data["a"]
-    assert value == means
-    assert type(value) is type(means)
 
 
 def test_anchors_may_be_used():
@@ -279,37 +214,6 @@ def test_single_faults(text: str, fault: str):
     assert only.startswith(fault)
 
 
-@pytest.mark.parametrize(
-    ("match", "fault"),
-    [
-        ("kernel: 1.5", "kernel: 1.5 is not a whole number"),
-        ("kernel: true", "kernel: true is not a whole number"),
-        ("kernel: '3'", "kernel: '3' is not like 3, 1x7 or {min: 3, max: 7}"),
-        ("kernel: 0x3", "kernel: 0 is not above 0"),
-        ("kernel: [3, [5]]", "kernel[1]: a list is not a whole number"),
-        ("kernel: null", "kernel: null is not a whole number"),
-        ("kernel: []", "kernel: the list is empty"),
-        ("kernel: {}", "kernel: a range needs min, max or both"),
-        ("kernel: {min: 5, max: 3}", "kernel: nothing lies between min 5 and max 3"),
-        ("kernel: {min: 0}", "kernel.min: 0 is not above 0"),
-        ("in_channels: {max: 1.5}", "in_channels.max: 1.5 is not a whole number"),
-        ("in_channels: 1x7", "in_channels: '1x7' is not a whole number"),
-        ("groups: null", "groups: null is not a whole number"),
-        ("name: ''", "name: '' says nothing"),
-        ("name: [a, 3]", "name[1]: 3 is not text"),
-        ("name: null", "name: null is not text"),
-        ("regex: null", "regex: null is not text"),
-        ("regex: '[[a]'", "regex: '[[a]' is no regular expression: Possible nested set at position 1"),
-        ("regex: 'a{99999999999}'", "regex: 'a{99999999999}' is no regular expression: the repetition number is"),
-        ("followed_by: 3", "followed_by: 3 is not text"),
-        ("name: 'layer**'", "name: 'layer**': ** stands for whole segments, as in layer1.**.conv1; within one"),
-        ("not: {not: {stride: -1}}", "not.not.stride: -1 is not above 0"),
-    ],
-)
-def test_faults_of_a_match(match: str, fault: str):
-    assert match_fault(match).startswith(fault)
-
-
 @unhurried
 @given(st.text() | st.text(alphabet="[]{}:,-&*!|>'\"%@#?<~ \nabx01.\\U", max_size=40))
 def test_no_text_raises_anything_but_a_recipe_error(text: str):
@@ -318,178 +222,6 @@ def test_no_text_raises_anything_but_a_recipe_error(text: str):
             recipe.parse(candidate, "a.yaml")
         except RecipeError as error:
             str(error).encode()  # can be printed
-
-
-class Dial(yamlmarks.Form):
-    alpha: float = Field(0.5, ge=0, le=1)
-    beta: float = Field(0.5, gt=0, lt=1)
-    parts: int | Literal["all"] = 1
-    low: int = Field(5, ge=2)
-    sub: Dial | None = None
-
-
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("alpha: 1.5", ["1:8: alpha: 1.5 is not in [0, 1]"]),
-        ("sub: {alpha: -1}", ["1:14: sub.alpha: -1 is not in [0, 1]"]),
-        ("beta: 0", ["1:7: beta: 0 is not in (0, 1)"]),
-        ("low: 1", ["1:6: low: 1 is below 2"]),
-        ("parts: al", ["1:8: parts: 'al' is not a whole number and 'al' is not one of all (did you mean 'all'?)"]),
-        ("sub: {sub: {bta: 1}}", ["1:13: sub.sub.bta: unknown key 'bta'; there are alpha, beta, low, parts, sub "]),
-    ],
-)
-def test_any_form_gets_faults_in_plain_words(text: str, found: list[str]):
-    with pytest.raises(RecipeError, match="Look there") as caught:
-        yamlmarks.validate(Dial, yamlmarks.read(text, "a.yaml"), todo="Look there.")
-    for fault, start in zip(caught.value.faults, found, strict=True):
-        assert str(fault).startswith(f"a.yaml:{start}")
-
-
-def test_a_model_that_is_no_form_gets_them_too():
-    class Plain(BaseModel, extra="forbid"):
-        size: int
-
-    with pytest.raises(RecipeError) as caught:
-        yamlmarks.validate(Plain, yamlmarks.read("size: a\nsze: 1\n", "a.yaml"))
-    assert list(map(str, caught.value.faults)) == [
-        "a.yaml:1:7: size: 'a' is not a whole number",
-        "a.yaml:2:1: sze: unknown key 'sze'",
-    ]
-
-
-# What a match means
-
-
-@pytest.mark.parametrize(
-    ("match", "holds"),
-    [
-        ("", True),
-        ("kernel: 3", True),
-        ("kernel: 5", False),
-        ("kernel: [5, 3]", True),
-        ("kernel: {min: 3}", True),
-        ("kernel: {max: 2}", False),
-        ("kernel: {min: 2, max: 4}", True),
-        ("kernel: [1x1, {min: 5}]", False),
-        ("kernel: 3, stride: 1", False),
-        ("kernel: 3, stride: 2, dilation: 1", True),
-        ("in_channels: 8, out_channels: {min: 16}", True),
-        ("in_channels: [4, 16]", False),
-        ("groups: 1", True),
-        ("groups: depthwise", False),
-        ("size: 56", True),
-        ("size: {max: 28}", False),
-        ("followed_by: BatchNorm2d", True),
-        ("followed_by: [ReLU, BatchNorm2d]", True),
-        ("followed_by: BatchNorm", False),
-        ("name: layer1.*.conv1", True),
-        ("name: [conv1, layer1.**]", True),
-        ("name: conv1", False),
-        ("regex: 'layer[0-9].*'", True),
-        ("regex: layer1", False),
-        ("not: {kernel: 3}", False),
-        ("not: {kernel: 3, stride: 1}", True),
-        ("kernel: 3, not: {name: conv1}", True),
-        ("not: {not: {kernel: 3}}", True),
-        ("not: {}", False),
-    ],
-)
-def test_a_match_claims(match: str, holds: bool):
-    assert claims(match) is holds
-
-
-@pytest.mark.parametrize("match", ["", "    match: {}\n", "    match:\n"])
-def test_an_empty_match_claims_every_conv(match: str):
-    [rule] = recipe.parse(rules("  - swap: acblock\n" + match), "a.yaml").rules
-    assert rule.match.claims(Subject(("any",), SPEC, None, ()))
-
-
-def test_a_pair_is_height_by_width():
-    strip = SPEC.change(kernel=(1, 7))
-    assert claims("kernel: 1x7", strip)
-    assert not claims("kernel: 7x1", strip)
-    assert not claims("kernel: {min: 3}", strip)
-    assert not claims("kernel: {max: 5}", strip)
-    assert claims("kernel: {min: 1, max: 7}", strip)
-    assert claims("size: 56x28", size=(56, 28))
-    assert not claims("size: 56", size=(56, 28))
-
-
-def test_depthwise_is_one_group_for_each_channel():
-    assert claims("groups: depthwise", SPEC.change(groups=8))
-    assert not claims("groups: depthwise", SPEC.change(groups=4))
-    assert claims("groups: [depthwise, 4]", SPEC.change(groups=4))
-    assert claims("groups: {min: 2}", SPEC.change(groups=4))
-
-
-def test_any_of_several_names_will_do():
-    names = ("stem.conv", "shared.conv")
-    assert claims("name: shared.*", paths=names)
-    assert claims("regex: 'shared[.]conv'", paths=names)
-    assert not claims("not: {name: shared.*}", paths=names)
-
-
-def test_a_match_knows_whether_it_needs_sizes():
-    assert matching("size: 7").needs_size
-    assert matching("not: {size: 7}").needs_size
-    assert not matching("kernel: 7").needs_size
-    assert claims("kernel: 3", size=None)
-    with pytest.raises(AssertionError):
-        claims("size: 7", size=None)
-
-
-@pytest.mark.parametrize(
-    ("glob", "path", "holds"),
-    [
-        ("layer1", "layer1", True),
-        ("layer1", "layer10", False),
-        ("layer1", "layer1.0", False),
-        ("layer1.*", "layer1.0", True),
-        ("layer1.*", "layer10.0", False),
-        ("layer1.*", "layer1.0.conv1", False),
-        ("*", "conv1", True),
-        ("*", "layer1.conv1", False),
-        ("layer*.0", "layer12.0", True),
-        ("layer*.0", "layer1.x.0", False),
-        ("layer1.**", "layer1.0.conv1", True),
-        ("layer1.**", "layer10.0.conv1", False),
-        ("**", "a.b.c", True),
-        ("**.conv1", "conv1", True),
-        ("**.conv1", "a.b.conv1", True),
-        ("**.conv1", "a.b.myconv1", False),
-        ("a.**.z", "a.z", True),
-        ("a.**.z", "a.b.c.z", True),
-        ("conv?", "conv1", True),
-        ("conv?", "conv", False),
-        ("a?b", "a.b", False),
-        ("layer[12].0", "layer2.0", True),
-        ("layer[!12].0", "layer2.0", False),
-        ("a[!x]b", "a.b", False),
-        ("Conv1", "conv1", False),
-        ("a.b", "axb", False),
-    ],
-)
-def test_globs(glob: str, path: str, holds: bool):
-    assert name_matches(glob, path) is holds
-
-
-paths = st.lists(st.text("ab1", min_size=1, max_size=3), min_size=1, max_size=4).map(".".join)
-
-
-@unhurried
-@given(paths, paths)
-def test_a_name_without_wildcards_takes_only_itself(glob: str, path: str):
-    assert name_matches(glob, path) is (glob == path)
-
-
-@unhurried
-@given(paths, paths)
-def test_a_star_is_one_segment_and_two_are_any_number(prefix: str, path: str):
-    rest = path.removeprefix(prefix + ".") if path.startswith(prefix + ".") else None
-    assert name_matches(f"{prefix}.*", path) is (rest is not None and "." not in rest)
-    assert name_matches(f"{prefix}.**", path) is (rest is not None or path == prefix)
-    assert name_matches(f"**.{path}", f"{prefix}.{path}")
 
 
 # Overrides
@@ -646,74 +378,3 @@ def test_a_dict_of_objects_is_refused():
     for data in ({"surgeon": object()}, loop, [1]):
         with pytest.raises(RecipeError):
             recipe.from_dict(data)
-
-
-plain = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text("no1e-3_:."),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("ab1-", min_size=1), inner, max_size=3),
-    max_leaves=8,
-)
-
-
-@unhurried
-@given(plain)
-def test_what_is_dumped_is_read_back_as_it_was(value: object):
-    assert yamlmarks.read(yamlmarks.dump({"a": value}), "").data == {"a": value}
-
-
-# For editors
-
-
-def schema() -> jsonschema.Draft202012Validator:
-    jsonschema.Draft202012Validator.check_schema(recipe.schema())
-    return jsonschema.Draft202012Validator(recipe.schema())
-
-
-def test_the_schema_accepts_every_bundled_recipe():
-    for file in recipe.bundled().values():
-        schema().validate(yaml.safe_load(file.read_text(encoding="utf-8")))
-
-
-@pytest.mark.parametrize(
-    "rule",
-    [
-        "{leave: x, match: {name: a, not: {size: {min: 3}}}, optional: true}",
-        "{swap: acblock}",
-        "{swap: acblock, match: {kernel: [3, 1x7, {max: 5}], groups: [depthwise, 2], followed_by: [ReLU]}}",
-        "{swap: acblock, with: {init: scratch, gamma: 0.5}}",
-    ],
-)
-def test_the_schema_accepts_what_is_read(rule: str):
-    text = rules(f"  - {rule}\n")
-    recipe.parse(text, "a.yaml")
-    schema().validate(yaml.safe_load(text))
-
-
-@pytest.mark.parametrize(
-    "rule",
-    [
-        "{}",
-        "{swap: acblok}",
-        "{swap: acblock, leave: x}",
-        "{leave: x, with: {}}",
-        "{leave: x, optoinal: true}",
-        "{leave: x, match: {kernal: 3}}",
-        "{leave: x, match: {kernel: 0}}",
-        "{leave: x, match: {kernel: []}}",
-        "{leave: x, match: {kernel: {mn: 3}}}",
-        "{leave: x, match: {not: {foo: 3}}}",
-        "{leave: x, match: {groups: depthwize}}",
-        "{swap: acblock, with: {init: takeovr}}",
-        "{swap: acblock, with: {alpha: 1}}",
-    ],
-)
-def test_the_schema_and_the_reader_refuse_alike(rule: str):
-    text = rules(f"  - {rule}\n")
-    assert faults(text)
-    assert not schema().is_valid(yaml.safe_load(text))
-
-
-def test_the_schema_names_the_blocks():
-    assert set(registry()) <= set(
-        json.loads(json.dumps(recipe.schema()))["$defs"]["RuleForm"]["properties"]["swap"]["enum"]
-    )

@@ -1,4 +1,4 @@
-"""The whole path on a small network, through files as a person would: convert, train, fuse, verify."""
+"""The whole path on a small network, through files as a user would: convert, train, fuse, verify."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,6 +18,7 @@ from surgeon.app.commands import Given
 from surgeon.app.demo import data
 from surgeon.app.demo.net import SmallResNet
 from surgeon.models.cost import measure
+from surgeon.models.progress import Progress, parts, silent
 from surgeon.proof.verify import Report
 
 _BATCH = 50
@@ -28,7 +27,7 @@ _INPUT = "1,1,28,28"
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class Snapshot:
     """The network after one step: share of test images that it gets right, and what it costs."""
 
     name: str
@@ -40,14 +39,16 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Demo:
-    steps: tuple[Step, ...]
+    """What the demo did: the network after every step, and the proof of the last one."""
+
+    steps: tuple[Snapshot, ...]
     report: Report  # of the folded network against the trained one
     images: tuple[int, int]  # to train on, to test on
     seconds: float  # of training
 
 
-def demo(console: Console, *, seconds: float, folder: Path | None, seed: int) -> Demo:
-    """Convert, train, fold and verify the small network that ships with surgeon; bars and notices go to `console`."""
+def demo(progress: Progress = silent, *, seconds: float, folder: Path | None, seed: int) -> Demo:
+    """Convert, train, fold and verify the small network that ships with surgeon."""
     torch.manual_seed(seed)
     images = data.images()
     given = Given(inputs=(_INPUT,), seed=seed)
@@ -55,26 +56,23 @@ def demo(console: Console, *, seconds: float, folder: Path | None, seed: int) ->
         home = Path(place)
         home.mkdir(parents=True, exist_ok=True)
 
-        def step(name: str, path: Path) -> Step:
+        def step(name: str, path: Path) -> Snapshot:
             model = surgery.load(path)
             cost = measure(model, [images.test_x[:1]])
             assert cost.macs is not None
-            return Step(name, path.name, accuracy(model, images.test_x, images.test_y), cost.params, cost.macs)
-
-        def say(notice: str) -> None:
-            console.print(f"note: {notice}", markup=False)
+            return Snapshot(name, path.name, accuracy(model, images.test_x, images.test_y), cost.params, cost.macs)
 
         start, trained = home / "net.pt", home / "net.acnet.trained.pt"
         surgery.save(_trained_net(), start, force=True)
-        converted = pipeline.convert(str(start), "acnet", given, say, output=None, force=True).path
+        converted = pipeline.convert(str(start), "acnet", given, parts(progress, 0, 0.1), output=None, force=True).path
         steps = [step("trained network", start), step("converted to ACBlocks", converted)]
         model = surgery.load(converted)
-        train_(model, images, seconds, console)
+        train_(model, images, seconds, parts(progress, 0.1, 0.8))
         surgery.save(model, trained, force=True)
         steps.append(step(f"trained {seconds:g} s more", trained))
-        fused = pipeline.fuse(str(trained), given, say, output=None, force=True).path
+        fused = pipeline.fuse(str(trained), given, parts(progress, 0.8, 0.9), output=None, force=True).path
         steps.append(step("folded back", fused))
-        report = pipeline.verify(str(trained), str(fused), given, say)
+        report = pipeline.verify(str(trained), str(fused), given, parts(progress, 0.9, 1))
     return Demo(tuple(steps), report, (len(images.train_y), len(images.test_y)), seconds)
 
 
@@ -85,22 +83,19 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     return right.double().mean().item()
 
 
-def train_(model: nn.Module, images: data.Images, seconds: float, console: Console) -> None:
+def train_(model: nn.Module, images: data.Images, seconds: float, progress: Progress = silent) -> None:
     """Train for some seconds on the shipped images, as one would train any network."""
     optimizer = torch.optim.SGD(model.parameters(), lr=_RATE, momentum=0.9, weight_decay=1e-4)
-    columns = (TextColumn("training"), BarColumn(), TextColumn("loss {task.fields[loss]:.3f}"), TimeRemainingColumn())
     start = time.monotonic()
     model.train()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("training", total=seconds, loss=0.0)
-        while (spent := time.monotonic() - start) < seconds:
-            picked = torch.randperm(len(images.train_y))[:_BATCH]
-            loss = F.cross_entropy(model(_shifted(images.train_x[picked])), images.train_y[picked])
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            progress.update(bar, completed=spent, loss=loss.item())
-        progress.update(bar, completed=seconds)
+    progress("training", 0)
+    while (spent := time.monotonic() - start) < seconds:
+        picked = torch.randperm(len(images.train_y))[:_BATCH]
+        loss = F.cross_entropy(model(_shifted(images.train_x[picked])), images.train_y[picked])
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        progress(f"training, loss {loss.item():.3f}", spent / seconds)
 
 
 def _shifted(x: Tensor) -> Tensor:

@@ -1,0 +1,56 @@
+"""What convert and fuse did: the plan in short, what was measured, and what was written."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from surgeon.display import words
+from surgeon.display.plan import plan_view
+
+if TYPE_CHECKING:
+    from surgeon.app.commands import Converted, Fused
+
+
+def converted_view(converted: Converted) -> RenderableType:
+    """The plan in short, the costs, and what was measured."""
+    check, lines = converted.check, []
+    if check.worst is not None:
+        kept = check.sites - check.approximate
+        lines.append(
+            f"self-check: {kept} swapped convs against what stood there, in float64: worst relative L2 "
+            f"{check.worst:.1e} ({check.worst_path})"
+        )
+    if check.approximate:
+        lines.append(
+            f"{words.convs(check.approximate)} swapped for what computes something else, as the recipe says: train on"
+        )
+    if check.streams is not None:
+        lines.append(f"without seams against conv by conv, in float64: relative L2 {check.streams:.1e}")
+    if check.whole is not None:
+        lines.append(f"whole network, before and after, in its own dtype: relative L2 {check.whole:.1e}")
+    lines.append(f"written: {converted.path}")
+    return Group(plan_view(converted.plan, every_conv=False), *map(Text, lines))
+
+
+def converted_data(converted: Converted) -> dict[str, Any]:
+    return {
+        "path": str(converted.path),
+        "self_check": asdict(converted.check),
+        "plan": converted.plan.to_dict(),
+    }
+
+
+def fused_view(fused: Fused) -> RenderableType:
+    before, after = fused.params
+    lines = [f"folded: {len(fused.folded)} blocks, {words.amount(before)} → {words.amount(after)} parameters"]
+    if fused.distance is not None:
+        lines.append(f"whole network, before and after, in its own dtype: relative L2 {fused.distance:.1e}")
+    return Group(*map(Text, [*lines, f"written: {fused.path}"]))
+
+
+def fused_data(fused: Fused) -> dict[str, Any]:
+    return {**asdict(fused), "path": str(fused.path), "params": {"before": fused.params[0], "after": fused.params[1]}}

@@ -1,0 +1,31 @@
+"""The steps of the demo as a table with the report below it, and as data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from surgeon.display import words
+from surgeon.display.report import report_view
+
+if TYPE_CHECKING:
+    from surgeon.app.demo.run import Demo
+
+
+def demo_view(demo: Demo) -> RenderableType:
+    train, test = demo.images
+    table = words.table("step", "file", f"right of {test} test images", "parameters", "MACs")
+    for step in demo.steps:
+        table.add_row(step.name, step.file, f"{step.accuracy:.1%}", words.amount(step.params), words.amount(step.macs))
+    note = (
+        f"Fashion-MNIST, {train} images to train on, {test} others to test on: it shows the path, and ranks no methods"
+    )
+    heading = Text("\nthe folded network against the trained one:")
+    return Group(table, Text(note, style="dim"), heading, report_view(demo.report))
+
+
+def demo_data(demo: Demo) -> dict[str, Any]:
+    return {**asdict(demo), "report": demo.report.to_dict()}

@@ -1,0 +1,69 @@
+"""A report of verify: the checks, the distances, the sites that tell something, and the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from surgeon.display import words
+
+if TYPE_CHECKING:
+    from surgeon.proof.verify import Report, SiteDistance
+
+_VERDICTS = {
+    "equivalent": ("bold green", "equivalent: B computes what A computes"),
+    "different": ("bold red", "different: B does not compute what A computes"),
+    "approximate": ("bold yellow", "approximate by design: these are distances, and no proof that B equals A"),
+}
+
+
+def report_view(report: Report, *, verdict_first: bool = False) -> RenderableType:
+    """Show the checks, the distances and the sites; the verdict last, where a terminal stops, or first."""
+    parts: list[RenderableType] = [
+        Text.assemble(("  ok  ", "green") if check.passed else (" FAIL ", "bold red"), f"{check.name}: {check.says}")
+        for check in report.checks
+    ]
+    parts += [_distances(report)] if report.distances else []
+    if rows := list(_telling(report.sites)):
+        parts.append(_sites(rows, len(report.sites)))
+    if report.first_to_part:
+        parts.append(Text(f"first to part: {report.first_to_part}", style="red"))
+    parts += [Text(remark, style="red") for remark in report.remarks]
+    style, said = _VERDICTS[report.verdict]
+    verdict = Text(said, style=style)
+    return Group(verdict, *parts) if verdict_first else Group(*parts, verdict)
+
+
+def _distances(report: Report) -> Table:
+    table = words.table("input", "float64", report.dtype, "max abs", "max rel", "SQNR dB", "cosine", "top-1 same")
+    for row in report.distances:
+        top1 = "" if row.top1 is None else f"{row.top1:.1%}"
+        distances = (row.float64, row.own, row.max_abs, row.max_rel)
+        numbers = ["" if n is None else f"{n:.1e}" for n in distances]
+        table.add_row(row.input, *numbers, f"{row.sqnr_db:.1f}", f"{row.cosine:.9f}", top1)
+    return table
+
+
+def _telling(sites: Sequence[SiteDistance]) -> Iterator[SiteDistance]:
+    """Choose the sites worth a row: those that part, and those that are another module now."""
+    for site in sites:
+        if site.parts or site.kind_a != site.kind_b:
+            yield site
+
+
+def _sites(rows: Sequence[SiteDistance], count: int) -> Table:
+    table = words.table("site", "A", "B", "isolated", "propagated", "stored, ulp", "")
+    parting = [site for site in rows if site.parts]
+    shown = (parting or rows)[: words.MOST_ROWS]
+    for site in shown:
+        ulps = "" if site.ulps is None else f"{site.ulps:.3g}"
+        distances = (f"{site.isolated:.1e}", f"{site.propagated:.1e}")
+        mark = Text("parts", style="red") if site.parts else ""
+        table.add_row(site.path, site.kind_a, site.kind_b, *distances, ulps, mark)
+    if len(shown) < len(rows):
+        table.caption = f"{len(shown)} of {len(rows)} sites; --json lists all {count}"
+    return table

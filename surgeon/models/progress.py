@@ -1,0 +1,25 @@
+"""How long work tells how far it is: a function that is given what is being done, and the share of all that is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+Progress = Callable[[str, float], None]  # the share runs from 0 to 1, and never back
+
+
+def silent(what: str, share: float) -> None:
+    """Tell nobody; what functions use where no other `Progress` is given."""
+
+
+def parts(progress: Progress, start: float, stop: float) -> Progress:
+    """Make a progress for one part of the work, whose 0 is `start` of the whole and whose 1 is `stop`.
+
+    >>> second_half = parts(lambda what, share: print(f"{what}: {share:.0%}"), 0.5, 1.0)
+    >>> second_half("folding", 0.5)
+    folding: 75%
+    """
+
+    def tell(what: str, share: float) -> None:
+        progress(what, start + (stop - start) * share)
+
+    return tell
