@@ -36,6 +36,7 @@ from surgeon.files.load import Architecture, Trust
 from surgeon.models.call import Inputs
 from surgeon.models.copies import duplicate, shadow
 from surgeon.models.memory import give_back_after
+from surgeon.models.sandbox import ordinary
 from surgeon.proof import verify as equivalence
 from surgeon.proof.distance import Jitter, as_double, has_numbers, widened, worst, worst_ulps
 from surgeon.proof.verify import EXACT, Replay, Report
@@ -81,7 +82,8 @@ def survey(model: nn.Module, example: Example | None = None) -> Survey:
     >>> [site.path for site in survey(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())).sites]
     ['0']
     """
-    return sites.survey(model, inputs_for(model, example))
+    with ordinary():
+        return sites.survey(model, inputs_for(model, example))
 
 
 def plan(
@@ -102,7 +104,8 @@ def plan(
     Raises:
         RecipeError: every fault of the recipe. PlanError: a rule claims nothing.
     """
-    return decide(_recipe(recipe, overrides), survey(model, example), seed=seed)
+    with ordinary():
+        return decide(_recipe(recipe, overrides), survey(model, example), seed=seed)
 
 
 def decide(recipe: Recipe, surveyed: Survey, *, seed: int) -> Plan:
@@ -123,7 +126,8 @@ def convert(
     >>> type(convert(nn.Sequential(nn.Conv2d(3, 8, 3)), "acnet")[0]).__name__
     'ACBlock'
     """
-    return convert_(duplicate(_checked(model)), how, example, overrides=overrides, seed=seed)
+    with ordinary():
+        return convert_(duplicate(_checked(model)), how, example, overrides=overrides, seed=seed)
 
 
 def convert_(
@@ -135,17 +139,18 @@ def convert_(
     seed: int = 0,
 ) -> Model:
     """Swap the convs of `model` itself, and return it; where something is wrong it stays as it was."""
-    inputs = inputs_for(model, example, plan=how if isinstance(how, Plan) else None, seed=seed)
-    surveyed = sites.survey(model, inputs)
-    if isinstance(how, Plan):
-        plans.check(how, surveyed)
-        carry_out_(model, how, inputs)
-    else:
-        carry_out_(model, decide(_recipe(how, overrides), surveyed, seed=seed), inputs)
+    with ordinary():
+        inputs = inputs_for(model, example, plan=how if isinstance(how, Plan) else None, seed=seed)
+        surveyed = sites.survey(model, inputs)
+        if isinstance(how, Plan):
+            plans.check(how, surveyed)
+            carry_out_(model, how, inputs)
+        else:
+            carry_out_(model, decide(_recipe(how, overrides), surveyed, seed=seed), inputs)
     return model
 
 
-@torch.inference_mode(False)
+@ordinary()
 def carry_out_(model: nn.Module, checked: Plan, inputs: Inputs | None) -> SelfCheck:
     """Operate, measure what was done, and note it in the model's history.
 
@@ -308,7 +313,8 @@ def fuse(model: Model, *, dense: bool = False) -> Model:
     Raises:
         PlanError: a block that cannot be folded as it is now; nothing is done.
     """
-    return fuse_(duplicate(_checked(model)), dense=dense)
+    with ordinary():
+        return fuse_(duplicate(_checked(model)), dense=dense)
 
 
 def fuse_(model: Model, *, dense: bool = False) -> Model:
@@ -317,6 +323,7 @@ def fuse_(model: Model, *, dense: bool = False) -> Model:
     return model
 
 
+@ordinary()
 def fold_all_(model: nn.Module, inputs: Inputs | None, *, dense: bool = False) -> tuple[tuple[str, ...], float | None]:
     """Fold, note it in the model's history, and return the names of what was folded, and how far it moved the output.
 
@@ -396,6 +403,11 @@ def verify(a: nn.Module, b: nn.Module, example: Example | Sequence[Example] | No
     Raises:
         VerifyError: outputs of other structure, shape or dtype.
     """
+    with ordinary():
+        return _verify(a, b, example, seed)
+
+
+def _verify(a: nn.Module, b: nn.Module, example: Any, seed: int) -> Report:
     _checked(a), _checked(b)
     is_list = isinstance(example, list) and not all(isinstance(side, int) for side in example)
     given: Any = example if is_list else [example]
@@ -439,9 +451,10 @@ def load(
     """
     trust = Trust(allow=tuple(allow), unsafe_pickle=unsafe_pickle)
     rebuild = functools.partial(store.rebuild, trust=trust, seed=seed)
-    return source.load(
-        fspath(name), arch=arch, arch_args=arch_args or {}, trust=trust, seed=seed, rebuild=rebuild
-    ).model
+    with ordinary():
+        return source.load(
+            fspath(name), arch=arch, arch_args=arch_args or {}, trust=trust, seed=seed, rebuild=rebuild
+        ).model
 
 
 def save(model: nn.Module, path: str | PathLike[str], *, arch: str | None = None, force: bool = False) -> None:
@@ -450,7 +463,8 @@ def save(model: nn.Module, path: str | PathLike[str], *, arch: str | None = None
     Raises:
         StoreError: the file exists and `force` is not given, or it cannot be written.
     """
-    store.save(model, Path(path), architecture=Architecture(arch) if arch else None, force=force)
+    with ordinary():
+        store.save(model, Path(path), architecture=Architecture(arch) if arch else None, force=force)
 
 
 def inputs_for(model: nn.Module, example: Example | None, *, plan: Plan | None = None, seed: int = 0) -> Inputs | None:

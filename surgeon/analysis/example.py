@@ -28,7 +28,8 @@ from surgeon.errors import CaptureError, ModelError
 from surgeon.files import load as source
 from surgeon.models import call as calls
 from surgeon.models.call import Draw, Inputs, Shape
-from surgeon.models.copies import quietly, where
+from surgeon.models.copies import where
+from surgeon.models.sandbox import quietly
 
 Example = Shape | Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any] | Inputs
 
@@ -157,8 +158,7 @@ def _returned(name: str, seed: int) -> Any:
         function = source.find(name)
     except ModelError as error:
         raise CaptureError(f"--input {name}: {error.problem}", todo=error.todo) from error
-    with quietly():
-        torch.manual_seed(seed)
+    with quietly(seed):
         try:
             return function()
         except Exception as error:

@@ -23,7 +23,8 @@ from surgeon.analysis.trace import may_convolve, trace
 from surgeon.blocks import Block, Operator
 from surgeon.errors import CaptureError
 from surgeon.models.call import Inputs, call_of
-from surgeon.models.copies import in_mode, names, quietly, shadow, to_meta, where
+from surgeon.models.copies import in_mode, names, shadow, to_meta, where
+from surgeon.models.sandbox import quietly
 
 _LARGE = 2**24  # numbers
 

@@ -31,6 +31,7 @@ from surgeon.errors import CaptureError
 from surgeon.models.call import Inputs
 from surgeon.models.copies import duplicate, in_mode, where
 from surgeon.models.cost import measure
+from surgeon.models.sandbox import threads
 from surgeon.proof.distance import tensors
 from surgeon.surgery.fold import fold_blocks_, fold_norms_
 
@@ -101,7 +102,7 @@ def run(
         def tell(what: str, share: float, done: int = i) -> None:
             progress(what, (done + share) / len(settings))
 
-        with _threads(setting.threads), _compiling(setting.compiled):
+        with threads(setting.threads), _compiling(setting.compiled):
             timings += _run_setting(models, inputs.batched(setting.batch), setting, rounds, tell)
     return tuple(timings)
 
@@ -218,16 +219,6 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
         return (values[0],) * 3
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, median, high
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

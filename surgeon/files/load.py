@@ -34,6 +34,7 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present as st
 from surgeon.errors import ModelError
 from surgeon.files import pickles
 from surgeon.files.pickles import Trust
+from surgeon.models.sandbox import ordinary, random_states_kept
 
 __all__ = [
     "Architecture",
@@ -405,8 +406,7 @@ def _make(architecture: Architecture, seed: int) -> nn.Module:
     find = {"torchvision": _torchvision, "timm": _timm}.get(source, functools.partial(_own, source))
     factory = find(name, architecture.args)
     try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed(seed)
+        with ordinary(), random_states_kept(seed):
             model = factory()
     except (Exception, SystemExit) as error:
         raise _failed(architecture.name, error, "Give it what it needs with --arch-arg name=value.") from error

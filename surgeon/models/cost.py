@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from surgeon.models.call import Inputs, call_of
-from surgeon.models.copies import in_mode, quietly, shadow, to_meta
+from surgeon.models.copies import in_mode, shadow, to_meta
+from surgeon.models.sandbox import quietly
 
 
 @dataclass(frozen=True, slots=True)

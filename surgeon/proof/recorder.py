@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from surgeon.analysis.islands import is_conv
 from surgeon.blocks import Operator
-from surgeon.models.copies import quietly
+from surgeon.models.sandbox import quietly
 from surgeon.proof.distance import apart, as_double
 
 

@@ -21,7 +21,6 @@ import json
 import os
 import re
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -50,6 +49,7 @@ from pydantic_core import CoreSchema
 from surgeon.blocks import BlockOptions, registry
 from surgeon.conv.spec import ConvSpec, Pair
 from surgeon.errors import Fault, RecipeError
+from surgeon.models.sandbox import warnings_of_this_thread
 from surgeon.recipes import marks as yamlmarks
 from surgeon.recipes.marks import Form, did_you_mean, plain_words, shown
 
@@ -282,7 +282,7 @@ def _glob(text: str) -> str:
 
 def _regex(text: str) -> str:
     try:
-        with warnings.catch_warnings(action="error"):  # raised where Python may read the pattern otherwise one day
+        with warnings_of_this_thread("error"):  # raised where Python may read the pattern otherwise one day
             re.compile(text)
     except (re.error, Warning, OverflowError, RecursionError) as error:
         raise ValueError(f"{shown(text)} is no regular expression: {error}") from error
