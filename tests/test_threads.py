@@ -17,10 +17,10 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from helpers import shake_
 from torch import Tensor, nn
 
 import surgeon
-from helpers import shake_
 from surgeon.models import sandbox
 
 EXAMPLE = (1, 3, 16, 16)
@@ -123,11 +123,12 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 def test_four_threads_at_once_get_what_one_gets_and_leave_the_process_as_it_was() -> None:
-    expected = [surgeon.convert(net(i), "acnet", EXAMPLE) for i in range(4)]
+    models = [net(i) for i in range(4)]  # made here, for they are drawn from the generator that threads share
+    expected = [surgeon.convert(model, "acnet", EXAMPLE) for model in models]
     found: dict[int, nn.Module] = {}
 
     def work(i: int) -> None:
-        model = net(i)
+        model = models[i]
         for _ in range(3):
             found[i] = surgeon.convert(model, "acnet", EXAMPLE)
             assert surgeon.verify(model, found[i], EXAMPLE).equivalent
@@ -141,11 +142,12 @@ def test_four_threads_at_once_get_what_one_gets_and_leave_the_process_as_it_was(
 
 
 def test_threads_that_rewrite_graphs_take_turns() -> None:
-    expected = surgeon.convert(net(), "octave", EXAMPLE)
+    model = net()
+    expected = surgeon.convert(model, "octave", EXAMPLE)
     found: dict[int, nn.Module] = {}
 
     def work(i: int) -> None:
-        found[i] = surgeon.convert(net(), "octave", EXAMPLE)
+        found[i] = surgeon.convert(model, "octave", EXAMPLE)
 
     assert in_threads(3, work) == []
     assert all(same(one, expected) for one in found.values())
