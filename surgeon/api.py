@@ -22,8 +22,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import fx, nn
-from torch._ops import OpOverload
 
+from surgeon._torch_compat import OpOverload
 from surgeon.analysis import example as examples
 from surgeon.analysis import program as graph
 from surgeon.analysis import sites

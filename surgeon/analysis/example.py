@@ -21,8 +21,8 @@ from typing import Any, TypeGuard
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from surgeon._torch_compat import pytree
 from surgeon.analysis.islands import observe
 from surgeon.errors import CaptureError, ModelError
 from surgeon.files import load as source

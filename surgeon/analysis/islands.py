@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
+from surgeon._torch_compat import ConvNd, NormBase
 from surgeon.analysis.trace import may_convolve, trace
 from surgeon.blocks import Block, Operator
 from surgeon.errors import CaptureError
@@ -113,7 +112,7 @@ def observe(model: nn.Module, inputs: Inputs | Sequence[Tensor], *, meta_only: b
 
 
 def is_conv(module: nn.Module) -> bool:
-    return isinstance(module, _ConvNd)
+    return isinstance(module, ConvNd)
 
 
 def how_to_call(model: nn.Module, given: Inputs) -> str:
@@ -152,7 +151,7 @@ def _explored(model: nn.Module, inputs: Inputs | None, taken_apart: AbstractSet[
 def _explore(
     module: nn.Module, path: str, found: Capture, seen: set[nn.Module], inputs: Inputs, taken_apart: AbstractSet[str]
 ) -> None:
-    if module in seen or isinstance(module, Operator | _ConvNd) or not may_convolve(module):
+    if module in seen or isinstance(module, Operator | ConvNd) or not may_convolve(module):
         return
     seen.add(module)
     if path in taken_apart:
@@ -186,7 +185,7 @@ def _observe(model: nn.Module, inputs: Inputs) -> Observed:
         return hook
 
     for name, module in model.named_modules():
-        if isinstance(module, Block | _ConvNd | _NormBase):
+        if isinstance(module, Block | ConvNd | NormBase):
             module.register_forward_pre_hook(begin)
             module.register_forward_hook(end(name), with_kwargs=True)
     given = inputs.cast_for(model)
@@ -250,7 +249,7 @@ class _Running(TorchFunctionMode):
         self.owners = {
             id(parameter): (name, module)
             for name, module in model.named_modules()
-            if isinstance(module, _ConvNd | _NormBase)
+            if isinstance(module, ConvNd | NormBase)
             for parameter in module.parameters(recurse=False)
         }
 

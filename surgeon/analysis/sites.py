@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from surgeon._torch_compat import NormBase, has_own_conv_forward
 from surgeon.analysis import islands as capturing
 from surgeon.analysis.functional import Functional, conv_of, find
 from surgeon.analysis.islands import Call, Capture, Observed
@@ -379,7 +379,7 @@ def _judge_norm(facts: _Facts, graph: _Graph, conv: nn.Module, norm: nn.Module) 
 
 
 def _is_norm(module: nn.Module) -> bool:
-    return isinstance(module, _NormBase | nn.GroupNorm | nn.LayerNorm) or "norm" in type(module).__name__.lower()
+    return isinstance(module, NormBase | nn.GroupNorm | nn.LayerNorm) or "norm" in type(module).__name__.lower()
 
 
 def custom_call(module: nn.Module, name: str) -> str | None:
@@ -397,7 +397,7 @@ def custom_call(module: nn.Module, name: str) -> str | None:
 
 def _computes_itself(kind: type[nn.Conv2d]) -> bool:
     """Whether a class does more than Conv2d does when it is called: pads by itself, say, or scales its weight."""
-    return kind.forward is not nn.Conv2d.forward or kind._conv_forward is not nn.Conv2d._conv_forward
+    return kind.forward is not nn.Conv2d.forward or has_own_conv_forward(kind)
 
 
 def _owners(model: nn.Module) -> dict[int, set[nn.Module]]:

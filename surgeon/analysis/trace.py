@@ -24,10 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.nn.modules.conv import _ConvNd
-from torch.utils import _pytree as pytree
 
+from surgeon._torch_compat import ASSERTIONS, BatchNorm, ConvNd, NormBase, pytree, saved_tensor_hooks
 from surgeon.analysis.program import SURROUNDINGS, Rewritten
 from surgeon.blocks import Operator
 from surgeon.models.call import Draw, Inputs
@@ -56,7 +54,7 @@ def trace(module: nn.Module, inputs: Inputs | None) -> fx.Graph | str:
 
 def may_convolve(module: nn.Module) -> bool:
     """Whether there is a conv or a block in a module, or a parameter that could be the weight of F.conv2d."""
-    if any(isinstance(part, Operator | _ConvNd) for part in module.modules()):
+    if any(isinstance(part, Operator | ConvNd) for part in module.modules()):
         return True
     return any(parameter.dim() == 4 for parameter in module.parameters())
 
@@ -116,7 +114,7 @@ class _Tracer(fx.Tracer):
         return node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, Operator | _ConvNd | _BatchNorm) or (self.stops_early and not _is_of_interest(m)):
+        if isinstance(m, Operator | ConvNd | BatchNorm) or (self.stops_early and not _is_of_interest(m)):
             return True
         return super().is_leaf_module(m, module_qualified_name)
 
@@ -140,7 +138,7 @@ def _surroundings() -> dict[str, Any]:
             torch.is_inference_mode_enabled(),
         ),
         "an autocast": [(torch.is_autocast_enabled(one), torch.get_autocast_dtype(one)) for one in devices],
-        "a checkpoint": torch._C._autograd._top_saved_tensors_default_hooks(True),
+        "a checkpoint": saved_tensor_hooks(),
     }
 
 
@@ -255,10 +253,9 @@ def _steps(graph: fx.Graph) -> list[tuple[str, Any]]:
 
 def _essential(graph: fx.Graph) -> list[fx.Node]:
     """List the steps of a graph without what tracing adds to guard the arguments that it was given."""
-    guards = (torch._assert, fx._symbolic_trace._assert_is_none)
-    nodes = [n for n in graph.nodes if n.op != "placeholder" and n.target not in guards]
-    return [n for n in nodes if not (n.target is operator.eq and all(u.target in guards for u in n.users))]
+    nodes = [n for n in graph.nodes if n.op != "placeholder" and n.target not in ASSERTIONS]
+    return [n for n in nodes if not (n.target is operator.eq and all(u.target in ASSERTIONS for u in n.users))]
 
 
 def _is_of_interest(module: nn.Module) -> bool:
-    return may_convolve(module) or any(isinstance(part, _NormBase) for part in module.modules())
+    return may_convolve(module) or any(isinstance(part, NormBase) for part in module.modules())

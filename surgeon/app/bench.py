@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from surgeon._torch_compat import has_recompile_limit
 from surgeon.analysis.islands import how_to_call
 from surgeon.errors import CaptureError
 from surgeon.models.call import Inputs
@@ -227,8 +228,8 @@ def _compiling(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(recompile_limit=1000):
+    torch.compiler.reset()
+    with has_recompile_limit(1000):
         yield
 
 

@@ -15,8 +15,8 @@ from typing import ClassVar, Self
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from surgeon._torch_compat import BatchNorm
 from surgeon.conv.spec import ConvSpec
 from surgeon.nn import Stored
 
@@ -84,7 +84,7 @@ class Block(Operator, abc.ABC):
     @classmethod
     @abc.abstractmethod
     def from_conv(
-        cls, conv: nn.Conv2d, options: BlockOptions, *, norm: _BatchNorm | None, generator: torch.Generator
+        cls, conv: nn.Conv2d, options: BlockOptions, *, norm: BatchNorm | None, generator: torch.Generator
     ) -> Self:
         """Build the block from a conv that is not refused, with its dtype, device, memory format and training flag.
 
@@ -107,7 +107,7 @@ class Block(Operator, abc.ABC):
     groups = property(lambda self: self.spec.groups)
     padding_mode = property(lambda self: self.spec.padding_mode)
 
-    def with_norm(self, norm: _BatchNorm) -> Self | None:
+    def with_norm(self, norm: BatchNorm) -> Self | None:
         """Return a block that computes what this one and the norm behind it do in eval mode, if it can be one."""
         return None
 

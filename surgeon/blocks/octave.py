@@ -32,8 +32,8 @@ from typing import Annotated, Literal, Self, overload
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from surgeon._torch_compat import BatchNorm
 from surgeon.blocks import base
 from surgeon.blocks.base import Example
 from surgeon.conv import kernels, streams
@@ -190,7 +190,7 @@ class OctaveConv(TwoStreams, base.Deployable):
 
     @classmethod
     def from_conv(
-        cls, conv: nn.Conv2d, options: base.BlockOptions, *, norm: _BatchNorm | None, generator: torch.Generator
+        cls, conv: nn.Conv2d, options: base.BlockOptions, *, norm: BatchNorm | None, generator: torch.Generator
     ) -> Self:
         assert isinstance(options, OctaveConvOptions)
         return cls(conv, options).train(conv.training)
@@ -228,7 +228,7 @@ class OctaveConv(TwoStreams, base.Deployable):
             to_low = streams.take(to_low, (*streams.others(self.low_in, self.spec.c_in), *self.low_in))
         return made, self._run(torch.cat([pooled, low], 1), to_low, bias_low)
 
-    def with_norm(self, norm: _BatchNorm) -> Self:
+    def with_norm(self, norm: BatchNorm) -> Self:
         """Fold a norm into all four kernels at once: each of its channels belongs to one stream."""
         made = copy.deepcopy(self)
         weight, bias = kernels.with_norm(self.weight, self.bias, norm)

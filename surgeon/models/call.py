@@ -23,8 +23,8 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from surgeon._torch_compat import pytree
 from surgeon.errors import CaptureError
 
 Shape = tuple[int, ...]

@@ -85,9 +85,8 @@ def shadow(model: Model, cast: Callable[[Tensor], Tensor] | None = None) -> Mode
         if cast is None:
             return tensor if is_parameter else tensor.detach().clone()
         made = cast(tensor.detach())
-        made = (
-            made.clone() if made.is_inference() else made
-        )  # the user made it in inference mode; it may be trained now
+        if made.is_inference():  # the user made it in inference mode, and it could not be trained
+            made = made.clone()
         return nn.Parameter(made, tensor.requires_grad) if is_parameter else made
 
     _check_copyable(model)

@@ -14,10 +14,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from surgeon._torch_compat import TorchDispatchMode, makes_new_tensors, packet_of, pytree
 from surgeon.models.call import Inputs, call_of
 from surgeon.models.copies import in_mode, shadow, to_meta
 from surgeon.models.sandbox import quietly
@@ -68,21 +67,27 @@ def measure(module: nn.Module, inputs: Inputs | Sequence[Tensor] | None = None) 
 
 def _count(cost: Cost, module: nn.Module, inputs: Inputs) -> Cost:
     given = inputs.cast_for(module)
-    with quietly(), FlopCounterMode(display=False) as flops, _Writes() as writes:
+    with quietly(), _Counter() as counter:
         given.call(in_mode(module, False))
-    return replace(cost, macs=int(flops.get_total_flops()) // 2, activations=writes.bytes)
+    return replace(cost, macs=counter.flops // 2, activations=counter.bytes)
 
 
-class _Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the bytes of the tensors that operations make anew."""
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up floating point operations by torch's own formulas, and the bytes of the tensors that are made anew.
+
+    FlopCounterMode itself hooks every module of the process, those that other threads call too.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.bytes = 0
+        self.formulas = FlopCounterMode(display=False).flop_registry
+        self.flops = self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if all(returned.alias_info is None for returned in func._schema.returns):
+        if (formula := self.formulas.get(packet_of(func))) is not None:
+            self.flops += int(formula(*args, **(kwargs or {}), out_val=out))
+        if makes_new_tensors(func):
             made = (t for t in pytree.tree_leaves(out) if isinstance(t, Tensor))
             self.bytes += sum(t.numel() * t.element_size() for t in made)
         return out

@@ -22,6 +22,7 @@ Of the process, and seen by all of its threads for as long as it lasts:
     random states         what another thread draws from the global generators while surgeon runs a model comes from
                           there, and is drawn again after it; give a thread a torch.Generator of its own
     torch's threads       a thread that first uses torch while surgeon computes with one thread keeps to one
+    torch.load            what a file that surgeon opens may hold, any file opened at that moment may hold
     the default dtype     it is float32 during a call of surgeon if it was another one before
     torch.fx              a trace of the user's own in another thread, at the same time, undoes patches in another
                           order than they were made, as two of them always have
@@ -38,7 +39,7 @@ import random
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -148,6 +149,13 @@ def tracing(answer: Callable[..., bool]) -> Iterator[Guard]:
 
     with _LOCK, _replaced(builtins, "isinstance", answered):
         yield guard
+
+
+@contextlib.contextmanager
+def unpickling(admitted: Sequence[Any]) -> Iterator[None]:
+    """Let torch.load make these things, and no others that another thread has admitted for a file of its own."""
+    with _LOCK, torch.serialization.safe_globals(list(admitted)):
+        yield
 
 
 @contextlib.contextmanager

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from surgeon._torch_compat import BatchNorm
 from surgeon.analysis.sites import custom_call, norms_behind
 from surgeon.blocks import Block, Deployable, Foldable
 from surgeon.conv import kernels
@@ -62,7 +62,7 @@ def _deployed(model: nn.Module, inputs: Inputs | None) -> tuple[dict[tuple[str, 
     norms: list[str] = []
     for paths, norm_paths in norms_behind(model, inputs) if blocks else ():
         norm = model.get_submodule(norm_paths[0])
-        if paths in blocks and isinstance(norm, _BatchNorm) and (made := blocks[paths].with_norm(norm)) is not None:
+        if paths in blocks and isinstance(norm, BatchNorm) and (made := blocks[paths].with_norm(norm)) is not None:
             blocks[paths] = made
             norms += norm_paths
     return {paths: block.deploy() for paths, block in blocks.items()}, norms
@@ -76,7 +76,7 @@ def fold_norms_(model: nn.Module, inputs: Inputs | None = None) -> tuple[str, ..
     folded = {}
     for paths, norm_paths in norms_behind(model, inputs):
         module, norm = model.get_submodule(paths[0]), model.get_submodule(norm_paths[0])
-        assert isinstance(norm, _BatchNorm)
+        assert isinstance(norm, BatchNorm)
         made = module.with_norm(norm) if isinstance(module, Block) else _with_norm(module, norm)
         if made is not None:
             folded[norm_paths] = (paths, made)
@@ -88,7 +88,7 @@ def fold_norms_(model: nn.Module, inputs: Inputs | None = None) -> tuple[str, ..
     return tuple(norm_paths[0] for norm_paths in folded)
 
 
-def _with_norm(conv: nn.Module, norm: _BatchNorm) -> nn.Conv2d:
+def _with_norm(conv: nn.Module, norm: BatchNorm) -> nn.Conv2d:
     assert isinstance(conv, nn.Conv2d)
     made = ConvSpec.of(conv).change(bias=True).build(like=conv.weight)
     with torch.no_grad():
