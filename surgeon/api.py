@@ -33,6 +33,7 @@ from surgeon.analysis.sites import Survey
 from surgeon.errors import CaptureError, ModelError, PassError, PlanError, VerifyError
 from surgeon.files import load as source
 from surgeon.files.load import Architecture, Trust
+from surgeon.models import devices
 from surgeon.models.call import Inputs
 from surgeon.models.copies import duplicate, shadow
 from surgeon.models.memory import give_back_after
@@ -366,6 +367,11 @@ def _moved_by_rounding(model: nn.Module, inputs: Inputs) -> float:
 def _checked(model: Model) -> Model:
     """Make sure, before anything is done with it, that a model is one, and that it can be edited."""
     if isinstance(model, nn.Module):
+        if (device := devices.of(model)) is not None and device.type in devices.NO_FLOAT64:
+            raise ModelError(
+                f"the model lies on {device}, which has no float64, and surgeon proves in float64",
+                todo="Give it on the CPU, model.cpu(), and move what comes out.",
+            )
         for name, module in model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
                 raise ModelError(
@@ -409,6 +415,8 @@ def verify(a: nn.Module, b: nn.Module, example: Example | Sequence[Example] | No
 
 def _verify(a: nn.Module, b: nn.Module, example: Any, seed: int) -> Report:
     _checked(a), _checked(b)
+    if (place := devices.of(a)) is not None and place.type != "meta":
+        b = devices.on(b, place)
     is_list = isinstance(example, list) and not all(isinstance(side, int) for side in example)
     given: Any = example if is_list else [example]
     inputs = [inputs_for(b if one is None and store.history(b) else a, one, seed=seed) for one in given]

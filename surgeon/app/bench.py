@@ -29,6 +29,7 @@ from torch import nn
 from surgeon._torch_compat import has_recompile_limit
 from surgeon.analysis.islands import how_to_call
 from surgeon.errors import CaptureError
+from surgeon.models import devices
 from surgeon.models.call import Inputs
 from surgeon.models.copies import duplicate, in_mode, where
 from surgeon.models.cost import measure
@@ -110,9 +111,10 @@ def run(
 
 def deployed(model: nn.Module, inputs: Inputs | None = None) -> tuple[nn.Module, bool]:
     """Copy a model with its blocks and norms folded, and say whether there was anything to fold."""
-    model = in_mode(duplicate(model), False)
+    place = devices.of(model) or devices.CPU
+    model = in_mode(duplicate(devices.on(model, devices.CPU)), False)  # in float64, which not every device has
     found = [*fold_blocks_(model, inputs), *fold_norms_(model, inputs)]
-    return model, bool(found)
+    return devices.moved(model, place), bool(found)
 
 
 @dataclass(slots=True)
@@ -155,13 +157,14 @@ def _prepare(label: str, form: str, model: nn.Module, inputs: Inputs, setting: S
         own = own.to(memory_format=torch.channels_last)
         given = given.map(lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t)
     called: Callable[..., Any] = own
+    place = devices.of(own) or devices.CPU
     if setting.compiled:
         called = torch.compile(own, dynamic=False)
-    call = _step(own, called, given) if setting.train else _pass(called, given)
+    call = _finished(_step(own, called, given) if setting.train else _pass(called, given), place)
     try:
         macs = measure(model, given).macs
         call()
-        peak = _peak_bytes(call)
+        peak = _peak_bytes(call) if place.type == "cpu" else _peak_bytes_there(call, place)
         once = min(_time(call, 1) for _ in range(3))
     except Exception as error:
         raise CaptureError(
@@ -176,6 +179,20 @@ def _pass(called: Callable[..., Any], inputs: Inputs) -> Callable[[], object]:
             return inputs.call(called)
 
     return call
+
+
+def _finished(call: Callable[[], object], place: torch.device) -> Callable[[], object]:
+    """Wait for what was only handed to a device; a CPU has done it when it returns."""
+    if place.type == "cpu":
+        return call
+    wait = torch.mps.synchronize if place.type == "mps" else lambda: torch.cuda.synchronize(place)
+
+    def finished() -> object:
+        out = call()
+        wait()
+        return out
+
+    return finished
 
 
 def _step(model: nn.Module, called: Callable[..., Any], inputs: Inputs) -> Callable[[], object]:
@@ -247,6 +264,17 @@ def _peak_bytes(call: Callable[[], object]) -> int | None:
         return max(0, _status("VmHWM") - before)
     except (OSError, AttributeError, StopIteration):
         return None
+
+
+def _peak_bytes_there(call: Callable[[], object], place: torch.device) -> int | None:
+    """The same on a device, by torch's own count; Apple's are not counted."""
+    if place.type != "cuda":
+        return None
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats(place)
+    before = torch.cuda.memory_allocated(place)
+    call()
+    return max(0, torch.cuda.max_memory_allocated(place) - before)
 
 
 def _status(key: str) -> int:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from surgeon import api as surgery
@@ -23,6 +24,7 @@ from surgeon.blocks import Foldable
 from surgeon.errors import CaptureError
 from surgeon.files import load as source
 from surgeon.files.load import Loaded, Trust
+from surgeon.models import devices
 from surgeon.models.call import Inputs
 from surgeon.proof.verify import Report
 from surgeon.recipes import recipe as recipes
@@ -42,6 +44,7 @@ class Given:
     trust: Trust = field(default_factory=Trust)
     inputs: tuple[str, ...] = ()  # examples, as `--input` takes them
     seed: int = 0
+    device: torch.device = devices.CPU  # where models are run
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +139,8 @@ def verify(name_a: str, name_b: str, given: Given, say: Say) -> Report:
 
 def bench(names: Sequence[str], given: Given, say: Say, how: Trials, progress: Progress) -> tuple[Timing, ...]:
     """Time models against each other on inputs of the first one's kind."""
-    models = [(label, _load(name, given, say).model) for label, name in zip(_labels(names), names, strict=True)]
+    loaded = [_load(name, given, say, to_time=True).model for name in names]
+    models = list(zip(_labels(names), loaded, strict=True))
     inputs = _inputs(models[0][1], given, say)
     if inputs is None:
         raise CaptureError("no input is known to run them on", todo="Give one: --input 1,3,224,224.")
@@ -153,14 +157,18 @@ def write_plan(decided: Plan, path: Path, *, force: bool) -> None:
     store.write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
-def _load(name: str, given: Given, say: Say) -> Loaded:
+def _load(name: str, given: Given, say: Say, *, to_time: bool = False) -> Loaded:
+    """Load a model, and move it to where it is to be run; what is only timed needs no float64 there."""
     rebuild = functools.partial(store.rebuild, trust=given.trust, seed=given.seed)
     loaded = source.load(
         name, arch=given.arch, arch_args=given.arch_args, trust=given.trust, seed=given.seed, rebuild=rebuild
     )
     for notice in loaded.notices:
         say(notice)
-    return loaded
+    if given.device.type in devices.NO_FLOAT64 and not to_time:
+        say(f"{given.device} has no float64, in which surgeon proves what it does; {name} is run on the CPU")
+        return loaded
+    return replace(loaded, model=devices.moved(loaded.model, given.device))
 
 
 def _save(loaded: Loaded, path: Path, say: Say, *, force: bool) -> None:

@@ -360,7 +360,7 @@ def _evaluating(model: nn.Module, cast: Callable[[Tensor], Tensor] | None = None
 def _call(model: nn.Module, inputs: Inputs, dtype: torch.dtype, seed: int) -> Any:
     with quietly(seed):
         try:
-            return inputs.cast(dtype).call(model)
+            return inputs.cast_for(model, dtype).call(model)
         except Exception as error:
             raise VerifyError(
                 f"a model does not run on an input of {inputs} in {dtype}: {where(error)}",

@@ -28,6 +28,7 @@ from surgeon.analysis import sites
 from surgeon.errors import StoreError
 from surgeon.files.load import MANIFEST, Architecture, Loaded, Trust, build, build_named_in_file, files_run
 from surgeon.files.pickles import PACKAGES, lies_in
+from surgeon.models import devices
 from surgeon.models.call import Inputs, recall
 from surgeon.models.copies import shadow
 from surgeon.proof.distance import as_double
@@ -164,12 +165,13 @@ def claim(path: Path, *, force: bool, suffixes: Sequence[str] = SUFFIXES, origin
 
 
 def save(model: nn.Module, path: Path, *, architecture: Architecture | None = None, force: bool = False) -> None:
-    """Write a model; the suffix says how.
+    """Write a model, from the CPU wherever it lies; the suffix says how.
 
     Raises:
         StoreError: the file exists (and `force` is not given), or cannot be written; nothing is left behind.
     """
     claim(path, force=force)
+    model = devices.on(model, devices.CPU)
     if path.suffix == ".safetensors":
         write_atomically(path, lambda part: _save_tensors(model, architecture, part))
     else:
