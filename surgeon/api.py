@@ -23,8 +23,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import fx, nn
-from torch._ops import OpOverload
 
+from surgeon._torch_compat import OpOverload
 from surgeon.analysis import example as examples
 from surgeon.analysis import program as graph
 from surgeon.analysis import sites
@@ -36,9 +36,11 @@ from surgeon.files import load as source
 from surgeon.files.architectures import Architecture
 from surgeon.files.pickles import Trust
 from surgeon.files.save import save as save_file
+from surgeon.models import devices
 from surgeon.models.call import Inputs
 from surgeon.models.copies import duplicate, shadow
 from surgeon.models.memory import give_back_after
+from surgeon.models.sandbox import ordinary
 from surgeon.proof import verify as equivalence
 from surgeon.proof.distance import Jitter, as_double, has_numbers, widened, worst, worst_ulps
 from surgeon.proof.verify import EXACT, Replay, Report
@@ -87,7 +89,8 @@ def survey(model: nn.Module, example: Example | None = None) -> Survey:
     >>> [site.path for site in survey(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())).sites]
     ['0']
     """
-    return sites.survey(network_for(model, example))
+    with ordinary():
+        return sites.survey(network_for(model, example))
 
 
 def plan(
@@ -108,7 +111,8 @@ def plan(
     Raises:
         RecipeError: every fault of the recipe. PlanError: a rule claims nothing.
     """
-    return decide(_recipe(recipe, overrides), survey(model, example), seed=seed)
+    with ordinary():
+        return decide(_recipe(recipe, overrides), survey(model, example), seed=seed)
 
 
 def decide(recipe: Recipe, surveyed: Survey, *, seed: int) -> Plan:
@@ -129,7 +133,8 @@ def convert(
     >>> type(convert(nn.Sequential(nn.Conv2d(3, 8, 3)), "acnet")[0]).__name__
     'ACBlock'
     """
-    return convert_(duplicate(_checked(model)), how, example, overrides=overrides, seed=seed)
+    with ordinary():
+        return convert_(duplicate(_checked(model)), how, example, overrides=overrides, seed=seed)
 
 
 def convert_(
@@ -141,15 +146,16 @@ def convert_(
     seed: int = 0,
 ) -> Model:
     """Swap the convs of `model` itself, and return it; where something is wrong it stays as it was."""
-    surveyed = sites.survey(network_for(model, example, plan=how if isinstance(how, Plan) else None, seed=seed))
-    if isinstance(how, Plan):
-        plans.check(how, surveyed)
-    decided = how if isinstance(how, Plan) else decide(_recipe(how, overrides), surveyed, seed=seed)
-    carry_out_(decided, surveyed.network)
+    with ordinary():
+        surveyed = sites.survey(network_for(model, example, plan=how if isinstance(how, Plan) else None, seed=seed))
+        if isinstance(how, Plan):
+            plans.check(how, surveyed)
+        decided = how if isinstance(how, Plan) else decide(_recipe(how, overrides), surveyed, seed=seed)
+        carry_out_(decided, surveyed.network)
     return model
 
 
-@torch.inference_mode(False)
+@ordinary()
 def carry_out_(checked: Plan, network: Network) -> SelfCheck:
     """Operate on a network that was looked at, measure what was done, and note it in the model's history.
 
@@ -313,7 +319,8 @@ def fuse(model: Model, *, dense: bool = False) -> Model:
     Raises:
         PlanError: a block that cannot be folded as it is now; nothing is done.
     """
-    return fuse_(duplicate(_checked(model)), dense=dense)
+    with ordinary():
+        return fuse_(duplicate(_checked(model)), dense=dense)
 
 
 def fuse_(model: Model, *, dense: bool = False) -> Model:
@@ -322,6 +329,7 @@ def fuse_(model: Model, *, dense: bool = False) -> Model:
     return model
 
 
+@ordinary()
 def fold_all_(network: Network, *, dense: bool = False) -> tuple[tuple[str, ...], float | None]:
     """Fold, note it in the model's history, and return the names of what was folded, and how far it moved the output.
 
@@ -368,6 +376,11 @@ def _moved_by_rounding(model: nn.Module, inputs: Inputs) -> float:
 def _checked(model: Model) -> Model:
     """Make sure, before anything is done with it, that a model is one, and that it can be edited."""
     if isinstance(model, nn.Module):
+        if (device := devices.of(model)) is not None and device.type in devices.NO_FLOAT64:
+            raise ModelError(
+                f"the model lies on {device}, which has no float64, and surgeon proves in float64",
+                todo="Give it on the CPU, model.cpu(), and move what comes out.",
+            )
         for name, module in model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
                 raise ModelError(
@@ -405,7 +418,14 @@ def verify(a: nn.Module, b: nn.Module, example: Example | Sequence[Example] | No
     Raises:
         VerifyError: outputs of other structure, shape or dtype.
     """
+    with ordinary():
+        return _verify(a, b, example, seed)
+
+
+def _verify(a: nn.Module, b: nn.Module, example: Any, seed: int) -> Report:
     _checked(a), _checked(b)
+    if (place := devices.of(a)) is not None and place.type != "meta":
+        b = devices.on(b, place)
     is_list = isinstance(example, list) and not all(isinstance(side, int) for side in example)
     given: Any = example if is_list else [example]
     inputs = [inputs_for(b if one is None and histories.history(b) else a, one, seed=seed) for one in given]
@@ -448,7 +468,8 @@ def load(
     """
     trust = Trust(allow=tuple(allow), unsafe_pickle=unsafe_pickle)
     again = functools.partial(replay.rebuild, trust=trust, seed=seed)
-    loaded = source.load(fspath(name), arch=arch, arch_args=arch_args or {}, trust=trust, seed=seed, rebuild=again)
+    with ordinary():
+        loaded = source.load(fspath(name), arch=arch, arch_args=arch_args or {}, trust=trust, seed=seed, rebuild=again)
     for notice in loaded.notices:
         _log.info(notice)
     return loaded.model
@@ -461,7 +482,8 @@ def save(model: nn.Module, path: str | PathLike[str], *, arch: str | None = None
         StoreError: the file exists and `force` is not given, or it cannot be written.
     """
     architecture = Architecture(arch) if arch else None
-    save_file(model, Path(path), manifest=manifest(model, architecture), force=force)
+    with ordinary():
+        save_file(model, Path(path), manifest=manifest(model, architecture), force=force)
 
 
 def inputs_for(model: nn.Module, example: Example | None, *, plan: Plan | None = None, seed: int = 0) -> Inputs | None:

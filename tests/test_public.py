@@ -75,6 +75,54 @@ def test_functions_are_not_hidden_by_modules_of_their_name() -> None:
     assert all(callable(getattr(surgeon, name)) for name in ("plan", "verify", "survey", "convert", "fuse"))
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: _dotted(path))
+def test_private_names_of_torch_are_named_in_one_file(path: Path) -> None:
+    found = list(_private_names(path.read_text(encoding="utf-8")))
+    assert found if path.name == "_torch_compat.py" else not found, found
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import torch\ntorch._C.x",
+        "import torch._dynamo",
+        "import torch.fx._symbolic_trace as trace",
+        "from torch.nn.modules.conv import _ConvNd",
+        "from torch._ops import OpOverload",
+        "from torch import nn\nnn.Conv2d._conv_forward",
+        "from torch import fx as graphs\nx = graphs._symbolic_trace.Tracer()",
+        "def f():\n    import torch as t\n    t._assert(1)",
+    ],
+)
+def test_a_private_name_of_torch_is_found_however_it_is_reached(line: str) -> None:
+    assert list(_private_names(line))
+    assert not list(_private_names("import torch\ntorch.__version__, torch.nn.Conv2d.forward, model._modules"))
+
+
+def _private_names(code: str) -> Iterator[str]:
+    """The dotted names below torch, as they are imported or read, of which a part begins with an underscore."""
+    tree = ast.parse(code)
+    reached: dict[str, str] = {}  # the names of a file → what of torch they are
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            torchs = [one for one in node.names if one.name.partition(".")[0] == "torch"]
+            reached |= {one.asname or "torch": one.name if one.asname else "torch" for one in torchs}
+            yield from filter(_is_private, (one.name for one in torchs))
+        if isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] == "torch":
+            names = {one.asname or one.name: f"{node.module}.{one.name}" for one in node.names}
+            reached |= names
+            yield from filter(_is_private, names.values())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            head, _, rest = ast.unparse(node).partition(".")
+            if head in reached and _is_private(f"{reached[head]}.{rest}"):
+                yield f"{reached[head]}.{rest}"
+
+
+def _is_private(name: str) -> bool:
+    return any(part.startswith("_") and not part.endswith("__") for part in name.split("."))
+
+
 def _dotted(path: Path) -> str:
     parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)

@@ -23,15 +23,16 @@ from typing import Any, TypeGuard
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from surgeon._torch_compat import pytree
 from surgeon.analysis.network import Network
 from surgeon.analysis.run import Run, observe
 from surgeon.errors import CaptureError, ModelError
 from surgeon.files import architectures
 from surgeon.models import call as calls
 from surgeon.models.call import Draw, Inputs, Shape
-from surgeon.models.copies import quietly, where
+from surgeon.models.copies import where
+from surgeon.models.sandbox import quietly
 
 _log = logging.getLogger("surgeon")
 Example = Shape | Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any] | Inputs
@@ -175,8 +176,7 @@ def _returned(name: str, seed: int) -> Any:
         function = architectures.find(name)
     except ModelError as error:
         raise CaptureError(f"--input {name}: {error.problem}", todo=error.todo) from error
-    with quietly():
-        torch.manual_seed(seed)
+    with quietly(seed):
         try:
             return function()
         except Exception as error:

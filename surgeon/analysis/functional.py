@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn.modules.conv import _ConvNd
 
+from surgeon._torch_compat import ConvNd
 from surgeon.analysis import program as graph
 from surgeon.analysis.islands import Island
 from surgeon.conv.spec import ConvSpec, Pair
@@ -70,7 +70,7 @@ def _described(
             yield Functional(path, None, island.path, node.name, weight, obstacle=f"its weight or bias is {how}")
         elif any(isinstance(given[name], fx.Node) for name in ("stride", "padding", "dilation", "groups")):
             yield Functional(path, None, island.path, node.name, target, obstacle="its geometry is computed on the way")
-        elif not isinstance(root.get_submodule(target.rpartition(".")[0]), _ConvNd):
+        elif not isinstance(root.get_submodule(target.rpartition(".")[0]), ConvNd):
             spec = _spec(held, given, has_bias=bias is not None)
             shared = _shared(root, kernel)
             yield Functional(path, spec, island.path, node.name, target, bias_target, obstacle=shared or why)

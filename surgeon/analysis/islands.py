@@ -9,14 +9,15 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 from torch import fx, nn
-from torch.nn.modules.conv import _ConvNd
 
+from surgeon._torch_compat import ConvNd
 from surgeon.analysis.run import Run, observe
 from surgeon.analysis.trace import may_convolve, trace
 from surgeon.blocks import Operator
 from surgeon.errors import CaptureError
 from surgeon.models.call import Inputs
-from surgeon.models.copies import quietly, shadow
+from surgeon.models.copies import shadow
+from surgeon.models.sandbox import quietly
 
 _LARGE = 2**24  # numbers
 
@@ -79,7 +80,7 @@ def _explored(model: nn.Module, inputs: Inputs | None, taken_apart: AbstractSet[
 def _explore(
     module: nn.Module, path: str, found: Capture, seen: set[nn.Module], inputs: Inputs, taken_apart: AbstractSet[str]
 ) -> None:
-    if module in seen or isinstance(module, Operator | _ConvNd) or not may_convolve(module):
+    if module in seen or isinstance(module, Operator | ConvNd) or not may_convolve(module):
         return
     seen.add(module)
     if path in taken_apart:

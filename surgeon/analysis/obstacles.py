@@ -6,12 +6,12 @@ Every reason is a sentence that ends up in the plan.
 from __future__ import annotations
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from surgeon._torch_compat import NormBase, has_own_conv_forward
 from surgeon.analysis.network import Network
 from surgeon.analysis.readers import Facts, Graph, is_quantised, reader_name, readers_of
 from surgeon.blocks import Block
@@ -126,7 +126,7 @@ def _judge_norm(facts: Facts, graph: Graph, conv: nn.Module, norm: nn.Module) ->
 
 
 def _is_norm(module: nn.Module) -> bool:
-    return isinstance(module, _NormBase | nn.GroupNorm | nn.LayerNorm) or "norm" in type(module).__name__.lower()
+    return isinstance(module, NormBase | nn.GroupNorm | nn.LayerNorm) or "norm" in type(module).__name__.lower()
 
 
 def custom_call(module: nn.Module, name: str) -> str | None:
@@ -144,4 +144,4 @@ def custom_call(module: nn.Module, name: str) -> str | None:
 
 def _computes_itself(kind: type[nn.Conv2d]) -> bool:
     """Whether a class does more than Conv2d does when it is called: pads by itself, say, or scales its weight."""
-    return kind.forward is not nn.Conv2d.forward or kind._conv_forward is not nn.Conv2d._conv_forward
+    return kind.forward is not nn.Conv2d.forward or has_own_conv_forward(kind)

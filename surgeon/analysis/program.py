@@ -22,6 +22,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from surgeon._torch_compat import ASSERT_IS_NONE
 from surgeon.conv import streams
 from surgeon.nn import Stored
 
@@ -70,7 +71,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     **_named(torch, "torch", _TORCH),
     **_named(F, "torch.nn.functional", _FUNCTIONAL),
     **{f"streams.{function.__name__}": function for function in _STREAMS},
-    "torch.fx.assert_is_none": fx._symbolic_trace._assert_is_none,
+    **({} if ASSERT_IS_NONE is None else {"torch.fx.assert_is_none": ASSERT_IS_NONE}),
     "collections.OrderedDict": OrderedDict,
     "getattr": builtins.getattr,  # of a tensor's shape, dtype and the like only
 }

@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
+from surgeon._torch_compat import ConvNd, NormBase
 from surgeon.blocks import Block
 from surgeon.errors import CaptureError
 from surgeon.models.call import Inputs, call_of
-from surgeon.models.copies import in_mode, names, quietly, shadow, to_meta, where
-from surgeon.models.cost import counting
+from surgeon.models.copies import in_mode, names, shadow, to_meta, where
+from surgeon.models.cost import Counter
+from surgeon.models.sandbox import quietly
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ def observe(model: nn.Module, inputs: Inputs | Sequence[Tensor], *, meta_only: b
 
 
 def is_conv(module: nn.Module) -> bool:
-    return isinstance(module, _ConvNd)
+    return isinstance(module, ConvNd)
 
 
 def how_to_call(model: nn.Module, given: Inputs) -> str:
@@ -109,13 +109,13 @@ def _observe(model: nn.Module, inputs: Inputs) -> Run:
         return hook
 
     for name, module in model.named_modules():
-        if isinstance(module, Block | _ConvNd | _NormBase):
+        if isinstance(module, Block | ConvNd | NormBase):
             module.register_forward_pre_hook(begin)
             module.register_forward_hook(end(name), with_kwargs=True)
     given = inputs.cast_for(model)
-    with quietly(), counting() as counts, running:
+    with quietly(), Counter() as counter, running:
         given.call(in_mode(model, False))
-    seen.macs, seen.activations = counts.macs, counts.activations
+    seen.macs, seen.activations = counter.macs, counter.bytes
     return seen
 
 
@@ -174,7 +174,7 @@ class _Running(TorchFunctionMode):
         self.owners = {
             id(parameter): (name, module)
             for name, module in model.named_modules()
-            if isinstance(module, _ConvNd | _NormBase)
+            if isinstance(module, ConvNd | NormBase)
             for parameter in module.parameters(recurse=False)
         }
 

@@ -11,27 +11,26 @@ in no graph (torch.no_grad, autocast, a checkpoint) is noted in its meta.
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import inspect
 import operator
 import sys
+import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.nn.modules.conv import _ConvNd
-from torch.utils import _pytree as pytree
 
+from surgeon._torch_compat import ASSERTIONS, BatchNorm, ConvNd, NormBase, pytree, saved_tensor_hooks
 from surgeon.analysis.program import SURROUNDINGS, Rewritten
 from surgeon.blocks import Operator
 from surgeon.models.call import Draw, Inputs
 from surgeon.models.copies import in_mode, is_persons, where
+from surgeon.models.sandbox import Guard, gradients_and_autocast, tracing
 
 FOLLOWS_MODE = "follows_mode"  # in the meta of a functional dropout whose flag is self.training
 _A_TENSOR = torch.empty(0)
@@ -55,7 +54,7 @@ def trace(module: nn.Module, inputs: Inputs | None) -> fx.Graph | str:
 
 def may_convolve(module: nn.Module) -> bool:
     """Whether there is a conv or a block in a module, or a parameter that could be the weight of F.conv2d."""
-    if any(isinstance(part, Operator | _ConvNd) for part in module.modules()):
+    if any(isinstance(part, Operator | ConvNd) for part in module.modules()):
         return True
     return any(parameter.dim() == 4 for parameter in module.parameters())
 
@@ -81,17 +80,32 @@ def _trace_in_both_modes(module: nn.Module, inputs: Inputs | None, *, stops_earl
 
 
 class _Tracer(fx.Tracer):
-    """Stops at convs and norms, whatever their subclass, and at surgeon's blocks.
+    """Stops at convs and norms, whatever their subclass, and at surgeon's blocks; sees its own thread only.
 
     `stops_early`: also at modules in which there is nothing of these, such as those that drop paths at random.
-    `given`: arguments that are known; the others stand for tensors.
+    `given`: arguments that are known; the others stand for tensors. `guard`: what keeps fx's patches to this thread.
     """
 
-    def __init__(self, given: Mapping[str, Any], *, stops_early: bool = False) -> None:
+    def __init__(self, given: Mapping[str, Any], guard: Guard, *, stops_early: bool = False) -> None:
         super().__init__()
         self.stops_early = stops_early
+        self.guard, self.thread = guard, threading.get_ident()
         self.given = given
         self.outside = _surroundings()
+
+    def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
+        function, placeholders = super().create_args_for_root(*args, **kwargs)
+        return self.guard(function), placeholders  # fx calls it once its patches are made
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self.thread:  # it came in before the guard was up
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
@@ -100,7 +114,7 @@ class _Tracer(fx.Tracer):
         return node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, Operator | _ConvNd | _BatchNorm) or (self.stops_early and not _is_of_interest(m)):
+        if isinstance(m, Operator | ConvNd | BatchNorm) or (self.stops_early and not _is_of_interest(m)):
             return True
         return super().is_leaf_module(m, module_qualified_name)
 
@@ -112,7 +126,11 @@ class _Tracer(fx.Tracer):
 
 
 def _surroundings() -> dict[str, Any]:
-    """What steps run in that is not in a graph, by what enters it."""
+    """What steps run in that is not in a graph, by what enters it.
+
+    A trace in train mode has gradients and an autocast, one in eval mode has neither: so whatever `forward` enters is a
+    change in one of the two.
+    """
     devices = ("cpu", "cuda")
     return {
         "a gradient mode of its own (torch.no_grad, or a Function with a backward)": (
@@ -120,40 +138,16 @@ def _surroundings() -> dict[str, Any]:
             torch.is_inference_mode_enabled(),
         ),
         "an autocast": [(torch.is_autocast_enabled(one), torch.get_autocast_dtype(one)) for one in devices],
-        "a checkpoint": torch._C._autograd._top_saved_tensors_default_hooks(True),
+        "a checkpoint": saved_tensor_hooks(),
     }
 
 
-@contextlib.contextmanager
-def _surrounded(training: bool) -> Iterator[None]:
-    """Trace within other states in train and in eval mode, so that whatever `forward` enters is a change in one.
-
-    Nothing is computed; autocast on a GPU can be switched on where there is none.
-    """
-    before = torch.is_autocast_enabled("cuda")
-    torch.set_autocast_enabled("cuda", training)
-    try:
-        with torch.set_grad_enabled(training):
-            yield
-    finally:
-        torch.set_autocast_enabled("cuda", before)
-
-
-@contextlib.contextmanager
-def _typed(tracer: _Tracer) -> Iterator[None]:
-    """Answer `isinstance(x, Tensor)`, which a person's forward may ask of a placeholder, as for what it stands for."""
-    ask = builtins.isinstance
-
-    def answer(value: Any, kinds: Any) -> bool:
-        if type(value) is fx.Proxy and value.tracer is tracer and _is_persons_question(sys._getframe(1)):
-            return ask(_stand_in(value.node, tracer.given, value), kinds)
-        return ask(value, kinds)
-
-    builtins.isinstance = answer
-    try:
-        yield
-    finally:
-        builtins.isinstance = ask
+def _answer(ask: Callable[[Any, Any], bool], value: Any, kinds: Any) -> bool:
+    """Answer `isinstance(x, Tensor)`, which a user's forward may ask of a placeholder, as for what it stands for."""
+    tracer = value.tracer if type(value) is fx.Proxy else None
+    if type(tracer) is _Tracer and _is_persons_question(sys._getframe(2)):
+        return ask(_stand_in(value.node, tracer.given, value), kinds)
+    return ask(value, kinds)
 
 
 def _is_persons_question(frame: FrameType | None) -> bool:
@@ -213,10 +207,9 @@ def _trace_once(
     module: nn.Module, training: bool, constants: dict[str, Any], given: Mapping[str, Any], stops_early: bool
 ) -> fx.Graph:
     """Trace, and take away what tracing and `forward` leave on modules, so that every trace begins alike."""
-    with _restoring(module), _surrounded(training):
-        tracer = _Tracer(given, stops_early=stops_early)
-        with _typed(tracer):
-            return tracer.trace(in_mode(module, training), concrete_args=dict(constants))
+    with tracing(_answer) as guard, _restoring(module), gradients_and_autocast(training):
+        tracer = _Tracer(given, guard, stops_early=stops_early)
+        return tracer.trace(in_mode(module, training), concrete_args=dict(constants))
 
 
 @contextlib.contextmanager
@@ -260,10 +253,9 @@ def _steps(graph: fx.Graph) -> list[tuple[str, Any]]:
 
 def _essential(graph: fx.Graph) -> list[fx.Node]:
     """List the steps of a graph without what tracing adds to guard the arguments that it was given."""
-    guards = (torch._assert, fx._symbolic_trace._assert_is_none)
-    nodes = [n for n in graph.nodes if n.op != "placeholder" and n.target not in guards]
-    return [n for n in nodes if not (n.target is operator.eq and all(u.target in guards for u in n.users))]
+    nodes = [n for n in graph.nodes if n.op != "placeholder" and n.target not in ASSERTIONS]
+    return [n for n in nodes if not (n.target is operator.eq and all(u.target in ASSERTIONS for u in n.users))]
 
 
 def _is_of_interest(module: nn.Module) -> bool:
-    return may_convolve(module) or any(isinstance(part, _NormBase) for part in module.modules())
+    return may_convolve(module) or any(isinstance(part, NormBase) for part in module.modules())

@@ -26,13 +26,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from surgeon._torch_compat import has_recompile_limit
 from surgeon.analysis.network import Network
 from surgeon.analysis.run import how_to_call
 from surgeon.errors import CaptureError
+from surgeon.models import devices
 from surgeon.models.call import Inputs
 from surgeon.models.copies import duplicate, in_mode, where
 from surgeon.models.cost import measure
 from surgeon.models.progress import Progress, parts, silent
+from surgeon.models.sandbox import threads
 from surgeon.proof.distance import tensors
 from surgeon.surgery.fold import fold_blocks_, fold_norms_
 
@@ -116,16 +119,17 @@ def run(
     timings: list[Timing] = []
     for i, setting in enumerate(settings):
         part = parts(progress, i / len(settings), (i + 1) / len(settings))
-        with _threads(setting.threads), _compiling(setting.compiled):
+        with threads(setting.threads), _compiling(setting.compiled):
             timings += _run_setting(models, inputs.batched(setting.batch), setting, rounds, part)
     return tuple(timings)
 
 
 def deployed(model: nn.Module, inputs: Inputs | None = None) -> tuple[nn.Module, bool]:
     """Copy a model with its blocks and norms folded, and say whether there was anything to fold."""
-    model = in_mode(duplicate(model), False)
+    place = devices.of(model) or devices.CPU
+    model = in_mode(duplicate(devices.on(model, devices.CPU)), False)  # in float64, which not every device has
     found = [*fold_blocks_(Network(model, called_with=inputs)), *fold_norms_(Network(model, called_with=inputs))]
-    return model, bool(found)
+    return devices.moved(model, place), bool(found)
 
 
 @dataclass(slots=True)
@@ -168,13 +172,14 @@ def _prepare(label: str, form: str, model: nn.Module, inputs: Inputs, setting: S
         own = own.to(memory_format=torch.channels_last)
         given = given.map(lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t)
     called: Callable[..., Any] = own
+    place = devices.of(own) or devices.CPU
     if setting.compiled:
         called = torch.compile(own, dynamic=False)
-    call = _step(own, called, given) if setting.train else _pass(called, given)
+    call = _finished(_step(own, called, given) if setting.train else _pass(called, given), place)
     try:
         macs = measure(model, given).macs
         call()
-        peak = _peak_bytes(call)
+        peak = _peak_bytes(call) if place.type == "cpu" else _peak_bytes_there(call, place)
         once = min(_time(call, 1) for _ in range(3))
     except Exception as error:
         raise CaptureError(
@@ -189,6 +194,20 @@ def _pass(called: Callable[..., Any], inputs: Inputs) -> Callable[[], object]:
             return inputs.call(called)
 
     return call
+
+
+def _finished(call: Callable[[], object], place: torch.device) -> Callable[[], object]:
+    """Wait for what was only handed to a device; a CPU has done it when it returns."""
+    if place.type == "cpu":
+        return call
+    wait = torch.mps.synchronize if place.type == "mps" else lambda: torch.cuda.synchronize(place)
+
+    def finished() -> object:
+        out = call()
+        wait()
+        return out
+
+    return finished
 
 
 def _step(model: nn.Module, called: Callable[..., Any], inputs: Inputs) -> Callable[[], object]:
@@ -236,23 +255,13 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 @contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
 def _compiling(wanted: bool) -> Iterator[None]:
     """Begin without what was compiled before, and let many models of one class be compiled side by side."""
     if not wanted:
         yield
         return
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(recompile_limit=1000):
+    torch.compiler.reset()
+    with has_recompile_limit(1000):
         yield
 
 
@@ -270,6 +279,17 @@ def _peak_bytes(call: Callable[[], object]) -> int | None:
         return max(0, _status("VmHWM") - before)
     except (OSError, AttributeError, StopIteration):
         return None
+
+
+def _peak_bytes_there(call: Callable[[], object], place: torch.device) -> int | None:
+    """The same on a device, by torch's own count; Apple's are not counted."""
+    if place.type != "cuda":
+        return None
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats(place)
+    before = torch.cuda.memory_allocated(place)
+    call()
+    return max(0, torch.cuda.max_memory_allocated(place) - before)
 
 
 def _status(key: str) -> int:

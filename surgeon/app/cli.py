@@ -66,6 +66,10 @@ Input = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="For inputs and for what starts at random.")]
+Device = Annotated[
+    str,
+    typer.Option(metavar="DEVICE", help="Where to run models: cpu, cuda, cuda:1 or mps. Files are for every device."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of tables.")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Overwrite the output if it exists.")]
 Output = Annotated[
@@ -88,17 +92,21 @@ def _about_models(command: Callable[..., None]) -> Callable[..., None]:
         unsafe: Unsafe = False,
         shape: Input = None,
         seed: Seed = 0,
+        device: Device = "cpu",
         **rest: Any,
     ) -> None:
         from surgeon.app.commands import Given
         from surgeon.files.pickles import Trust
+        from surgeon.models import devices
 
         if len(shape or ()) > 1 and command.__name__ != "verify":
             raise typer.BadParameter(
                 "--input is given twice; only verify takes several. Arguments of one call: --input 'a;b'"
             )
         trust = Trust(allow=tuple(allow or ()), unsafe_pickle=unsafe)
-        command(given=Given(arch, tuple(arch_arg or ()), trust, tuple(shape or ()), seed), **rest)
+        command(
+            given=Given(arch, tuple(arch_arg or ()), trust, tuple(shape or ()), seed, devices.named(device)), **rest
+        )
 
     own = [p for p in inspect.signature(command).parameters.values() if p.name != "given"]
     shared = [p for p in inspect.signature(run).parameters.values() if p.name != "rest"]

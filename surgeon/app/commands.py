@@ -9,9 +9,10 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from surgeon import api as surgery
@@ -30,6 +31,7 @@ from surgeon.files.atomic import claim, write_atomically
 from surgeon.files.load import Loaded
 from surgeon.files.pickles import Trust
 from surgeon.files.save import save, to_open_again
+from surgeon.models import devices
 from surgeon.models.progress import Progress, parts, silent
 from surgeon.proof.verify import Report
 from surgeon.recipes import recipe as recipes
@@ -50,6 +52,7 @@ class Given:
     trust: Trust = field(default_factory=Trust)
     inputs: tuple[str, ...] = ()  # examples, as `--input` takes them
     seed: int = 0
+    device: torch.device = devices.CPU  # where models are run
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +167,7 @@ def bench(names: Sequence[str], given: Given, trials: Trials, progress: Progress
     models = []
     for i, (label, name) in enumerate(zip(_labels(names), names, strict=True)):
         progress(f"loading {name}", 0.1 * i / len(names))
-        models.append((label, _load(name, given).model))
+        models.append((label, _load(name, given, to_time=True).model))
     inputs = _network(models[0][1], given).inputs
     if inputs is None:
         raise CaptureError("no input is known to run them on", todo="Give one: --input 1,3,224,224.")
@@ -186,14 +189,18 @@ def _load_and_look(name: str, given: Given, progress: Progress) -> Network:
     return _network(model, given)
 
 
-def _load(name: str, given: Given) -> Loaded:
+def _load(name: str, given: Given, *, to_time: bool = False) -> Loaded:
+    """Load a model, and move it to where it is to be run; what is only timed needs no float64 there."""
     again = functools.partial(rebuild, trust=given.trust, seed=given.seed)
     loaded = source.load(
         name, arch=given.arch, arch_args=given.arch_args, trust=given.trust, seed=given.seed, rebuild=again
     )
     for notice in loaded.notices:
         _log.info(notice)
-    return loaded
+    if given.device.type in devices.NO_FLOAT64 and not to_time:
+        _log.warning(f"{given.device} has no float64, in which surgeon proves what it does; {name} is run on the CPU")
+        return loaded
+    return replace(loaded, model=devices.moved(loaded.model, given.device))
 
 
 def _save(loaded: Loaded, path: Path, *, force: bool) -> None:

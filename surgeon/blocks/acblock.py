@@ -21,8 +21,8 @@ from typing import Any, Literal, Self
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from surgeon._torch_compat import BatchNorm
 from surgeon.blocks import base
 from surgeon.blocks.base import Trial
 from surgeon.conv import kernels
@@ -69,7 +69,7 @@ class ACBlock(base.Foldable[ACBlockOptions]):
     Options = ACBlockOptions
     DERIVED = frozenset({"row", "column", "ver_shift", "hor_shift"})
 
-    def __init__(self, spec: ConvSpec, norm: _BatchNorm, *, like: Tensor, placement: str = "skeleton") -> None:
+    def __init__(self, spec: ConvSpec, norm: BatchNorm, *, like: Tensor, placement: str = "skeleton") -> None:
         """Lay out the branches with tensors like `like`, uninitialised kernels, and norms like `norm`."""
         super().__init__()
         self.spec = spec.change(bias=False)
@@ -125,7 +125,7 @@ class ACBlock(base.Foldable[ACBlockOptions]):
 
     @classmethod
     def from_conv(
-        cls, conv: nn.Conv2d, options: ACBlockOptions, *, norm: _BatchNorm | None, generator: torch.Generator
+        cls, conv: nn.Conv2d, options: ACBlockOptions, *, norm: BatchNorm | None, generator: torch.Generator
     ) -> Self:
         own = _identity_norm(conv) if norm is None else _taken_over(norm, conv.bias)
         is_scratch = options.init == "scratch"
@@ -185,7 +185,7 @@ class ACBlock(base.Foldable[ACBlockOptions]):
     def unfoldable(self) -> str | None:
         for name in ("square_bn", "ver_bn", "hor_bn"):
             norm = getattr(self, name)
-            if not isinstance(norm, _BatchNorm):
+            if not isinstance(norm, BatchNorm):
                 return f"{name} is a {type(norm).__name__} now"
             if norm.running_mean is None or norm.running_var is None:
                 return f"{name} keeps no running statistics"
@@ -222,7 +222,7 @@ class ACBlock(base.Foldable[ACBlockOptions]):
                 norm.weight.copy_(self.square_bn.weight)
         self.square_conv.weight.copy_(kernel)
 
-    def _follow_(self, conv: nn.Conv2d, norm: _BatchNorm) -> None:
+    def _follow_(self, conv: nn.Conv2d, norm: BatchNorm) -> None:
         """Take over what the conv and its norm train, and the mode that they are in."""
         for module in (self.square_conv, self.ver_conv, self.hor_conv, self.ver_bn, self.hor_bn):
             module.requires_grad_(conv.weight.requires_grad)
@@ -233,7 +233,7 @@ class ACBlock(base.Foldable[ACBlockOptions]):
         for _, branch_norm in self._branches():
             branch_norm.train(mode)
 
-    def _branches(self) -> tuple[tuple[nn.Conv2d, _BatchNorm], ...]:
+    def _branches(self) -> tuple[tuple[nn.Conv2d, BatchNorm], ...]:
         return (
             (self.square_conv, self.square_bn),
             (self.ver_conv, self.ver_bn),
@@ -241,12 +241,12 @@ class ACBlock(base.Foldable[ACBlockOptions]):
         )
 
 
-def _fold_branch(conv: nn.Conv2d, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+def _fold_branch(conv: nn.Conv2d, norm: BatchNorm) -> tuple[Tensor, Tensor]:
     bias = None if conv.bias is None else conv.bias.double()
     return kernels.fold_bn(conv.weight.double(), bias, kernels.Norm.of(norm).double())
 
 
-def _fresh_norm(norm: _BatchNorm) -> _BatchNorm:
+def _fresh_norm(norm: BatchNorm) -> BatchNorm:
     """Make an affine norm of the same kind with statistics 0 and 1."""
     assert norm.running_var is not None
     options: dict[str, Any] = {"device": norm.running_var.device, "dtype": norm.running_var.dtype}
@@ -255,7 +255,7 @@ def _fresh_norm(norm: _BatchNorm) -> _BatchNorm:
     return type(norm)(norm.num_features, eps=norm.eps, momentum=norm.momentum, **options)
 
 
-def _identity_norm(conv: nn.Conv2d) -> _BatchNorm:
+def _identity_norm(conv: nn.Conv2d) -> BatchNorm:
     """Make a norm that does nothing in eval mode but add the conv's bias."""
     norm = nn.BatchNorm2d(conv.out_channels, device=conv.weight.device, dtype=conv.weight.dtype)
     with torch.no_grad():
@@ -268,7 +268,7 @@ def _identity_norm(conv: nn.Conv2d) -> _BatchNorm:
     return norm.train(conv.training)
 
 
-def _taken_over(norm: _BatchNorm, bias: Tensor | None) -> _BatchNorm:
+def _taken_over(norm: BatchNorm, bias: Tensor | None) -> BatchNorm:
     """Copy a norm, sharing its parameters; the bias of the conv before it moves into the running mean."""
     shared: list[object] = [*norm.parameters()]
     if isinstance(norm, nn.SyncBatchNorm):

@@ -16,9 +16,9 @@ from typing import Any, ClassVar, Generic, Self
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import TypeVar
 
+from surgeon._torch_compat import BatchNorm
 from surgeon.conv.spec import ConvSpec
 from surgeon.nn import Stored
 
@@ -116,7 +116,7 @@ class Block(Operator, abc.ABC, Generic[Opts]):
 
     @classmethod
     @abc.abstractmethod
-    def from_conv(cls, conv: nn.Conv2d, options: Opts, *, norm: _BatchNorm | None, generator: torch.Generator) -> Self:
+    def from_conv(cls, conv: nn.Conv2d, options: Opts, *, norm: BatchNorm | None, generator: torch.Generator) -> Self:
         """Build the block from a conv that is not refused, with its dtype, device, memory format and training flag.
 
         The conv's tensors may be shared, never changed. `norm` is the norm to take over, where there is one. What is
@@ -138,7 +138,7 @@ class Block(Operator, abc.ABC, Generic[Opts]):
     groups = property(lambda self: self.spec.groups)
     padding_mode = property(lambda self: self.spec.padding_mode)
 
-    def with_norm(self, norm: _BatchNorm) -> Self | None:
+    def with_norm(self, norm: BatchNorm) -> Self | None:
         """Return a block that computes what this one and the norm behind it do in eval mode, if it can be one."""
         return None
 

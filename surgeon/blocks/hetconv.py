@@ -29,8 +29,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from surgeon._torch_compat import BatchNorm
 from surgeon.blocks import base
 from surgeon.blocks.base import Trial
 from surgeon.conv import kernels
@@ -148,7 +148,7 @@ class HetConv(base.Foldable[HetConvOptions]):
 
     @classmethod
     def from_conv(
-        cls, conv: nn.Conv2d, options: HetConvOptions, *, norm: _BatchNorm | None, generator: torch.Generator
+        cls, conv: nn.Conv2d, options: HetConvOptions, *, norm: BatchNorm | None, generator: torch.Generator
     ) -> Self:
         block = cls(ConvSpec.of(conv), options.p, options.layout, like=conv.weight)
         dense: Tensor = conv.weight
@@ -231,7 +231,7 @@ class HetConv(base.Foldable[HetConvOptions]):
 
     to_dense = fold
 
-    def with_norm(self, norm: _BatchNorm) -> Self:
+    def with_norm(self, norm: BatchNorm) -> Self:
         block = type(self)(self.spec.change(bias=True), self.p, self.layout, like=self.weight)
         with torch.no_grad():
             if self.layout == "best":

@@ -14,8 +14,8 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from surgeon._torch_compat import BatchNorm
 from surgeon.conv.spec import ConvSpec, Pads, is_channels_last
 from surgeon.conv.streams import writes_in_place
 
@@ -31,7 +31,7 @@ class Norm:
     eps: float
 
     @classmethod
-    def of(cls, norm: _BatchNorm) -> Norm:
+    def of(cls, norm: BatchNorm) -> Norm:
         """Read a norm that keeps running statistics."""
         assert norm.running_mean is not None
         assert norm.running_var is not None
@@ -62,7 +62,7 @@ def fold_bn(kernel: Tensor, bias: Tensor | None, norm: Norm) -> tuple[Tensor, Te
     return kernel * scale[:, None, None, None], norm.bias + shift * scale
 
 
-def with_norm(weight: Tensor, bias: Tensor | None, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+def with_norm(weight: Tensor, bias: Tensor | None, norm: BatchNorm) -> tuple[Tensor, Tensor]:
     """Fold a norm into the tensors of the conv before it, in float64, cast once to their dtype."""
     bias64 = None if bias is None else bias.detach().double()
     made = fold_bn(weight.detach().double(), bias64, Norm.of(norm).double())

@@ -23,12 +23,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import nn
 
 from surgeon.errors import ModelError
 from surgeon.files.faults import few, missing
 from surgeon.files.pickles import on_path
+from surgeon.models.sandbox import ordinary, random_states_kept
 
 LIBRARIES = ("torchvision", "timm")
 FETCHING = {"weights", "weights_backbone", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path"}
@@ -60,8 +60,7 @@ def make(architecture: Architecture, seed: int) -> nn.Module:
     find = {"torchvision": _torchvision, "timm": _timm}.get(source, functools.partial(_own, source))
     factory = find(name, architecture.args)
     try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed(seed)
+        with ordinary(), random_states_kept(seed):
             model = factory()
     except (Exception, SystemExit) as error:
         raise _failed(architecture.name, error, "Give it what it needs with --arch-arg name=value.") from error

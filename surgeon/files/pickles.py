@@ -33,7 +33,9 @@ import torch.fx
 from torch import nn
 
 from surgeon import blocks
+from surgeon._torch_compat import pickle_program
 from surgeon.errors import ModelError
+from surgeon.models.sandbox import unpickling
 from surgeon.nn import MOVED, current_name
 
 PACKAGES = ("torch.nn", "torchvision", "timm", "surgeon")
@@ -95,7 +97,7 @@ def read(path: Path, trust: Trust) -> Any:
             culprit = _misuse(file, admitted, trust)
             if culprit is None:
                 file.seek(0)
-                with torch.serialization.safe_globals(names):
+                with unpickling(names):
                     return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a __setstate__ makes of a state that another version wrote
             raise _unreadable(path, error) from error
@@ -279,8 +281,7 @@ class _Value:
 def _misuse(file: IO[bytes], admitted: Mapping[str, object], trust: Trust) -> str | None:
     """Follow the pickle without executing it, and say what it does that would run code of the admitted names."""
     file.seek(0)
-    # torch's own reader: another one might find another data.pkl in a doctored archive.
-    program = torch._C.PyTorchFileReader(file).get_record("data.pkl")
+    program = pickle_program(file)
     stack: list[_Value] = []
     memo: dict[Any, _Value] = {}
     for opcode, argument, _ in pickletools.genops(program):

@@ -10,16 +10,18 @@ from surgeon.files import formats
 from surgeon.files.architectures import Architecture, files_run
 from surgeon.files.atomic import claim, write_atomically
 from surgeon.files.pickles import PACKAGES, lies_in, offered_blocks
+from surgeon.models import devices
 
 
 def save(model: nn.Module, path: Path, *, manifest: str, force: bool = False) -> None:
-    """Write a model; `manifest` goes into files that hold tensors only.
+    """Write a model, from the CPU wherever it lies; `manifest` goes into files that hold tensors only.
 
     Raises:
         StoreError: the file exists (and `force` is not given), or cannot be written; nothing is left behind.
     """
     claim(path, force=force, suffixes=formats.suffixes())
-    write_atomically(path, lambda part: formats.of_suffix(path).write(model, part, manifest))
+    stored = devices.on(model, devices.CPU)
+    write_atomically(path, lambda part: formats.of_suffix(path).write(stored, part, manifest))
 
 
 def to_open_again(model: nn.Module, path: Path, architecture: Architecture | None) -> str | None:

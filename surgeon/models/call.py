@@ -23,9 +23,10 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from surgeon._torch_compat import pytree
 from surgeon.errors import CaptureError
+from surgeon.models import devices
 
 Shape = tuple[int, ...]
 
@@ -41,7 +42,7 @@ _TODO = "Write batch, channels, height, width: --input 1,3,224,224."
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """A tensor that is still to be drawn: normal noise, or whole numbers from 0 to below `bound`."""
+    """A tensor that is still to be drawn, on the CPU: normal noise, or whole numbers from 0 to below `bound`."""
 
     shape: Shape
     dtype: torch.dtype = torch.float64
@@ -56,11 +57,11 @@ class Draw:
     def tensor(self, generator: torch.Generator) -> Tensor:
         try:
             if self.dtype.is_complex:
-                return torch.randn(self.shape, generator=generator, dtype=torch.complex128).to(self.dtype)
+                return torch.randn(self.shape, generator=generator, dtype=torch.complex128, device="cpu").to(self.dtype)
             if self.dtype.is_floating_point:
-                return torch.randn(self.shape, generator=generator, dtype=torch.float64).to(self.dtype)
+                return torch.randn(self.shape, generator=generator, dtype=torch.float64, device="cpu").to(self.dtype)
             below = 2 if self.dtype == torch.bool else self.bound or _DRAWN_BELOW
-            return torch.randint(below, self.shape, generator=generator).to(self.dtype)
+            return torch.randint(below, self.shape, generator=generator, device="cpu").to(self.dtype)
         except (RuntimeError, MemoryError, OverflowError, TypeError) as error:  # a TypeError is beyond 64 bits
             sides = "×".join(map(str, self.shape))
             raise CaptureError(f"an input of {sides} does not fit into memory", todo="Give a smaller shape.") from error
@@ -144,10 +145,15 @@ class Inputs:
         """Copy the tensors, since a model may write on them, with the floating point ones in `dtype`."""
         return self.map(lambda t: t.detach().to(dtype if t.is_floating_point() else t.dtype, copy=True))
 
-    def cast_for(self, model: nn.Module) -> Inputs:
-        """Copy them in the dtype of the model's first floating point parameter."""
+    def cast_for(self, model: nn.Module, dtype: torch.dtype | None = None) -> Inputs:
+        """Copy them to where the model lies, in `dtype` or that of its first floating point parameter.
+
+        Where a model lies on several devices, it moves what it is given by itself.
+        """
         dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
-        return self.cast(next(dtypes, torch.get_default_dtype()))
+        copied = self.cast(dtype or next(dtypes, torch.get_default_dtype()))
+        device = devices.of(model)
+        return copied if device is None else copied.map(lambda t: t.to(device))
 
     def batched(self, count: int) -> Inputs:
         """Repeat or cut every tensor that has the first one's batch to a batch of `count`; so with lists of images."""

@@ -9,12 +9,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import random
-import sys
 import traceback
-import warnings
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import FunctionType, MethodType
 from typing import Any, TypeVar
@@ -97,6 +94,8 @@ def shadow(model: Model, cast: Callable[[Tensor], Tensor] | None = None) -> Mode
         if cast is None:
             return tensor if is_parameter else tensor.detach().clone()
         made = cast(tensor.detach())
+        if made.is_inference():  # the user made it in inference mode, and it could not be trained
+            made = made.clone()
         return nn.Parameter(made, tensor.requires_grad) if is_parameter else made
 
     _check_copyable(model)
@@ -202,23 +201,6 @@ def _enclosed(function: FunctionType) -> list[Any]:
         with contextlib.suppress(ValueError):  # it has no value yet
             found.append(cell.cell_contents)
     return found
-
-
-@contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """Run the person's code so that its prints go to stderr, its warnings nowhere, and its random draws are undone."""
-    with (
-        contextlib.redirect_stdout(sys.stderr),
-        warnings.catch_warnings(),
-        torch.random.fork_rng(devices=[]),
-        torch.no_grad(),
-    ):
-        warnings.simplefilter("ignore")
-        state = random.getstate()
-        try:
-            yield
-        finally:
-            random.setstate(state)
 
 
 def where(error: BaseException) -> str:

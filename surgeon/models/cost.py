@@ -9,18 +9,17 @@ dtype. What changes its input in place, and what is only another view of a tenso
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from surgeon._torch_compat import TorchDispatchMode, makes_new_tensors, packet_of, pytree
 from surgeon.models.call import Inputs, call_of
-from surgeon.models.copies import in_mode, quietly, shadow, to_meta
+from surgeon.models.copies import in_mode, shadow, to_meta
+from surgeon.models.sandbox import quietly
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,38 +72,31 @@ def stored(module: nn.Module) -> Cost:
 
 def _count(cost: Cost, module: nn.Module, inputs: Inputs) -> Cost:
     given = inputs.cast_for(module)
-    with quietly(), counting() as counts:
+    with quietly(), Counter() as counter:
         given.call(in_mode(module, False))
-    return replace(cost, macs=counts.macs, activations=counts.activations)
+    return replace(cost, macs=counter.macs, activations=counter.bytes)
 
 
-@dataclass(slots=True)
-class Counts:
-    """Multiply-adds and bytes of activations of a run."""
+class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up floating point operations by torch's own formulas, and the bytes of the tensors that are made anew.
 
-    macs: int = 0
-    activations: int = 0
-
-
-@contextlib.contextmanager
-def counting() -> Iterator[Counts]:
-    """Count what is run meanwhile; the counts are there when it has ended."""
-    counts = Counts()
-    with FlopCounterMode(display=False) as flops, _Writes() as writes:
-        yield counts
-    counts.macs, counts.activations = int(flops.get_total_flops()) // 2, writes.bytes
-
-
-class _Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the bytes of the tensors that operations make anew."""
+    FlopCounterMode itself hooks every module of the process, those that other threads call too.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.bytes = 0
+        self.formulas = FlopCounterMode(display=False).flop_registry
+        self.flops = self.bytes = 0
+
+    @property
+    def macs(self) -> int:
+        return self.flops // 2
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if all(returned.alias_info is None for returned in func._schema.returns):
+        if (formula := self.formulas.get(packet_of(func))) is not None:
+            self.flops += int(formula(*args, **(kwargs or {}), out_val=out))
+        if makes_new_tensors(func):
             made = (t for t in pytree.tree_leaves(out) if isinstance(t, Tensor))
             self.bytes += sum(t.numel() * t.element_size() for t in made)
         return out

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from surgeon._torch_compat import pytree
 from surgeon.errors import VerifyError
 from surgeon.models.copies import shadow
 from surgeon.models.memory import is_large

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.utils import _pytree as pytree
 
+from surgeon._torch_compat import NormBase, pytree
 from surgeon.analysis.run import is_conv
 from surgeon.blocks import Operator
-from surgeon.models.copies import quietly
+from surgeon.models.sandbox import quietly
 from surgeon.proof.distance import apart, as_double
 
 
@@ -157,4 +156,4 @@ def _hooks(model: nn.Module, paths: Iterable[str], note: Callable[..., None]) ->
 
 def _norm_moved(one: nn.Module, other: nn.Module) -> bool:
     kinds = {type(one), type(other)}
-    return nn.Identity in kinds and any(isinstance(module, _NormBase) for module in (one, other))
+    return nn.Identity in kinds and any(isinstance(module, NormBase) for module in (one, other))

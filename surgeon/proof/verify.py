@@ -23,7 +23,6 @@ float64 result. Relative L2 is ‖b − a‖ / ‖a‖ over all elements of an o
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
@@ -39,7 +38,8 @@ from surgeon.display.report import report_view
 from surgeon.display.shown import Shown
 from surgeon.errors import VerifyError
 from surgeon.models.call import Inputs
-from surgeon.models.copies import in_mode, quietly, shadow, where
+from surgeon.models.copies import in_mode, shadow, where
+from surgeon.models.sandbox import one_thread, quietly
 from surgeon.proof.distance import Jitter, apart, as_double, pairs, pooled, relative_l2, stored_ulps, tensors, worst
 from surgeon.proof.recorder import Gap, Tape, is_site
 
@@ -356,22 +356,10 @@ def _evaluating(model: nn.Module, cast: Callable[[Tensor], Tensor] | None = None
     return in_mode(shadow(model, cast), False)
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """For many small convs, on which threads spend longer waiting for each other than working."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def _call(model: nn.Module, inputs: Inputs, dtype: torch.dtype, seed: int) -> Any:
-    with quietly():
-        torch.manual_seed(seed)
+    with quietly(seed):
         try:
-            return inputs.cast(dtype).call(model)
+            return inputs.cast_for(model, dtype).call(model)
         except Exception as error:
             raise VerifyError(
                 f"a model does not run on an input of {inputs} in {dtype}: {where(error)}",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -24,6 +23,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from surgeon.conv.spec import ConvSpec, Pair
+from surgeon.models.sandbox import warnings_of_this_thread
 from surgeon.recipes.forms import Form, did_you_mean
 from surgeon.recipes.marks import quoted
 
@@ -136,7 +136,7 @@ def _glob(text: str) -> str:
 
 def _regex(text: str) -> str:
     try:
-        with warnings.catch_warnings(action="error"):  # raised where Python may read the pattern otherwise one day
+        with warnings_of_this_thread("error"):  # raised where Python may read the pattern otherwise one day
             re.compile(text)
     except (re.error, Warning, OverflowError, RecursionError) as error:
         raise ValueError(f"{quoted(text)} is no regular expression: {error}") from error

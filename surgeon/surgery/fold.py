@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from surgeon._torch_compat import BatchNorm
 from surgeon.analysis.network import Network
 from surgeon.analysis.obstacles import custom_call, norms_behind
 from surgeon.blocks import Block, Deployable, Foldable
@@ -61,7 +61,7 @@ def _deployed(network: Network) -> tuple[dict[tuple[str, ...], nn.Module], list[
     norms: list[str] = []
     for paths, norm_paths in norms_behind(network) if blocks else ():
         norm = network.model.get_submodule(norm_paths[0])
-        if paths in blocks and isinstance(norm, _BatchNorm) and (made := blocks[paths].with_norm(norm)) is not None:
+        if paths in blocks and isinstance(norm, BatchNorm) and (made := blocks[paths].with_norm(norm)) is not None:
             blocks[paths] = made
             norms += norm_paths
     return {paths: block.deploy() for paths, block in blocks.items()}, norms
@@ -75,7 +75,7 @@ def fold_norms_(network: Network) -> tuple[str, ...]:
     model, folded = network.model, {}
     for paths, norm_paths in norms_behind(network):
         module, norm = model.get_submodule(paths[0]), model.get_submodule(norm_paths[0])
-        assert isinstance(norm, _BatchNorm)
+        assert isinstance(norm, BatchNorm)
         made = module.with_norm(norm) if isinstance(module, Block) else _with_norm(module, norm)
         if made is not None:
             folded[norm_paths] = (paths, made)
@@ -87,7 +87,7 @@ def fold_norms_(network: Network) -> tuple[str, ...]:
     return tuple(norm_paths[0] for norm_paths in folded)
 
 
-def _with_norm(conv: nn.Module, norm: _BatchNorm) -> nn.Conv2d:
+def _with_norm(conv: nn.Module, norm: BatchNorm) -> nn.Conv2d:
     assert isinstance(conv, nn.Conv2d)
     made = ConvSpec.of(conv).change(bias=True).build(like=conv.weight)
     with torch.no_grad():

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from surgeon._torch_compat import BatchNorm
 from surgeon.analysis import functional
 from surgeon.analysis.functional import Functional
 from surgeon.analysis.network import Network
@@ -35,7 +35,7 @@ class Swap:
 
     entry: Entry
     conv: nn.Conv2d  # of a functional convolution, the conv that it is with its own parameters
-    norm: _BatchNorm | None
+    norm: BatchNorm | None
     block: Block
 
 
@@ -130,7 +130,7 @@ def _functional(entry: Entry) -> Functional:
     return Functional(entry.path, step.spec, step.island, step.step, step.weight, step.bias)
 
 
-def build(entry: Entry, conv: nn.Conv2d, norm: _BatchNorm | None, seed: int) -> Block:
+def build(entry: Entry, conv: nn.Conv2d, norm: BatchNorm | None, seed: int) -> Block:
     """Make the block of one entry from the conv (and norm) that it replaces."""
     return entry.block.from_conv(conv, entry.block_options, norm=norm, generator=_generator(seed, entry.path))
 
@@ -138,7 +138,7 @@ def build(entry: Entry, conv: nn.Conv2d, norm: _BatchNorm | None, seed: int) -> 
 def _prepare(model: nn.Module, entry: Entry, seed: int) -> Swap:
     conv = _conv_of(model, entry)
     norm = model.get_submodule(entry.takes_norm[0]) if entry.takes_norm else None
-    if not isinstance(conv, nn.Conv2d) or not isinstance(norm, _BatchNorm | None):
+    if not isinstance(conv, nn.Conv2d) or not isinstance(norm, BatchNorm | None):
         raise PassError("operate", f"{entry.path} or the norm behind it is not what the plan says")
     swap = Swap(entry, conv, norm, build(entry, conv, norm, seed))
     give_back_after(conv.weight)

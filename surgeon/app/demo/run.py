@@ -19,6 +19,7 @@ from surgeon.app.demo import data
 from surgeon.app.demo.net import SmallResNet
 from surgeon.models.cost import measure
 from surgeon.models.progress import Progress, parts, silent
+from surgeon.models.sandbox import random_states_kept
 from surgeon.proof.verify import Report
 
 _BATCH = 50
@@ -49,10 +50,10 @@ class Demo:
 
 def demo(progress: Progress = silent, *, seconds: float, folder: Path | None, seed: int) -> Demo:
     """Convert, train, fold and verify the small network that ships with surgeon."""
-    torch.manual_seed(seed)
     images = data.images()
     given = Given(inputs=(_INPUT,), seed=seed)
-    with nullcontext(folder) if folder else tempfile.TemporaryDirectory() as place:
+    made = nullcontext(folder) if folder else tempfile.TemporaryDirectory()
+    with random_states_kept(seed), made as place:
         home = Path(place)
         home.mkdir(parents=True, exist_ok=True)
 

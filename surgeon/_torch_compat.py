@@ -1,0 +1,118 @@
+"""The private names of torch that surgeon uses: each with what it is for, and what is done where it is missing.
+
+No other file of surgeon names one (tests/test_public.py). What a module keeps its parts in (`_parameters`, `_buffers`,
+`_modules`, and the dicts of its hooks) is not listed: every pickled model holds these names, so torch has to keep them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import IO, TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+
+# Arguments and results of any nesting, taken apart into leaves and put together again. There is nothing public like it,
+# and torch.fx itself is built on it: where it is missing, surgeon cannot be imported.
+from torch.utils import _pytree as pytree
+
+# Sees every operation that a run comes down to, for counting what it costs. There is nothing public like it, and
+# torch's own FlopCounterMode is one: where it is missing, surgeon cannot be imported.
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = [
+    "ASSERTIONS",
+    "ASSERT_IS_NONE",
+    "BatchNorm",
+    "ConvNd",
+    "NormBase",
+    "OpOverload",
+    "TorchDispatchMode",
+    "has_own_conv_forward",
+    "has_recompile_limit",
+    "makes_new_tensors",
+    "packet_of",
+    "pickle_program",
+    "pytree",
+    "saved_tensor_hooks",
+]
+
+# The common classes of torch's batch norms; of these and the instance norms; and of its convs. Their public subclasses
+# have them for bases, whatever they are called.
+if TYPE_CHECKING:
+    from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+    from torch.nn.modules.batchnorm import _NormBase as NormBase
+    from torch.nn.modules.conv import _ConvNd as ConvNd
+else:
+    BatchNorm, NormBase = nn.BatchNorm2d.__mro__[1:3]
+    ConvNd = nn.Conv2d.__mro__[1]
+
+# What the steps of an exported graph call. It is the class of any operator.
+if TYPE_CHECKING:
+    from torch._ops import OpOverload
+else:
+    OpOverload = type(torch.ops.aten.add.Tensor)
+
+# What tracing puts into a graph to guard the arguments that it was given. Where one is missing, no graph holds it.
+ASSERT_IS_NONE: Callable[..., Any] | None = getattr(getattr(fx, "_symbolic_trace", None), "_assert_is_none", None)
+ASSERTIONS: tuple[Callable[..., Any], ...] = tuple(
+    one for one in (getattr(torch, "_assert", None), ASSERT_IS_NONE) if one is not None
+)
+
+
+def saved_tensor_hooks() -> Any:
+    """What is done to tensors that are saved for a backward: a checkpoint shows there, and nowhere public.
+
+    Where torch does not tell, checkpoints in a forward are not noticed.
+    """
+    try:
+        return torch._C._autograd._top_saved_tensors_default_hooks(True)
+    except (AttributeError, TypeError):
+        return None
+
+
+def has_own_conv_forward(kind: type[nn.Conv2d]) -> bool:
+    """Whether a subclass replaces what Conv2d computes with a weight that it is given, a hook for quantisation.
+
+    Where torch has no such method, no subclass can.
+    """
+    return getattr(kind, "_conv_forward", None) is not getattr(nn.Conv2d, "_conv_forward", None)
+
+
+def makes_new_tensors(operator: Any) -> bool:
+    """Whether what an operator returns is written anew, not in place and not another view.
+
+    Only its schema tells. What has none is not an operator of torch's, and writes anew.
+    """
+    schema = getattr(operator, "_schema", None)
+    return schema is None or all(returned.alias_info is None for returned in schema.returns)
+
+
+def packet_of(operator: Any) -> Any:
+    """Give an operator whatever the kinds of its arguments, which is how formulas of its cost are listed.
+
+    What has none costs nothing, as for torch's own counter.
+    """
+    return getattr(operator, "_overloadpacket", None)
+
+
+def has_recompile_limit(limit: int) -> contextlib.AbstractContextManager[None]:
+    """Let torch.compile compile one forward that often; where it has no such limit, there is nothing to do."""
+    config = getattr(getattr(torch, "_dynamo", None), "config", None)
+    if config is None or not hasattr(config, "recompile_limit"):
+        return contextlib.nullcontext()
+    patched: contextlib.AbstractContextManager[None] = config.patch(recompile_limit=limit)
+    return patched
+
+
+def pickle_program(file: IO[bytes]) -> bytes:
+    """Read the pickle in a file of torch.save as torch.load will read it: another reader may find another one.
+
+    Where torch does not let its reader be used, such a file cannot be examined, and must not be opened.
+    """
+    reader = getattr(torch._C, "PyTorchFileReader", None)
+    if reader is None:
+        raise NotImplementedError("this version of torch does not let a file be examined before it is opened")
+    program: bytes = reader(file).get_record("data.pkl")
+    return program

@@ -1,0 +1,294 @@
+"""The one file that changes the process, and puts back what was there.
+
+Whatever surgeon has to change around a user's code is changed here, by a context manager that saves, sets and restores
+in one place. One re-entrant lock is held by whoever changes something that belongs to the whole process, so two threads
+that use surgeon at once take turns at tracing and at running models; arithmetic and planning go on side by side.
+
+Of the thread that uses surgeon, and never seen by another one:
+    grad mode, inference mode, autocast, the default device (torch keeps them per thread)
+
+Of the process, with an answer that depends on the thread that asks:
+    sys.stdout            what surgeon's thread prints goes to stderr; what others print goes where it always went
+    warnings.filters      warnings of surgeon's thread are dropped; those of others are as before
+    builtins.isinstance   only surgeon's thread, while it traces, has its placeholders answer as what they stand for
+    nn.Module.__call__, nn.Module.__getattr__
+                          torch.fx replaces them for the whole process while it traces, and its replacement fails with
+                          a NameError for a module that is not being traced. So they are replaced once more, by what
+                          sends surgeon's thread to fx and every other thread to torch's own: a forward in another
+                          thread computes what it always does, a little later. Between the two replacements lie some
+                          lines of fx; a call that comes in there is let through by the tracer itself.
+
+Of the process, and seen by all of its threads for as long as it lasts:
+    random states         what another thread draws from the global generators while surgeon runs a model comes from
+                          there, and is drawn again after it; give a thread a torch.Generator of its own
+    torch's threads       a thread that first uses torch while surgeon computes with one thread keeps to one
+    torch.load            what a file that surgeon opens may hold, any file opened at that moment may hold
+    the default dtype     it is float32 during a call of surgeon if it was another one before
+    torch.fx              a trace of the user's own in another thread, at the same time, undoes patches in another
+                          order than they were made, as two of them always have
+    torch.jit, torch.compile   a function that asks isinstance cannot be compiled in another thread at that moment;
+                          before torch 2.14, torch.compile refuses in every thread to run while one of them traces
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import functools
+import random
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+_LOCK = threading.RLock()
+_GPUS = ("cuda", "xpu")  # kinds of which there may be several devices, each with a random state
+_LEGACY_SEEDS = 2**32  # NumPy takes no larger ones
+
+
+@contextlib.contextmanager
+def ordinary() -> Iterator[None]:
+    """Compute as in a fresh process: no inference mode, no autocast, new tensors on the CPU and in float32."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        for kind in ("cpu", *_GPUS):
+            if torch.is_autocast_enabled(kind):
+                torch.set_autocast_enabled(kind, False)
+                stack.callback(torch.set_autocast_enabled, kind, True)
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        with _LOCK:  # whoever holds it may have changed the dtype
+            if (dtype := torch.get_default_dtype()) != torch.float32:
+                stack.enter_context(_LOCK)
+                torch.set_default_dtype(torch.float32)
+                stack.callback(torch.set_default_dtype, dtype)
+        yield
+
+
+@contextlib.contextmanager
+def quietly(seed: int | None = None) -> Iterator[None]:
+    """Run a user's code without gradients; its prints go to stderr, its warnings nowhere, its draws are undone.
+
+    With a seed, all that it draws begins there.
+    """
+    with _LOCK, random_states_kept(seed), _printing_to_stderr(), warnings_of_this_thread("ignore"), torch.no_grad():
+        yield
+
+
+@contextlib.contextmanager
+def random_states_kept(seed: int | None = None) -> Iterator[None]:
+    """Put back every random state of the process: torch's on all devices, NumPy's, and Python's own."""
+    with _LOCK:
+        put_back = _random_states()
+        if seed is not None:
+            _seed(seed)
+        try:
+            yield
+        finally:
+            for one in put_back:
+                one()
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let torch compute with this many threads.
+
+    Each thread of the process has a number of its own; it takes that which was set last when it first uses torch. So
+    there are two numbers to put back.
+    """
+    own = torch.get_num_threads()
+    if own == count:
+        yield
+        return
+    with _LOCK:
+        usual = _asked_elsewhere(torch.get_num_threads)
+        torch.set_num_threads(count)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(own)
+            if usual != own:
+                _asked_elsewhere(functools.partial(torch.set_num_threads, usual))
+
+
+def one_thread() -> contextlib.AbstractContextManager[None]:
+    """For many small convs, on which threads spend longer waiting for each other than working."""
+    return threads(1)
+
+
+Guard = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+@contextlib.contextmanager
+def tracing(answer: Callable[..., bool]) -> Iterator[Guard]:
+    """Let torch.fx trace in this thread, with `answer(isinstance, value, kinds)` for what is asked of a value in it.
+
+    What is given keeps fx's patches to this thread: it wraps the function that fx calls when they are made.
+    """
+    owner, ask = threading.get_ident(), builtins.isinstance
+    own_call, own_getattr = nn.Module.__call__, nn.Module.__getattr__
+
+    def answered(value: Any, kinds: Any) -> bool:
+        return answer(ask, value, kinds) if threading.get_ident() == owner else ask(value, kinds)
+
+    def guard(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            fx_call, fx_getattr = nn.Module.__call__, nn.Module.__getattr__
+            with (
+                _replaced(nn.Module, "__call__", _by_thread(owner, fx_call, own_call)),
+                _replaced(nn.Module, "__getattr__", _by_thread(owner, fx_getattr, own_getattr)),
+            ):
+                return function(*args, **kwargs)
+
+        return guarded
+
+    with _LOCK, _replaced(builtins, "isinstance", answered):
+        yield guard
+
+
+@contextlib.contextmanager
+def unpickling(admitted: Sequence[Any]) -> Iterator[None]:
+    """Let torch.load make these things, and no others that another thread has admitted for a file of its own."""
+    with _LOCK, torch.serialization.safe_globals(list(admitted)):
+        yield
+
+
+@contextlib.contextmanager
+def gradients_and_autocast(wanted: bool) -> Iterator[None]:
+    """Have both or neither in this thread; an autocast on a GPU can be switched on where there is none."""
+    before = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", wanted)
+    try:
+        with torch.set_grad_enabled(wanted):
+            yield
+    finally:
+        torch.set_autocast_enabled("cuda", before)
+
+
+@contextlib.contextmanager
+def warnings_of_this_thread(action: str) -> Iterator[None]:
+    """Treat the warnings of this thread as `action` says, and leave those of others to the filters that there are.
+
+    Unlike with warnings.catch_warnings, nothing is lost if another thread changes the filters meanwhile.
+    """
+    ours = _OfThisThread()
+    item: Any = (action, ours, Warning, None, 0)  # what is asked with a message is whether it matches
+    warnings.filters.insert(0, item)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        ours.owner = None
+        with contextlib.suppress(ValueError):  # somebody else has put other filters there
+            warnings.filters.remove(item)  # type: ignore[attr-defined]
+
+
+class _OfThisThread:
+    """Stands where a filter of warnings has the pattern of their messages."""
+
+    def __init__(self) -> None:
+        self.owner: int | None = threading.get_ident()
+
+    def match(self, message: str) -> bool:
+        return threading.get_ident() == self.owner
+
+
+class _Output:
+    """Stands for sys.stdout: of one thread it takes what is printed to stderr, of the others to where it went."""
+
+    def __init__(self, before: Any) -> None:
+        vars(self).update(_before=before, _owner=threading.get_ident())
+
+    def _target(self) -> Any:
+        return sys.stderr if threading.get_ident() == vars(self)["_owner"] else vars(self)["_before"]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._target(), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._target(), name, value)
+
+    def close_(self) -> None:
+        """Whoever has kept it prints to where everybody does."""
+        vars(self)["_owner"] = None
+
+
+@contextlib.contextmanager
+def _printing_to_stderr() -> Iterator[None]:
+    output = _Output(sys.stdout)
+    with _replaced(sys, "stdout", output):
+        try:
+            yield
+        finally:
+            output.close_()
+
+
+@contextlib.contextmanager
+def _replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute, and put back what was there, unless somebody else has replaced it since."""
+    before = getattr(holder, name)
+    setattr(holder, name, value)
+    try:
+        yield
+    finally:
+        if getattr(holder, name) is value:
+            setattr(holder, name, before)
+
+
+def _by_thread(owner: int, ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(theirs)
+    def chosen(*args: Any, **kwargs: Any) -> Any:
+        return (ours if threading.get_ident() == owner else theirs)(*args, **kwargs)
+
+    return chosen
+
+
+def _random_states() -> list[Callable[[], Any]]:
+    """Look at every random state that there is, without creating one; what is given puts them back."""
+    put_back: list[Callable[[], Any]] = [
+        functools.partial(torch.set_rng_state, torch.get_rng_state()),
+        functools.partial(random.setstate, random.getstate()),
+    ]
+    if numpy_random := sys.modules.get("numpy.random"):
+        put_back.append(functools.partial(numpy_random.set_state, numpy_random.get_state()))
+    for kind, index in _devices():
+        module = getattr(torch, kind)
+        put_back.append(functools.partial(module.set_rng_state, module.get_rng_state(index), index))
+    if torch.backends.mps.is_available():
+        put_back.append(functools.partial(torch.mps.set_rng_state, torch.mps.get_rng_state()))
+    return put_back
+
+
+def _devices() -> Iterator[tuple[str, int]]:
+    """List the devices that have a random state by now; one that nobody has used yet is not woken for it."""
+    for kind in _GPUS:
+        module = getattr(torch, kind, None)
+        if module is not None and module.is_available() and module.is_initialized():
+            yield from ((kind, index) for index in range(module.device_count()))
+
+
+def _seed(seed: int) -> None:
+    """Seed every random state; torch.manual_seed would also seed devices that are not in use yet, for good."""
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    if numpy_random := sys.modules.get("numpy.random"):
+        numpy_random.seed(seed % _LEGACY_SEEDS)
+    for kind, index in _devices():
+        module = getattr(torch, kind)
+        with module.device(index):
+            module.manual_seed(seed)
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(seed)
+
+
+def _asked_elsewhere(function: Callable[[], Any]) -> Any:
+    """Call a function in a thread that has never used torch."""
+    found: list[Any] = []
+    worker = threading.Thread(target=lambda: found.append(function()))
+    worker.start()
+    worker.join()
+    return found[0]
