@@ -511,7 +511,7 @@ EVIL = {
         ["evil", "call_module", "0", [{"torch": "load"}], {"dict": []}]
     ),
     "an input with Python": lambda p: p["inputs"].append(["x=print()"]),
-    "another format": lambda p: p.update(format=2),
+    "a later format": lambda p: p.update(format=99),
 }
 
 
