@@ -3,13 +3,18 @@ PYTHON ?= python3
 VENV   ?= .venv
 RUN     = $(VENV)/bin
 
-.PHONY: demo test check fmt docs bench zoo clean
+OLDEST  = tests/conv tests/blocks tests/octave tests/proof tests/test_torch_compat.py tests/test_threads.py tests/test_golden.py
+
+.PHONY: demo test test-oldest check fmt docs bench zoo clean
 
 demo: $(VENV)/.installed
 	$(RUN)/surgeon demo
 
 test: $(VENV)/.installed-test
 	$(RUN)/python -m pytest
+
+test-oldest: $(VENV)-oldest/.installed  # with the oldest versions allowed; newer parts of them may call what is deprecated by now
+	$(VENV)-oldest/bin/python -m pytest -W ignore::DeprecationWarning $(OLDEST)
 
 check: $(VENV)/.installed-dev
 	$(RUN)/ruff check .
@@ -35,7 +40,7 @@ zoo: $(VENV)/.installed-test  # hours; it can be stopped, and goes on from there
 	$(RUN)/python benchmarks/zoo.py --write-docs
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -52,3 +57,8 @@ $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
 	$(RUN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@ $(VENV)/.installed $(VENV)/.installed-test
+
+$(VENV)-oldest/.installed: pyproject.toml tests/oldest.txt
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --constraint tests/oldest.txt --editable '.[test]'
+	touch $@

@@ -20,7 +20,7 @@ from surgeon._version import __version__
 
 if TYPE_CHECKING:
     from surgeon.analysis.sites import Survey
-    from surgeon.api import convert, convert_, fuse, fuse_, load, plan, save, survey, verify
+    from surgeon.api import convert, convert_, fuse, fuse_, history, load, plan, save, survey, verify
     from surgeon.blocks.acblock import ACBlock
     from surgeon.blocks.base import Block, BlockOptions, Deployable, Foldable, Trial
     from surgeon.blocks.hetconv import HetConv
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from surgeon.models.call import Inputs
     from surgeon.proof.verify import Report
     from surgeon.recipes.recipe import Recipe
+    from surgeon.surgery.history import Operation
     from surgeon.surgery.plan import Plan
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # else Python would print warnings by itself
@@ -39,6 +40,7 @@ _HOMES = {
     "ConvSpec": "surgeon.conv.spec",
     "HetConv": "surgeon.blocks.hetconv",
     "Inputs": "surgeon.models.call",
+    "Operation": "surgeon.surgery.history",
     "OctaveConv": "surgeon.blocks.octave",
     "Plan": "surgeon.surgery.plan",
     "Recipe": "surgeon.recipes.recipe",
@@ -46,7 +48,7 @@ _HOMES = {
     "Survey": "surgeon.analysis.sites",
     "SurgeonError": "surgeon.errors",
     **dict.fromkeys(
-        ("convert", "convert_", "fuse", "fuse_", "load", "plan", "save", "survey", "verify"), "surgeon.api"
+        ("convert", "convert_", "fuse", "fuse_", "history", "load", "plan", "save", "survey", "verify"), "surgeon.api"
     ),
 }
 
@@ -60,6 +62,7 @@ __all__ = [
     "HetConv",
     "Inputs",
     "OctaveConv",
+    "Operation",
     "Plan",
     "Recipe",
     "Report",
@@ -72,6 +75,7 @@ __all__ = [
     "errors",
     "fuse",
     "fuse_",
+    "history",
     "load",
     "plan",
     "save",

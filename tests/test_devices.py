@@ -151,6 +151,12 @@ def test_inputs_stay_where_they_are_for_a_model_on_several_devices_or_on_none() 
 
 
 @pytest.mark.usefixtures("fake")
+def test_inputs_without_numbers_stay_so() -> None:
+    inputs = Inputs((torch.zeros(1, 3, 8, 8, device="meta"),))
+    assert kinds(inputs.cast_for(nn.Conv2d(3, 4, 3, device="cuda")).tensors) == {"meta"}
+
+
+@pytest.mark.usefixtures("fake")
 def test_more_inputs_of_a_kind_lie_where_that_lies() -> None:
     inputs = Inputs((torch.zeros(1, 3, 8, 8, device="cuda"),))
     with pytest.MonkeyPatch.context() as patch:

@@ -20,7 +20,6 @@ from surgeon.analysis import example as examples
 from surgeon.analysis import sites
 from surgeon.analysis.network import Network
 from surgeon.analysis.sites import Survey
-from surgeon.api import SelfCheck
 from surgeon.app import bench as benching
 from surgeon.app.bench import Timing, Trials
 from surgeon.blocks import Foldable
@@ -37,8 +36,11 @@ from surgeon.proof.verify import Report
 from surgeon.recipes import recipe as recipes
 from surgeon.surgery import manifest as manifests
 from surgeon.surgery import plan as plans
+from surgeon.surgery.convert import carry_out_
+from surgeon.surgery.fuse import fold_all_
 from surgeon.surgery.plan import Plan
 from surgeon.surgery.replay import rebuild
+from surgeon.surgery.selfcheck import SelfCheck
 
 _log = logging.getLogger("surgeon")
 
@@ -115,8 +117,7 @@ def convert(
     if isinstance(wanted, Plan):
         plans.check(wanted, surveyed)
     decided = wanted if isinstance(wanted, Plan) else surgery.decide(wanted, surveyed, seed=given.seed)
-    progress("converting, and measuring it", 0.4)
-    check = surgery.carry_out_(decided, network)
+    check = carry_out_(decided, network, parts(progress, 0.4, 0.9))
     progress(f"writing {path}", 0.9)
     _save(loaded, path, force=force)
     return Converted(decided, check, path)
@@ -138,8 +139,7 @@ def fuse(
     model, params = loaded.model, _count(loaded.model)
     progress("looking for an input", 0.3)
     network = _network(model, given)
-    progress("folding, and measuring it", 0.4)
-    folded, distance = surgery.fold_all_(network, dense=dense)
+    folded, distance = fold_all_(network, dense=dense, progress=parts(progress, 0.4, 0.9))
     cheaper = sorted({m.name for m in model.modules() if isinstance(m, Foldable)})
     if cheaper:
         stays = f"{', '.join(cheaper)} stays, for it costs less than the conv it folds to"
@@ -158,8 +158,7 @@ def verify(name_a: str, name_b: str, given: Given, progress: Progress = silent) 
     progress(f"loading {name_b}", 0.1)
     b = _load(name_b, given).model
     inputs = [examples.read(text, a, seed=given.seed) for text in given.inputs]
-    progress("comparing", 0.2)
-    return surgery.verify(a, b, inputs or None, seed=given.seed)
+    return surgery.verify(a, b, inputs or None, seed=given.seed, progress=parts(progress, 0.2, 1))
 
 
 def bench(names: Sequence[str], given: Given, trials: Trials, progress: Progress = silent) -> tuple[Timing, ...]:

@@ -16,11 +16,11 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present as st
 
 from surgeon.errors import ModelError
 from surgeon.files.faults import compiled, few
+from surgeon.models.wrappers import inner_of
 
 WEIGHT_KEYS = ("state_dict", "model_state_dict", "model", "net")
 AVERAGE_KEYS = ("model_ema", "state_dict_ema", "ema_state_dict", "ema")
 PREFIXES = ("module.", "_orig_mod.")
-WRAPPERS = {"DataParallel": "module", "DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
 
 State = dict[str, Tensor]
 
@@ -41,7 +41,7 @@ def content_of(found: object, origin: str) -> tuple[nn.Module | State, list[str]
 def bare(model: nn.Module, origin: str) -> tuple[nn.Module, list[str]]:
     """Take a model out of what wraps it for training."""
     notices = []
-    while (attribute := WRAPPERS.get(type(model).__name__)) and attribute in dict(model.named_children()):
+    while (attribute := inner_of(model)) is not None:
         notices.append(f"unwrapped {type(model).__name__}")
         model = model.get_submodule(attribute)
     if isinstance(model, torch.jit.ScriptModule):

@@ -148,12 +148,12 @@ class Inputs:
     def cast_for(self, model: nn.Module, dtype: torch.dtype | None = None) -> Inputs:
         """Copy them to where the model lies, in `dtype` or that of its first floating point parameter.
 
-        Where a model lies on several devices, it moves what it is given by itself.
+        Where a model lies on several devices, it moves what it is given by itself. Tensors without numbers stay so.
         """
         dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
         copied = self.cast(dtype or next(dtypes, torch.get_default_dtype()))
         device = devices.of(model)
-        return copied if device is None else copied.map(lambda t: t.to(device))
+        return copied if device is None else copied.map(lambda t: t if t.is_meta else t.to(device))
 
     def batched(self, count: int) -> Inputs:
         """Repeat or cut every tensor that has the first one's batch to a batch of `count`; so with lists of images."""

@@ -28,8 +28,10 @@ FORMAT = 2  # of histories and manifests; 1 is read as well
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """One operation: `plan` is what convert carried out; `parent` and `result` hash all tensors before and after.
+class Operation:
+    """One thing that was done to a model: `plan` is what convert carried out, `measured` what it found of its own work.
+
+    `parent` and `result` hash all tensors before and after.
 
     A field that is added later needs a default, with which the steps in older files are read.
     """
@@ -42,6 +44,7 @@ class Step:
     plan: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=dict)
     dense: bool = False  # fuse: blocks that cost less than their conv were folded too
+    measured: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
 def versions() -> dict[str, str]:
@@ -49,17 +52,17 @@ def versions() -> dict[str, str]:
     return {"surgeon": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
 
 
-def history(model: nn.Module) -> tuple[Step, ...]:
+def history(model: nn.Module) -> tuple[Operation, ...]:
     """Say what surgeon has done to a model, oldest first."""
     return steps_in(as_data(model))
 
 
-def record_(model: nn.Module, step: Step) -> None:
+def record_(model: nn.Module, step: Operation) -> None:
     """Add an operation to a model's history."""
     set_history_(model, (*history(model), step))
 
 
-def set_history_(model: nn.Module, steps: Sequence[Step]) -> None:
+def set_history_(model: nn.Module, steps: Sequence[Operation]) -> None:
     """Give a model another history."""
     setattr(model, _ATTRIBUTE, {"format": FORMAT, "history": [asdict(step) for step in steps]})
 
@@ -70,7 +73,7 @@ def as_data(model: nn.Module) -> dict[str, Any]:
     return stored
 
 
-def steps_in(data: Any) -> tuple[Step, ...]:
+def steps_in(data: Any) -> tuple[Operation, ...]:
     """Read a history as it is stored.
 
     Raises:
@@ -118,7 +121,7 @@ def _only_adds(error: ValidationError) -> bool:
     return all(fault["type"] in ("unexpected_keyword_argument", "extra_forbidden") for fault in error.errors())
 
 
-def planned_inputs(steps: Sequence[Step]) -> Inputs | None:
+def planned_inputs(steps: Sequence[Operation]) -> Inputs | None:
     """Give the inputs of the last plan that was carried out, still to be drawn."""
     records = (step.plan.get("input") for step in reversed(steps) if step.plan is not None)
     return recall(next(records, None))
@@ -144,4 +147,4 @@ def _feed(digest: hashlib._Hash, tensor: Tensor) -> None:
         digest.update((ctypes.c_char * size).from_address(tensor.data_ptr()))
 
 
-_HISTORY = TypeAdapter(tuple[Step, ...])
+_HISTORY = TypeAdapter(tuple[Operation, ...])

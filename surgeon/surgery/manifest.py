@@ -16,7 +16,7 @@ from surgeon.files.architectures import Architecture
 from surgeon.files.formats.base import MANIFEST
 from surgeon.files.load import Loaded
 from surgeon.surgery import history as histories
-from surgeon.surgery.history import Step
+from surgeon.surgery.history import Operation
 
 _ARCHITECTURE = TypeAdapter(Architecture | None)
 
@@ -27,7 +27,7 @@ def manifest(model: nn.Module, architecture: Architecture | None) -> str:
     return json.dumps({"architecture": named, **histories.as_data(model)})
 
 
-def read(text: str) -> tuple[Architecture | None, tuple[Step, ...]]:
+def read(text: str) -> tuple[Architecture | None, tuple[Operation, ...]]:
     """Read a manifest, which came with a file: how its network is built, and what was done to it.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from torch import nn
@@ -13,17 +14,18 @@ from surgeon.errors import StoreError
 from surgeon.files.architectures import Architecture
 from surgeon.files.load import build, build_named_in_file
 from surgeon.files.pickles import Trust
-from surgeon.models.copies import shadow
+from surgeon.models.copies import duplicate, shadow
 from surgeon.proof.distance import as_double
+from surgeon.proof.verify import Replay
 from surgeon.surgery import manifest as manifests
 from surgeon.surgery import plan as plans
 from surgeon.surgery.fold import fold_blocks_
-from surgeon.surgery.history import Step, history, planned_inputs, set_history_
+from surgeon.surgery.history import Operation, content_hash, history, planned_inputs, set_history_
 from surgeon.surgery.operate import operate_
 from surgeon.surgery.plan import Plan
 
 
-def redo_(model: nn.Module, steps: Sequence[Step], before: Sequence[Step] = ()) -> nn.Module:
+def redo_(model: nn.Module, steps: Sequence[Operation], before: Sequence[Operation] = ()) -> nn.Module:
     """Carry out recorded operations again on `model` itself, and return it; `before` are those not in its history."""
     done = [*history(model), *before]
     for step in steps:
@@ -38,7 +40,7 @@ def redo_(model: nn.Module, steps: Sequence[Step], before: Sequence[Step] = ()) 
     return model
 
 
-def redo_rounding_(model: nn.Module, steps: Sequence[Step]) -> nn.Module:
+def redo_rounding_(model: nn.Module, steps: Sequence[Operation]) -> nn.Module:
     """The same in float64, but between two operations every tensor is rounded to its dtype, as it is in a file."""
     for i, step in enumerate(steps[:-1]):
         exact = redo_(shadow(model, as_double), [step], steps[:i])
@@ -69,3 +71,25 @@ def rebuild(manifest: str, given: Architecture | None, *, trust: Trust, seed: in
         redo_(model, [step], steps[known : known + i])
     set_history_(model, steps)
     return model
+
+
+def steps_between(a: nn.Module, b: nn.Module) -> tuple[Operation, ...]:
+    """Find how `b` was made from `a`, if every step is known and nothing was trained in between."""
+    steps, known = history(b), history(a)
+    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(steps, known, strict=False)))
+    start = content_hash(a) if steps else ""
+    for i, step in enumerate(steps[shared:], shared):  # an octave model has the tensors that it was made from
+        chain = steps[i:]
+        if step.parent == start and all(one.result == two.parent for one, two in itertools.pairwise(chain)):
+            return chain
+    return ()
+
+
+def done_again(a: nn.Module, steps: Sequence[Operation]) -> Replay:
+    """Do the same to a copy again."""
+    exact = redo_(shadow(a, as_double), steps)
+    return Replay(exact, exact if len(steps) == 1 else redo_rounding_(duplicate(a), steps))
+
+
+def is_approximate(step: Operation) -> bool:
+    return step.plan is not None and not Plan.model_validate(step.plan).keeps_function

@@ -1,0 +1,70 @@
+"""A plan, carried out and measured: build every block, prove it, place it, and run the network before and after."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from surgeon.analysis.network import Network
+from surgeon.errors import PlanError
+from surgeon.models.copies import shadow
+from surgeon.models.progress import Progress, parts, silent
+from surgeon.models.sandbox import ordinary
+from surgeon.surgery.history import Operation, content_hash, record_, versions
+from surgeon.surgery.operate import place_, prepare, stream_
+from surgeon.surgery.plan import Plan
+from surgeon.surgery.selfcheck import (
+    SelfCheck,
+    calls_of,
+    check_sites,
+    check_streams,
+    check_whole,
+    outputs_of,
+    run_again,
+)
+
+
+@ordinary()
+def carry_out_(checked: Plan, network: Network, progress: Progress = silent) -> SelfCheck:
+    """Operate on a network that was looked at, measure what was done, and note it in the model's history.
+
+    Raises:
+        PlanError: there is nothing to swap. PassError: a block that keeps the function does not.
+        CaptureError: the network does more with its convs than could be seen. The model is as it was.
+    """
+    if not checked.swaps:
+        reasons = list(dict.fromkeys(entry.skip for entry in checked.convs if entry.skip))
+        raise PlanError(
+            f"nothing is swapped: {'; '.join(reasons[:3]) or 'the model has no convs'}",
+            todo="`surgeon plan` gives the reason for every conv.",
+        )
+    model, inputs = network.model, network.inputs
+    parent = content_hash(model)
+    progress("building blocks", 0.1)
+    swaps = prepare(model, checked)
+    check = check_sites(swaps, checked.seed, parts(progress, 0.2, 0.5))
+    has_numbers = not any(parameter.is_meta for parameter in model.parameters())
+    progress("running the network as it was", 0.5)
+    with calls_of([one.conv for one in swaps]) as called:
+        before = outputs_of(model, inputs) if has_numbers else None
+    progress("placing blocks", 0.65)
+    undo = place_(model, swaps, network)
+    split = shadow(model) if has_numbers and inputs is not None and checked.has_streams else None
+    outcome = stream_(model, checked, network)
+    try:
+        if split is not None and inputs is not None and outcome.rewritten:
+            check = replace(check, streams=check_streams(model, split, checked, network, inputs))
+        if before is not None and inputs is not None:
+            progress("running the network as it is now", 0.8)
+            with calls_of([one.block for one in swaps]) as called_now:
+                after = run_again(model, inputs)
+            lost = [swaps[i].entry.path for i in sorted(called - called_now)]
+            whole = check_whole(model, inputs, before, after, lost, approximate=bool(check.approximate))
+            check = replace(check, whole=whole)
+    except BaseException:
+        outcome.undo_()
+        undo()
+        raise
+    progress("noting what was done", 0.95)
+    made = content_hash(model)
+    record_(model, Operation("convert", parent, made, checked.to_dict(), versions(), measured=check.to_dict()))
+    return check

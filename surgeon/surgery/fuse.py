@@ -1,0 +1,41 @@
+"""All blocks of a network folded, and what that moved measured."""
+
+from __future__ import annotations
+
+from surgeon.analysis.network import Network
+from surgeon.errors import PassError
+from surgeon.models.progress import Progress, silent
+from surgeon.models.sandbox import ordinary
+from surgeon.proof import verify as equivalence
+from surgeon.proof.distance import worst
+from surgeon.surgery.fold import fold_blocks_
+from surgeon.surgery.history import Operation, content_hash, history, planned_inputs, record_, versions
+from surgeon.surgery.selfcheck import is_far, outputs_of
+
+
+@ordinary()
+def fold_all_(
+    network: Network, *, dense: bool = False, progress: Progress = silent
+) -> tuple[tuple[str, ...], float | None]:
+    """Fold, note it in the model's history, and return the names of what was folded, and how far it moved the output.
+
+    Raises:
+        PassError: it moved the output by more than rounding can; the model is left modified.
+    """
+    model, inputs = network.model, network.inputs
+    progress("running the network as it was", 0)
+    parent, before = content_hash(model), outputs_of(model, inputs)
+    planned = planned_inputs(history(model))  # what verify will look at the network with, too
+    progress("folding", 0.4)
+    is_planned = inputs is not None and planned is not None and inputs.text == planned.text
+    folded = fold_blocks_(network if is_planned else Network(model, called_with=planned), dense=dense)
+    distance = None
+    if before is not None and inputs is not None:
+        progress("running the network as it is now", 0.6)
+        distance = worst(equivalence.outputs(model, inputs), before)
+        if is_far(model, inputs, distance):
+            raise PassError("fuse", f"the network is {distance:.1e} from what it was before its blocks were folded")
+    if folded:
+        measured = {"folded": len(folded)} | ({} if distance is None else {"whole": distance})
+        record_(model, Operation("fuse", parent, content_hash(model), None, versions(), dense, measured))
+    return folded, distance

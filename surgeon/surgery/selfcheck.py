@@ -1,0 +1,195 @@
+"""What convert and fuse measure of their own work.
+
+The graph of a network is unchanged by a swap, so the blocks are proved one by one: each is made again in float64 and
+measured against what it replaces, and the stored block must be that, rounded once. Then the whole network is run before
+and after, which shows whether a conv is used in a way that its graph does not tell.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from surgeon.analysis import program as graph
+from surgeon.analysis.network import Network
+from surgeon.errors import CaptureError, PassError, VerifyError
+from surgeon.models.call import Inputs
+from surgeon.models.copies import shadow
+from surgeon.models.memory import give_back_after
+from surgeon.models.progress import Progress
+from surgeon.proof import verify as equivalence
+from surgeon.proof.distance import Jitter, as_double, has_numbers, widened, worst, worst_ulps
+from surgeon.proof.verify import EXACT
+from surgeon.surgery.operate import Swap, build, keep_seams, stream_
+from surgeon.surgery.plan import Plan
+
+# Relative L2 that no rounding explains once every block is proved; a norm that is applied twice or never is above it.
+_GROSS = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 0.9, torch.bfloat16: 0.9}
+_UNSEEN = "the network uses a conv in a way that its graph does not show"
+_LEAVE = "Leave out the convs that are read in other ways than by calling them: `surgeon plan -o plan.yaml`, edit it."
+
+
+@dataclass(frozen=True, slots=True)
+class SelfCheck:
+    """What convert measured of its own work, as relative L2 in eval mode.
+
+    `worst`: of the blocks that keep the function, made in float64, against what they replace; `approximate` do not keep
+    it, by design. `whole`: the whole network before and after, in its own dtype; None where no input is known.
+    `streams`: with octave streams going from conv to conv, against every conv splitting and joining, in float64 (in its
+    own dtype where it does not run there).
+    """
+
+    sites: int
+    worst: float | None
+    worst_path: str | None
+    approximate: int
+    whole: float | None = None
+    streams: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give what was measured, as it stands in a history."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+def check_sites(swaps: Sequence[Swap], seed: int, progress: Progress) -> SelfCheck:
+    """Make every block again in float64; measure it against what it replaces, and the stored block against it."""
+    check = SelfCheck(len(swaps), None, None, sum(not one.entry.keeps_function for one in swaps))
+    for i, one in enumerate(swaps):
+        progress(f"proving {one.entry.path}", i / len(swaps))
+        if one.conv.weight.is_meta:  # no numbers, nothing to measure
+            continue
+        path, conv = one.entry.path, shadow(one.conv, as_double)
+        norm = None if one.norm is None else shadow(one.norm, as_double)
+        twin = build(one.entry, conv, norm, seed)
+        if not (ulps := worst_ulps(one.block, twin)) <= 1:
+            raise PassError("convert", f"{path} is stored {ulps:.3g} units in the last place from its float64 twin")
+        if one.entry.keeps_function:
+            apart = equivalence.local_distance(twin, conv, norm)
+            if not apart <= EXACT:
+                raise PassError("convert", f"{path} is {apart:.1e} from the conv it replaces, in float64")
+            if check.worst is None or apart > check.worst:
+                check = replace(check, worst=apart, worst_path=path)
+        give_back_after(one.conv.weight)
+    return check
+
+
+@contextlib.contextmanager
+def calls_of(modules: Sequence[nn.Module]) -> Iterator[set[int]]:
+    """Note which of the modules are called meanwhile, in the model or in a copy of it."""
+    called: set[int] = set()
+    hooks = [module.register_forward_hook(lambda *_, i=i: called.add(i)) for i, module in enumerate(modules)]
+    try:
+        yield called
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _Way(NamedTuple):
+    """A way to run a network: as what copy of it, in which dtype, and how far apart two of them may be then."""
+
+    copied: Callable[[nn.Module], nn.Module]
+    dtype: torch.dtype
+    most: float
+
+    def run(self, model: nn.Module, inputs: Inputs, *, seed: int = 0) -> Any:
+        return equivalence.outputs(self.copied(model), inputs, seed=seed, dtype=self.dtype)
+
+
+def _ways(model: nn.Module) -> tuple[_Way, ...]:
+    """In float64, all of it where dtypes get mixed otherwise; in its own dtype where it does not run in float64."""
+    return (
+        _Way(widened, torch.float64, EXACT),
+        _Way(lambda net: shadow(net, as_double), torch.float64, EXACT),
+        _Way(shadow, equivalence.dtype_of(model), _gross(model)),
+    )
+
+
+def check_streams(model: nn.Module, split: nn.Module, plan: Plan, network: Network, inputs: Inputs) -> float | None:
+    """Compare streams that go from conv to conv with convs that split and join each for itself, in float64."""
+    stream_(split, plan, network, only_low_pass=True)
+    for way in (ways := _ways(model)):
+        try:
+            expected = way.run(split, inputs)
+            break
+        except VerifyError:
+            if way is ways[-1]:
+                raise
+    apart = worst(way.run(model, inputs), expected)
+    if not apart <= way.most:
+        if worst(way.run(split, inputs, seed=1), expected):
+            return None  # it draws numbers in eval mode, and other ones for two streams
+        if (path := _misread(split, plan, network, way, inputs, apart)) is not None:
+            raise CaptureError(
+                f"the graph of {path or 'the model'} is not what it computes: its forward acts on what its inputs are",
+                todo=keep_seams(plan),
+            )
+        raise PassError("seams", f"without seams the network is {apart:.1e} from itself with them")
+    return apart
+
+
+def _misread(model: nn.Module, plan: Plan, network: Network, way: _Way, inputs: Inputs, apart: float) -> str | None:
+    """Find an island whose graph, put in its place unchanged, is what sets the outputs `apart`."""
+    expected = way.run(model, inputs)
+    for island in network.islands_after_swaps(model):
+        if island.path in plan.rewritten:
+            as_graph = shadow(model)
+            graph.rewrite_(as_graph.get_submodule(island.path), island.graph)
+            if worst(way.run(as_graph, inputs), expected) > apart / 10:
+                return island.path
+    return None
+
+
+def run_again(model: nn.Module, inputs: Inputs) -> Any:
+    try:
+        return equivalence.outputs(model, inputs)
+    except VerifyError as error:
+        raise CaptureError(f"{_UNSEEN}: {error.problem}", todo=_LEAVE) from error
+
+
+def check_whole(
+    model: nn.Module, inputs: Inputs, before: Any, after: Any, lost: Sequence[str], *, approximate: bool
+) -> float:
+    """Compare the outputs. Every block has been proved, so one that is far off, or `lost`, is used in a way unseen."""
+    if lost:
+        what = f"{lost[0]} has been swapped, and what stands there is not called"
+        raise CaptureError(f"{_UNSEEN}: {what}", todo=_LEAVE)
+    try:
+        apart = worst(after, before)
+    except VerifyError as error:
+        raise CaptureError(f"{_UNSEEN}: {error.problem}", todo=_LEAVE) from error
+    if not approximate and is_far(model, inputs, apart):
+        raise CaptureError(f"{_UNSEEN}: after the swaps it is {apart:.1e} from what it was", todo=_LEAVE)
+    return apart
+
+
+def outputs_of(model: nn.Module, inputs: Inputs | None) -> Any:
+    """Run the model where an input is known; None where there is none, or no number comes out."""
+    if inputs is None:
+        return None
+    out = equivalence.outputs(model, inputs)
+    return out if has_numbers(out) else None
+
+
+def is_far(model: nn.Module, inputs: Inputs, apart: float) -> bool:
+    """Whether outputs are so far apart that no rounding explains it, in a network whose blocks have been proved."""
+    return not apart <= _gross(model) and not apart <= 2 * _moved_by_rounding(model, inputs)
+
+
+def _gross(model: nn.Module) -> float:
+    return _GROSS.get(equivalence.dtype_of(model), math.inf)
+
+
+def _moved_by_rounding(model: nn.Module, inputs: Inputs) -> float:
+    """How far one unit in the last place of every weight takes a network; in a few it is anywhere then."""
+    moved = shadow(model, Jitter(0, keeps_dtype=True))
+    try:
+        return worst(equivalence.outputs(moved, inputs), equivalence.outputs(model, inputs))
+    except VerifyError:  # the shapes of its outputs depend on rounding
+        return math.inf
