@@ -1,5 +1,6 @@
 """One thread: where cores are shared, two of them wait 20 ms for each other at every tiny conv, 100 times its work."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -22,3 +23,9 @@ def pytest_configure(config: pytest.Config) -> None:
         folder = tempfile.mkdtemp(prefix="surgeon-tests-", dir=os.environ.get("PYTEST_DEBUG_TEMPROOT"))
         config.option.basetemp = Path(folder, "run")
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what lives as long as the run: with torch and 5000 tests, 0.7 s at every call."""
+    gc.collect()
+    gc.freeze()
