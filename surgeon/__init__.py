@@ -87,7 +87,13 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'surgeon' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    import random
+
+    state = random.getstate()  # rich draws a number while it is imported
+    try:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+    finally:
+        random.setstate(state)
     globals()[name] = value
     return value
 
