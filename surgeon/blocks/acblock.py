@@ -175,10 +175,7 @@ class ACBlock(base.Foldable[ACBlockOptions]):
                 (kernels.embed(ver, size, column=self.column), ver_bias),
                 (kernels.embed(hor, size, row=self.row), hor_bias),
             )
-            conv = self.spec.change(bias=True).build(like=self.square_conv.weight)
-            conv.weight.copy_(kernel)
-            assert conv.bias is not None
-            conv.bias.copy_(bias)
+        conv = self.spec.build_with(kernel, bias, like=self.square_conv.weight)
         conv.requires_grad_(self.square_conv.weight.requires_grad)
         return conv.train(self.training)
 

@@ -60,7 +60,7 @@ def test_streams_are_planned_and_carried_out_on_the_graphs_that_were_traced_firs
     recipe["rules"][0]["match"] = {"name": "first"}
     recipe["rules"].append({"swap": "octave", "with": {"min_size": 1, "alpha_out": 0}, "match": {"name": "second"}})
     calls = _calls_in(lambda: surgeon.convert(net, recipe, SHAPE))
-    # Traced twice, looked at once, run as it was, and conv by conv in float64; what is rewritten has a forward of its own.
+    # Traced twice, looked at once, run as it was, and conv by conv in float64; what is rewritten has its own forward.
     assert calls == 2 + 1 + 1 + 1
 
 
