@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from surgeon.blocks.octave import OctaveConv
     from surgeon.conv.spec import ConvSpec
     from surgeon.models.call import Inputs
-    from surgeon.proof.verify import Report
+    from surgeon.proof.report import Check, Report
     from surgeon.recipes.recipe import Recipe
     from surgeon.surgery.history import Operation
     from surgeon.surgery.plan import Plan
@@ -37,6 +37,7 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())  # else Python wou
 _HOMES = {
     "ACBlock": "surgeon.blocks.acblock",
     **dict.fromkeys(("Block", "BlockOptions", "Deployable", "Foldable", "Trial"), "surgeon.blocks.base"),
+    **dict.fromkeys(("Check", "Report"), "surgeon.proof.report"),
     "ConvSpec": "surgeon.conv.spec",
     "HetConv": "surgeon.blocks.hetconv",
     "Inputs": "surgeon.models.call",
@@ -44,7 +45,6 @@ _HOMES = {
     "OctaveConv": "surgeon.blocks.octave",
     "Plan": "surgeon.surgery.plan",
     "Recipe": "surgeon.recipes.recipe",
-    "Report": "surgeon.proof.verify",
     "Survey": "surgeon.analysis.sites",
     "SurgeonError": "surgeon.errors",
     **dict.fromkeys(
@@ -56,6 +56,7 @@ __all__ = [
     "ACBlock",
     "Block",
     "BlockOptions",
+    "Check",
     "ConvSpec",
     "Deployable",
     "Foldable",

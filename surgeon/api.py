@@ -37,7 +37,7 @@ from surgeon.models.progress import Progress, parts, silent
 from surgeon.models.sandbox import ordinary
 from surgeon.models.wrappers import checked
 from surgeon.proof import verify as equivalence
-from surgeon.proof.verify import Report
+from surgeon.proof.report import Report
 from surgeon.recipes import recipe as recipes
 from surgeon.recipes.recipe import Recipe
 from surgeon.surgery import history as histories

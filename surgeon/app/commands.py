@@ -32,7 +32,7 @@ from surgeon.files.pickles import Trust
 from surgeon.files.save import save, to_open_again
 from surgeon.models import devices
 from surgeon.models.progress import Progress, parts, silent
-from surgeon.proof.verify import Report
+from surgeon.proof.report import Report
 from surgeon.recipes import recipe as recipes
 from surgeon.surgery import manifest as manifests
 from surgeon.surgery import plan as plans
