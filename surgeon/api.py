@@ -46,12 +46,14 @@ from surgeon.proof.distance import Jitter, as_double, has_numbers, widened, wors
 from surgeon.proof.verify import EXACT, Replay, Report
 from surgeon.recipes import recipe as recipes
 from surgeon.recipes.recipe import Recipe
+from surgeon.surgery import check as checks
 from surgeon.surgery import history as histories
-from surgeon.surgery import plan as plans
 from surgeon.surgery import replay
 from surgeon.surgery.fold import fold_blocks_
+from surgeon.surgery.foresee import foresee
+from surgeon.surgery.make import make
 from surgeon.surgery.manifest import manifest
-from surgeon.surgery.operate import Swap, build, foresee, keep_seams, place_, prepare, stream_
+from surgeon.surgery.operate import Swap, build, keep_seams, place_, prepare, stream_
 from surgeon.surgery.plan import Plan
 
 # Relative L2 that no rounding explains once every block is proved; a norm that is applied twice or never is above it.
@@ -117,7 +119,7 @@ def plan(
 
 def decide(recipe: Recipe, surveyed: Survey, *, seed: int) -> Plan:
     """Make a plan, and say in it what comes of it."""
-    return foresee(plans.make(recipe, surveyed, seed=seed), surveyed)
+    return foresee(make(recipe, surveyed, seed=seed), surveyed)
 
 
 def convert(
@@ -149,7 +151,7 @@ def convert_(
     with ordinary():
         surveyed = sites.survey(network_for(model, example, plan=how if isinstance(how, Plan) else None, seed=seed))
         if isinstance(how, Plan):
-            plans.check(how, surveyed)
+            checks.check(how, surveyed)
         decided = how if isinstance(how, Plan) else decide(_recipe(how, overrides), surveyed, seed=seed)
         carry_out_(decided, surveyed.network)
     return model

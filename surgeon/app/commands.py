@@ -35,8 +35,8 @@ from surgeon.models import devices
 from surgeon.models.progress import Progress, parts, silent
 from surgeon.proof.verify import Report
 from surgeon.recipes import recipe as recipes
+from surgeon.surgery import check as checks
 from surgeon.surgery import manifest as manifests
-from surgeon.surgery import plan as plans
 from surgeon.surgery.plan import Plan
 from surgeon.surgery.replay import rebuild
 
@@ -113,7 +113,7 @@ def convert(
     surveyed = sites.survey(network)
     progress("planning", 0.3)
     if isinstance(wanted, Plan):
-        plans.check(wanted, surveyed)
+        checks.check(wanted, surveyed)
     decided = wanted if isinstance(wanted, Plan) else surgery.decide(wanted, surveyed, seed=given.seed)
     progress("converting, and measuring it", 0.4)
     check = surgery.carry_out_(decided, network)

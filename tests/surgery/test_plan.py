@@ -23,6 +23,7 @@ from surgeon.conv.spec import ConvSpec
 from surgeon.errors import PlanError, RecipeError
 from surgeon.recipes import recipe
 from surgeon.surgery import plan as plans
+from surgeon.surgery.make import make
 from surgeon.surgery.plan import Entry, Plan
 
 
@@ -436,7 +437,7 @@ def test_a_rule_that_asks_for_a_size_needs_an_input():
     given = rules("{swap: acblock, match: {size: {min: 9}}}", "{leave: small, optional: true}")
     net = own()
     with pytest.raises(PlanError, match=r"rules\[0\].*size of feature maps.*--input"):
-        plans.make(given, surgeon.analysis.sites.survey(Network(net)))
+        make(given, surgeon.analysis.sites.survey(Network(net)))
     assert [entry.skip for entry in surgeon.plan(net, given, (1, 4, 9, 9)).convs] == [None, None, "small"]
 
 
@@ -507,7 +508,7 @@ def test_a_conv_that_is_never_called_costs_parameters_only():
 
 
 def test_without_an_input_there_are_parameters_only():
-    plan = plans.make(recipe.load("acnet"), surgeon.analysis.sites.survey(Network(own())))
+    plan = make(recipe.load("acnet"), surgeon.analysis.sites.survey(Network(own())))
     assert (plan.input, plan.total.macs) == (None, None)
     assert all(entry.macs is None and entry.size is None for entry in plan.convs)
     assert plan.total.params.after == params(surgeon.convert(own(), plan))
