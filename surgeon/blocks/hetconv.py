@@ -158,7 +158,7 @@ class HetConv(base.Foldable[HetConvOptions]):
             block.filter_place.copy_(filters.argsort(stable=True).argsort())
         if options.init == "scratch":
             fan_in = block.weight[0].numel() + block.pointwise.shape[1]
-            dense = base.uniform(tuple(dense.shape), fan_in, generator).to(dense.device)
+            dense = base.uniform(tuple(dense.shape), fan_in, generator, like=dense)
         with torch.no_grad():
             block._project_(dense, conv.bias)
         block.weight.requires_grad_(conv.weight.requires_grad)

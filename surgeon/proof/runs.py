@@ -22,6 +22,7 @@ from surgeon.conv.spec import ConvSpec
 from surgeon.errors import VerifyError
 from surgeon.models.call import Inputs
 from surgeon.models.copies import in_mode, shadow, where
+from surgeon.models.devices import dtype_of
 from surgeon.models.sandbox import one_thread, quietly
 from surgeon.proof.distance import (
     EXACT,
@@ -207,11 +208,6 @@ class Models:
 def outputs(model: nn.Module, inputs: Inputs, *, seed: int = 0, dtype: torch.dtype | None = None) -> Any:
     """Run a copy of the model in eval mode, on inputs in its own dtype if no other is given."""
     return _call(_evaluating(model), inputs, dtype or dtype_of(model), seed)
-
-
-def dtype_of(model: nn.Module) -> torch.dtype:
-    """The dtype of a model's first floating point parameter."""
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
 
 def local_distance(block: nn.Module, conv: nn.Conv2d, norm: nn.Module | None) -> float:

@@ -22,11 +22,12 @@ from torch import nn
 
 from surgeon.errors import VerifyError
 from surgeon.models.call import Inputs
+from surgeon.models.devices import dtype_of
 from surgeon.proof.checks import checks
 from surgeon.proof.distance import dtype_name
 from surgeon.proof.divergence import site_table
 from surgeon.proof.report import Report
-from surgeon.proof.runs import Measured, Models, NotInFloat64Error, Replay, dtype_of
+from surgeon.proof.runs import Measured, Models, NotInFloat64Error, Replay
 from surgeon.proof.ulps import stored_ulps
 
 
