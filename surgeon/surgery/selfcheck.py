@@ -21,6 +21,7 @@ from surgeon.analysis.network import Network
 from surgeon.errors import CaptureError, PassError, VerifyError
 from surgeon.models.call import Inputs
 from surgeon.models.copies import shadow
+from surgeon.models.devices import dtype_of
 from surgeon.models.memory import give_back_after
 from surgeon.models.progress import Progress
 from surgeon.proof import runs
@@ -107,7 +108,7 @@ def _ways(model: nn.Module) -> tuple[_Way, ...]:
     return (
         _Way(widened, torch.float64, EXACT),
         _Way(lambda net: shadow(net, as_double), torch.float64, EXACT),
-        _Way(shadow, runs.dtype_of(model), _gross(model)),
+        _Way(shadow, dtype_of(model), _gross(model)),
     )
 
 
@@ -183,7 +184,7 @@ def is_far(model: nn.Module, inputs: Inputs, apart: float) -> bool:
 
 
 def _gross(model: nn.Module) -> float:
-    return _GROSS.get(runs.dtype_of(model), math.inf)
+    return _GROSS.get(dtype_of(model), math.inf)
 
 
 def _moved_by_rounding(model: nn.Module, inputs: Inputs) -> float:
