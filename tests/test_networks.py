@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from helpers import narrow, relative, run_surgeon, shake_
+from helpers import narrow_torchvision, relative, run_surgeon, shake_
 from torch import Tensor, nn
 
 import surgeon
@@ -24,19 +24,24 @@ class Net:
     train_side: int | None = None  # where training needs a larger input
 
 
-def _torchvision(name: str, **args: object) -> Callable[[], nn.Module]:
-    return lambda: torchvision.models.get_model(name, weights=None, **args)
+def _full(name: str) -> Callable[[], nn.Module]:
+    return lambda: torchvision.models.get_model(name, weights=None)
+
+
+def _narrow(name: str, **args: object) -> Callable[[], nn.Module]:
+    """All layers, wired as they are, with a quarter of the channels."""
+    return lambda: narrow_torchvision(name, **args)
 
 
 NETS = {
-    "resnet18": Net(_torchvision("resnet18"), 64, takes_all_norms=True),
-    "resnet50": Net(_torchvision("resnet50"), 64, takes_all_norms=True),
-    "vgg16": Net(lambda: narrow("vgg16"), 32),
-    "vgg16_bn": Net(lambda: narrow("vgg16_bn"), 32, takes_all_norms=True),
-    "alexnet": Net(lambda: narrow("alexnet"), 80),
-    "densenet121": Net(_torchvision("densenet121"), 64),
-    "mobilenet_v3_large": Net(_torchvision("mobilenet_v3_large"), 64, takes_all_norms=True),
-    "inception_v3": Net(_torchvision("inception_v3", init_weights=False), 128, takes_all_norms=True, train_side=299),
+    "resnet18": Net(_full("resnet18"), 64, takes_all_norms=True),
+    "resnet50": Net(_full("resnet50"), 64, takes_all_norms=True),
+    "vgg16": Net(_narrow("vgg16"), 32),
+    "vgg16_bn": Net(_narrow("vgg16_bn"), 32, takes_all_norms=True),
+    "alexnet": Net(_narrow("alexnet"), 80),
+    "densenet121": Net(_narrow("densenet121"), 64),
+    "mobilenet_v3_large": Net(_narrow("mobilenet_v3_large"), 64, takes_all_norms=True),
+    "inception_v3": Net(_narrow("inception_v3", init_weights=False), 128, takes_all_norms=True, train_side=299),
     "timm vgg11": Net(lambda: timm.create_model("vgg11", mlp_ratio=0.125), 64),
     "timm resnet50_clip": Net(lambda: timm.create_model("resnet50_clip", img_size=64), 64),
 }

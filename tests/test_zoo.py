@@ -46,6 +46,7 @@ NETS = {
     "timm:test_vit": Expected(None, 0, None, is_whole=False),
     "timm:starnet_s050": Expected(5, 5, 5),
 }
+WITHOUT_OCTAVES = ()
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -57,12 +58,13 @@ def test_no_network_crashes_or_comes_out_wrong(name: str) -> None:
     assert record.moved_by_input > 1e-3
     found = Expected(record.swapped, record.dense or 0, record.dense_swapped, zoo_page.is_whole(record))
     assert found == NETS[name]
-    assert all(number <= 1e-12 for number in zoo_page.taken(record))
     if record.swapped:
-        assert record.apart.keys() >= {"convert", "fuse"}
+        assert max(record.apart["convert"], record.apart["fuse"]) <= 1e-12
         assert (record.verdicts["convert"], record.verdicts["fuse"]) == ("equivalent", "equivalent")
-    assert record.verdicts.get("octave", "approximate") == "approximate"
-    assert record.apart.get("octave fused", 0.0) <= 1e-12
+    assert bool(record.octaves) == (name not in WITHOUT_OCTAVES)
+    if record.octaves:
+        assert record.verdicts["octave"] == "approximate"
+        assert record.apart["octave fused"] <= 1e-12
     assert sum(record.dense_skipped.values()) == (record.dense or 0) - (record.dense_swapped or 0)
 
 

@@ -164,8 +164,8 @@ def test_it_is_stored_and_opens_again(tmp_path: Path, suffix: str, monkeypatch: 
 def test_what_goes_wrong_on_the_way_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     net = network(LIFTED["with a norm"][0])
     before, kind = copy.deepcopy(net.state_dict()), type(net)
-    monkeypatch.setattr("surgeon.surgery.selfcheck._GROSS", {torch.float64: -1.0})
-    monkeypatch.setattr("surgeon.surgery.selfcheck._moved_by_rounding", lambda *_: -1.0)
+    forward = Rewritten.forward
+    monkeypatch.setattr(Rewritten, "forward", lambda module, x: 2 * forward(module, x))
     with pytest.raises(surgeon.errors.CaptureError):
         surgeon.convert_(net, "acnet", SHAPE)
     assert type(net) is kind

@@ -79,7 +79,7 @@ def test_a_module_that_acts_on_values_is_left_alone_and_the_line_is_named():
     [opaque] = found.opaque
     lines, start = inspect.getsourcelines(tiny.ActsOnValues)
     line = start + next(i for i, text in enumerate(lines) if "the culprit" in text)
-    assert f"(tiny.py:{line})" in opaque.reason
+    assert f"(tracing.py:{line})" in opaque.reason
     assert "\n" not in opaque.reason
 
 
