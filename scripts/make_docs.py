@@ -23,7 +23,7 @@ import typer
 from surgeon.analysis import example as examples
 from surgeon.app.cli import app
 from surgeon.app.cli import main as surgeon
-from surgeon.models import call as inputs
+from surgeon.models import notation
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -45,7 +45,7 @@ def reference() -> str:
             lines += [f"| `{p.metavar or p.name.upper()}` | {p.help or ''} |" for p in arguments] + [""]
         lines += ["| option | meaning |", "|---|---|"]
         lines += [f"| `{', '.join(p.opts)}` | {p.help}{_default(p)} |" for p in options] + ["", command.epilog, ""]
-    lines += ["## Example inputs", "", inputs.__doc__ or "", examples.__doc__ or ""]
+    lines += ["## Example inputs", "", notation.__doc__ or "", examples.__doc__ or ""]
     return "\n".join(lines).rstrip() + "\n"
 
 

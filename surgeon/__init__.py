@@ -19,6 +19,7 @@ from surgeon import errors
 from surgeon._version import __version__
 
 if TYPE_CHECKING:
+    from surgeon.analysis.example import Example
     from surgeon.analysis.sites import Survey
     from surgeon.api import convert, convert_, fuse, fuse_, history, load, plan, save, survey, verify
     from surgeon.blocks.acblock import ACBlock
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from surgeon.blocks.octave import OctaveConv
     from surgeon.conv.spec import ConvSpec
     from surgeon.models.call import Inputs
-    from surgeon.proof.verify import Report
+    from surgeon.proof.report import Check, Report
     from surgeon.recipes.recipe import Recipe
     from surgeon.surgery.history import Operation
     from surgeon.surgery.plan import Plan
@@ -37,14 +38,15 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())  # else Python wou
 _HOMES = {
     "ACBlock": "surgeon.blocks.acblock",
     **dict.fromkeys(("Block", "BlockOptions", "Deployable", "Foldable", "Trial"), "surgeon.blocks.base"),
+    **dict.fromkeys(("Check", "Report"), "surgeon.proof.report"),
     "ConvSpec": "surgeon.conv.spec",
+    "Example": "surgeon.analysis.example",
     "HetConv": "surgeon.blocks.hetconv",
     "Inputs": "surgeon.models.call",
     "Operation": "surgeon.surgery.history",
     "OctaveConv": "surgeon.blocks.octave",
     "Plan": "surgeon.surgery.plan",
     "Recipe": "surgeon.recipes.recipe",
-    "Report": "surgeon.proof.verify",
     "Survey": "surgeon.analysis.sites",
     "SurgeonError": "surgeon.errors",
     **dict.fromkeys(
@@ -56,8 +58,10 @@ __all__ = [
     "ACBlock",
     "Block",
     "BlockOptions",
+    "Check",
     "ConvSpec",
     "Deployable",
+    "Example",
     "Foldable",
     "HetConv",
     "Inputs",
@@ -87,7 +91,13 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'surgeon' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    import random
+
+    state = random.getstate()  # rich draws a number while it is imported
+    try:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+    finally:
+        random.setstate(state)
     globals()[name] = value
     return value
 

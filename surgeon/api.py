@@ -37,17 +37,18 @@ from surgeon.models.progress import Progress, parts, silent
 from surgeon.models.sandbox import ordinary
 from surgeon.models.wrappers import checked
 from surgeon.proof import verify as equivalence
-from surgeon.proof.verify import Report
+from surgeon.proof.report import Report
 from surgeon.recipes import recipe as recipes
 from surgeon.recipes.recipe import Recipe
+from surgeon.surgery import check as checks
 from surgeon.surgery import history as histories
-from surgeon.surgery import plan as plans
 from surgeon.surgery import replay
 from surgeon.surgery.convert import carry_out_
+from surgeon.surgery.foresee import foresee
 from surgeon.surgery.fuse import fold_all_
 from surgeon.surgery.history import Operation
+from surgeon.surgery.make import make
 from surgeon.surgery.manifest import manifest
-from surgeon.surgery.operate import foresee
 from surgeon.surgery.plan import Plan
 
 _log = logging.getLogger("surgeon")
@@ -96,7 +97,7 @@ def plan(
 
 def decide(recipe: Recipe, surveyed: Survey, *, seed: int) -> Plan:
     """Make a plan, and say in it what comes of it."""
-    return foresee(plans.make(recipe, surveyed, seed=seed), surveyed)
+    return foresee(make(recipe, surveyed, seed=seed), surveyed)
 
 
 def convert(
@@ -135,7 +136,7 @@ def convert_(
         surveyed = sites.survey(network_for(model, example, plan=how if isinstance(how, Plan) else None, seed=seed))
         progress("planning", 0.2)
         if isinstance(how, Plan):
-            plans.check(how, surveyed)
+            checks.check(how, surveyed)
         decided = how if isinstance(how, Plan) else decide(_recipe(how, overrides), surveyed, seed=seed)
         carry_out_(decided, surveyed.network, parts(progress, 0.3, 1))
     return model

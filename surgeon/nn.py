@@ -10,6 +10,7 @@ Nothing is imported before a name is asked for.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 HOMES = {
@@ -74,6 +75,20 @@ class Stored:
 
     def derive_(self) -> None:
         """Set the attributes that are made from the others."""
+
+
+def become_(instance: Any, kind: type[Any], **attributes: Any) -> Callable[[], None]:
+    """Give an object another class and more attributes; it stays the object it is. Returns what takes that back."""
+    before, state = type(instance), dict(vars(instance))
+
+    def undo() -> None:
+        instance.__class__ = before
+        vars(instance).clear()
+        vars(instance).update(state)
+
+    instance.__class__ = kind
+    vars(instance).update(attributes)
+    return undo
 
 
 def known_format(cls: type[Any], state: dict[str, Any]) -> int:

@@ -20,9 +20,11 @@ from surgeon.app import bench
 from surgeon.blocks import Foldable, registry
 from surgeon.errors import ModelError
 from surgeon.models import devices
-from surgeon.models.call import Draw, Inputs
+from surgeon.models.call import Inputs
 from surgeon.models.copies import shadow
-from surgeon.proof.distance import Jitter, as_double, ulp
+from surgeon.models.draw import Draw
+from surgeon.proof.distance import as_double
+from surgeon.proof.ulps import Jitter, ulp
 
 EXAMPLE = (2, 3, 16, 16)
 

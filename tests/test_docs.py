@@ -8,6 +8,7 @@ from pathlib import Path
 
 import make_docs
 import pytest
+import test_public
 
 import surgeon
 from surgeon.recipes import recipe
@@ -16,6 +17,7 @@ from surgeon.recipes.match import Match
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+MAP = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 
 
 _DISTANCE = re.compile(r"(?<![\w.])\d\.\de[-+]\d\d(?!\d)")  # 2.6e-08, a relative L2 or an absolute one
@@ -141,3 +143,49 @@ def test_the_make_targets_of_the_readme_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in set(re.findall(r"`?make (\w+)", README)):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def _on_the_map(text: str) -> list[str]:
+    """The files that the list in docs/architecture.md names, in its order; a folder ends in a slash."""
+    named, package = [], ""
+    for indent, name in re.findall(r"^( *)- (?:\*\*)?`([\w/]+(?:/|\.py))`(?:\*\*)?: \S", text, re.MULTILINE):
+        package = package if indent else name
+        named.append(package + name if indent else name)
+    return named
+
+
+def _module(name: str) -> str:
+    parts = name.removesuffix("/").removesuffix(".py").split("/")
+    return ".".join(["surgeon", *parts] if parts != ["__init__"] else ["surgeon"])
+
+
+def test_every_file_stands_on_the_map_and_nothing_else_does() -> None:
+    named = [_module(name) for name in _on_the_map(MAP)]
+    assert set(named) ^ {test_public._dotted(path) for path in test_public.FILES} == set()
+    assert len(named) == len(set(named))
+
+
+def test_a_file_on_the_map_imports_only_from_files_above_it() -> None:
+    place = {_module(name): i for i, name in enumerate(_on_the_map(MAP))}
+    for path in test_public.FILES:
+        if path.name != "__init__.py":  # a folder is named above its files, and may offer what they have
+            own = test_public._dotted(path)
+            below = {name for name in set(test_public._imports(path)) - {"surgeon"} if place[name] > place[own]}
+            assert not below, f"{own} stands above what it imports"
+
+
+def test_the_packages_on_the_map_and_in_its_picture_stand_in_their_order() -> None:
+    packages = [name.partition("/")[0].removesuffix(".py") for name in _on_the_map(MAP)]
+    assert tuple(dict.fromkeys(packages)) == test_public.PACKAGES
+    picture = MAP[MAP.index("subgraph order") : MAP.index("subgraph way")]
+    chain = [name for line in re.findall(r"^ +(\w+ --> .*)$", picture, re.MULTILINE) for name in line.split(" --> ")]
+    assert list(dict.fromkeys(chain)) == [name for name in test_public.PACKAGES if not name.startswith("_")]
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [("  - `fold.py`: ", "surgery/fold.py"), ("  - `rules/`: ", "octave/rules/"), ("- **`nn.py`**: ", "nn.py")],
+)
+def test_a_file_that_is_not_on_the_map_is_found(line: str, name: str) -> None:
+    fewer = MAP.replace(line, "", 1)
+    assert set(_on_the_map(MAP)) - set(_on_the_map(fewer)) == {name}

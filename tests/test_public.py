@@ -6,6 +6,8 @@ import ast
 import dataclasses
 import doctest
 import importlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -228,3 +230,14 @@ def test_every_block_of_surgeon_is_among_those_that_no_file_names() -> None:
 def test_a_file_that_names_a_block_is_found(line: str) -> None:
     assert _blocks_in(line) == {"OctaveConv"}
     assert _blocks_in("# OctaveConv\n'OctaveConv'\nOctaveConvLike") == set()
+
+
+def test_importing_leaves_the_random_state_where_it_was() -> None:
+    code = (
+        "import random, surgeon\n"
+        "before = random.getstate()\n"
+        "for name in surgeon.__all__: getattr(surgeon, name)\n"
+        "assert random.getstate() == before\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr

@@ -121,7 +121,7 @@ def test_keys_of_what_was_not_touched_are_the_same_and_hold_the_same(
 
 def test_a_model_that_is_one_conv_in_a_container_keeps_its_container():
     net = nn.ModuleDict({"only": nn.Sequential(conv3())})
-    decided = surgeon.surgery.plan.make(
+    decided = surgeon.surgery.make.make(
         surgeon.recipes.recipe.load("acnet"), surgeon.analysis.sites.survey(Network(net))
     )
     assert type(surgeon.convert(net, decided)) is nn.ModuleDict
@@ -476,7 +476,7 @@ def test_distributed_training_keeps_ranks_equal_and_goes_where_one_process_goes(
 def test_a_second_reference_to_a_block_is_the_same_block_when_fused():
     net = nn.ModuleDict({"a": ConvNorm()})
     net["b"] = net["a"]
-    made = surgeon.surgery.plan.make(surgeon.recipes.recipe.load("acnet"), surgeon.analysis.sites.survey(Network(net)))
+    made = surgeon.surgery.make.make(surgeon.recipes.recipe.load("acnet"), surgeon.analysis.sites.survey(Network(net)))
     fused = surgeon.fuse(surgeon.convert(net, made))
     assert fused["a"] is fused["b"]
     assert type(fused["a"].conv) is nn.Conv2d

@@ -30,8 +30,10 @@ from surgeon.analysis.run import Run, observe
 from surgeon.errors import CaptureError, ModelError
 from surgeon.files import architectures
 from surgeon.models import call as calls
-from surgeon.models.call import Draw, Inputs, Shape
+from surgeon.models import notation
+from surgeon.models.call import Inputs
 from surgeon.models.copies import where
+from surgeon.models.draw import Draw, Shape
 from surgeon.models.sandbox import quietly
 
 _log = logging.getLogger("surgeon")
@@ -83,7 +85,7 @@ def read(text: str, model: nn.Module, *, seed: int = 0) -> Inputs:
     """
 
     def value(part: str) -> Any:
-        return calls.draw(part) if _SHAPE.fullmatch(part) else _value(part, model, seed)
+        return notation.draw(part) if _SHAPE.fullmatch(part) else _value(part, model, seed)
 
     is_whole = isfile(text) or (_FUNCTION.fullmatch(text) and not _SHAPE.fullmatch(text))
     call = _arguments(_value(text, model, seed)) if is_whole else calls.parse(text, value)

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from surgeon._torch_compat import ASSERT_IS_NONE
 from surgeon.conv import streams
-from surgeon.nn import Stored
+from surgeon.nn import Stored, become_
 
 Data = dict[str, Any]
 _FORMAT = 2
@@ -97,6 +97,9 @@ _MAY_DEFINE = frozenset(
 )
 
 
+_OWN = ("program", "origin", "_run")  # what a Rewritten keeps its graph in
+
+
 class Rewritten(Stored, nn.Module):
     """A module whose forward is a graph that is kept as data.
 
@@ -136,20 +139,10 @@ def rewrite_(module: nn.Module, graph: fx.Graph) -> Callable[[], None]:
 
     The graph is that of an island, changed. Nothing may speak against it (`obstacle`, `unwritable`).
     """
-    before, state = type(module), dict(vars(module))
     graph.lint()
-    program = encode(graph)
-
-    def undo() -> None:
-        module.__class__ = before
-        vars(module).clear()
-        vars(module).update(state)
-
-    module.__class__ = Rewritten
-    origin = f"{before.__module__}.{before.__qualname__}"
-    module.program, module.origin = program, state.get("origin", origin)  # type: ignore[assignment]
-    module._run = _compiled(program)  # type: ignore[assignment]
-    return undo
+    program, kind = encode(graph), type(module)
+    origin = module.origin if isinstance(module, Rewritten) else f"{kind.__module__}.{kind.__qualname__}"
+    return become_(module, Rewritten, program=program, origin=origin, _run=_compiled(program))
 
 
 def obstacle(module: nn.Module, graph: fx.Graph, custom_call: Callable[[nn.Module, str], str | None]) -> str | None:
@@ -157,6 +150,8 @@ def obstacle(module: nn.Module, graph: fx.Graph, custom_call: Callable[[nn.Modul
     kind = type(module)
     if isinstance(module, fx.GraphModule):
         return "it is a GraphModule, whose class is its graph"
+    if taken := [name for name in _OWN if name in vars(module)] if kind is not Rewritten else []:
+        return f"its attribute {taken[0]} has the name of one that a rewritten graph is kept in"
     own = [name for name in _overridden(kind) if name not in _MAY_DEFINE] if kind is not Rewritten else []
     if own:
         return f"{kind.__name__} has its own {own[0]}, which a rewritten graph would not have"

@@ -28,8 +28,9 @@ from torch.nn import functional as F
 from surgeon._torch_compat import ASSERTIONS, BatchNorm, ConvNd, NormBase, pytree, saved_tensor_hooks
 from surgeon.analysis.program import SURROUNDINGS, Rewritten
 from surgeon.blocks import Operator
-from surgeon.models.call import Draw, Inputs
+from surgeon.models.call import Inputs
 from surgeon.models.copies import in_mode, is_persons, where
+from surgeon.models.draw import Draw
 from surgeon.models.sandbox import Guard, gradients_and_autocast, tracing
 
 FOLLOWS_MODE = "follows_mode"  # in the meta of a functional dropout whose flag is self.training

@@ -32,10 +32,10 @@ from surgeon.files.pickles import Trust
 from surgeon.files.save import save, to_open_again
 from surgeon.models import devices
 from surgeon.models.progress import Progress, parts, silent
-from surgeon.proof.verify import Report
+from surgeon.proof.report import Report
 from surgeon.recipes import recipe as recipes
+from surgeon.surgery import check as checks
 from surgeon.surgery import manifest as manifests
-from surgeon.surgery import plan as plans
 from surgeon.surgery.convert import carry_out_
 from surgeon.surgery.fuse import fold_all_
 from surgeon.surgery.plan import Plan
@@ -115,7 +115,7 @@ def convert(
     surveyed = sites.survey(network)
     progress("planning", 0.3)
     if isinstance(wanted, Plan):
-        plans.check(wanted, surveyed)
+        checks.check(wanted, surveyed)
     decided = wanted if isinstance(wanted, Plan) else surgery.decide(wanted, surveyed, seed=given.seed)
     check = carry_out_(decided, network, parts(progress, 0.4, 0.9))
     progress(f"writing {path}", 0.9)

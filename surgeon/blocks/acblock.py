@@ -175,10 +175,7 @@ class ACBlock(base.Foldable[ACBlockOptions]):
                 (kernels.embed(ver, size, column=self.column), ver_bias),
                 (kernels.embed(hor, size, row=self.row), hor_bias),
             )
-            conv = self.spec.change(bias=True).build(like=self.square_conv.weight)
-            conv.weight.copy_(kernel)
-            assert conv.bias is not None
-            conv.bias.copy_(bias)
+        conv = self.spec.build_with(kernel, bias, like=self.square_conv.weight)
         conv.requires_grad_(self.square_conv.weight.requires_grad)
         return conv.train(self.training)
 
@@ -196,14 +193,14 @@ class ACBlock(base.Foldable[ACBlockOptions]):
 
     def _start_from_scratch_(self, gamma: float, generator: torch.Generator) -> None:
         for conv, norm in self._branches():
-            conv.weight.copy_(base.kaiming_uniform(tuple(conv.weight.shape), generator))
+            conv.weight.copy_(base.kaiming_uniform(tuple(conv.weight.shape), generator, like=conv.weight))
             norm.weight.fill_(gamma)
 
     def _take_over_(self, weight: Tensor, generator: torch.Generator) -> None:
         assert isinstance(weight, nn.Parameter)
         self.square_conv.weight = weight
         for conv, norm in self._branches()[1:]:
-            conv.weight.copy_(base.kaiming_uniform(tuple(conv.weight.shape), generator))
+            conv.weight.copy_(base.kaiming_uniform(tuple(conv.weight.shape), generator, like=conv.weight))
             norm.weight.zero_()
 
     def _split_(self, weight: Tensor, generator: torch.Generator) -> None:
@@ -211,8 +208,8 @@ class ACBlock(base.Foldable[ACBlockOptions]):
         size, kernel = self.spec.kernel, weight.double()
         places = ({"column": self.column}, {"row": self.row})
         for (conv, norm), place in zip(self._branches()[1:], places, strict=True):
-            noise = torch.randn(conv.weight.shape, generator=generator, dtype=torch.float64)
-            strip = noise.to(weight.device) * weight.double().square().mean().sqrt()
+            noise = base.normal(tuple(conv.weight.shape), generator, like=weight)
+            strip = noise * weight.double().square().mean().sqrt()
             conv.weight.copy_(strip)
             kernel = kernel - kernels.embed(strip, size, **place)
             assert norm.running_var is not None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Self
 
@@ -120,7 +120,8 @@ class Block(Operator, abc.ABC, Generic[Opts]):
         """Build the block from a conv that is not refused, with its dtype, device, memory format and training flag.
 
         The conv's tensors may be shared, never changed. `norm` is the norm to take over, where there is one. What is
-        random is drawn from `generator`, on the CPU and in float64, so that a model gets the same numbers in any dtype.
+        random is drawn from `generator`, on the CPU and in float64, so that a model gets the same numbers in any dtype
+        (`base.uniform` and its like do that, and draw nothing for a conv on the meta device).
         """
 
     @classmethod
@@ -172,11 +173,25 @@ class Deployable(Block[Opts]):
         """Return that form, of the block as it is in eval mode; the block is left as it was."""
 
 
-def kaiming_uniform(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Draw a kernel as `nn.Conv2d` draws its own: uniform on ±1/√fan_in; float64 on the CPU."""
-    return uniform(shape, math.prod(shape[1:]), generator)
+def kaiming_uniform(shape: tuple[int, ...], generator: torch.Generator, *, like: torch.Tensor) -> torch.Tensor:
+    """Draw a kernel as `nn.Conv2d` draws its own: uniform on ±1/√fan_in."""
+    return uniform(shape, math.prod(shape[1:]), generator, like=like)
 
 
-def uniform(shape: tuple[int, ...], fan_in: int, generator: torch.Generator) -> torch.Tensor:
-    """Draw uniformly on ±1/√fan_in; float64 on the CPU."""
-    return torch.rand(shape, generator=generator, dtype=torch.float64).mul_(2).sub_(1).div_(math.sqrt(fan_in))
+def uniform(shape: tuple[int, ...], fan_in: int, generator: torch.Generator, *, like: torch.Tensor) -> torch.Tensor:
+    """Draw uniformly on ±1/√fan_in; float64, where `like` lies."""
+    return _drawn(torch.rand, shape, generator, like).mul_(2).sub_(1).div_(math.sqrt(fan_in)).to(like.device)
+
+
+def normal(shape: tuple[int, ...], generator: torch.Generator, *, like: torch.Tensor) -> torch.Tensor:
+    """Draw normal numbers of mean 0 and deviation 1; float64, where `like` lies."""
+    return _drawn(torch.randn, shape, generator, like).to(like.device)
+
+
+def _drawn(
+    law: Callable[..., torch.Tensor], shape: tuple[int, ...], generator: torch.Generator, like: torch.Tensor
+) -> torch.Tensor:
+    """Draw on the CPU, so that a device changes no number; where `like` has no numbers, none are drawn."""
+    if like.is_meta:
+        return torch.empty(shape, dtype=torch.float64, device="meta")
+    return law(shape, generator=generator, dtype=torch.float64, device="cpu")

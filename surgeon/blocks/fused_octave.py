@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from surgeon.blocks.two_streams import Streams, TwoStreams
@@ -79,11 +78,5 @@ def _conv(block: OctaveConv, filters: Ranges, channels: Ranges, *, with_bias: bo
         return None
     kernel = block.kernel(filters, channels).detach()
     bias = streams.take(block.bias, filters, 0).detach() if with_bias and block.bias is not None else None
-    spec = block.spec.change(c_in=kernel.shape[1], c_out=kernel.shape[0], stride=(1, 1), bias=bias is not None)
-    conv = spec.build(like=block.weight)
-    with torch.no_grad():
-        conv.weight.copy_(kernel)
-        if bias is not None:
-            assert conv.bias is not None
-            conv.bias.copy_(bias)
-    return conv
+    spec = block.spec.change(c_in=kernel.shape[1], c_out=kernel.shape[0], stride=(1, 1))
+    return spec.build_with(kernel, bias, like=block.weight)

@@ -158,7 +158,7 @@ class HetConv(base.Foldable[HetConvOptions]):
             block.filter_place.copy_(filters.argsort(stable=True).argsort())
         if options.init == "scratch":
             fan_in = block.weight[0].numel() + block.pointwise.shape[1]
-            dense = base.uniform(tuple(dense.shape), fan_in, generator).to(dense.device)
+            dense = base.uniform(tuple(dense.shape), fan_in, generator, like=dense)
         with torch.no_grad():
             block._project_(dense, conv.bias)
         block.weight.requires_grad_(conv.weight.requires_grad)
@@ -221,11 +221,9 @@ class HetConv(base.Foldable[HetConvOptions]):
 
     def fold(self) -> nn.Conv2d:
         """Return the dense conv that computes the same, with zeros where HetConv has no taps; it costs what it did."""
-        conv = self.spec.build(like=self.weight)
         with torch.no_grad():
-            conv.weight.copy_(self._spread(self.weight, self.pointwise))
-            if conv.bias is not None and self.bias is not None:
-                conv.bias.copy_(self.bias)
+            dense = self._spread(self.weight, self.pointwise)
+        conv = self.spec.build_with(dense, self.bias, like=self.weight)
         conv.requires_grad_(self.weight.requires_grad)
         return conv.train(self.training)
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from surgeon.conv import streams
 from surgeon.conv.streams import Pair, Ranges
-from surgeon.nn import Stored
+from surgeon.nn import Stored, become_
 
 
 class PairNorm(Stored, nn.BatchNorm2d):
@@ -69,16 +69,7 @@ class PairNorm(Stored, nn.BatchNorm2d):
 
 def make_pair_norm_(norm: nn.Module, low: Ranges) -> Callable[[], None]:
     """Let a BatchNorm2d take pairs; it stays the object it is. Returns what takes that back."""
-    before, state = type(norm), dict(vars(norm))
-
-    def undo() -> None:
-        norm.__class__ = before
-        vars(norm).clear()
-        vars(norm).update(state)
-
-    norm.__class__ = PairNorm
-    norm.low = low  # type: ignore[assignment]
-    return undo
+    return become_(norm, PairNorm, low=low)
 
 
 def _put_back_(stored: Tensor, changed: Tensor, ranges: Ranges) -> None:

@@ -87,6 +87,20 @@ class ConvSpec:
         conv = conv.to_empty(device=like.device)
         return conv.to(memory_format=torch.channels_last) if is_channels_last(like) else conv
 
+    def build_with(self, kernel: torch.Tensor, bias: torch.Tensor | None, *, like: torch.Tensor) -> nn.Conv2d:
+        """Make the conv with these numbers, cast once to the dtype of `like`; it has a bias where one is given.
+
+        >>> conv = ConvSpec(1, 1, (1, 1)).build_with(torch.ones(1, 1, 1, 1).double(), None, like=torch.empty(0))
+        >>> conv.weight.dtype, conv.bias
+        (torch.float32, None)
+        """
+        conv = self.change(bias=bias is not None).build(like=like)
+        with torch.no_grad():
+            conv.weight.copy_(kernel)
+            if conv.bias is not None and bias is not None:
+                conv.bias.copy_(bias)
+        return conv
+
     def change(self, **fields: Any) -> Self:
         """Return this spec with some fields changed."""
         return replace(self, **fields)

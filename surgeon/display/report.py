@@ -12,7 +12,7 @@ from rich.text import Text
 from surgeon.display import words
 
 if TYPE_CHECKING:
-    from surgeon.proof.verify import Report, SiteDistance
+    from surgeon.proof.report import Report, SiteDistance
 
 _VERDICTS = {
     "equivalent": ("bold green", "equivalent: B computes what A computes"),

@@ -1,4 +1,4 @@
-"""Where a network lies, and where what it is given has to go.
+"""Where a network lies and in which dtype, and where what it is given has to go.
 
 Numbers are drawn on the CPU and moved, so that a device changes none of them. Files are written from the CPU.
 """
@@ -42,6 +42,15 @@ def of(model: nn.Module) -> torch.device | None:
     """Where all parameters of a model lie (of one without any, its buffers); None where that is not one place."""
     places = {tensor.device for tensor in model.parameters()} or {tensor.device for tensor in model.buffers()}
     return places.pop() if len(places) == 1 else None
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype of a model's first floating point parameter; torch's default for a model without any.
+
+    >>> dtype_of(nn.Linear(2, 2).half())
+    torch.float16
+    """
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
 
 def moved(model: Model, device: torch.device) -> Model:

@@ -1,4 +1,4 @@
-"""Where two models part: what goes in and out of every site in a run of A, and how far B is from it there."""
+"""Where two models diverge: what goes in and out of every site in a run of A, and how far B is from it there."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from surgeon.proof.distance import apart, as_double
 
 
 @dataclass(slots=True)
-class Call:
-    """One call of a site in A: its arguments, and its result where that is finished."""
+class Recording:
+    """What was recorded of one call of a site in A: its arguments, and its result where that is finished."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -40,7 +40,7 @@ class Gap:
     jitter: float
 
 
-class Tape:
+class Recorder:
     """Records A's sites in a run and compares B's with them.
 
     A site is read where its result is finished: behind the norm, where one of the two models has the norm inside its
@@ -52,23 +52,25 @@ class Tape:
         others = dict(b.named_modules())
         norms = ((path, module, others[path]) for path, module in a.named_modules() if path in others)
         self.moved = [path for path, one, other in norms if _norm_moved(one, other)]
-        self.calls: dict[str, list[Call]] = {}
+        self.recordings: dict[str, list[Recording]] = {}
         self.ends: dict[str, str] = {}  # site → where its result is finished, if not there
         self.propagated: dict[str, list[float]] = defaultdict(list)
 
     @contextlib.contextmanager
     def recording(self, model: nn.Module) -> Iterator[None]:
         """Note what A's sites are given and give while the model runs."""
-        made: dict[int, tuple[str, Call, object]] = {}  # id of an output → its site and call, and itself, kept alive
+        made: dict[
+            int, tuple[str, Recording, object]
+        ] = {}  # id of an output → its site, what was recorded, and itself, kept alive
 
         def keep(path: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
             if path not in self.moved:
-                call = Call(_clones(args), _clones(kwargs), _clones(out))
-                self.calls.setdefault(path, []).append(call)
-                made[id(_first(out))] = (path, call, out)
+                one = Recording(_clones(args), _clones(kwargs), _clones(out))
+                self.recordings.setdefault(path, []).append(one)
+                made[id(_first(out))] = (path, one, out)
             elif known := made.get(id(_first((args, kwargs)))):
-                site, call, _ = known
-                self.ends[site], call.out = path, _clones(out)
+                site, one, _ = known
+                self.ends[site], one.out = path, _clones(out)
 
         with _hooks(model, [*self.paths, *self.moved], keep):
             yield
@@ -76,12 +78,12 @@ class Tape:
     @contextlib.contextmanager
     def comparing(self, model: nn.Module) -> Iterator[None]:
         """Measure how far B's sites are from A's while the model runs."""
-        site_at = {self.ends.get(path, path): path for path in self.calls}
+        site_at = {self.ends.get(path, path): path for path in self.recordings}
 
         def compare(path: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
             site = site_at[path]
-            calls, done = self.calls[site], self.propagated[site]
-            done.append(_apart(out, calls[len(done)].out) if len(done) < len(calls) else math.inf)
+            recorded, done = self.recordings[site], self.propagated[site]
+            done.append(_apart(out, recorded[len(done)].out) if len(done) < len(recorded) else math.inf)
 
         with _hooks(model, list(site_at), compare):
             yield
@@ -90,29 +92,29 @@ class Tape:
         """Give what was measured at every site, in order of execution."""
         return {
             path: Gap(
-                max(self._isolated(b, path, call) for call in calls),
-                max(self.propagated[path]) if len(self.propagated[path]) == len(calls) else math.inf,
-                max((self._isolated(jittered, path, call) for call in calls if jittered is not None), default=0.0),
+                max(self._isolated(b, path, one) for one in recorded),
+                max(self.propagated[path]) if len(self.propagated[path]) == len(recorded) else math.inf,
+                max((self._isolated(jittered, path, one) for one in recorded if jittered is not None), default=0.0),
             )
-            for path, calls in self.calls.items()
+            for path, recorded in self.recordings.items()
         }
 
     def blocks_apart(self, a: nn.Module, b: nn.Module) -> float:
         """Give the worst relative L2 between the sites of two float64 models, each on what A's site was given."""
         found = 0.0
-        for path, calls in self.calls.items():
-            for call in calls:
-                args, kwargs = pytree.tree_map_only(Tensor, as_double, (call.args, call.kwargs))
-                doubled = Call(args, kwargs, call.out)
+        for path, recorded in self.recordings.items():
+            for one in recorded:
+                args, kwargs = pytree.tree_map_only(Tensor, as_double, (one.args, one.kwargs))
+                doubled = Recording(args, kwargs, one.out)
                 found = max(found, _apart(self._run(b, path, doubled), self._run(a, path, doubled)))
         return found
 
-    def _isolated(self, model: nn.Module, path: str, call: Call) -> float:
-        return _apart(self._run(model, path, call), call.out)
+    def _isolated(self, model: nn.Module, path: str, one: Recording) -> float:
+        return _apart(self._run(model, path, one), one.out)
 
-    def _run(self, model: nn.Module, path: str, call: Call) -> Any:
+    def _run(self, model: nn.Module, path: str, one: Recording) -> Any:
         """Run a site on what A's was given, to where its result is finished."""
-        args, kwargs = _clones((call.args, call.kwargs))
+        args, kwargs = _clones((one.args, one.kwargs))
         with quietly():
             out = model.get_submodule(path)(*args, **kwargs)
             return model.get_submodule(self.ends[path])(out) if path in self.ends else out

@@ -6,7 +6,6 @@ under all its names. A block that no single conv can stand for takes in the norm
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from surgeon._torch_compat import BatchNorm
@@ -89,13 +88,8 @@ def fold_norms_(network: Network) -> tuple[str, ...]:
 
 def _with_norm(conv: nn.Module, norm: BatchNorm) -> nn.Conv2d:
     assert isinstance(conv, nn.Conv2d)
-    made = ConvSpec.of(conv).change(bias=True).build(like=conv.weight)
-    with torch.no_grad():
-        kernel, bias = kernels.with_norm(conv.weight, conv.bias, norm)
-        made.weight.copy_(kernel)
-        assert made.bias is not None
-        made.bias.copy_(bias)
-    return made.train(conv.training)
+    kernel, bias = kernels.with_norm(conv.weight, conv.bias, norm)
+    return ConvSpec.of(conv).build_with(kernel, bias, like=conv.weight).train(conv.training)
 
 
 def _fold(block: Foldable) -> nn.Conv2d:

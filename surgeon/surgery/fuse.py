@@ -6,7 +6,7 @@ from surgeon.analysis.network import Network
 from surgeon.errors import PassError
 from surgeon.models.progress import Progress, silent
 from surgeon.models.sandbox import ordinary
-from surgeon.proof import verify as equivalence
+from surgeon.proof import runs
 from surgeon.proof.distance import worst
 from surgeon.surgery.fold import fold_blocks_
 from surgeon.surgery.history import Operation, content_hash, history, planned_inputs, record_, versions
@@ -32,7 +32,7 @@ def fold_all_(
     distance = None
     if before is not None and inputs is not None:
         progress("running the network as it is now", 0.6)
-        distance = worst(equivalence.outputs(model, inputs), before)
+        distance = worst(runs.outputs(model, inputs), before)
         if is_far(model, inputs, distance):
             raise PassError("fuse", f"the network is {distance:.1e} from what it was before its blocks were folded")
     if folded:

@@ -1,4 +1,4 @@
-"""plan → rewritten model. Decides nothing: whether a swap can be made has been settled by `plans.check`.
+"""plan → rewritten model. Decides nothing: whether a swap can be made has been settled by `check`.
 
 Three steps, so that a fault on the way leaves the model as it was: prepare builds every block and touches nothing,
 place puts them in, and undo takes them out again. Where there are octave convs, a fourth lets their streams go from
@@ -12,21 +12,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from surgeon._torch_compat import BatchNorm
 from surgeon.analysis import functional
 from surgeon.analysis.functional import Functional
 from surgeon.analysis.network import Network
-from surgeon.analysis.sites import Survey
 from surgeon.blocks import Block
-from surgeon.errors import CaptureError, PassError
-from surgeon.models.copies import shadow, to_meta, where
-from surgeon.models.cost import Cost, measure
+from surgeon.errors import PassError
 from surgeon.models.memory import give_back_after
 from surgeon.octave import rewrite as seams
 from surgeon.octave.rewrite import LowPass, Outcome
-from surgeon.surgery.plan import Entry, Plan, SeamLeft
+from surgeon.surgery.plan import Entry, Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,41 +54,6 @@ def stream_(model: nn.Module, plan: Plan, network: Network, *, only_low_pass: bo
         return Outcome()
     low_passes = [LowPass(one.island, one.step, one.operand) for one in plan.low_passed]
     return seams.remove_(model, network.islands_after_swaps(model), low_passes, only_low_pass=only_low_pass)
-
-
-def foresee(plan: Plan, survey: Survey) -> Plan:
-    """Say in a plan what comes of its octave convs: islands that become graphs, seams that stay, costs of the whole.
-
-    It is carried out on a copy; on one without numbers, where the network runs without any.
-    """
-    if not plan.has_streams:
-        return plan
-    try:
-        outcome, after = _tried(plan, survey, to_meta)
-    except Exception:
-        try:
-            outcome, after = _tried(plan, survey, None)
-        except Exception as error:
-            raise CaptureError(
-                f"with streams that go from conv to conv the network does not run: {where(error)}",
-                todo=keep_seams(plan),
-            ) from error
-    left = tuple(dict.fromkeys(SeamLeft(island=one.island, kind=one.kind, reason=one.reason) for one in outcome.seams))
-    changes = {name: getattr(after, name) for name in ("params", "macs", "activations")}
-    total = plan.total.model_copy(
-        update={
-            name: change.model_copy(update={"after": changes[name]})
-            for name in changes
-            if (change := getattr(plan.total, name)) is not None
-        }
-    )
-    return plan.model_copy(update={"rewritten": outcome.rewritten, "seams": left, "total": total})
-
-
-def _tried(plan: Plan, survey: Survey, cast: Callable[[Tensor], Tensor] | None) -> tuple[Outcome, Cost]:
-    model = shadow(survey.model, cast)
-    outcome = operate_(model, plan, survey.network)
-    return outcome, measure(model, survey.inputs)
 
 
 def prepare(model: nn.Module, plan: Plan) -> tuple[Swap, ...]:

@@ -1,44 +1,35 @@
-"""recipe × sites → plan: for every conv what will be done to it, or the reason why nothing is. Touches no tensor.
+"""The forms of a plan: for every conv of a network what will be done to it, or the reason why nothing is.
 
-A plan is a file too (YAML or JSON): it can be printed, pruned by hand, and applied exactly.
+A plan is a file too (YAML or JSON): it can be printed, pruned by hand, and applied exactly. `make` makes one, `check`
+asks whether it fits a network, `foresee` says what comes of it, and `operate` carries it out.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
-import pkgutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import torch
 import yaml
-from pydantic import Field, GetCoreSchemaHandler, ValidationError, field_validator, model_validator
+from pydantic import Field, GetCoreSchemaHandler, field_validator, model_validator
 from pydantic_core import CoreSchema, core_schema
 from rich.console import RenderableType
 
-from surgeon.analysis import fingerprint as fingerprints
-from surgeon.analysis.sites import Site, Survey, measure_calls
-from surgeon.blocks import Block, BlockOptions, Together, Wanted, registry
+from surgeon.analysis.sites import Site
+from surgeon.blocks import Block, BlockOptions, registry
 from surgeon.blocks.two_streams import TwoStreamBlock
 from surgeon.conv.spec import ConvSpec
 from surgeon.display.plan import plan_view
 from surgeon.display.shown import Shown
-from surgeon.errors import BlockError, CaptureError, PlanError
+from surgeon.errors import CaptureError
 from surgeon.models import call as calls
 from surgeon.models.call import Inputs
-from surgeon.models.cost import Cost
-from surgeon.octave.roles import Roles
 from surgeon.recipes import forms
 from surgeon.recipes import marks as yamlmarks
 from surgeon.recipes.forms import Form
-from surgeon.recipes.match import Subject
-from surgeon.recipes.recipe import Recipe, Rule, text_of
+from surgeon.recipes.recipe import text_of
 
-_NO_RULE = "no rule claims it"
-_COSTS = ("params", "macs", "activations")
+_HOW_TO_PLAN = "`surgeon plan MODEL --recipe acnet -o plan.yaml` writes one that works."
 
 
 class Change(Form):
@@ -48,7 +39,7 @@ class Change(Form):
     after: int
 
 
-class Step(Form):
+class FunctionalStep(Form):
     """A functional convolution that becomes a module: its step in the graph of an island, and its parameters there."""
 
     island: str
@@ -56,6 +47,14 @@ class Step(Form):
     spec: ConvSpec
     weight: str
     bias: str = ""
+
+    @classmethod
+    def of(cls, site: Site) -> Self | None:
+        """Describe the functional convolution at a site; None where the site is a module."""
+        one = site.functional
+        if one is None or one.spec is None:
+            return None
+        return cls(island=one.island, step=one.step, spec=one.spec, weight=one.weight, bias=one.bias)
 
 
 class FieldsOrWords:
@@ -80,7 +79,7 @@ class Entry(Form):
     path: str
     aliases: tuple[str, ...] = ()  # further names of the same module
     spec: Annotated[ConvSpec | str, FieldsOrWords()] = Field(alias="conv")  # a plan fits only a conv that has the same
-    functional: Step | None = None
+    functional: FunctionalStep | None = None
     calls: int | None = None
     size: tuple[int, int] | None = None  # of the input
     rule: str | None = None
@@ -228,7 +227,7 @@ class Plan(Shown, Form):
         return plan_view(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give plain data, without what goes without saying."""
+        """Give plain data, without defaults."""
         return self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
 
     def dump(self, *, as_json: bool = False) -> str:
@@ -236,38 +235,6 @@ class Plan(Shown, Form):
         if as_json:
             return json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
         return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
-
-
-def make(recipe: Recipe, survey: Survey, *, seed: int = 0) -> Plan:
-    """Decide for every conv.
-
-    Raises:
-        PlanError: a rule that is not optional claims no conv.
-    """
-    if survey.inputs is None and (sized := [rule for rule in recipe.rules if rule.match.needs_size]):
-        raise PlanError(
-            f"{sized[0]} asks for the size of feature maps, and no input is known",
-            todo="Give one: --input 1,3,224,224.",
-        )
-    claims = [next((rule for rule in recipe.rules if _claims(rule, site)), None) for site in survey.sites]
-    for rule in recipe.rules:
-        if not rule.optional and not any(rule is claim for claim in claims):
-            _refuse_idle_rule(rule, survey)
-    measured, claimed = _Measured(), list(zip(survey.sites, claims, strict=True))
-    roles = _planned_together(survey, claimed)
-    entries = [_entry(site, rule, roles, measured, survey.weights.get(site.path)) for site, rule in claimed]
-    return Plan.model_validate(
-        {
-            "surgeon-plan": 2,
-            "model": survey.fingerprint,
-            "input": survey.inputs.record if survey.inputs else None,
-            "seed": seed,
-            "recipe": RecipeText(name=recipe.name, text=recipe.text, overrides=recipe.overrides),
-            "total": _total(survey.cost, entries),
-            "low_passed": [LowPassed.model_validate(asdict(one)) for one in roles.low_passes],
-            "convs": entries,
-        }
-    )
 
 
 def read(source: str | Path) -> Plan:
@@ -283,208 +250,3 @@ def read(source: str | Path) -> Plan:
 def parse(text: str, name: str) -> Plan:
     """Read a plan from text; `name` stands in the positions of faults."""
     return forms.validate(Plan, yamlmarks.read(text, name, todo=_HOW_TO_PLAN), todo=_HOW_TO_PLAN)
-
-
-_HOW_TO_PLAN = "`surgeon plan MODEL --recipe acnet -o plan.yaml` writes one that works."
-
-
-def check(plan: Plan, survey: Survey) -> None:
-    """Make sure that a plan, perhaps edited by hand, can be carried out on this model as it stands.
-
-    Raises:
-        PlanError: what does not fit; all of it.
-    """
-    if not fingerprints.fits(plan.model, survey.model):
-        raise PlanError(
-            f"the plan is for another network ({plan.model}; this one is {survey.fingerprint})",
-            todo="Make one for this network: surgeon plan MODEL --recipe … -o plan.yaml.",
-        )
-    sites = {site.path: site for site in survey.sites}
-    misfits = [f"{entry.path}: {why}" for entry in plan.convs if (why := _misfit(entry, sites.get(entry.path)))]
-    seen = [entry.path for entry in plan.convs]
-    steps = {(island.path, node.name) for island in survey.network.islands for node in island.graph.nodes}
-    misfits += [
-        f"low_passed {one.step}: there is no such step that reads {one.operand}"
-        for one in plan.low_passed
-        if not {(one.island, one.step), (one.island, one.operand)} <= steps
-    ]
-    misfits += [f"{path}: it stands in the plan twice" for path in sorted({p for p in seen if seen.count(p) > 1})]
-    if misfits:
-        raise PlanError(
-            "the plan cannot be carried out as it stands:\n  " + "\n  ".join(misfits),
-            todo="Give these convs `skip: reason` instead of `swap`, or take them out of the plan.",
-        )
-
-
-def _misfit(entry: Entry, site: Site | None) -> str | None:
-    if site is None:
-        return "there is no such conv"
-    if entry.swap is None:
-        return None
-    if entry.functional != _step(site):
-        return "it is another step of the network"
-    if site.spec is None or entry.spec not in (site.spec, fingerprints.words_of(site.spec)):
-        return f"the plan says {entry.conv}, the model has {site.spec or site.kind}"
-    if set(entry.paths) != set(site.paths):
-        return f"its names are {', '.join(site.paths)}"
-    try:
-        options = entry.block_options
-    except ValidationError as error:
-        return "; ".join(f"with.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-    if entry.takes_norm and set(entry.takes_norm) != set(site.norm):
-        return f"it cannot take over {entry.takes_norm[0]}" + (f": {site.norm_obstacle}" if site.norm_obstacle else "")
-    return site.obstacle or entry.block.refusal(site.spec, site.size, options)
-
-
-def _claims(rule: Rule, site: Site) -> bool:
-    """Whether a rule claims a conv; only a Conv2d can be meant, and a size must be known to be judged."""
-    if site.spec is None or (rule.match.needs_size and site.size is None):
-        return False
-    return rule.match.claims(Subject(site.paths, site.spec, site.size, site.readers))
-
-
-def _refuse_idle_rule(rule: Rule, survey: Survey) -> None:
-    """Say why a rule that had to claim something did not."""
-    late = [site.path for site in survey.sites if _claims(rule, site)]
-    if not survey.sites:
-        held = ", ".join(f"{count} {name}" for name, count in survey.blocks.items())
-        problem = f"{rule} claims no conv: " + (f"the model holds {held} already" if held else "the model has none")
-        todo = "Start from the model as it was before." if held else "There is nothing to swap in it."
-    elif late:
-        problem = f"{rule} claims no conv: {', '.join(late[:3])} went to an earlier rule"
-        todo = "Move it up, or say `optional: true`."
-    else:
-        near = _nearest(rule, [path for site in survey.sites for path in site.paths])
-        problem = f"{rule} claims no conv" + (f"; the nearest names are {', '.join(near)}" if near else "")
-        convs = "the one conv" if len(survey.sites) == 1 else f"all {len(survey.sites)} convs"
-        todo = f"`surgeon survey MODEL` lists {convs}; with `optional: true` the rule may be idle."
-    raise PlanError(problem, todo=todo, rule=rule)
-
-
-def _nearest(rule: Rule, paths: list[str]) -> list[str]:
-    patterns = (*rule.match.names, rule.match.regex)
-    found = [near for pattern in patterns for near in difflib.get_close_matches(pattern, paths, n=3, cutoff=0.5)]
-    return list(dict.fromkeys(found or paths))[:3] if any(patterns) else []
-
-
-def _planned_together(survey: Survey, claimed: Sequence[tuple[Site, Rule | None]]) -> Roles:
-    """Ask the planners of blocks whose convs have to know of each other."""
-    wanted: dict[str, dict[str, Wanted]] = {}
-    for site, rule in claimed:
-        if rule is None or rule.swap is None or rule.options is None or site.obstacle is not None:
-            continue
-        block = registry()[rule.swap]
-        if block.planner is not None:
-            wanted.setdefault(block.planner, {})[site.path] = Wanted(block, rule.options)
-    roles = Roles()
-    for planner, theirs in wanted.items():
-        made = _planner(planner)(survey, theirs)
-        roles.options |= made.options
-        roles.skips |= made.skips
-        roles.low_passes += made.low_passes if isinstance(made, Roles) else []
-    return roles
-
-
-def _planner(name: str) -> Callable[[Survey, Mapping[str, Wanted]], Together]:
-    try:
-        found: Callable[[Survey, Mapping[str, Wanted]], Together] = pkgutil.resolve_name(name)
-    except Exception as error:  # importing runs a package; what it raises is its own affair
-        raise BlockError(
-            f"{name}, which a block names as its planner, cannot be imported: {error}",
-            todo="Mend the distribution that brings the block, or uninstall it.",
-        ) from error
-    return found
-
-
-def _entry(site: Site, rule: Rule | None, roles: Roles, measured: _Measured, weight: torch.Tensor | None) -> Entry:
-    facts: dict[str, Any] = {
-        "path": site.path,
-        "aliases": site.paths[1:],
-        "conv": site.spec or site.kind,
-        "functional": _step(site),
-        "calls": site.calls,
-        "size": site.size,
-        "rule": str(rule) if rule else None,
-    }
-    if skip := _skip(site, rule, roles):
-        return Entry.model_validate(facts | {"skip": skip} | _changes(site.cost, site.cost))
-    assert rule is not None
-    assert rule.swap is not None
-    options = roles.options.get(site.path, rule.options)
-    assert options is not None
-    block = registry()[rule.swap]
-    takes_norm = site.norm if block.takes_norm(options) else ()
-    before = site.cost + site.norm_cost if takes_norm else site.cost
-    facts |= {
-        "swap": rule.swap,
-        "with": options.model_dump(exclude_none=True),
-        "takes_norm": takes_norm,
-        "note": block.note(options, site.norm_obstacle),
-    }
-    after = measured.block(site, rule.swap, options, takes_norm=bool(takes_norm))
-    assert site.spec is not None
-    if weight is not None and not weight.is_meta and (kept := block.kept_energy(weight, options)):
-        facts["kept_energy"] = {way: round(share, 4) for way, share in kept.items()}
-    if (share := block.ideal_share(site.spec, options)) is not None and site.cost.macs is not None:
-        facts["ideal_macs"] = round(share * site.cost.macs)
-    return Entry.model_validate(facts | _changes(before, after))
-
-
-def _step(site: Site) -> Step | None:
-    one = site.functional
-    if one is None or one.spec is None:
-        return None
-    return Step(island=one.island, step=one.step, spec=one.spec, weight=one.weight, bias=one.bias)
-
-
-def _skip(site: Site, rule: Rule | None, roles: Roles) -> str | None:
-    """Say why a conv stays as it is, or None if it is swapped."""
-    if site.spec is None:
-        return site.obstacle
-    if rule is None:
-        return _NO_RULE
-    if rule.leave is not None:
-        return rule.leave
-    assert rule.swap is not None
-    assert rule.options is not None
-    if why := site.obstacle or roles.skips.get(site.path):
-        return why
-    return registry()[rule.swap].refusal(site.spec, site.size, roles.options.get(site.path, rule.options))
-
-
-def _changes(before: Cost, after: Cost) -> dict[str, Change]:
-    pairs = {name: (getattr(before, name), getattr(after, name)) for name in _COSTS}
-    return {name: Change(before=one, after=other) for name, (one, other) in pairs.items() if None not in (one, other)}
-
-
-def _total(cost: Cost, entries: Iterable[Entry]) -> Total:
-    """Add what the swaps change to what the model costs."""
-    swaps = [entry for entry in entries if entry.swap is not None]
-    changes: dict[str, Any] = {}
-    for name in _COSTS:
-        made = [change for entry in swaps if (change := getattr(entry, name)) is not None]
-        if (before := getattr(cost, name)) is not None:
-            changes[name] = Change(before=before, after=before + sum(one.after - one.before for one in made))
-    unexecuted = [entry.macs.after - entry.ideal_macs for entry in swaps if entry.macs and entry.ideal_macs]
-    if unexecuted and cost.macs is not None:
-        changes["ideal_macs"] = changes["macs"].after - sum(unexecuted)
-    return Total.model_validate(changes)
-
-
-class _Measured:
-    """Costs of blocks, built on the meta device; alike convs are measured once."""
-
-    def __init__(self) -> None:
-        self._known: dict[object, Cost] = {}
-
-    def block(self, site: Site, swap: str, options: BlockOptions, *, takes_norm: bool) -> Cost:
-        assert site.spec is not None
-        key = (site.spec, swap, options, takes_norm, site.runs, site.dtype)
-        if key not in self._known:
-            with torch.device("meta"):
-                like = torch.empty(0, dtype=site.dtype)
-                norm = torch.nn.BatchNorm2d(site.spec.c_out, dtype=site.dtype) if takes_norm else None
-            conv = site.spec.build(like=like)
-            block = registry()[swap].from_conv(conv, options, norm=norm, generator=torch.Generator())
-            self._known[key] = measure_calls(block, site.runs)
-        return self._known[key]

@@ -16,9 +16,9 @@ from surgeon.files.load import build, build_named_in_file
 from surgeon.files.pickles import Trust
 from surgeon.models.copies import duplicate, shadow
 from surgeon.proof.distance import as_double
-from surgeon.proof.verify import Replay
+from surgeon.proof.runs import Replay
 from surgeon.surgery import manifest as manifests
-from surgeon.surgery import plan as plans
+from surgeon.surgery.check import check
 from surgeon.surgery.fold import fold_blocks_
 from surgeon.surgery.history import Operation, content_hash, history, planned_inputs, set_history_
 from surgeon.surgery.operate import operate_
@@ -34,7 +34,7 @@ def redo_(model: nn.Module, steps: Sequence[Operation], before: Sequence[Operati
         else:
             plan = Plan.model_validate(step.plan)
             network = Network(model, called_with=plan.inputs)
-            plans.check(plan, sites.survey(network))  # it may have come with a file
+            check(plan, sites.survey(network))  # it may have come with a file
             operate_(model, plan, network)
         done.append(step)
     return model

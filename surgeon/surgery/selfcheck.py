@@ -18,14 +18,16 @@ from torch import nn
 
 from surgeon.analysis import program as graph
 from surgeon.analysis.network import Network
-from surgeon.errors import CaptureError, PassError, VerifyError
+from surgeon.blocks import Block
+from surgeon.errors import BlockError, CaptureError, PassError, SurgeonError, VerifyError
 from surgeon.models.call import Inputs
 from surgeon.models.copies import shadow
+from surgeon.models.devices import dtype_of
 from surgeon.models.memory import give_back_after
 from surgeon.models.progress import Progress
-from surgeon.proof import verify as equivalence
-from surgeon.proof.distance import Jitter, as_double, has_numbers, widened, worst, worst_ulps
-from surgeon.proof.verify import EXACT
+from surgeon.proof import runs
+from surgeon.proof.distance import EXACT, as_double, has_numbers, widened, worst
+from surgeon.proof.ulps import Jitter, worst_ulps
 from surgeon.surgery.operate import Swap, build, keep_seams, stream_
 from surgeon.surgery.plan import Plan
 
@@ -68,15 +70,26 @@ def check_sites(swaps: Sequence[Swap], seed: int, progress: Progress) -> SelfChe
         norm = None if one.norm is None else shadow(one.norm, as_double)
         twin = build(one.entry, conv, norm, seed)
         if not (ulps := worst_ulps(one.block, twin)) <= 1:
-            raise PassError("convert", f"{path} is stored {ulps:.3g} units in the last place from its float64 twin")
+            raise _broken(one.block, f"{path} is stored {ulps:.3g} units in the last place from its float64 twin")
         if one.entry.keeps_function:
-            apart = equivalence.local_distance(twin, conv, norm)
+            apart = runs.local_distance(twin, conv, norm)
             if not apart <= EXACT:
-                raise PassError("convert", f"{path} is {apart:.1e} from the conv it replaces, in float64")
+                raise _broken(one.block, f"{path} is {apart:.1e} from the conv it replaces, in float64")
             if check.worst is None or apart > check.worst:
                 check = replace(check, worst=apart, worst_path=path)
         give_back_after(one.conv.weight)
     return check
+
+
+def _broken(block: Block, what: str) -> SurgeonError:
+    """Say whose fault it is that a block is not what it claims to be: surgeon's own, or that of whoever brings it."""
+    home = type(block).__module__.partition(".")[0]
+    if home == "surgeon":
+        return PassError("convert", what)
+    return BlockError(
+        f"the block {block.name!r} of {home} is not what it claims to be: {what}",
+        todo="Report it to whoever made that block, and choose another one.",
+    )
 
 
 @contextlib.contextmanager
@@ -99,7 +112,7 @@ class _Way(NamedTuple):
     most: float
 
     def run(self, model: nn.Module, inputs: Inputs, *, seed: int = 0) -> Any:
-        return equivalence.outputs(self.copied(model), inputs, seed=seed, dtype=self.dtype)
+        return runs.outputs(self.copied(model), inputs, seed=seed, dtype=self.dtype)
 
 
 def _ways(model: nn.Module) -> tuple[_Way, ...]:
@@ -107,7 +120,7 @@ def _ways(model: nn.Module) -> tuple[_Way, ...]:
     return (
         _Way(widened, torch.float64, EXACT),
         _Way(lambda net: shadow(net, as_double), torch.float64, EXACT),
-        _Way(shadow, equivalence.dtype_of(model), _gross(model)),
+        _Way(shadow, dtype_of(model), _gross(model)),
     )
 
 
@@ -148,7 +161,7 @@ def _misread(model: nn.Module, plan: Plan, network: Network, way: _Way, inputs: 
 
 def run_again(model: nn.Module, inputs: Inputs) -> Any:
     try:
-        return equivalence.outputs(model, inputs)
+        return runs.outputs(model, inputs)
     except VerifyError as error:
         raise CaptureError(f"{_UNSEEN}: {error.problem}", todo=_LEAVE) from error
 
@@ -173,7 +186,7 @@ def outputs_of(model: nn.Module, inputs: Inputs | None) -> Any:
     """Run the model where an input is known; None where there is none, or no number comes out."""
     if inputs is None:
         return None
-    out = equivalence.outputs(model, inputs)
+    out = runs.outputs(model, inputs)
     return out if has_numbers(out) else None
 
 
@@ -183,13 +196,13 @@ def is_far(model: nn.Module, inputs: Inputs, apart: float) -> bool:
 
 
 def _gross(model: nn.Module) -> float:
-    return _GROSS.get(equivalence.dtype_of(model), math.inf)
+    return _GROSS.get(dtype_of(model), math.inf)
 
 
 def _moved_by_rounding(model: nn.Module, inputs: Inputs) -> float:
     """How far one unit in the last place of every weight takes a network; in a few it is anywhere then."""
     moved = shadow(model, Jitter(0, keeps_dtype=True))
     try:
-        return worst(equivalence.outputs(moved, inputs), equivalence.outputs(model, inputs))
+        return worst(runs.outputs(moved, inputs), runs.outputs(model, inputs))
     except VerifyError:  # the shapes of its outputs depend on rounding
         return math.inf

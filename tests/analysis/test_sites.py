@@ -412,7 +412,7 @@ def test_two_sites_that_share_a_bias_both_stay():
 
 def test_the_plan_of_a_network_does_not_depend_on_the_input_being_known():
     net = network(Case("", tiny.TwoParents))
-    without = surgeon.surgery.plan.make(
+    without = surgeon.surgery.make.make(
         surgeon.recipes.recipe.load("acnet"), surgeon.analysis.sites.survey(Network(net))
     )
     known = surgeon.plan(net, "acnet", SHAPE)

@@ -581,6 +581,16 @@ def test_a_step_reads_tensors_and_plain_values(target: str, tmp_path: Path) -> N
     assert surgeon.load(tmp_path / "good.pt")(noise(*SHAPE)).shape == SHAPE
 
 
+@pytest.mark.parametrize("name", ["program", "origin", "_run"])
+def test_attributes_of_the_names_that_a_graph_is_kept_in_stay_what_they_are(name: str) -> None:
+    net = network(lambda: nn.Sequential(conv(), nn.ReLU(), conv()))
+    setattr(net, name, 7)
+    plan = octave_of(net)
+    assert plan.rewritten == ()
+    assert any(f"its attribute {name}" in seam.reason for seam in plan.seams)
+    assert getattr(surgeon.convert(net, plan), name) == 7
+
+
 class _Looking(nn.Module):
     """Looks at a number, which a copy without numbers cannot."""
 

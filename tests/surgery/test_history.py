@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import errno
 import json
 from collections.abc import Callable
@@ -291,3 +292,20 @@ def test_the_hash_sees_every_number_dtype_and_name(converted: nn.Module) -> None
         changed.fc.bias[3] = torch.nextafter(changed.fc.bias[3], torch.tensor(9.0))
     assert histories.content_hash(changed) != known
     assert histories.content_hash(copy.deepcopy(converted).double()) != known
+
+
+def test_what_was_measured_stands_in_the_history(converted: nn.Module) -> None:
+    [made] = surgeon.history(converted)
+    blocks = sum(isinstance(module, surgeon.ACBlock) for module in converted.modules())
+    assert made.measured["sites"] == blocks
+    assert made.measured["worst"] <= 1e-10
+    assert made.measured["whole"] < 1e-5
+    fused = surgeon.fuse(converted)
+    assert surgeon.history(fused)[1].measured["folded"] == blocks
+    assert 0 < surgeon.history(fused)[1].measured["whole"] < 1e-5
+
+
+def test_what_was_measured_does_not_tell_histories_apart(converted: nn.Module) -> None:
+    """Another machine measures something else of the same operation."""
+    [made] = surgeon.history(converted)
+    assert dataclasses.replace(made, measured={"whole": 1.0}) == made

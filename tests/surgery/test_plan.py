@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from surgeon.conv.spec import ConvSpec
 from surgeon.errors import PlanError, RecipeError
 from surgeon.recipes import recipe
 from surgeon.surgery import plan as plans
+from surgeon.surgery.make import make
 from surgeon.surgery.plan import Entry, Plan
 
 
@@ -139,6 +142,41 @@ def test_pruning_an_entry_leaves_that_conv_alone_and_the_others_as_they_would_be
     assert state.keys() == whole_state.keys()
     assert all(torch.equal(state[key], whole_state[key]) for key in state)
     assert relative(pruned(x()), net(x())) <= 1e-12
+
+
+@pytest.mark.parametrize("init", ["takeover", "split", "scratch"])
+def test_what_is_random_is_drawn_in_float64_from_the_seed_and_the_path(init: str):
+    net = own()
+    block = surgeon.convert(net, "acnet", SHAPE, overrides=[f"rules[0].with.init={init}"], seed=3).stem.conv
+    digest = hashlib.sha256(b"3:stem.conv").digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+    convs = (*([block.square_conv] if init == "scratch" else []), block.ver_conv, block.hor_conv)
+    for conv in convs:
+        shape, fan_in = conv.weight.shape, conv.weight[0].numel()
+        if init == "split":
+            drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+            expected = drawn * net.stem.conv.weight.square().mean().sqrt()
+        else:
+            drawn = torch.rand(shape, generator=generator, dtype=torch.float64)
+            expected = (drawn * 2 - 1) / math.sqrt(fan_in)
+        assert torch.equal(conv.weight, expected)
+
+
+RANDOM = {
+    "acnet": [["rules[0].with.init=takeover"], ["rules[0].with.init=split"], ["rules[0].with.init=scratch"]],
+    "hetconv-p4": [["rules[0].with.init=scratch"]],
+}
+
+
+@pytest.mark.parametrize(("name", "overrides"), [(name, one) for name, each in RANDOM.items() for one in each])
+def test_planning_draws_nothing(name: str, overrides: list[str], monkeypatch: pytest.MonkeyPatch):
+    net = nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3))
+    surveyed = surgeon.analysis.sites.survey(Network(net))
+    for law in ("rand", "randn"):
+        monkeypatch.setattr(torch, law, lambda *_, law=law, **__: pytest.fail(f"torch.{law} was called"))
+    assert make(recipe.load(name, overrides), surveyed).swaps
+    with pytest.raises(pytest.fail.Exception, match="was called"):
+        surgeon.convert(net, name, overrides=overrides)
 
 
 def x() -> torch.Tensor:
@@ -436,7 +474,7 @@ def test_a_rule_that_asks_for_a_size_needs_an_input():
     given = rules("{swap: acblock, match: {size: {min: 9}}}", "{leave: small, optional: true}")
     net = own()
     with pytest.raises(PlanError, match=r"rules\[0\].*size of feature maps.*--input"):
-        plans.make(given, surgeon.analysis.sites.survey(Network(net)))
+        make(given, surgeon.analysis.sites.survey(Network(net)))
     assert [entry.skip for entry in surgeon.plan(net, given, (1, 4, 9, 9)).convs] == [None, None, "small"]
 
 
@@ -507,7 +545,7 @@ def test_a_conv_that_is_never_called_costs_parameters_only():
 
 
 def test_without_an_input_there_are_parameters_only():
-    plan = plans.make(recipe.load("acnet"), surgeon.analysis.sites.survey(Network(own())))
+    plan = make(recipe.load("acnet"), surgeon.analysis.sites.survey(Network(own())))
     assert (plan.input, plan.total.macs) == (None, None)
     assert all(entry.macs is None and entry.size is None for entry in plan.convs)
     assert plan.total.params.after == params(surgeon.convert(own(), plan))

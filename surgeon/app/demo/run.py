@@ -20,7 +20,7 @@ from surgeon.app.demo.net import SmallResNet
 from surgeon.models.cost import measure
 from surgeon.models.progress import Progress, parts, silent
 from surgeon.models.sandbox import random_states_kept
-from surgeon.proof.verify import Report
+from surgeon.proof.report import Report
 
 _BATCH = 50
 _RATE = 0.0005

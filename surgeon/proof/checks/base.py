@@ -1,0 +1,38 @@
+"""The contract of a question: what `verify` asks of the evidence, the most that it allows, and the sentence it says.
+
+To add a check is to add a file to this folder with one subclass of `Question`. Its docstring says what must hold.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator
+from typing import ClassVar
+
+from surgeon.proof.report import Check
+from surgeon.proof.runs import Evidence, Measured
+
+ONE_UNIT = "one unit in the last place of every weight"
+
+
+class Question(abc.ABC):
+    """One thing that `verify` asks; its answers are the checks of a report."""
+
+    name: ClassVar[str]  # of its checks; its file is called the same, with underscores
+    place: ClassVar[int]  # questions are asked in this order
+    is_for_approximate: ClassVar[bool] = False  # whether it is asked where B was not meant to compute what A does
+
+    @abc.abstractmethod
+    def ask(self, evidence: Evidence) -> Iterator[Check]:
+        """Answer from what was measured; give nothing where that was not measured."""
+
+    def answer(self, found: float, limit: float, says: str) -> Check:
+        """Pass what is not beyond its limit."""
+        return Check(self.name, found, limit, found <= limit, says)
+
+
+def output_of(run: Measured, output: int) -> str:
+    """Begin a sentence about one output: for which input, on how many of its kind, and which output of several."""
+    several = max(len(run.storage), len(run.rounding)) > 1
+    words = [run.label, *[f"{run.draws} inputs of it"] * (run.draws > 1), *[f"output {output}"] * several]
+    return "".join(f"{word}, " for word in words)

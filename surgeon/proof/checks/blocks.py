@@ -1,0 +1,27 @@
+"""blocks: where outputs alone cannot tell, does every block of the replay compute what A's computes?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from surgeon.proof.checks.base import Question
+from surgeon.proof.distance import EXACT
+from surgeon.proof.report import Check
+from surgeon.proof.runs import Evidence
+
+
+class Blocks(Question):
+    """‖replay's block(x) − A's block(x)‖ / ‖A's block(x)‖ ≤ 1e-10 in float64, each on what A's block was given.
+
+    It is asked where A makes more than that of a unit in the last place, and where A runs in its own dtype only.
+    """
+
+    name = "blocks"
+    place = 20
+
+    def ask(self, evidence: Evidence) -> Iterator[Check]:
+        exact = [run.exact for run in evidence.runs if run.exact is not None]
+        if found := [one.blocks for one in exact if one.blocks is not None]:
+            distance = f"relative L2 {max(found):.1e}, at most {EXACT:.0e}"
+            says = f"block by block in float64, on what A's are given: {distance}"
+            yield self.answer(max(found), EXACT, says)

@@ -1,0 +1,54 @@
+"""Figures that are shown and judged by nothing: how far outputs in the models' own dtype are apart, in usual measures.
+
+SQNR = −20 · log₁₀(relative L2), in dB
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgeon.proof.distance import matched, relative_l2, worst
+from surgeon.proof.report import Distance
+
+
+def figures(label: str, exact: tuple[Any, Any] | None, own: tuple[Any, Any]) -> Distance:
+    """Measure outputs of (B, A) for the input of that label: in float64 where they run there, and in their own dtype.
+
+    Raises:
+        VerifyError: the outputs have other structures, shapes or dtypes.
+    """
+    outs = matched(*own)
+    rows = [_row(_real(b), _real(a)) for b, a in outs]
+    scores = [(b, a) for b, a in outs if a.dim() == 2 and a.shape[1] > 1 and not a.is_complex()]
+    return Distance(
+        input=label,
+        float64=None if exact is None else worst(*exact),
+        own=worst(*own),
+        max_abs=max(row[0] for row in rows),
+        max_rel=max(row[1] for row in rows),
+        sqnr_db=min(row[2] for row in rows),
+        cosine=min(row[3] for row in rows),
+        top1=min((_top1(b, a) for b, a in scores), default=None),
+    )
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """Give float64; of complex numbers both parts."""
+    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).double()
+
+
+def _row(b: Tensor, a: Tensor) -> tuple[float, float, float, float]:
+    """Give (max abs, max rel, SQNR in dB, cosine) of one output."""
+    difference = (b - a).abs()
+    relative = relative_l2(b, a)
+    cosine = nn.functional.cosine_similarity(b.flatten(), a.flatten(), dim=0).item() if a.any() else 1.0
+    largest = (difference / a.abs().clamp_min(torch.finfo(torch.float64).tiny)).max().item()
+    return difference.max().item(), largest, -20 * math.log10(relative) if relative else math.inf, cosine
+
+
+def _top1(b: Tensor, a: Tensor) -> float:
+    return (b.argmax(1) == a.argmax(1)).double().mean().item()

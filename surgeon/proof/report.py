@@ -1,0 +1,84 @@
+"""What `verify` answers: checks, distances, sites and the verdict. Plain data, which can be shown."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from rich.console import RenderableType
+
+from surgeon.display.report import report_view
+from surgeon.display.shown import Shown
+
+Verdict = Literal["equivalent", "different", "approximate"]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was asked: what was measured, the most that it may be, and whether it is not more."""
+
+    name: str
+    measured: float
+    limit: float
+    passed: bool
+    says: str
+
+
+@dataclass(frozen=True, slots=True)
+class SiteDistance:
+    """How far B is from A at one conv or block, relative L2 in float64 as stored.
+
+    `isolated`: both get A's input; `propagated`: each gets its own. `ulps`: the worst stored tensor against the replay.
+    """
+
+    path: str
+    kind_a: str
+    kind_b: str
+    isolated: float
+    propagated: float
+    ulps: float | None
+    parts: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Distance:
+    """How far the outputs of B are from those of A in their own dtype, for one input; the worst output counts."""
+
+    input: str
+    float64: float | None  # relative L2 with both run in float64 as stored; None where they do not
+    own: float  # relative L2 in the models' own dtype
+    max_abs: float
+    max_rel: float
+    sqnr_db: float
+    cosine: float
+    top1: float | None  # share of rows whose largest entry is the same one
+
+
+@dataclass(frozen=True, slots=True)
+class Report(Shown):
+    """The answer; true where A and B are equivalent."""
+
+    verdict: Verdict
+    dtype: str
+    checks: tuple[Check, ...]
+    distances: tuple[Distance, ...]
+    sites: tuple[SiteDistance, ...]
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def equivalent(self) -> bool:
+        return self.verdict == "equivalent"
+
+    @property
+    def first_to_part(self) -> str | None:
+        """The first site, in order of execution, that is not what it should be."""
+        return next((site.path for site in self.sites if site.parts), None)
+
+    def __bool__(self) -> bool:
+        return self.equivalent
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"equivalent": self.equivalent, "first_to_part": self.first_to_part} | asdict(self)
+
+    def __rich__(self) -> RenderableType:
+        return report_view(self, verdict_first=True)

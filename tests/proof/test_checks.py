@@ -1,0 +1,198 @@
+"""The checks of verify: each has a file, and a fault that no other check would see."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import shake_
+from torch import Tensor, nn
+
+import surgeon
+from surgeon.analysis import example as examples
+from surgeon.proof import checks
+from surgeon.proof.runs import Replay
+from surgeon.proof.verify import verify
+
+SHAPE = (1, 3, 12, 12)
+NAMES = [question.name for question in checks.questions()]
+Maker = Callable[[bool], surgeon.Report]
+
+
+class _Net(nn.Module):
+    """A conv, a norm, and what makes `gain` units of a unit in the last place."""
+
+    def __init__(self, gain: float = 1.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3))
+        self.gain = gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.body(x) * self.gain).sin() if self.gain > 1 else self.body(x)
+
+
+class _RoughInFloat32(_Net):
+    """Right in float64, and as coarse as float16 in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x)
+        return y if y.dtype == torch.float64 else y.half().float()
+
+
+def _fused(fault: Callable[[nn.Module], None]) -> surgeon.Report:
+    """Compare a converted network with its fold, in which there is a fault."""
+    converted = surgeon.convert(shake_(_Net(), 0, gently=True), "acnet", SHAPE)
+    fused = surgeon.fuse(converted)
+    fault(fused)
+    return surgeon.verify(converted, fused, SHAPE)
+
+
+def _replayed(gain: float, layer: int, by: float, dtype: torch.dtype) -> surgeon.Report:
+    """Compare a network with what a replay makes of it that multiplies the weights of a layer."""
+    net = shake_(_Net(gain), 0, gently=True).to(dtype)
+    wrong = copy.deepcopy(net).double()
+    with torch.no_grad():
+        wrong.body[layer].weight *= by
+    b = copy.deepcopy(net)
+    b.load_state_dict(wrong.state_dict())
+    return verify(net, b, [examples.make(SHAPE)], replay=Replay(wrong, wrong))
+
+
+def _mathematics(is_faulty: bool) -> surgeon.Report:
+    return _replayed(1.0, 1, 1 + 1e-9 * is_faulty, torch.float32)  # the norm is no block
+
+
+def _blocks(is_faulty: bool) -> surgeon.Report:
+    return _replayed(1e18, 0, 1 + 1e-9 * is_faulty, torch.float64)
+
+
+def _storage(is_faulty: bool) -> surgeon.Report:
+    net = shake_(_Net(), 0, gently=True).double()
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        other.body[0].weight *= 1 + 1e-9 * is_faulty
+    return surgeon.verify(net, other, SHAPE)
+
+
+def _rounding(is_faulty: bool) -> surgeon.Report:
+    net = shake_(_Net(), 0, gently=True)
+    other = copy.deepcopy(net)
+    other.__class__ = _RoughInFloat32 if is_faulty else _Net
+    return surgeon.verify(net, other, SHAPE)
+
+
+def _finite(is_faulty: bool) -> surgeon.Report:
+    net = shake_(_Net(), 0, gently=True).double()
+    with torch.no_grad():
+        net.body[1].running_var[0] = float("nan") if is_faulty else 1.0
+    return surgeon.verify(net, copy.deepcopy(net), SHAPE)
+
+
+def _stored_tensors(is_faulty: bool) -> surgeon.Report:
+    def fault(fused: nn.Module) -> None:
+        with torch.no_grad():
+            fused.body[0].weight[0, 0, 1, 1] *= 1 + 2**-21 * is_faulty
+
+    return _fused(fault)
+
+
+def _modules(is_faulty: bool) -> surgeon.Report:
+    def fault(fused: nn.Module) -> None:
+        fused.body[2].register_forward_hook(lambda _, args, out: out * (1 + 1e-9 * is_faulty))
+
+    return _fused(fault)
+
+
+FAULTS: dict[str, Maker] = {
+    "mathematics": _mathematics,
+    "blocks": _blocks,
+    "storage": _storage,
+    "rounding": _rounding,
+    "finite": _finite,
+    "stored tensors": _stored_tensors,
+    "modules": _modules,
+}
+
+
+def test_every_check_has_a_fault_that_only_it_sees() -> None:
+    assert list(FAULTS) == NAMES  # also their order in a report
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_that_one_check_sees_passes_without_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = FAULTS[name](True)
+    assert [check.name for check in report.checks if not check.passed] == [name]
+    assert report.verdict == "different"
+    left = tuple(question for question in checks.questions() if question.name != name)
+    monkeypatch.setattr(checks, "questions", lambda: left)
+    assert FAULTS[name](True).verdict == "equivalent"
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_without_the_fault_it_passes_and_is_listed(name: str) -> None:
+    report = FAULTS[name](False)
+    assert report.equivalent, report
+    assert all(isinstance(check, surgeon.Check) for check in report.checks)
+    if name not in ("blocks", "finite"):  # these are told only where they are needed
+        assert name in [check.name for check in report.checks]
+
+
+def test_every_report_lists_its_checks_in_the_order_of_the_questions() -> None:
+    for make in FAULTS.values():
+        found = [check.name for check in make(True).checks]
+        assert found == sorted(found, key=NAMES.index)
+
+
+def test_every_question_has_a_file_of_its_name_and_a_place_of_its_own() -> None:
+    files = {path.stem for path in Path(checks.__file__).parent.glob("*.py")} - {"__init__", "base"}
+    assert files == {name.replace(" ", "_") for name in NAMES}
+    for question in checks.questions():
+        assert type(question).__module__ == f"{checks.__name__}.{question.name.replace(' ', '_')}"
+        assert type(question).__doc__
+    assert len({question.place for question in checks.questions()}) == len(NAMES)
+
+
+def test_of_an_approximate_model_only_what_is_stored_and_how_it_is_built_is_asked() -> None:
+    assert [one.name for one in checks.questions() if one.is_for_approximate] == ["stored tensors", "modules"]
+
+
+_ANOTHER = '''
+from surgeon.proof.checks.base import Question
+
+
+class Sites(Question):
+    """B has at least two sites."""
+
+    name = "sites"
+    place = 35
+
+    def ask(self, evidence):
+        found = min(len(run.sites) for run in evidence.runs)
+        yield self.answer(-found, -2, f"{found} sites, at least 2")
+'''
+
+
+@pytest.fixture
+def another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One more file in the folder of the checks."""
+    (tmp_path / "sites.py").write_text(_ANOTHER)
+    monkeypatch.setattr(checks, "__path__", [*checks.__path__, str(tmp_path)])
+    checks.questions.cache_clear()
+    yield
+    checks.questions.cache_clear()
+    sys.modules.pop(f"{checks.__name__}.sites", None)
+
+
+def test_to_add_a_check_is_to_add_a_file(another: None) -> None:
+    report = _rounding(False)
+    assert report.equivalent, report
+    assert [check.name for check in report.checks] == ["storage", "sites", "rounding"]
+    assert "sites: 2 sites, at least 2" in str(report)
+    few = nn.Sequential(nn.Conv2d(3, 4, 3))
+    report = surgeon.verify(few, copy.deepcopy(few), SHAPE)
+    assert (report.verdict, [check.name for check in report.checks if not check.passed]) == ("different", ["sites"])
