@@ -149,7 +149,7 @@ HAZARDS = [
     Hazard("weight-standardised and scaled", with_conv(lambda: ScaledStdConv2d(4, 4, 3, padding=1)),
            stays="ScaledStdConv2d is a Conv2d with a forward of its own"),
     Hazard("padded to the same size", with_conv(lambda: Conv2dSame(4, 4, 3, stride=2)), stays="Conv2dSame is a"),
-    Hazard("the person's own kind", with_conv(lambda: tiny.OwnConv(4, 4, 3)),
+    Hazard("the user's own kind", with_conv(lambda: tiny.OwnConv(4, 4, 3)),
            stays="OwnConv is a Conv2d with a forward of its own"),
     Hazard("trained to be quantised", with_conv(lambda: qat.Conv2d(4, 4, 3, padding=1, qconfig=default_qat_qconfig)),
            stays="qat.modules.conv.Conv2d is a Conv2d with a forward of its own", trains="dtype"),

@@ -487,9 +487,10 @@ def test_hooks_of_what_holds_a_conv_go_on_working(hook: str):
     net, seen = own(), []
     getattr(net.stem, hook)(lambda module, *rest: seen.append(type(module)))
     converted = surgeon.convert(net, "acnet", SHAPE)
+    fused = surgeon.fuse(converted)
     seen.clear()
     converted(noise())
-    surgeon.fuse(converted)(noise())
+    fused(noise())
     assert seen == [ConvNorm, ConvNorm]
 
 

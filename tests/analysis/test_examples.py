@@ -180,7 +180,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def own(folder: Path) -> Iterator[str]:
-    """A file of a person's own functions, imported anew for every test."""
+    """A file of a user's own functions, imported anew for every test."""
     Path("own_inputs.py").write_text(
         "import torch\n"
         "def tensor():\n    return torch.randn(2, 4, 9, 8)\n"

@@ -1,4 +1,4 @@
-"""What a person names becomes a module, and no file gets to run anything on the way."""
+"""What a user names becomes a module, and no file gets to run anything on the way."""
 
 from __future__ import annotations
 
