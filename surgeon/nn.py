@@ -78,7 +78,7 @@ class Stored:
 
 
 def become_(instance: Any, kind: type[Any], **attributes: Any) -> Callable[[], None]:
-    """Give an object another class and more attributes; it stays the object it is. Returns a function that undoes this."""
+    """Give an object another class and more attributes, without copying it. Returns a function that undoes this."""
     before, state = type(instance), dict(vars(instance))
 
     def undo() -> None:

@@ -60,8 +60,9 @@ _TODO = "Give a shape, --input 1,3,224,224, a file, or file.py:make_inputs."
 def make(example: Example, *, seed: int = 0) -> Inputs:
     """Turn what the user gives into the arguments of one call.
 
-    A shape becomes seeded normal random numbers in float64, a tensor stays as it is. A tuple holds positional arguments, a dict
-    named ones, a list is one argument; all of them may hold shapes and tensors. What is in an `Inputs` stays as it is.
+    A shape becomes seeded normal random numbers in float64, a tensor stays as it is. A tuple holds positional
+    arguments, a dict named ones, a list is one argument; all of them may hold shapes and tensors. What is in an
+    `Inputs` stays as it is.
 
     >>> make({"image": (1, 3, 8, 8), "masks": [torch.ones(4, 4)]}).shapes
     ((1, 3, 8, 8), (4, 4))

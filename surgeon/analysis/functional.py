@@ -33,7 +33,7 @@ _ARGUMENTS = inspect.Signature(
 
 @dataclass(frozen=True, slots=True)
 class Functional:
-    """A functional convolution: the name that its module gets, and where its parts are; targets are relative to the island."""
+    """A functional convolution: the name that its module gets, and where its parts are, relative to the island."""
 
     path: str
     spec: ConvSpec | None  # None where the weight is computed
@@ -70,7 +70,9 @@ def _described(
             weight = "" if held is None else target
             yield Functional(path, None, island.path, node.name, weight, obstacle=f"its weight or bias is {how}")
         elif any(isinstance(given[name], fx.Node) for name in ("stride", "padding", "dilation", "groups")):
-            yield Functional(path, None, island.path, node.name, target, obstacle="its geometry is computed during the forward pass")
+            yield Functional(
+                path, None, island.path, node.name, target, obstacle="its geometry is computed during the forward pass"
+            )
         elif not isinstance(root.get_submodule(target.rpartition(".")[0]), ConvNd):
             spec = _spec(held, given, has_bias=bias is not None)
             shared = _shared(root, kernel)

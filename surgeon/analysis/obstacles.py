@@ -79,7 +79,9 @@ def _computed(conv: nn.Conv2d) -> str | None:
     for hook in conv._forward_pre_hooks.values():
         for kind, undo in _COMPUTES.items():
             if isinstance(hook, kind):
-                return f"a hook ({type(hook).__name__}) computes its tensors; torch.nn.utils.{undo} makes them permanent"
+                return (
+                    f"a hook ({type(hook).__name__}) computes its tensors; torch.nn.utils.{undo} makes them permanent"
+                )
     return None
 
 

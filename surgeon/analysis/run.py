@@ -50,7 +50,7 @@ class Run:
 def observe(model: nn.Module, inputs: Inputs | Sequence[Tensor], *, meta_only: bool = False) -> Run:
     """Run the model once in eval mode and note every call of a conv, norm or block.
 
-    The run is made on the meta device, which computes nothing; if the model needs real values, it is made again with them.
+    The run is made on the meta device, which computes nothing; if the model needs real values, it is made with them.
 
     Raises:
         CaptureError: the model does not accept the inputs.

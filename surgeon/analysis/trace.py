@@ -144,7 +144,7 @@ def _surroundings() -> dict[str, Any]:
 
 
 def _answer(ask: Callable[[Any, Any], bool], value: Any, kinds: Any) -> bool:
-    """Answer `isinstance(x, Tensor)`, which a user's forward may ask of a placeholder, as for the value it stands for."""
+    """Answer `isinstance(x, Tensor)`, which a user's forward may ask of a placeholder, as for its value."""
     tracer = value.tracer if type(value) is fx.Proxy else None
     if type(tracer) is _Tracer and _is_users_question(sys._getframe(2)):
         return ask(_stand_in(value.node, tracer.given, value), kinds)

@@ -37,7 +37,7 @@ files_run: dict[str, Path] = {}  # the Python files that a user named, by the na
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """How to build a network: a factory (`torchvision:resnet50`) with its arguments, or a file that holds such a network."""
+    """How to build a network: a factory (`torchvision:resnet50`) with its arguments, or a file that holds a network."""
 
     name: str
     args: Mapping[str, Any] = field(default_factory=dict)

@@ -135,7 +135,9 @@ def _load_file(
     elif architecture is not None:
         model = build(architecture, trust=trust, seed=seed)
     else:
-        raise ModelError(f"{name} holds weights only", todo="Name their network: --arch torchvision:resnet50, for example.")
+        raise ModelError(
+            f"{name} holds weights only", todo="Name their network: --arch torchvision:resnet50, for example."
+        )
     checkpoints.cast_(model, state)
     checkpoints.load_weights(model, state, name)
     return Loaded(model, architecture, name, header, tuple(notices))

@@ -1,6 +1,6 @@
 """The device and the dtype of a network, and how a network is moved to a device.
 
-Random numbers are drawn on the CPU and moved, so that they are the same on every device. Files are written from the CPU.
+Random numbers are drawn on the CPU and moved, so that every device gets the same. Files are written from the CPU.
 """
 
 from __future__ import annotations

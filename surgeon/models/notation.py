@@ -47,7 +47,9 @@ def read(text: str, leaf: Callable[[str], Any] | None = None) -> tuple[tuple[Any
         if named := _NAMED.fullmatch(part):
             _add_(kwargs, named, leaf or draw)
         elif kwargs:
-            raise CaptureError(f"{part!r} follows a named argument, but has no name", todo="Put named ones last: a;b;mask=c.")
+            raise CaptureError(
+                f"{part!r} follows a named argument, but has no name", todo="Put named ones last: a;b;mask=c."
+            )
         else:
             args.append(_value(part, leaf or draw))
     return tuple(args), kwargs

@@ -117,7 +117,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 def one_thread() -> contextlib.AbstractContextManager[None]:
-    """Let torch compute with one thread: on many small convs, several would wait for each other longer than they work."""
+    """Let torch compute with one thread: on small convs, several would wait for each other longer than they work."""
     return threads(1)
 
 

@@ -55,7 +55,7 @@ def checked(model: Model) -> Model:
             if (inner := _kept_to(module)) is not None:
                 path = ".".join(part for part in ("model", name, inner) if part)
                 raise ModelError(
-                    f"{name or 'the model'} is wrapped in {type(module).__name__}, which keeps using the model as it was",
+                    f"{name or 'the model'} is wrapped in {type(module).__name__}, which keeps the model as it was",
                     todo=f"Give {path}, and wrap the result.",
                 )
         return model
