@@ -116,7 +116,7 @@ HAZARDS = [
     Hazard("in a Sequential that is taken apart", tiny.TakesItsStagesOneByOne, "stages.0", beside=1),
     Hazard("in a part of which another method is called", tiny.CallsAnotherMethod, "part.first.conv", beside=1),
     # Tensors
-    Hazard("tied parameters", tiny.TiedWeights, "one", "its weights are also those of two"),
+    Hazard("tied parameters", tiny.TiedWeights, "one", "it shares its weights with two"),
     Hazard("the network reads self.conv.weight", tiny.ReadsTheWeight, stays="reads its weight directly"),
     Hazard("the same, where tracing cannot follow", tiny.ReadsTheWeightUntraced, stays="reads its weight directly"),
     Hazard("only its weight is used", tiny.WeightReadOnly, "spare", "reads its weight directly", beside=1),
@@ -194,7 +194,7 @@ HAZARDS = [
     Hazard("asks whether its input is a tensor", tiny.AsksForATensor, "first.conv", beside=1),
     Hazard("asks torch whether its input is a tensor", tiny.AsksTorchForATensor, "first.conv", beside=1),
     # Maps
-    Hazard("without a batch", tiny.WithoutABatch, stays="without the dimension of a batch"),
+    Hazard("without a batch", tiny.WithoutABatch, stays="without a batch dimension"),
     # Whole models
     Hazard("in DataParallel", lambda: nn.DataParallel(ConvNorm()), "module.conv"),
     Hazard("one bare conv", conv3, "", "it is the whole model"),
@@ -478,7 +478,7 @@ def test_a_model_of_which_python_makes_another_one_is_refused(act: Callable[[nn.
 @every_act
 def test_a_function_that_would_call_the_original_is_refused(act: Callable[[nn.Module], object]):
     if act is not ACTS["fuse_"]:
-        with pytest.raises(CaptureError, match="the model has a function for its layer, which would run the original"):
+        with pytest.raises(CaptureError, match="the model has a function as its layer, which would run the original"):
             act(tiny.HeldInAClosure())
 
 

@@ -217,7 +217,7 @@ def test_the_page_counts_what_was_found() -> None:
     fine = Record("a", "", dtype="float64", sites=4, swapped=3, dense=4, dense_swapped=3, islands=1)
     fine.octaves, fine.seams = 2, {"join: 'add_3' needs the whole map": 1}
     fine.apart = {"convert": 0.0, "fuse": 2e-11}
-    fine.skipped = fine.dense_skipped = {"its weights are also those of head.conv": 1}
+    fine.skipped = fine.dense_skipped = {"it shares its weights with head.conv": 1}
     failed = Record(
         "b",
         "",
@@ -229,6 +229,6 @@ def test_the_page_counts_what_was_found() -> None:
     assert "- 3 architectures: 1 failed, 1 left out, 1 right." in page
     assert "| a | 4 | 3 | 3 of 4 | 0e+00 | 2e-11 | 2 | 1 | whole | 0 | right |" in page
     assert "| b | p, q: E: a \\| b (x.py:1) |" in page
-    assert "| 1 | 1 | its weights are also those of … |" in page
+    assert "| 1 | 1 | it shares its weights with … |" in page
     assert "| 2 | join: 'add' needs the whole map |" in page
     assert "| c | it has no Conv2d |" in page

@@ -107,20 +107,20 @@ def test_every_block_can_stand_there(block: str) -> None:
 STAYS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "a computed weight": (
         lambda: Weighted(lambda m, x: F.conv2d(x, m.weight / m.weight.norm(), padding=1)),
-        "conv2d", "computed on the way"),
+        "conv2d", "computed during the forward pass"),
     "a computed bias": (
-        lambda: Weighted(lambda m, x: F.conv2d(x, m.weight, m.bias * 2, padding=1)), "conv2d", "computed on the way"),
+        lambda: Weighted(lambda m, x: F.conv2d(x, m.weight, m.bias * 2, padding=1)), "conv2d", "computed during the forward pass"),
     "a weight that is a buffer": (
         lambda: Weighted(lambda m, x: F.conv2d(x, m.kept, padding=1)), "conv2d", "is a buffer"),
     "padding by the shape of the weight": (
         lambda: Weighted(lambda m, x: F.conv2d(x, m.weight, padding=m.weight.shape[-1] // 2)),
-        "conv2d", "its geometry is computed on the way"),
+        "conv2d", "its geometry is computed during the forward pass"),
     "groups by the shape of the input": (
         lambda: Weighted(lambda m, x: F.conv2d(x, m.weight, padding=1, groups=x.shape[1] // 4)),
-        "conv2d", "its geometry is computed on the way"),
+        "conv2d", "its geometry is computed during the forward pass"),
     "one map alone": (
         lambda: Weighted(lambda m, x: F.conv2d(x[0], m.weight, padding=1)[None].expand_as(x)),
-        "conv2d", "without the dimension of a batch"),
+        "conv2d", "without a batch dimension"),
     "a weight that is read twice": (
         lambda: Weighted(lambda m, x: F.conv2d(x, m.weight, padding=1) * m.weight.mean()), "conv2d", "2 steps read"),
     "Python that cannot be followed": (

@@ -178,7 +178,7 @@ BAD = {
     "a truncated file": (("survey", "cut.pt"), "cut.pt"),
     "weights alone": (("survey", "weights.safetensors"), "--arch"),
     "no such recipe": (("convert", "net.pt", "-r", "acnte"), "acnet"),
-    "a recipe with faults": (("convert", "net.pt", "-r", "bad.yaml"), "bad.yaml:3:16: rules[0].swap"),
+    "a recipe with errors": (("convert", "net.pt", "-r", "bad.yaml"), "bad.yaml:3:16: rules[0].swap"),
     "a folder as recipe": (("convert", "net.pt", "-r", "."), ""),
     "no such plan": (("convert", "net.pt", "--plan", "none.yaml"), "none.yaml"),
     "a recipe for a plan": (("convert", "net.pt", "--plan", "bad.yaml"), "bad.yaml"),

@@ -169,7 +169,7 @@ REFUSED = {
     "no block": (
         "class Other: ...",
         "other:Other",
-        "which the distribution otherblocks brings as a block, is no subclass",
+        "which the distribution otherblocks brings as a block, is not a subclass",
     ),
     "an abstract block": (
         "import surgeon\nclass Other(surgeon.Foldable): ...",
@@ -179,12 +179,12 @@ REFUSED = {
     "a block without a title": (
         MODULE.format(name="Other", block="other").replace("title =", "heading ="),
         "other:Other",
-        "has no text as its `title`",
+        "needs a string as its `title`",
     ),
     "a block without options": (
         MODULE.format(name="Other", block="other").replace("Options = Other", "Settings = Other"),
         "other:Other",
-        "has no subclass of surgeon.BlockOptions as its `Options`",
+        "needs a subclass of surgeon.BlockOptions as its `Options`",
     ),
 }
 
@@ -267,7 +267,7 @@ class Other(TwoStreamBlock[TwoStreamOptions]):
 def test_a_block_of_two_streams_has_options_of_one(installed: Path) -> None:
     text = TWO_STREAMS.replace('"p", TwoStreamOptions', '"p", surgeon.BlockOptions')
     install(installed, "otherblocks", "other", text, "other:Other")
-    with pytest.raises(BlockError, match="is a TwoStreamBlock, and its `Options` are no TwoStreamOptions"):
+    with pytest.raises(BlockError, match="is a TwoStreamBlock, and needs a subclass of TwoStreamOptions"):
         registry()
 
 
