@@ -36,7 +36,7 @@ class Spent(NamedTuple):
 
 
 def spent(*command: str) -> Spent:
-    """Run a command; its wall-clock time and its peak resident memory."""
+    """Run a command; return its wall-clock time and its peak resident memory."""
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)

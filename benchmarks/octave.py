@@ -2,7 +2,7 @@
 
     python benchmarks/octave.py [--rounds 15] [--no-compile] [--no-train]
 
-Three networks by turns, all with folded norms, in channels_last: torchvision's ResNet-50; what `surgeon convert -r
+Three networks take turns, all with folded norms, in channels_last: torchvision's ResNet-50; what `surgeon convert -r
 octave` and `surgeon fuse` make of it; and an Oct-ResNet-50 written by hand, in which every layer carries a pair of
 tensors, as published code does. Then a training step of the three, norms unfolded.
 
@@ -58,7 +58,7 @@ class OctConv(nn.Module):
 
 
 class Normed(nn.Module):
-    """An OctConv, and for each stream a norm of its own; then a ReLU, unless a sum comes first."""
+    """An OctConv with a norm for each stream; then a ReLU, unless a sum comes first."""
 
     def __init__(
         self, c_in: int, c_out: int, kernel: int, *, stride: int = 1, alpha: tuple[float, float], relu: bool = True

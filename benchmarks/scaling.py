@@ -1,10 +1,11 @@
 """How conversion grows with the network: seconds by the number of convs, and peak memory of a model of a gigabyte.
 
-Time: networks of 250 to 2,000 convs (3×3 on a small map, each with its norm, in residual blocks), converted with acnet
-and fused, by turns in every round; seconds of the processor, since the machine is shared, and per conv the median.
+Time: networks of 250 to 2,000 convs (3×3 on a small map, each with its norm, in residual blocks) are converted with
+acnet and fused, taking turns in every round; it prints processor seconds, since the machine is shared, and the median
+per conv.
 
-Memory: every way of converting in a process of its own, in float32; its peak resident memory without that of a process
-that imports the same and builds no model, as a multiple of the size of the model.
+Memory: every way of converting runs in a process of its own, in float32. Its peak resident memory, without that of a
+process that has the same imports and builds no model, is given as a multiple of the size of the model.
 
     python benchmarks/scaling.py --rounds 3 --gigabytes 1
 """
@@ -83,7 +84,7 @@ def bytes_of(net: nn.Module) -> int:
 
 
 def seconds(count: int) -> tuple[float, float]:
-    """Convert and fuse a network; processor seconds of each."""
+    """Convert and fuse a network; return the processor seconds of each."""
     net, start = deep(count), time.process_time()
     surgeon.convert_(net, "acnet", (1, 8, 16, 16))
     between = time.process_time()
@@ -92,7 +93,7 @@ def seconds(count: int) -> tuple[float, float]:
 
 
 def peak(*command: str) -> float:
-    """Run a command; its peak resident memory in bytes.
+    """Run a command; return its peak resident memory in bytes.
 
     A small process starts it: the peak that Linux reports begins with that of the process it was forked from.
     """

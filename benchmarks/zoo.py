@@ -1,8 +1,8 @@
-"""Every convolutional network of torchvision and timm through surgeon: does any crash, does any come out wrong?
+"""Every convolutional network of torchvision and timm through surgeon: does any crash, or come out wrong?
 
-Each goes the whole path in a process of its own: survey, plan, convert (acnet), save and reload, fuse, verify, then
-hetconv and octave, small ones first; `zoo_network.py` says how. What is finished is appended to a file, one JSON
-object a line; a sweep that is started again goes on from there.
+Each takes the whole path in a process of its own: survey, plan, convert (acnet), save and reload, fuse, verify, then
+hetconv and octave, small ones first; `zoo_network.py` says how. Finished ones are appended to a file, one JSON object
+a line; a sweep that is started again continues from there.
 
     python benchmarks/zoo.py --jobs 2                       # torchvision, and the smallest of every family of timm
     python benchmarks/zoo.py --only 'timm:*repvgg*' --again
@@ -47,11 +47,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="PATTERN", help="names of any architectures: 'timm:repvgg*'")
     parser.add_argument("--library", choices=("torchvision", "timm"))
     parser.add_argument("--all", action="store_true", help="all of timm, not the smallest of each family")
-    parser.add_argument("--list", action="store_true", help="only say which networks that would be")
+    parser.add_argument("--list", action="store_true", help="only list the networks that would be examined")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     parser.add_argument("--timeout", type=float, default=900, help="seconds that one network may take")
     parser.add_argument("--memory", type=float, default=8, help="GiB that one network may take")
-    parser.add_argument("--again", action="store_true", help="examine what was finished before, too")
+    parser.add_argument("--again", action="store_true", help="examine finished networks again")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "zoo.jsonl")
     parser.add_argument("--finished", action="store_true", help="examine nothing, only show what is finished")
     parser.add_argument("--write-docs", action="store_true", help="write docs/zoo.md from all that is finished")
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def examine_here(case: Case, into: Path, memory: float) -> None:
-    """Be the process of one network, which may take so much memory and no more."""
+    """Run as the process of one network, whose memory is limited."""
     limit = int(memory * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     with into.with_suffix(".log").open("w") as log:
@@ -140,7 +140,7 @@ def cases(*, every: bool, chosen: dict[str, tuple[str, int]]) -> list[Case]:
 
 
 def size_of(name: str) -> int:
-    """Count the parameters of a network of timm, without making any numbers where that goes."""
+    """Count the parameters of a network of timm, without making any numbers if that is possible."""
     try:
         with torch.device("meta"):
             model = timm.create_model(name)

@@ -1,7 +1,7 @@
-"""One network of the zoo through surgeon, step by step, and the record of what came of it.
+"""One network of the zoo through surgeon, step by step, and the record of the results.
 
-Random weights; norms, layer scales and whatever else is constant when fresh are shaken; float64 and eval mode. How far
-a network is from what it was is measured here, in plain torch, not by surgeon:
+Weights are random; norms, layer scales and everything else that starts constant is given random numbers; all runs in
+float64 and eval mode. How far a network is from what it was is measured here in plain torch, not by surgeon:
 
     relative L2 = ‖after − before‖ / ‖before‖        of the output that is furthest apart
 """
@@ -142,7 +142,7 @@ class Record:
 
 @dataclass
 class Study:
-    """A network that runs: what it is given, what it gives, and where that is noted."""
+    """A network that runs: its input, its output, and the record."""
 
     case: Case
     record: Record
@@ -162,7 +162,7 @@ class Converted(NamedTuple):
 
 
 def examine(case: Case, into: str | None = None) -> Record:
-    """Take one network the whole way."""
+    """Take one network along the whole path."""
     record = Record(case.name, case.family, into=into)
     if case.name.startswith("torchvision:quantized_"):
         record.left_out = "its kernels are packed int8 numbers; the float network of the same name is here"
@@ -191,9 +191,9 @@ def build(case: Case) -> nn.Module:
 
 
 def shake_(model: nn.Module) -> nn.Module:
-    """Give every parameter and statistic whose numbers are all the same others, gently.
+    """Give small random changes to every parameter and statistic whose numbers are all the same.
 
-    A fresh norm, a layer scale of 1e-6, a head of zeros, and a strip of an ACBlock before training let every fault
+    A fresh norm, a layer scale of 1e-6, a head of zeros, and a strip of an ACBlock before training let every mistake
     through.
     """
     generator = torch.Generator().manual_seed(0)
@@ -235,7 +235,7 @@ def begin(case: Case, model: nn.Module, record: Record) -> Study:
 def calibrate_(model: nn.Module, example: Sequence[Any]) -> nn.Module:
     """Set the statistics of every batch norm near those of what goes through it.
 
-    With any others the signal dies on the way through a deep network, and with it the sense of a comparison.
+    With other statistics the signal dies out in a deep network, and a comparison shows nothing.
     """
     generator = torch.Generator().manual_seed(1)
 
@@ -317,7 +317,7 @@ def converted_by(plan: surgeon.Plan, study: Study) -> nn.Module:
 
 
 def planned(recipe: str, study: Study, surveyed: surgeon.Survey, overrides: Sequence[str] = ()) -> surgeon.Plan | None:
-    """Plan; a recipe that claims no conv here is no fault."""
+    """Plan; a recipe that claims no conv here is not an error."""
     try:
         return decide(load(recipe, overrides), surveyed, seed=0)
     except surgeon.errors.PlanError as error:
@@ -338,7 +338,7 @@ def count_swaps(plan: surgeon.Plan, surveyed: surgeon.Survey, record: Record) ->
 def compare(step: str, after: nn.Module, model: nn.Module, before: Sequence[Tensor], study: Study) -> None:
     """Measure how far a network is from the one it was made from; where that is unusual, how far rounding takes it.
 
-    A detector sorts what it finds: where two scores are equal but for rounding, nothing can be said of their order.
+    A detector sorts what it finds: if two scores differ only by rounding, their order means nothing.
     """
     record = study.record
     record.apart[step] = found = distance(outputs(after, study.example), before)
@@ -446,7 +446,7 @@ def check_shapes(step: str, converted: nn.Module, study: Study) -> None:
 
 
 def outputs(model: nn.Module, example: Sequence[Any]) -> list[Tensor]:
-    """Run a network; all floating point tensors that it returns and that hold numbers."""
+    """Run a network; return all floating point tensors in its output that hold numbers."""
     torch.manual_seed(0)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -143,7 +143,7 @@ def untraced(records: Sequence[Record]) -> list[tuple[str, ...]]:
 
 
 def seams(records: Sequence[Record]) -> list[tuple[str, str]]:
-    """Count networks by the reason of a seam, the most frequent ones first; what only one has is left out."""
+    """Count networks by the reason of a seam, the most frequent ones first; reasons of only one network are left out."""
     found = Counter(reason for record in records for reason in {_numberless(one) for one in record.seams})
     return [(str(count), reason) for reason, count in found.most_common() if count > 1]
 
@@ -169,7 +169,7 @@ def markdown(heads: Sequence[str], body: Any) -> list[str]:
 
 
 def complaints(record: Record) -> list[str]:
-    """Say what went wrong; an error that stops several steps is said once."""
+    """Say what went wrong; an error that stops several steps is listed once."""
     steps: dict[str, list[str]] = {}
     for one in record.errors:
         steps.setdefault(f"{one['error']} ({one['place']})", []).append(one["step"])

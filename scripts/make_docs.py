@@ -1,8 +1,8 @@
-"""Make what the documentation says of the program from the program: docs/cli.md, and what the README's commands print.
+"""Generate the documentation that comes from the program: docs/cli.md, and the output of the README's commands.
 
     python scripts/make_docs.py
 
-`tests/test_docs.py` fails where either is out of date.
+`tests/test_docs.py` fails if either is out of date.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _run_block(text: str) -> str:
 
 
 def _output(command: str) -> list[str]:
-    """Run one command; what goes to standard error and to standard output, in the order of a terminal.
+    """Run one command; return standard error and standard output, in the order of a terminal.
 
     Raises:
         RuntimeError: it fails.
@@ -92,7 +92,7 @@ def _output(command: str) -> list[str]:
 
 
 def _run(program: str, arguments: list[str]) -> int | str | None:
-    """Run what the README runs: `surgeon …` and `python -c …`; its exit code."""
+    """Run what the README runs: `surgeon …` and `python -c …`; return its exit code."""
     try:
         if program == "surgeon":
             surgeon(arguments)

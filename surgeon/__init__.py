@@ -5,8 +5,8 @@
     deployed  = surgeon.fuse(converted)
     report    = surgeon.verify(converted, deployed, example=(1, 3, 224, 224))
 
-`import surgeon` imports neither torch nor anything slow; the names below come when they are first used. What may be
-good to know goes to the logger `surgeon`, and is printed where the program sets up logging.
+`import surgeon` imports neither torch nor anything slow; the names below are imported when they are first used. Notices
+go to the logger `surgeon`, and are printed if the program sets up logging.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ RecipeLike = str | PathLike[str] | Mapping[str, Any] | Recipe
 
 
 def survey(model: nn.Module, example: Example | None = None, *, progress: Progress = silent) -> Survey:
-    """List every conv of a model: names, geometry, shapes, calls, and what follows.
+    """List every conv of a model: names, geometry, shapes, calls, and what reads it.
 
     `progress`, here and below, is called with what is being done and the share of the work that is done.
 
@@ -87,7 +87,7 @@ def plan(
     ['acblock']
 
     Raises:
-        RecipeError: every fault of the recipe. PlanError: a rule claims nothing.
+        RecipeError: the recipe is wrong; all its errors are reported at once. PlanError: a rule claims no conv.
     """
     with ordinary():
         surveyed = survey(model, example, progress=parts(progress, 0, 0.6))
@@ -96,7 +96,7 @@ def plan(
 
 
 def decide(recipe: Recipe, surveyed: Survey, *, seed: int) -> Plan:
-    """Make a plan, and say in it what comes of it."""
+    """Make a plan, and add what it leads to."""
     return foresee(make(recipe, surveyed, seed=seed), surveyed)
 
 
@@ -111,7 +111,7 @@ def convert(
 ) -> Model:
     """Return a copy of `model` with its convs swapped as a plan or recipe says.
 
-    What was done to it and what was measured is in `history` of the result.
+    `history` of the result says what was done to it and what was measured.
 
     >>> type(convert(nn.Sequential(nn.Conv2d(3, 8, 3)), "acnet")[0]).__name__
     'ACBlock'
@@ -130,7 +130,7 @@ def convert_(
     seed: int = 0,
     progress: Progress = silent,
 ) -> Model:
-    """Swap the convs of `model` itself, and return it; where something is wrong it stays as it was."""
+    """Swap the convs of `model` itself, and return it; if something goes wrong, it stays as it was."""
     with ordinary():
         progress("looking at the network", 0)
         surveyed = sites.survey(network_for(model, example, plan=how if isinstance(how, Plan) else None, seed=seed))
@@ -147,8 +147,8 @@ def fuse(
 ) -> Model:
     """Return a copy of `model` in which every foldable block is one plain conv again.
 
-    Blocks that cost less than the conv they fold to (HetConv) stay, unless `dense` asks for them too. How far it moved
-    the output for the example is in `history` of the result.
+    Blocks that cost less than the conv they fold to (HetConv) stay, unless `dense` asks for them too. `history` of
+    the result says how far folding moved the output for the example.
 
     >>> type(fuse(convert(nn.Sequential(nn.Conv2d(3, 8, 3)), "acnet"))[0]).__name__
     'Conv2d'
@@ -178,18 +178,18 @@ def verify(
     seed: int = 0,
     progress: Progress = silent,
 ) -> Report:
-    """Say whether `b` computes what `a` does, how far apart they are, and where they part.
+    """Say whether `b` computes what `a` does, how far apart they are, and where they diverge.
 
     `example` is one input or a list of them, each as `examples.make` takes it: a shape, a tensor, a tuple of arguments,
-    a dict of named ones. Where b's history says that it was made from a, the same is done to a in float64, and b must
-    be that, rounded once.
+    a dict of named ones. If b's history says that it was made from a, the same is done to a in float64, and b must
+    be the result, rounded once.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3))
     >>> verify(model, convert(model, "acnet"), (1, 3, 8, 8)).verdict
     'equivalent'
 
     Raises:
-        VerifyError: outputs of other structure, shape or dtype.
+        VerifyError: the outputs differ in structure, shape or dtype.
     """
     with ordinary():
         return _verify(a, b, example, seed, progress)
@@ -205,15 +205,15 @@ def _verify(a: nn.Module, b: nn.Module, example: Any, seed: int, progress: Progr
     inputs = [inputs_for(b if one is None and histories.history(b) else a, one, seed=seed) for one in given]
     known = [one for one in inputs if one is not None]
     if not known:
-        raise CaptureError("no input is known that the model accepts", todo="Give one: --input 1,3,224,224.")
-    progress("doing the same again in float64", 0.1)
+        raise CaptureError("no input is known that the model accepts", todo="Pass one: --input 1,3,224,224.")
+    progress("repeating the operations in float64", 0.1)
     steps = replay.steps_between(a, b)
     again = replay.done_again(a, steps) if steps else None
     progress("comparing", 0.4)
     is_approximate = any(map(replay.is_approximate, steps))
     found = equivalence.verify(a, b, known, replay=again, approximate=is_approximate, seed=seed)
     if steps and not found and histories.content_hash(b) != steps[-1].result:
-        changed = f"B's tensors were changed after the {steps[-1].operation} that made it"
+        changed = f"B's tensors were changed after {steps[-1].operation} had made it"
         found = replace(found, remarks=(*found.remarks, changed))
     return found
 
@@ -267,12 +267,12 @@ def history(model: nn.Module) -> tuple[Operation, ...]:
 
 
 def inputs_for(model: nn.Module, example: Example | None, *, plan: Plan | None = None, seed: int = 0) -> Inputs | None:
-    """Take the example that was given, or that of the plan, or of the model's history, or one that it accepts."""
+    """Take the example that was given, or that of the plan or the model's history, or one that the model accepts."""
     return network_for(model, example, plan=plan, seed=seed).inputs
 
 
 def network_for(model: nn.Module, example: Example | None, *, plan: Plan | None = None, seed: int = 0) -> Network:
-    """Look at a model with the example that was given, or with the first that does of those that are known."""
+    """Look at a model with the example that was given, or with the first known one that the model accepts."""
     checked(model)
     if example is not None:
         return Network(model, examples.make(example, seed=seed))

@@ -232,7 +232,7 @@ def test_on_a_device_without_float64_commands_stay_on_the_cpu_and_say_so(
     monkeypatch.setattr(torch.mps, "manual_seed", lambda seed: None)
     surgeon.save(net(), tmp_path / "net.pt")
     assert run_surgeon("survey", tmp_path / "net.pt", "--input", "1,3,16,16", "--device", "mps") == 0
-    assert "mps has no float64, in which surgeon proves what it does" in capsys.readouterr().err
+    assert "mps has no float64, which surgeon needs for its proofs" in capsys.readouterr().err
 
 
 # Files.

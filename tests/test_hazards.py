@@ -607,7 +607,9 @@ def test_complex_convs_stay(block: str):
 
 @every_block
 def test_a_conv_that_is_called_from_where_nobody_looks_is_refused(block: str):
-    with pytest.raises(CaptureError, match=r"conv has been swapped, and what stands there is not called.*surgeon plan"):
+    with pytest.raises(
+        CaptureError, match=r"conv has been swapped, but the block in its place is not called.*surgeon plan"
+    ):
         surgeon.convert(network(tiny.HeldWhereNobodyLooks), swap_3x3(block), SHAPE)
 
 

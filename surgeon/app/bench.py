@@ -1,11 +1,11 @@
 """Models → how long they take, side by side in one run.
 
-Absolute times of a shared machine mean little and drift; so the models take turns: every round runs each of them once,
-in an order drawn anew, and what counts is the ratio within a round. Its median over the rounds is reported with its
-quartiles, and where those are far apart, that it is not to be believed.
+Absolute times on a shared machine mean little and drift, so the models take turns: every round runs each of them once,
+in a newly drawn order, and the ratio within a round counts. Its median over the rounds is reported with its quartiles;
+if those are far apart, the report says that the ratio is not reliable.
 
-Where norms follow convs both sides are measured a second time with those norms folded, as they would be deployed:
-otherwise a model that has lost its norms on the way looks faster than it is.
+If norms follow convs, both sides are measured a second time with those norms folded, as they would be deployed:
+otherwise a model whose norms were folded or taken over earlier would look faster than it is.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from surgeon.models.sandbox import threads
 from surgeon.proof.distance import tensors
 from surgeon.surgery.fold import fold_blocks_, fold_norms_
 
-TOO_WIDE = 0.15  # of the pairwise ratio: the distance of its quartiles, as a share of its median
+TOO_WIDE = 0.15  # the largest reliable distance of the quartiles of the pairwise ratio, as a share of its median
 _AT_LEAST = 0.05  # seconds that one measurement takes; shorter runs are repeated within it
 
 
@@ -61,7 +61,7 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """One model in one setting. Ratios are to the first model in the same form; below 1 is less."""
+    """One model in one setting. Ratios compare with the first model in the same form; below 1 is less."""
 
     model: str
     form: str  # as it is, or with norms and blocks folded
@@ -72,7 +72,7 @@ class Timing:
     macs_ratio: float | None
     time_ratio: float  # the median of the pairwise ratios
     quartiles: tuple[float, float]  # of the pairwise ratios
-    peak_bytes: int | None  # memory of one run beyond what was held before; None where the system does not tell
+    peak_bytes: int | None  # memory of one run beyond what was held before; None if the system does not report it
 
     @property
     def per_second(self) -> float:
@@ -86,10 +86,10 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Trials:
-    """What is asked for: every batch size with every number of threads; layout and compilers beside the plain way."""
+    """What to measure: every batch size with every number of threads, and further layouts and compiling on request."""
 
     batches: tuple[int, ...] = (1,)
-    threads: tuple[int, ...] = ()  # as many as torch uses, where none are named
+    threads: tuple[int, ...] = ()  # as many as torch uses, if none are given
     rounds: int = 15
     channels_last: bool = False
     compiled: bool = False
@@ -197,7 +197,7 @@ def _pass(called: Callable[..., Any], inputs: Inputs) -> Callable[[], object]:
 
 
 def _finished(call: Callable[[], object], place: torch.device) -> Callable[[], object]:
-    """Wait for what was only handed to a device; a CPU has done it when it returns."""
+    """Wait until a device has finished; a CPU has finished when the call returns."""
     if place.type == "cpu":
         return call
     wait = torch.mps.synchronize if place.type == "mps" else lambda: torch.cuda.synchronize(place)
@@ -256,7 +256,7 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 @contextlib.contextmanager
 def _compiling(wanted: bool) -> Iterator[None]:
-    """Begin without what was compiled before, and let many models of one class be compiled side by side."""
+    """Forget what was compiled before, and let many models of one class be compiled side by side."""
     if not wanted:
         yield
         return
@@ -268,7 +268,7 @@ def _compiling(wanted: bool) -> Iterator[None]:
 def _peak_bytes(call: Callable[[], object]) -> int | None:
     """Measure how much more memory the process holds at most while it runs, by the kernel's own high-water mark.
 
-    What the allocator keeps of earlier runs is given back first. Only Linux tells and lets the mark be reset.
+    Memory that the allocator keeps from earlier runs is given back first. Only Linux reports and resets this mark.
     """
     try:
         gc.collect()
@@ -282,7 +282,7 @@ def _peak_bytes(call: Callable[[], object]) -> int | None:
 
 
 def _peak_bytes_there(call: Callable[[], object], place: torch.device) -> int | None:
-    """The same on a device, by torch's own count; Apple's are not counted."""
+    """Measure the same on a device, by torch's own count; memory on Apple's devices is not counted."""
     if place.type != "cuda":
         return None
     gc.collect()

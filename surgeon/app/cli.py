@@ -65,7 +65,9 @@ Input = Annotated[
         "or file.py:make_inputs. verify takes the option several times.",
     ),
 ]
-Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="For inputs and for what starts at random.")]
+Seed = Annotated[
+    int, typer.Option(min=0, max=2**63 - 1, help="The seed of random inputs and of random initial weights.")
+]
 Device = Annotated[
     str,
     typer.Option(metavar="DEVICE", help="Where to run models: cpu, cuda, cuda:1 or mps. Files are for every device."),
@@ -83,7 +85,7 @@ Sets = Annotated[
 
 
 def _about_models(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options that say how models are read; they reach it as its argument `given`."""
+    """Give a command the options that say how models are read; it receives them as its argument `given`."""
 
     def run(
         arch: Arch = None,
@@ -101,7 +103,7 @@ def _about_models(command: Callable[..., None]) -> Callable[..., None]:
 
         if len(shape or ()) > 1 and command.__name__ != "verify":
             raise typer.BadParameter(
-                "--input is given twice; only verify takes several. Arguments of one call: --input 'a;b'"
+                "--input is given twice; only verify takes several. Arguments of one call go together: --input 'a;b'"
             )
         trust = Trust(allow=tuple(allow or ()), unsafe_pickle=unsafe)
         command(
@@ -154,7 +156,7 @@ def fuse(
     model: Model,
     given: "Given",
     dense: Annotated[
-        bool, typer.Option("--dense", help="Fold also blocks that cost less than the conv they fold to.")
+        bool, typer.Option("--dense", help="Also fold blocks that cost less than the conv they fold to.")
     ] = False,
     output: Output = None,
     force: Force = False,
@@ -172,12 +174,12 @@ def fuse(
 @app.command(epilog="Example: surgeon verify model.acnet.pt model.acnet.fused.pt   exits 0 if they are equivalent")
 @_about_models
 def verify(
-    a: Annotated[str, typer.Argument(metavar="A", help="The model that is right.", show_default=False)],
-    b: Annotated[str, typer.Argument(metavar="B", help="The model that is to compute the same.", show_default=False)],
+    a: Annotated[str, typer.Argument(metavar="A", help="The reference model.", show_default=False)],
+    b: Annotated[str, typer.Argument(metavar="B", help="The model to compare with it.", show_default=False)],
     given: "Given",
     json: Json = False,
 ) -> None:
-    """Say whether B computes what A does, how far apart they are, and where they part.
+    """Say whether B computes what A does, how far apart they are, and where they diverge.
 
     Exit code: 0 equivalent, 1 different, 2 could not be compared, 3 approximate by design.
     """
@@ -197,7 +199,7 @@ def survey(
     given: "Given",
     json: Json = False,
 ) -> None:
-    """List every conv of a model: names, geometry, sizes, calls, what reads it and what stands in the way."""
+    """List every conv of a model: names, geometry, sizes, calls, what reads it, and why it cannot be swapped."""
     with bar() as progress:
         from surgeon.app import commands
         from surgeon.display.survey import survey_data, survey_view
@@ -248,13 +250,15 @@ def bench(
     threads: Annotated[
         list[int] | None, typer.Option("--threads", "-t", min=1, help="Threads of torch; may be repeated.")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=3, help="How often every model has its turn.")] = 15,
-    channels_last: Annotated[bool, typer.Option("--channels-last", help="Measure that memory format too.")] = False,
-    compiled: Annotated[bool, typer.Option("--compile", help="Measure with torch.compile too.")] = False,
+    rounds: Annotated[
+        int, typer.Option(min=3, help="How many rounds to measure; each one times every model once.")
+    ] = 15,
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="Also measure in this memory format.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Also measure with torch.compile.")] = False,
     train: Annotated[bool, typer.Option("--train", help="Time a training step: forward and backward.")] = False,
     json: Json = False,
 ) -> None:
-    """Time models against each other, by turns in one run, as they are and with their norms folded."""
+    """Time models against each other in one run, taking turns, as they are and with their norms folded."""
     with bar() as progress:
         from surgeon.app import commands
         from surgeon.app.bench import Trials
@@ -304,7 +308,7 @@ def demo(
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
-    """Convert, train, fold and verify a small network on Fashion-MNIST; needs no network and no downloads."""
+    """Convert, train, fold and verify a small network on Fashion-MNIST; works offline."""
     from surgeon.app.demo import run
     from surgeon.display.demo import demo_data, demo_view
 
@@ -323,7 +327,7 @@ def _root(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; what was raised on purpose becomes one message and an exit code."""
+    """Run the command line; an error that surgeon raises becomes one message and an exit code."""
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch's, and nothing here needs NumPy
     try:
         with notes():

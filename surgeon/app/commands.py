@@ -1,7 +1,7 @@
 """One short function per command: the table of contents of the whole program.
 
-Files in, files out; what happens in between is `surgery`. Nothing here prints: notices are logged, and `progress` is
-told how far the work is.
+Each command reads files and writes files; `surgery` does the work in between. Nothing here prints: notices are logged,
+and `progress` is told how far the work is.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def convert(
     output: Path | None,
     force: bool,
 ) -> Converted:
-    """Convert by a recipe's name or path, or by a plan that was read from a file."""
+    """Convert with a recipe (its name or path), or with a plan that was read from a file."""
     wanted = how if isinstance(how, Plan) else recipes.load(how, overrides)
     label = wanted.recipe.name if isinstance(wanted, Plan) else wanted.name
     path = claim(output or _beside(name, label), force=force, suffixes=formats.suffixes(), origin=name)
@@ -142,10 +142,10 @@ def fuse(
     folded, distance = fold_all_(network, dense=dense, progress=parts(progress, 0.4, 0.9))
     cheaper = sorted({m.name for m in model.modules() if isinstance(m, Foldable)})
     if cheaper:
-        stays = f"{', '.join(cheaper)} stays, for it costs less than the conv it folds to"
-        _log.info(f"{stays}; --dense folds it all the same")
+        stays = f"{', '.join(cheaper)} is not folded, because it costs less than the conv it folds to"
+        _log.info(f"{stays}; --dense folds it too")
     elif not folded:
-        _log.info("there is no block in it that can be folded; it is written as it is")
+        _log.info("the model has no block that can be folded; it is written unchanged")
     progress(f"writing {path}", 0.9)
     _save(loaded, path, force=force)
     return Fused(folded, (params, _count(model)), distance, path)
@@ -169,12 +169,12 @@ def bench(names: Sequence[str], given: Given, trials: Trials, progress: Progress
         models.append((label, _load(name, given, to_time=True).model))
     inputs = _network(models[0][1], given).inputs
     if inputs is None:
-        raise CaptureError("no input is known to run them on", todo="Give one: --input 1,3,224,224.")
+        raise CaptureError("no input is known to run the models on", todo="Pass one: --input 1,3,224,224.")
     return benching.run(models, inputs, trials.settings, rounds=trials.rounds, progress=parts(progress, 0.1, 1))
 
 
 def write_plan(decided: Plan, path: Path, *, force: bool) -> None:
-    """Write a plan file: JSON if its name ends so, else YAML."""
+    """Write a plan file: JSON if its name ends in .json, else YAML."""
     claim(path, force=force, suffixes=(".yaml", ".yml", ".json"))
     text = decided.dump(as_json=path.suffix == ".json")
     write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
@@ -189,7 +189,7 @@ def _load_and_look(name: str, given: Given, progress: Progress) -> Network:
 
 
 def _load(name: str, given: Given, *, to_time: bool = False) -> Loaded:
-    """Load a model, and move it to where it is to be run; what is only timed needs no float64 there."""
+    """Load a model, and move it to the device where it will run; a model that is only timed needs no float64 there."""
     again = functools.partial(rebuild, trust=given.trust, seed=given.seed)
     loaded = source.load(
         name, arch=given.arch, arch_args=given.arch_args, trust=given.trust, seed=given.seed, rebuild=again
@@ -197,7 +197,7 @@ def _load(name: str, given: Given, *, to_time: bool = False) -> Loaded:
     for notice in loaded.notices:
         _log.info(notice)
     if given.device.type in devices.NO_FLOAT64 and not to_time:
-        _log.warning(f"{given.device} has no float64, in which surgeon proves what it does; {name} is run on the CPU")
+        _log.warning(f"{given.device} has no float64, which surgeon needs for its proofs; {name} is run on the CPU")
         return loaded
     return replace(loaded, model=devices.moved(loaded.model, given.device))
 
@@ -215,18 +215,18 @@ def _network(model: nn.Module, given: Given, *, plan: Plan | None = None) -> Net
     network = surgery.network_for(model, example, plan=plan, seed=given.seed)
     inputs = network.inputs
     if inputs is None and plan is not None and plan.inputs is not None:
-        rejected = f"noise of the shapes in the plan ({plan.inputs}) does not do"
-        _log.warning(f"{rejected}, so nothing is run; give --input again")
+        rejected = f"random input of the shapes in the plan ({plan.inputs}) is rejected by the model"
+        _log.warning(f"{rejected}, so nothing is run; pass --input again")
     elif inputs is None:
         unknown = "no input is known that the model accepts, so shapes and costs are left out"
-        _log.warning(f"{unknown}; --input 1,3,224,224 gives one")
+        _log.warning(f"{unknown}; pass one, for example --input 1,3,224,224")
     elif inputs.is_guess:
-        _log.info(f"no --input was given; {inputs} works and is used")
+        _log.info(f"no --input was given; surgeon uses {inputs}, which the model accepts")
     return network
 
 
 def _labels(names: Sequence[str]) -> list[str]:
-    """Shorten files to their own names, unless two are called alike."""
+    """Shorten files to their own names, unless two have the same name."""
     short = [Path(name).name for name in names]
     return short if len(set(short)) == len(short) else list(names)
 

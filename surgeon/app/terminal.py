@@ -23,7 +23,7 @@ _log = logging.getLogger("surgeon")
 
 
 def _console(*, stderr: bool) -> Console:
-    """A terminal as wide as it is; a file or a pipe wide enough for every table."""
+    """Make a console as wide as the terminal; for a file or a pipe, wide enough for every table."""
     console = Console(stderr=stderr, highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         return Console(stderr=stderr, highlight=False, width=WIDE)
@@ -42,7 +42,7 @@ class _Notes(logging.Handler):
 
 @contextmanager
 def notes() -> Iterator[None]:
-    """Print what surgeon logs meanwhile, and leave its logger as it was."""
+    """Print what surgeon logs inside the block, and leave its logger as it was."""
     handler, level = _Notes(), _log.level
     _log.addHandler(handler)
     _log.setLevel(logging.INFO)
@@ -64,7 +64,7 @@ def bar() -> Iterator[Progress]:
 
 
 def show(result: RenderableType | dict[str, Any] | list[Any]) -> None:
-    """Print the one thing that a command is about on stdout: a table, or a JSON document."""
+    """Print the result of a command on stdout: a table, or a JSON document."""
     if isinstance(result, dict | list):
         print(json.dumps(_finite(result), indent=1, ensure_ascii=False, allow_nan=False))
     else:
@@ -72,7 +72,7 @@ def show(result: RenderableType | dict[str, Any] | list[Any]) -> None:
 
 
 def _finite(data: Any) -> Any:
-    """Write Infinity and NaN as text, which JSON has no numbers for."""
+    """Write Infinity and NaN as text, since JSON has no numbers for them."""
     if isinstance(data, dict):
         return {key: _finite(value) for key, value in data.items()}
     if isinstance(data, list | tuple):

@@ -1,5 +1,5 @@
 """What surgeon finds and does, as tables for terminals and notebooks and as plain data for JSON.
 
-One file for each thing that is shown. They know what they show by its attributes alone and import none of it, so that
-surveys, plans and reports, whose packages lie below, can import how they look.
+There is one file for each thing that is shown. A file here uses only the attributes of what it shows and imports none
+of its classes, so that surveys, plans and reports, whose packages lie below, can import how they look.
 """

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def bench_view(timings: Sequence[Timing]) -> RenderableType:
-    """One table per setting: what every model costs on paper and on the clock, and how much of that to believe."""
+    """One table per setting: what every model costs on paper and on the clock, and how reliable that is."""
     parts: list[RenderableType] = []
     for setting, group in groupby(timings, key=lambda timing: timing.setting):
         table = words.table(
@@ -40,9 +40,9 @@ def bench_view(timings: Sequence[Timing]) -> RenderableType:
         parts += [Text(str(setting), style="bold"), table]
     if doubtful := [one for one in timings if not one.is_believable]:
         names = ", ".join(dict.fromkeys(one.model for one in doubtful))
-        line = f"? the spread is too wide to believe ({names}): close other programs, or give more --rounds"
+        line = f"? the spread is too wide to be reliable ({names}): close other programs, or pass more --rounds"
         parts.append(Text(line, style="yellow"))
-    note = "× is to the first model in the same form; memory is what one run needs beyond the model"
+    note = "× compares with the first model in the same form; peak memory is what one run needs beyond the model"
     return Group(*parts, Text(note, style="dim"))
 
 

@@ -21,15 +21,16 @@ def converted_view(converted: Converted) -> RenderableType:
     if check.worst is not None:
         kept = check.sites - check.approximate
         lines.append(
-            f"self-check: {kept} swapped convs against what stood there, in float64: worst relative L2 "
+            f"self-check: {kept} swapped convs against the originals, in float64: worst relative L2 "
             f"{check.worst:.1e} ({check.worst_path})"
         )
     if check.approximate:
-        lines.append(
-            f"{words.convs(check.approximate)} swapped for what computes something else, as the recipe says: train on"
-        )
+        compute = "computes" if check.approximate == 1 else "compute"
+        lines.append(f"{words.convs(check.approximate)} now {compute} a different function; retrain the network")
     if check.streams is not None:
-        lines.append(f"without seams against conv by conv, in float64: relative L2 {check.streams:.1e}")
+        lines.append(
+            f"without seams, against every conv splitting and joining, in float64: relative L2 {check.streams:.1e}"
+        )
     if check.whole is not None:
         lines.append(f"whole network, before and after, in its own dtype: relative L2 {check.whole:.1e}")
     lines.append(f"written: {converted.path}")

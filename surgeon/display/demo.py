@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 def demo_view(demo: Demo) -> RenderableType:
     train, test = demo.images
-    table = words.table("step", "file", f"right of {test} test images", "parameters", "MACs")
+    table = words.table("step", "file", f"accuracy on {test} test images", "parameters", "MACs")
     for step in demo.steps:
         table.add_row(step.name, step.file, f"{step.accuracy:.1%}", words.amount(step.params), words.amount(step.macs))
     note = (
-        f"Fashion-MNIST, {train} images to train on, {test} others to test on: it shows the path, and ranks no methods"
+        f"Fashion-MNIST: {train} training images, {test} test images. This shows the workflow; it does not rank methods"
     )
-    heading = Text("\nthe folded network against the trained one:")
+    heading = Text("\nthe folded network compared with the trained one:")
     return Group(table, Text(note, style="dim"), heading, report_view(demo.report))
 
 

@@ -33,7 +33,9 @@ def _plan_row(entry: Entry) -> tuple[str, ...]:
     remarks = [f"takes over {_beside(entry.path, entry.takes_norm[0])}"] if entry.takes_norm else []
     if entry.functional is not None and entry.swap:
         island = entry.functional.island or "the model itself"
-        remarks.append(f"F.conv2d with {entry.functional.weight}; for it the forward of {island} becomes a graph")
+        remarks.append(
+            f"F.conv2d with {entry.functional.weight}; swapping it turns the forward of {island} into a graph"
+        )
     remarks += [text for text in (entry.note, _kept(entry), entry.skip) if text]
     return (
         "\n".join(entry.paths),
@@ -68,13 +70,13 @@ def _option_lines(plan: Plan) -> Iterator[str]:
 
 
 def _stream_lines(plan: Plan) -> Iterator[str]:
-    """Say what is done beside the swaps of octave convs, and where their streams cannot go on."""
+    """Say what is done besides the swaps of octave convs, and where their streams cannot go on."""
     for one in plan.low_passed:
         yield f"low-passed: '{one.operand}'{_inside(one.island)}, where '{one.step}' adds it to two streams"
     if plan.rewritten:
         named = ", ".join(path or "the model itself" for path in plan.rewritten[:3])
         more = f" and {len(plan.rewritten) - 3} more" if len(plan.rewritten) > 3 else ""
-        yield f"two streams go from conv to conv; for that the forward of {named}{more} becomes a graph"
+        yield f"two streams go from conv to conv; this turns the forward of {named}{more} into a graph"
     kinds = {"join": "two streams are joined", "split": "a map is split", "local": "every conv splits and joins"}
     shown = plan.seams[: words.MOST_ROWS]
     yield from (f"seam: {kinds[one.kind]}{_inside(one.island)}: {one.reason}" for one in shown)

@@ -18,7 +18,7 @@ def recipes_view(recipes: Sequence[Recipe]) -> RenderableType:
     table = words.table("recipe", "what it does", "source")
     for recipe in recipes:
         table.add_row(recipe.name, recipe.title, recipe.cites or "")
-    return Group(table, Text("`surgeon recipes NAME` prints one; a copy of it is a start for your own"))
+    return Group(table, Text("`surgeon recipes NAME` prints one; copy it to start your own"))
 
 
 def recipes_data(recipes: Sequence[Recipe]) -> list[dict[str, Any]]:

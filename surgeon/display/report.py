@@ -1,4 +1,4 @@
-"""A report of verify: the checks, the distances, the sites that tell something, and the verdict."""
+"""A report of verify: the checks, the distances, the sites that say something, and the verdict."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _VERDICTS = {
     "equivalent": ("bold green", "equivalent: B computes what A computes"),
     "different": ("bold red", "different: B does not compute what A computes"),
-    "approximate": ("bold yellow", "approximate by design: these are distances, and no proof that B equals A"),
+    "approximate": ("bold yellow", "approximate by design: these distances do not prove that B equals A"),
 }
 
 
@@ -30,8 +30,8 @@ def report_view(report: Report, *, verdict_first: bool = False) -> RenderableTyp
     parts += [_distances(report)] if report.distances else []
     if rows := list(_telling(report.sites)):
         parts.append(_sites(rows, len(report.sites)))
-    if report.first_to_part:
-        parts.append(Text(f"first to part: {report.first_to_part}", style="red"))
+    if report.first_to_diverge:
+        parts.append(Text(f"first to diverge: {report.first_to_diverge}", style="red"))
     parts += [Text(remark, style="red") for remark in report.remarks]
     style, said = _VERDICTS[report.verdict]
     verdict = Text(said, style=style)
@@ -49,20 +49,20 @@ def _distances(report: Report) -> Table:
 
 
 def _telling(sites: Sequence[SiteDistance]) -> Iterator[SiteDistance]:
-    """Choose the sites worth a row: those that part, and those that are another module now."""
+    """Choose the sites worth a row: those that diverge, and those whose class has changed."""
     for site in sites:
-        if site.parts or site.kind_a != site.kind_b:
+        if site.diverges or site.kind_a != site.kind_b:
             yield site
 
 
 def _sites(rows: Sequence[SiteDistance], count: int) -> Table:
     table = words.table("site", "A", "B", "isolated", "propagated", "stored, ulp", "")
-    parting = [site for site in rows if site.parts]
-    shown = (parting or rows)[: words.MOST_ROWS]
+    diverging = [site for site in rows if site.diverges]
+    shown = (diverging or rows)[: words.MOST_ROWS]
     for site in shown:
         ulps = "" if site.ulps is None else f"{site.ulps:.3g}"
         distances = (f"{site.isolated:.1e}", f"{site.propagated:.1e}")
-        mark = Text("parts", style="red") if site.parts else ""
+        mark = Text("diverges", style="red") if site.diverges else ""
         table.add_row(site.path, site.kind_a, site.kind_b, *distances, ulps, mark)
     if len(shown) < len(rows):
         table.caption = f"{len(shown)} of {len(rows)} sites; --json lists all {count}"

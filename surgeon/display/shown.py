@@ -32,7 +32,7 @@ class Shown(ABC):
 
 
 def as_text(view: RenderableType) -> str:
-    """Write a view without colours, as wide as the terminal is; `WIDE` where text goes elsewhere."""
+    """Write a view without colours, as wide as the terminal, or `WIDE` columns if there is none."""
     is_terminal = "COLUMNS" in os.environ or (sys.stdout is not None and sys.stdout.isatty())
     console = _console(shutil.get_terminal_size().columns if is_terminal else WIDE)
     with console.capture() as captured:
@@ -41,7 +41,7 @@ def as_text(view: RenderableType) -> str:
 
 
 def as_html(view: RenderableType) -> str:
-    """Write a view as one element of HTML with its colours, as wide as it wants to be, and at most `WIDE`."""
+    """Write a view as one element of HTML with its colours, as wide as it needs to be, and at most `WIDE`."""
     console = _console(WIDE, record=True)
     wanted = Measurement.get(console, console.options, view).maximum
     console.print(view, width=max(wanted, 1))
@@ -49,7 +49,7 @@ def as_html(view: RenderableType) -> str:
 
 
 def _console(width: int, *, record: bool = False) -> Console:
-    """Make a console that writes to nowhere: not to a terminal, nor into the cell of a notebook."""
+    """Make a console that writes nothing to a terminal or to the cell of a notebook."""
     return Console(
         file=io.StringIO(),
         width=width,

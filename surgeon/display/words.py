@@ -12,11 +12,11 @@ from rich.text import Text
 if TYPE_CHECKING:
     from surgeon.surgery.plan import Change
 
-MOST_ROWS = 12  # of what could go on for pages; JSON has all of it
+MOST_ROWS = 12  # of lists that could fill pages; JSON has all rows
 
 
 class _Rows(Table):
-    """A table that shows text as it is; rich would take what stands in brackets for colours."""
+    """A table that shows text as it is; rich would read text in brackets as colours."""
 
     def add_row(self, *cells: RenderableType | None, style: StyleType | None = None, end_section: bool = False) -> None:
         shown = (Text(cell) if isinstance(cell, str) else cell for cell in cells)
@@ -54,7 +54,7 @@ def amount(number: int | None, unit: str = "") -> str:
 
 
 def change(of: Change | None, swap: str | None, unit: str = "") -> str:
-    """Write a count before and after; of what is not swapped once, since it stays."""
+    """Write a count before and after; only once for a conv that is not swapped, since it stays the same."""
     if of is None:
         return ""
     before, after = amount(of.before, unit), amount(of.after, unit)

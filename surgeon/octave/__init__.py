@@ -1,1 +1,1 @@
-"""Two streams through a graph: where they go, and the exact rewriting that hands them on."""
+"""Two streams through a graph: where they go, and the exact rewriting that passes them on."""

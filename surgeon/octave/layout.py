@@ -1,4 +1,4 @@
-"""How the channels of a feature map lie, and what a step of a graph is: the words in which `rules/` speak."""
+"""How the channels of a feature map are laid out, and what a step of a graph is: the vocabulary of `rules/`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How the channels of a value lie: how many, which are low, and at which resolution those are.
+    """How the channels of a value are laid out: how many there are, which are low, and at which resolution.
 
-    `low` is empty for a plain map. `is_fine`: its low channels have been pooled to the resolution of the high ones by a
-    step of the network, and lie beside them. `is_point`: it is one pixel, so it goes with maps of any size.
+    `low` is empty for a plain map. `is_fine`: a step of the network has pooled both, and the low channels have the
+    resolution of the high ones. `is_point`: it is one pixel, so it can be combined with maps of any size.
     """
 
     channels: int | None = None
@@ -39,7 +39,7 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """What comes out of a step: the layout; why streams that went in had to be joined; operands to be low-passed."""
+    """The result of a step: the layout; why streams that went in had to be joined; operands to be low-passed."""
 
     layout: Layout
     seam: str | None = None
@@ -73,17 +73,17 @@ class Step:
 
     @property
     def given(self) -> list[Any]:
-        """Its arguments, those by position first."""
+        """Its arguments: first those by position, then those by name."""
         return [*self.node.args, *self.node.kwargs.values()]
 
     @property
     def operand(self) -> fx.Node | None:
-        """What a step with one feature map works on: its first argument, or the one it is given by name."""
+        """The feature map that the step works on: its first argument, or the one it is given by name."""
         return self.given[0] if self.given and isinstance(self.given[0], fx.Node) else None
 
     @property
     def operands(self) -> list[Any]:
-        """The two things that a step such as a sum is of."""
+        """The two operands of a step such as a sum."""
         return self.given[:2]
 
     def calls(
@@ -92,18 +92,18 @@ class Step:
         functions: Collection[Any] = (),
         methods: Collection[str] = (),
     ) -> bool:
-        """Whether it calls a module of just these classes, one of these functions, or one of these methods."""
+        """Whether it calls a module of exactly these classes, one of these functions, or one of these methods."""
         if self.module is not None:
             return type(self.module) in kinds
         known: Collection[Any] = {"call_function": functions, "call_method": methods}.get(self.node.op, ())
         return self.node.target in known
 
     def argument(self, place: int, name: str, default: Any = None) -> Any:
-        """What it is given at this place, or by this name."""
+        """The argument at this place, or with this name."""
         return self.node.args[place] if len(self.node.args) > place else self.node.kwargs.get(name, default)
 
     def layout_before(self, layouts: Layouts) -> Layout:
-        """How the channels of its operand lie."""
+        """The layout of its operand."""
         return Layout() if self.operand is None else layouts[self.operand]
 
     @property

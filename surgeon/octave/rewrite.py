@@ -1,4 +1,4 @@
-"""Octave seams out of a graph, by exact rewriting.
+"""Remove octave seams from a graph by exact rewriting.
 
 A seam is where an octave pair is joined into one map only to be split again. Every octave conv begins as
 join ∘ core ∘ split; here joins are moved down through the graph, step by step, until they meet a split, which undoes
@@ -6,8 +6,8 @@ them:
 
     split(join(h, l)) = (h, l)
 
-What each kind of step is to two streams, `rules/` say, one class with its equation each. In eval mode they are exact
-bit by bit: no number is computed otherwise than before.
+The files of `rules/` say what each kind of step does to two streams: one class each, with its equation. In eval mode
+they are exact bit by bit: every number is computed as before.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from surgeon.octave.stream_graph import Seam, StreamGraph, listed
 
 @dataclass(frozen=True, slots=True)
 class LowPass:
-    """An operand of a step that is low-passed there: a plain map that is added to an octave one."""
+    """An operand of a step that is low-passed there: a plain map that is added to an octave map."""
 
     island: str
     step: str
@@ -59,7 +59,7 @@ def remove_(
 ) -> Outcome:
     """Rewrite those of a model's islands that hold octave convs.
 
-    `low_passes` come from the plan. With `only_low_pass` they are put in, and every conv still splits and joins.
+    `low_passes` come from the plan. With `only_low_pass` nothing else is done, and every conv still splits and joins.
     """
     outcome = Outcome()
     for island in islands:
@@ -86,7 +86,7 @@ def remove_(
 
 
 def deploy_(model: nn.Module) -> None:
-    """Tidy the graphs of a model whose blocks are deployed: no Identities, and sums that write where they can."""
+    """Tidy the graphs of a model whose blocks are deployed: no Identities, and sums in place where possible."""
     for module in model.modules():
         if isinstance(module, program.Rewritten):
             new, modules = module.graph, dict(module.named_modules(remove_duplicate=False))
@@ -104,7 +104,7 @@ def _drop_identities_(new: fx.Graph, modules: dict[str, nn.Module]) -> None:
         given = node.args[0]
         if isinstance(given, fx.Node):
             node.replace_all_uses_with(given)
-        else:  # a pair, of which its readers take the parts
+        else:  # a pair; each of its readers takes one of the two
             for part in list(node.users):
                 part.replace_all_uses_with(given[part.args[1]])
                 new.erase_node(part)
@@ -112,7 +112,7 @@ def _drop_identities_(new: fx.Graph, modules: dict[str, nn.Module]) -> None:
 
 
 def _adds_to_its_own(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether a step adds to what a conv has just made for it alone."""
+    """Whether a step adds to a tensor that a conv has just made and that nothing else reads."""
     if node.target not in (operator.add, torch.add) or node.kwargs or len(node.args) != 2:
         return False
     first, second = node.args
@@ -128,7 +128,7 @@ def _obstacle(root: nn.Module, island: Island, made: StreamGraph) -> str | None:
 
 
 def _low_pass_(graph: StreamGraph, places: Sequence[LowPass]) -> None:
-    """Put low_pass(x) = join(split(x)) in, where the plan wants it."""
+    """Insert low_pass(x) = join(split(x)) where the plan wants it."""
     nodes = {node.name: node for node in graph.graph.nodes}
     for place in places:
         step, source = nodes.get(place.step), nodes.get(place.operand)
@@ -138,7 +138,7 @@ def _low_pass_(graph: StreamGraph, places: Sequence[LowPass]) -> None:
         if not isinstance(other, fx.Node):
             continue
         _lay_out_until_(graph, other)
-        if not graph.layouts[other].is_octave:  # the conv that made it so is not swapped
+        if not graph.layouts[other].is_octave:  # the conv that would make it octave is not swapped
             continue
         with graph.graph.inserting_before(step):
             made = graph.call(streams.low_pass, source, listed(graph.layouts[other].low))

@@ -3,15 +3,15 @@
 A region is a set of convs joined by steps that two streams can go through. Of the convs that a recipe gives to blocks
 of two streams,
 
-- one whose low map would be smaller than `min_size`, or that no larger one of them reads, writes high channels only
-  (alpha_out = 0), unless what it writes is added to low channels;
-- one reads low channels (alpha_in = alpha) exactly where what it reads has some; behind a concatenation they lie in
-  several ranges;
-- one with groups writes low channels only if it reads some.
+- a conv writes high channels only (alpha_out = 0) if its low map would be smaller than `min_size`, or if no
+  wanted conv with a large enough low map reads its output; unless that output is added to low channels;
+- a conv reads low channels (alpha_in = alpha) exactly if its input has some; behind a concatenation they are in several
+  ranges;
+- a conv with groups writes low channels only if it reads some.
 
-For Oct-ResNet and Oct-MobileNet these are the published roles. A plain map that is added to an octave one, as by the
-shortcut that leads into a region, is low-passed there. A conv that is called twice, or that no graph shows, keeps two
-streams to itself.
+For Oct-ResNet and Oct-MobileNet these are the published roles. A plain map that is added to an octave map,
+for example by the shortcut that leads into a region, is low-passed there. A conv that is called twice, or that no graph
+shows, splits and joins for itself.
 
 Chen et al. 2019, Drop an Octave, arXiv:1904.05049, section 4.1.
 """
@@ -42,7 +42,7 @@ class Roles(Together[TwoStreamOptions]):
 
 
 def assign(survey: Survey, wanted: Mapping[str, Wanted[TwoStreamOptions]]) -> Roles:
-    """Give every wanted conv its role; one that is refused in it is left out, and the others are planned anew.
+    """Give every wanted conv its role; a conv whose role is refused is left out, and the others are planned anew.
 
     It is the `planner` of all blocks of two streams.
     """
@@ -58,7 +58,7 @@ def assign(survey: Survey, wanted: Mapping[str, Wanted[TwoStreamOptions]]) -> Ro
         if added := {path for region in regions for path in region.added_to_streams()} - open_ended:
             open_ended |= added
             continue
-        for path, options in left.items():  # what no graph shows
+        for path, options in left.items():  # convs that no graph shows
             if path not in roles.options and path not in roles.skips:
                 roles.options[path] = _fixed(options)
         found = {path: why for path in roles.options if (why := _refusal(known[path], wanted[path], roles))}
@@ -117,7 +117,7 @@ class _Region:
         return Step(node, self.modules)
 
     def added_to_streams(self) -> Iterator[str]:
-        """Name the convs that could write low channels, do not, and would have to be low-passed behind that."""
+        """Name the convs that could write low channels but do not, so that their output would have to be low-passed."""
         for node in self.low_passed:
             source: fx.Node | None = node
             while source is not None and rule_of(self._step(source)).is_channelwise:
@@ -134,7 +134,7 @@ class _Region:
         return self._is_large(site, self.wanted[self.paths[node]]) and (site.spec.groups == 1 or reads_low)
 
     def _octave(self, node: fx.Node) -> Flow:
-        """Give a conv its role, and say how the channels lie behind it."""
+        """Give a conv its role, and the layout of its output."""
         path, site = self.paths[node], self.sites[node]
         spec = site.spec
         assert spec is not None
@@ -167,7 +167,7 @@ class _Region:
         return options.model_copy(update=update)
 
     def _is_large(self, site: Site, options: TwoStreamOptions) -> bool:
-        """Whether the low map of a conv's output has sides of `min_size` at least; where no size is known, it has."""
+        """Whether the low map of a conv's output has sides of at least `min_size`; an unknown size counts as large."""
         sides = [side for call in site.runs for side in call.shape_out[-2:]]
         return all(-(-side // 2) >= options.min_size for side in sides)
 
@@ -175,7 +175,7 @@ class _Region:
         return any(self._is_large(self.sites[one], self.wanted[self.paths[one]]) for one in self._readers(node))
 
     def _readers(self, node: fx.Node) -> Iterator[fx.Node]:
-        """Give the wanted convs that read what a conv writes, through steps that two streams can go through."""
+        """Give the wanted convs that read the output of a conv, through steps that two streams can go through."""
         seen, waiting = {node}, list(node.users)
         while waiting:
             user = waiting.pop()
@@ -196,8 +196,8 @@ class _Region:
         if not self._is_large(site, options):
             h, w = site.runs[0].shape_out[-2:]
             least = f"its low map would be {-(-h // 2)}×{-(-w // 2)}, smaller than min_size {options.min_size}"
-            return f"{least}, and what it reads has no low channels"
+            return f"{least}, and its input has no low channels"
         assert site.spec is not None
         if site.spec.groups > 1:
-            return "what it reads has no low channels, and its groups cannot make any"
+            return "its input has no low channels, and its groups cannot make any"
         return "it would be the first and the last conv of a region: no octave conv reads it, and it reads none"

@@ -1,5 +1,5 @@
-"""The graph of an island while two streams are led through it: which of its values are known as streams, and the edits
-that rules make.
+"""The graph of an island while two streams are led through it: which of its values exist as streams, and the edits that
+rules make.
 
     split(join(h, l)) = (h, l)
 
@@ -42,7 +42,7 @@ class StreamNodes:
 
 
 class StreamGraph:
-    """A copy of the graph of one island; `streams` has what is known as two streams, by the node that it replaces."""
+    """A copy of the graph of one island; `streams` maps a replaced node to its two streams."""
 
     def __init__(self, root: nn.Module, island: Island) -> None:
         self.path = island.path
@@ -52,7 +52,7 @@ class StreamGraph:
         self.graph.output(output)
         self.layouts: dict[fx.Node, Layout] = {}
         self.streams: dict[fx.Node, StreamNodes] = {}
-        self.norms: dict[str, Ranges] = {}  # those that have to take two streams, and their low channels
+        self.norms: dict[str, Ranges] = {}  # norms that have to take two streams, and their low channels
         self.seams: list[Seam] = []
         self.fired: Counter[str] = Counter()  # how often each rule was used
         self.has_gained = False  # whether streams went through a step, or from one conv to the next
@@ -77,7 +77,7 @@ class StreamGraph:
         return self._joined[node]
 
     def split(self, node: fx.Node, low: Ranges, reason: str | None) -> StreamNodes:
-        """Give the two streams of a value; split what is plain."""
+        """Give the two streams of a value; a plain map is split."""
         layout = self.layouts[node]
         if node in self.streams and layout.low == low:
             pair = self.streams[node]
@@ -99,17 +99,17 @@ class StreamGraph:
         return StreamNodes(high, low, is_view)
 
     def again(self, step: Step, inputs: dict[fx.Node, fx.Node]) -> fx.Node:
-        """Do a step to other inputs."""
+        """Repeat a step on other inputs."""
         return self.graph.node_copy(step.node, lambda node: inputs.get(node, node))
 
     def own(self, pair: StreamNodes, step: Step) -> StreamNodes:
-        """Make sure that a step that works in place changes nobody else's tensor."""
+        """Make sure that a step that works in place changes no tensor that others read."""
         if not (pair.is_view and step.is_in_place):
             return pair
         return StreamNodes(self.graph.call_method("clone", (pair.high,)), self.graph.call_method("clone", (pair.low,)))
 
     def replace_(self, node: fx.Node, made: StreamNodes | fx.Node) -> None:
-        """Let two streams, or another plain map, stand for a value."""
+        """Replace a value by two streams, or by another plain map."""
         if isinstance(made, StreamNodes):
             self.streams[node] = made
         else:
@@ -124,7 +124,7 @@ class StreamGraph:
                 with self.graph.inserting_before(step.node):
                     whole = self.whole(source, reason)
                 step.node.replace_input_with(source, whole)
-                if step.is_in_place:  # whoever reads it after this has to see it
+                if step.is_in_place:  # steps that read it later have to see the change
                     del self.streams[source]
                     source.replace_all_uses_with(whole)
                     self.layouts[whole] = self.layouts[source].plain
@@ -135,7 +135,7 @@ class StreamGraph:
         self._done.clear()
 
     def _follow_modes_(self) -> None:
-        """Let functional dropouts read the mode of the module, which tracing has made a constant of."""
+        """Let functional dropouts read the mode of the module, which tracing has turned into a constant."""
         for node in list(self.graph.nodes):
             if node.meta.get(FOLLOWS_MODE):
                 with self.graph.inserting_before(node):
@@ -144,5 +144,5 @@ class StreamGraph:
 
 
 def listed(ranges: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Write ranges as they stand in a graph."""
+    """Write ranges as a graph stores them."""
     return [list(limits) for limits in ranges]

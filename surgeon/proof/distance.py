@@ -35,7 +35,7 @@ def relative_l2(b: Tensor, a: Tensor) -> float:
             return math.inf
         a, b = a[~odd], b[~odd]
     largest = max((t.abs().max().item() for t in (a, b) if t.numel()), default=0.0)
-    # Squares of 1e200 are no numbers; a power of two changes no digit.
+    # The square of 1e200 overflows; scaling by a power of two changes no digit.
     scale = 2.0 ** min(-math.frexp(largest)[1], 1000)
     apart, size = ((b - a) * scale).norm().item(), (a * scale).norm().item()
     return apart / size if size else (math.inf if apart else 0.0)
@@ -47,16 +47,16 @@ def apart(out: Tensor, expected: Tensor) -> float:
 
 
 def worst(out_b: Any, out_a: Any, *, any_dtype: bool = False) -> float:
-    """Relative L2 of the output that is furthest apart.
+    """Give the relative L2 of the output that is furthest apart.
 
     Raises:
-        VerifyError: the outputs have other structures, shapes or (unless `any_dtype`) dtypes.
+        VerifyError: the outputs differ in structure, shape or (unless `any_dtype`) dtype.
     """
     return max(relative_l2(b, a) for b, a in matched(out_b, out_a, any_dtype=any_dtype))
 
 
 def pooled(outs_b: Sequence[Any], outs_a: Sequence[Any]) -> list[float]:
-    """Relative L2 of every output over several runs together; any dtypes."""
+    """Give the relative L2 of every output over several runs together; the dtypes may differ."""
     runs = [matched(b, a, any_dtype=True) for b, a in zip(outs_b, outs_a, strict=True)]
     leaves = [zip(*leaf, strict=True) for leaf in zip(*runs, strict=True)]
     return [relative_l2(_joined(b), _joined(a)) for b, a in leaves]
@@ -68,7 +68,7 @@ def matched(out_b: Any, out_a: Any, *, any_dtype: bool = False) -> list[tuple[Te
     leaves_b, tree_b = pytree.tree_flatten(_opened(out_b))
     if tree_a != tree_b:
         raise VerifyError(
-            f"the outputs have other structures: {tree_a} against {tree_b}",
+            f"the outputs have different structures: {tree_a} against {tree_b}",
             todo="Compare models with the same outputs.",
         )
     found = []
@@ -84,14 +84,12 @@ def matched(out_b: Any, out_a: Any, *, any_dtype: bool = False) -> list[tuple[Te
         if one.numel():
             found.append((other, one))
     if not found:
-        raise VerifyError(
-            "the models return no numbers", todo="Nothing can be compared; give an input for which they do."
-        )
+        raise VerifyError("the models return no numbers to compare", todo="Pass an input that makes them return some.")
     return found
 
 
 def is_matched(out_b: Any, out_a: Any) -> bool:
-    """Whether two outputs have the same structure and shapes, and numbers to compare; any dtypes."""
+    """Whether two outputs have the same structure and shapes, and numbers to compare; the dtypes may differ."""
     try:
         return bool(matched(out_b, out_a, any_dtype=True))
     except VerifyError:
@@ -136,7 +134,7 @@ def _opened(out: Any) -> Any:
 
 
 def _number(leaf: Any) -> Any:
-    """A float beside the tensors is an output like them."""
+    """Turn a float into a tensor: beside tensors it is an output like them."""
     return torch.tensor(leaf, dtype=torch.float64) if isinstance(leaf, float) else leaf
 
 
@@ -156,7 +154,7 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Write a dtype without the name of torch.
+    """Write a dtype without the prefix `torch.`.
 
     >>> dtype_name(torch.bfloat16)
     'bfloat16'

@@ -13,9 +13,9 @@ from surgeon.proof.runs import Evidence
 def site_table(
     evidence: Evidence, kinds: Mapping[str, tuple[str, str]], *, approximate: bool, judge: bool
 ) -> tuple[SiteDistance, ...]:
-    """List the sites in order of execution, the worst of all runs, then what no run has called.
+    """List the sites in order of execution, each with its worst run; then those that no run has called.
 
-    `kinds`: site → its class in A and in B. A site diverges only where the models do: `judge` says that they are
+    `kinds`: site → its class in A and in B. A site can diverge only if the models do: `judge` says that they are
     different.
     """
     gaps: dict[str, Gap] = {}
@@ -28,13 +28,13 @@ def site_table(
         gap = gaps.get(path, Gap(0.0, 0.0, 0.0))
         own = stored.get(path, 0.0) if evidence.ulps is not None else None
         limit = evidence.margin * gap.jitter + evidence.arithmetic
-        parts = judge and (own > 1 if own is not None else not approximate and gap.isolated > limit)
-        rows.append(SiteDistance(path, *kinds.get(path, ("", "")), gap.isolated, gap.propagated, own, parts))
+        diverges = judge and (own > 1 if own is not None else not approximate and gap.isolated > limit)
+        rows.append(SiteDistance(path, *kinds.get(path, ("", "")), gap.isolated, gap.propagated, own, diverges))
     return tuple(rows)
 
 
 def _by_site(ulps: Mapping[str, float], sites: Collection[str]) -> dict[str, float]:
-    """Give each stored tensor to the site that holds it, or to its module; only sites and what is off are kept."""
+    """Give each stored tensor to the site that holds it, or to its module; only sites and wrong tensors are kept."""
     found: dict[str, float] = {}
     for key, value in ulps.items():
         holders = [key.rsplit(".", cut)[0] for cut in range(1, key.count(".") + 1)]

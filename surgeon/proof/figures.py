@@ -1,4 +1,4 @@
-"""Figures that are shown and judged by nothing: how far outputs in the models' own dtype are apart, in usual measures.
+"""Figures that are shown but not judged: how far apart outputs in the models' own dtype are, in common measures.
 
 SQNR = −20 · log₁₀(relative L2), in dB
 """
@@ -16,10 +16,10 @@ from surgeon.proof.report import Distance
 
 
 def figures(label: str, exact: tuple[Any, Any] | None, own: tuple[Any, Any]) -> Distance:
-    """Measure outputs of (B, A) for the input of that label: in float64 where they run there, and in their own dtype.
+    """Measure outputs of (B, A) for the input with this label: in float64 if they run there, and in their own dtype.
 
     Raises:
-        VerifyError: the outputs have other structures, shapes or dtypes.
+        VerifyError: the outputs differ in structure, shape or dtype.
     """
     outs = matched(*own)
     rows = [_row(_real(b), _real(a)) for b, a in outs]
@@ -37,7 +37,7 @@ def figures(label: str, exact: tuple[Any, Any] | None, own: tuple[Any, Any]) -> 
 
 
 def _real(tensor: Tensor) -> Tensor:
-    """Give float64; of complex numbers both parts."""
+    """Cast to float64; complex numbers become pairs."""
     return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).double()
 
 

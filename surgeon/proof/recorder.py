@@ -1,4 +1,4 @@
-"""Where two models diverge: what goes in and out of every site in a run of A, and how far B is from it there."""
+"""Where two models diverge: record what goes in and out of every site in a run of A, and how far B is from that."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from surgeon.proof.distance import apart, as_double
 
 @dataclass(slots=True)
 class Recording:
-    """What was recorded of one call of a site in A: its arguments, and its result where that is finished."""
+    """What was recorded of one call of a site in A: its arguments, and its finished result."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -43,8 +43,8 @@ class Gap:
 class Recorder:
     """Records A's sites in a run and compares B's with them.
 
-    A site is read where its result is finished: behind the norm, where one of the two models has the norm inside its
-    block and an Identity in the norm's place.
+    A site is read where its result is finished: that is behind the norm if one of the two models has the norm inside
+    its block and an Identity in the norm's place.
     """
 
     def __init__(self, a: nn.Module, b: nn.Module, paths: Iterable[str]) -> None:
@@ -58,7 +58,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def recording(self, model: nn.Module) -> Iterator[None]:
-        """Note what A's sites are given and give while the model runs."""
+        """Record the arguments and results of A's sites while the model runs."""
         made: dict[
             int, tuple[str, Recording, object]
         ] = {}  # id of an output → its site, what was recorded, and itself, kept alive
@@ -113,7 +113,7 @@ class Recorder:
         return _apart(self._run(model, path, one), one.out)
 
     def _run(self, model: nn.Module, path: str, one: Recording) -> Any:
-        """Run a site on what A's was given, to where its result is finished."""
+        """Run a site on the arguments of A's site, up to where its result is finished."""
         args, kwargs = _clones((one.args, one.kwargs))
         with quietly():
             out = model.get_submodule(path)(*args, **kwargs)
@@ -126,12 +126,12 @@ def is_site(module: nn.Module) -> bool:
 
 
 def _first(values: Any) -> Any:
-    """Give the first tensor in arguments or results: of a pair, the high stream."""
+    """Give the first tensor in arguments or results; for a pair that is the high stream."""
     return next((leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)), None)
 
 
 def _apart(out: Any, expected: Any) -> float:
-    """Relative L2 of a result; of a pair, that of the stream which is further apart."""
+    """Give the relative L2 of a result; for a pair, that of the stream which is further apart."""
     ours, theirs = pytree.tree_leaves(out), pytree.tree_leaves(expected)
     if len(ours) != len(theirs):
         return math.inf

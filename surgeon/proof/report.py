@@ -1,4 +1,4 @@
-"""What `verify` answers: checks, distances, sites and the verdict. Plain data, which can be shown."""
+"""What `verify` answers: checks, distances, sites and the verdict. It is plain data, and it can be shown as a table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Verdict = Literal["equivalent", "different", "approximate"]
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was asked: what was measured, the most that it may be, and whether it is not more."""
+    """One thing that was asked: what was measured, its limit, and whether it stays within that limit."""
 
     name: str
     measured: float
@@ -37,7 +37,12 @@ class SiteDistance:
     isolated: float
     propagated: float
     ulps: float | None
-    parts: bool
+    diverges: bool
+
+    @property
+    def parts(self) -> bool:
+        """The old name of `diverges`."""
+        return self.diverges
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +61,7 @@ class Distance:
 
 @dataclass(frozen=True, slots=True)
 class Report(Shown):
-    """The answer; true where A and B are equivalent."""
+    """The answer of `verify`; it is true if A and B are equivalent."""
 
     verdict: Verdict
     dtype: str
@@ -70,15 +75,24 @@ class Report(Shown):
         return self.verdict == "equivalent"
 
     @property
-    def first_to_part(self) -> str | None:
+    def first_to_diverge(self) -> str | None:
         """The first site, in order of execution, that is not what it should be."""
-        return next((site.path for site in self.sites if site.parts), None)
+        return next((site.path for site in self.sites if site.diverges), None)
+
+    @property
+    def first_to_part(self) -> str | None:
+        """The old name of `first_to_diverge`."""
+        return self.first_to_diverge
 
     def __bool__(self) -> bool:
         return self.equivalent
 
     def to_dict(self) -> dict[str, Any]:
-        return {"equivalent": self.equivalent, "first_to_part": self.first_to_part} | asdict(self)
+        """Give plain data; `first_to_part`, and `parts` of a site, are the old names of what diverges."""
+        first = self.first_to_diverge
+        data = {"equivalent": self.equivalent, "first_to_diverge": first, "first_to_part": first} | asdict(self)
+        data["sites"] = tuple(site | {"parts": site["diverges"]} for site in data["sites"])
+        return data
 
     def __rich__(self) -> RenderableType:
         return report_view(self, verdict_first=True)

@@ -1,9 +1,9 @@
-"""The models in their dtypes, one run of both on one input, and what was measured: all that the checks are asked about.
+"""The models in their dtypes, one run of both on one input, and what was measured: the evidence that the checks judge.
 
-A model of few outputs is run on more inputs of that kind, for the error of one number says nothing: two honest
+A model with few outputs is run on more inputs of that kind, because the error of one number says nothing: two correct
 roundings of one number differ by more than a factor of two in three of ten cases.
 
-m, the `margin`, is 2, and 3 for half types: no flat tolerance is right, since a deep network in bfloat16 is 20 % away
+The `margin` m is 2, and 3 for half types. No flat tolerance is right, since a deep network in bfloat16 is 20 % away
 from its own float64 result.
 """
 
@@ -41,9 +41,9 @@ from surgeon.proof.recorder import Gap, Recorder, is_site
 from surgeon.proof.report import Distance
 from surgeon.proof.ulps import Jitter
 
-ENOUGH = 64  # numbers, for a rounding error to be measured; then two honest ones differ by m once in 50,000 cases
-_SHAKES = 4  # times that weights are moved: whether two near numbers change places is luck
-_ARITHMETIC = 64  # units: relative L2 that two runs may differ by their order alone
+ENOUGH = 64  # numbers are needed to measure a rounding error; two correct ones then differ by m once in 50,000 cases
+_SHAKES = 4  # times that weights are moved, because it is chance whether two near numbers change places
+_ARITHMETIC = 64  # units: relative L2 by which two runs may differ through their order of arithmetic alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class Measured:
     modules: float | None  # B against the replay with B's tensors, in float64 if A runs there
     storage: list[tuple[float, float]]  # output by output: B, and jittered A, against A; not where a replay proves B
     rounding: list[tuple[float, float]]  # output by output: B, and A, in their own dtype against A in float64
-    draws: int  # how many inputs of the kind those two were measured on
+    draws: int  # how many inputs of this kind `storage` and `rounding` were measured on
     sites: dict[str, Gap]
     odd: int  # outputs of B that hold NaN or Inf
     blank: int  # outputs of A in which no number is finite
@@ -81,14 +81,14 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """All that was measured, and what the limits are made of."""
+    """All that was measured, and the numbers from which the limits are computed."""
 
     runs: tuple[Measured, ...]  # one for each input
     ulps: Mapping[str, float] | None  # stored tensor → units in the last place from the replay's; None without a replay
     dtype: torch.dtype  # in which both models are stored
     exact: torch.dtype  # in which they were compared as stored: float64 if A runs there
     margin: float
-    arithmetic: float  # relative L2 in `exact` that two runs may differ by their order alone
+    arithmetic: float  # relative L2 in `exact` by which two runs may differ through their order alone
 
 
 class NotInFloat64Error(Exception):
@@ -120,8 +120,8 @@ class Models:
         """Run both models on every input.
 
         Raises:
-            NotInFloat64Error: A does not run in float64, in which it was to be compared, and runs in its own dtype.
-            VerifyError: outputs of other structure, shape or dtype, or a model that does not run.
+            NotInFloat64Error: A should be compared in float64, but runs only in its own dtype.
+            VerifyError: the outputs differ in structure, shape or dtype, or a model does not run.
         """
         runs = tuple(self._run(one) for one in inputs)
         return Evidence(runs, ulps, self.dtype, self.exact, self.margin, _ARITHMETIC * torch.finfo(self.exact).eps)
@@ -133,7 +133,7 @@ class Models:
         with recorder.comparing(self.b):
             out_b = self._call(self.b, inputs, self.exact)
         if self.replay is None:
-            matched(out_b, truth)  # what has other outputs cannot be compared
+            matched(out_b, truth)  # raises if the outputs cannot be compared
         more = self._more(inputs, truth)
         draws = [inputs, *more]
         truths = [truth, *(self._call(self.a, one, self.exact) for one in more)]
@@ -142,7 +142,7 @@ class Models:
         if not is_steady and self.jittered is not None:
             raise VerifyError(
                 f"the shapes of the outputs depend on rounding: in {dtype_name(self.dtype)} "
-                "they are not those of float64",
+                "they differ from those in float64",
                 todo="Compare the part of the network that comes before its thresholds.",
             )
         found = [t for t in tensors(truth) if t.is_floating_point() and t.numel()]
@@ -165,11 +165,11 @@ class Models:
         except VerifyError as error:
             if self.exact == self.dtype:
                 raise
-            self._call(self.own_a, inputs, self.dtype)  # if that does not run either, it is the input
+            self._call(self.own_a, inputs, self.dtype)  # if that does not run either, the input is wrong
             raise NotInFloat64Error(where(error.__cause__ or error)) from error
 
     def _exactness(self, replay: nn.Module, inputs: Inputs, truth: Any, recorder: Recorder) -> Exactness:
-        """Compare the outputs of the replay with A's; where A is ill-conditioned there, its blocks, too."""
+        """Compare the outputs of the replay with A's; if A is ill-conditioned there, compare its blocks, too."""
         if self.exact != torch.float64:
             return Exactness(None, blocks=recorder.blocks_apart(self.double_a, replay))
         out = self._call(replay, inputs, torch.float64)
@@ -196,7 +196,7 @@ class Models:
         return _against(outs_b, [self._call(self.jittered, one, self.exact) for one in draws], truths)
 
     def _more(self, inputs: Inputs, truth: Any) -> list[Inputs]:
-        """Draw further inputs of the kind, until every output has enough numbers for what is judged by luck."""
+        """Draw further inputs of the kind, until every output has enough numbers to measure its rounding."""
         fewest = min((t.numel() for t in tensors(truth) if t.numel()), default=ENOUGH)
         is_judged = self.dtype != torch.float64 or self.jittered is not None
         return inputs.alike(-(-ENOUGH // fewest) - 1, self.seed) if is_judged else []
@@ -224,12 +224,12 @@ def local_distance(block: nn.Module, conv: nn.Conv2d, norm: nn.Module | None) ->
 
 
 def _against(ours: Sequence[Any], theirs: Sequence[Any], truths: Sequence[Any]) -> list[tuple[float, float]]:
-    """How far the outputs of two models are from the truth, output by output."""
+    """Give how far the outputs of two models are from the truth, output by output."""
     return list(zip(pooled(ours, truths), pooled(theirs, truths), strict=True))
 
 
 def _with_tensors_of(b: nn.Module, replay: nn.Module) -> nn.Module | None:
-    """Copy the replay's modules and give them B's tensors; None where they do not fit, which another check tells."""
+    """Copy the replay's modules and give them B's tensors; None if they do not fit, which another check reports."""
     dtype = dtype_of(b)
     in_own = None if dtype == torch.float64 else lambda t: t.to(dtype) if t.is_floating_point() else t.clone()
     twin = shadow(replay, in_own)

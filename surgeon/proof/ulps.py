@@ -1,4 +1,4 @@
-"""Units in the last place: how far stored tensors are from what they should be, and moving numbers by so much.
+"""Units in the last place: how far stored tensors are from what they should be, and jitter of that size.
 
 ulp = the distance from a number to the next one that its dtype can hold
 """
@@ -23,12 +23,12 @@ def ulp(tensor: Tensor) -> Tensor:
 
 
 def worst_ulps(stored: nn.Module, exact: nn.Module) -> float:
-    """How far a module's tensors are from its float64 twin's, rounded once, in units in the last place."""
+    """Give how many units in the last place a module's tensors are from its float64 twin's, rounded once."""
     return max(stored_ulps(stored, exact).values(), default=0.0)
 
 
 def stored_ulps(b: nn.Module, replay: nn.Module) -> dict[str, float]:
-    """Give for every tensor that B stores how many units in the last place it is from the replay, rounded once."""
+    """Give for every tensor that B stores how many units in the last place it is from the replay's, rounded once."""
     ours, theirs = b.state_dict(), replay.state_dict()
     shared = [key for key in theirs if key in ours]
     apart = {key: _ulps(ours[key], theirs[key]) for key in shared}
@@ -38,7 +38,8 @@ def stored_ulps(b: nn.Module, replay: nn.Module) -> dict[str, float]:
 class Jitter:
     """Moves every number by half a unit in its last place, up or down; the result is float64.
 
-    A float64 number has no halves, so it is moved by a whole one; so is every number where it keeps its dtype.
+    Half a unit cannot be stored in float64, so a float64 number moves by a whole unit; so does every number that keeps
+    its dtype.
     """
 
     def __init__(self, seed: int, *, keeps_dtype: bool = False) -> None:
@@ -68,7 +69,7 @@ def _ulps(stored: Tensor, exact: Tensor) -> float:
     if same.all():
         return 0.0
     stored, rounded = stored[~same], rounded[~same]
-    # float64's own rounding in the arithmetic is no fault: taps that cancel are as exact as the largest one
+    # float64's own rounding in the arithmetic is not an error: taps that cancel are as exact as the largest one
     unit = ulp(rounded).clamp_min(2.0**-51 * exact.nan_to_num().abs().max().item())
     largest = ((stored.double() - rounded.double()).abs() / unit).max().item()
     return math.inf if math.isnan(largest) else largest

@@ -1,16 +1,17 @@
 """Two models → report: do they compute the same, how far are they apart, and where do they diverge.
 
-Two questions, in eval mode, on copies:
+It answers two questions, in eval mode, on copies:
 
-1. Is the mathematics right? Where it is known how B was made from A, the same is done to A in float64 (the replay,
-   handed in by the caller), and must agree with A (checks `mathematics` and `blocks`); then every tensor stored in B
-   must be the replay's, rounded once (`stored tensors`), and B must compute what the replay computes with B's tensors
+1. Is the mathematics right? If it is known how B was made from A, the same is done to A in float64. The result (the
+   replay, which the caller hands in) must agree with A (checks `mathematics` and `blocks`). Then every tensor stored in
+   B must be the replay's, rounded once (`stored tensors`), and B must compute what the replay computes with B's tensors
    (`modules`). For any other pair of models both run in float64 as stored, and their difference must be explained by
    `storage`.
-2. How far did rounding move it? In their own dtype B may be m times as far from A in float64 as A is (`rounding`).
+2. How far did rounding move it? In their own dtype, B may be m times as far from the float64 A as A itself is
+   (`rounding`).
 
-Each check is a file of the folder `checks`, with its equation. Relative L2 is ‖b − a‖ / ‖a‖ over all elements of an
-output.
+Each check is a file in the folder `checks`, which states its equation. Relative L2 is ‖b − a‖ / ‖a‖ over all elements
+of an output.
 """
 
 from __future__ import annotations
@@ -45,13 +46,13 @@ def verify(
     `approximate` says that B was not meant to compute what A does; then only its stored tensors are judged.
 
     Raises:
-        VerifyError: outputs of other structure, shape or dtype, or a model that does not run.
+        VerifyError: the outputs differ in structure, shape or dtype, or a model does not run.
     """
     models = Models(a, b, replay, seed, torch.float64)
     own = dtype_name(models.dtype)
     if (other := dtype_of(b)) != models.dtype:
         raise VerifyError(
-            f"A is stored in {own} and B in {dtype_name(other)}", todo="Save both in one dtype to compare them."
+            f"A is stored in {own} and B in {dtype_name(other)}", todo="Save both in the same dtype to compare them."
         )
     ulps = stored_ulps(b, replay.rounded) if replay is not None else None
     remarks = []

@@ -14,7 +14,7 @@ def check(plan: Plan, survey: Survey) -> None:
     """Make sure that a plan, perhaps edited by hand, can be carried out on this model as it stands.
 
     Raises:
-        PlanError: what does not fit; all of it.
+        PlanError: the plan does not fit; the message lists everything that is wrong.
     """
     if not fingerprints.fits(plan.model, survey.model):
         raise PlanError(
@@ -30,7 +30,7 @@ def check(plan: Plan, survey: Survey) -> None:
         for one in plan.low_passed
         if not {(one.island, one.step), (one.island, one.operand)} <= steps
     ]
-    misfits += [f"{path}: it stands in the plan twice" for path in sorted({p for p in seen if seen.count(p) > 1})]
+    misfits += [f"{path}: it is in the plan twice" for path in sorted({p for p in seen if seen.count(p) > 1})]
     if misfits:
         raise PlanError(
             "the plan cannot be carried out as it stands:\n  " + "\n  ".join(misfits),
@@ -44,15 +44,17 @@ def _misfit(entry: Entry, site: Site | None) -> str | None:
     if entry.swap is None:
         return None
     if entry.functional != FunctionalStep.of(site):
-        return "it is another step of the network"
+        return "the plan names another step of the network for it"
     if site.spec is None or entry.spec not in (site.spec, fingerprints.words_of(site.spec)):
         return f"the plan says {entry.conv}, the model has {site.spec or site.kind}"
     if set(entry.paths) != set(site.paths):
-        return f"its names are {', '.join(site.paths)}"
+        return f"the model names it {', '.join(site.paths)}"
     try:
         options = entry.block_options
     except ValidationError as error:
         return "; ".join(f"with.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
     if entry.takes_norm and set(entry.takes_norm) != set(site.norm):
-        return f"it cannot take over {entry.takes_norm[0]}" + (f": {site.norm_obstacle}" if site.norm_obstacle else "")
+        return f"the block cannot take over {entry.takes_norm[0]}" + (
+            f": {site.norm_obstacle}" if site.norm_obstacle else ""
+        )
     return site.obstacle or entry.block.refusal(site.spec, site.size, options)

@@ -1,4 +1,4 @@
-"""A plan, carried out and measured: build every block, prove it, place it, and run the network before and after."""
+"""Carry out a plan and measure it: build every block, prove it, place it, and run the network before and after."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from surgeon.surgery.selfcheck import (
 
 @ordinary()
 def carry_out_(checked: Plan, network: Network, progress: Progress = silent) -> SelfCheck:
-    """Operate on a network that was looked at, measure what was done, and note it in the model's history.
+    """Operate on a network, measure what was done, and record it in the model's history.
 
     Raises:
-        PlanError: there is nothing to swap. PassError: a block that keeps the function does not.
-        CaptureError: the network does more with its convs than could be seen. The model is as it was.
+        PlanError: there is nothing to swap. PassError: a block that should keep the function does not.
+        CaptureError: the network does more with its convs than its graph shows. The model is as it was.
     """
     if not checked.swaps:
         reasons = list(dict.fromkeys(entry.skip for entry in checked.convs if entry.skip))

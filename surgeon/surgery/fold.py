@@ -1,7 +1,7 @@
 """Blocks → plain convs, and norms → the convs before them.
 
-What a block folds to is its own business (`Foldable.fold`, `Deployable.deploy`); here every block of a model is folded,
-under all its names. A block that no single conv can stand for takes in the norm behind it first.
+Each block decides what it folds to (`Foldable.fold`, `Deployable.deploy`); here every block of a model is folded,
+under all its names. A block that no single conv can replace first takes in the norm behind it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from surgeon.errors import PlanError
 from surgeon.models.memory import give_back_after
 from surgeon.octave import rewrite as seams
 
-_TODO = "Undo what was done to it since it was converted, or train and deploy it unfolded."
+_TODO = "Undo what was changed since it was converted, or train and deploy it unfolded."
 
 
 def fold_blocks_(network: Network, *, dense: bool = False) -> tuple[str, ...]:
@@ -26,7 +26,7 @@ def fold_blocks_(network: Network, *, dense: bool = False) -> tuple[str, ...]:
 
     Blocks that cost less than that conv stay, unless `dense` asks for them too.
 
-    The running statistics are what is folded in, whatever mode the model is in; that mode is left as it is.
+    The running statistics are folded in, whatever mode the model is in; the mode stays the same.
 
     Raises:
         PlanError: a block that cannot be folded as it is now; nothing is done.
@@ -36,12 +36,12 @@ def fold_blocks_(network: Network, *, dense: bool = False) -> tuple[str, ...]:
         (paths, m) for m, paths in network.names.items() if isinstance(m, Foldable) and (dense or m.folds_for_free)
     ]
     for paths, block in blocks:
-        alone = "it is the whole model; its own fold() makes the conv" if "" in paths else None
+        alone = "it is the whole model; call its fold() to make the conv" if "" in paths else None
         if why := alone or _customised(block) or block.unfoldable():
             raise PlanError(f"{paths[0] or 'the model'} cannot be folded: {why}", todo=_TODO)
     folded: dict[tuple[str, ...], nn.Module] = {paths: _fold(block) for paths, block in blocks}
     deployed, norms = _deployed(network)
-    for paths, made in (folded | deployed).items():  # all of them are there, so nothing can fail half-way
+    for paths, made in (folded | deployed).items():  # all of them are built, so nothing can fail half-way
         for path in paths:
             model.set_submodule(path, made)
     for path in norms:
@@ -52,7 +52,7 @@ def fold_blocks_(network: Network, *, dense: bool = False) -> tuple[str, ...]:
 
 
 def _deployed(network: Network) -> tuple[dict[tuple[str, ...], nn.Module], list[str]]:
-    """Make the deployment form of every block that has one, with its norm; and list the norms that are in there."""
+    """Make the deployment form of every block that has one, with its norm; and list the norms that it has taken in."""
     blocks = {paths: m for m, paths in network.names.items() if isinstance(m, Deployable)}
     for paths, block in blocks.items():
         if why := _customised(block):
@@ -69,7 +69,7 @@ def _deployed(network: Network) -> tuple[dict[tuple[str, ...], nn.Module], list[
 def fold_norms_(network: Network) -> tuple[str, ...]:
     """Fold every batch norm that belongs to one conv or block alone into it, in eval mode; returns the norms' names.
 
-    Done in float64 and cast once. What is left of a norm is an Identity.
+    This is done in float64 and cast once. An Identity takes the place of each norm.
     """
     model, folded = network.model, {}
     for paths, norm_paths in norms_behind(network):
@@ -99,7 +99,7 @@ def _fold(block: Foldable) -> nn.Conv2d:
 
 
 def _customised(block: nn.Module) -> str | None:
-    """Say what somebody has added to a block or to one of its parts that a plain conv would not have."""
+    """Say what was added to a block, or to one of its submodules, that a plain conv would not have."""
     for name, module in block.named_modules():
         if custom := custom_call(module, f"its {name}" if name else "it"):
             return custom

@@ -1,6 +1,6 @@
-"""What comes of a plan with octave convs: islands that become graphs, seams that stay, costs of the whole network.
+"""What a plan with octave convs leads to: islands that become graphs, seams that stay, costs of the whole network.
 
-None of these can be read off one conv, so the plan is carried out on a copy and the copy is measured.
+None of these can be seen from one conv alone, so the plan is carried out on a copy and the copy is measured.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from surgeon.surgery.plan import Plan, SeamLeft
 
 
 def foresee(plan: Plan, survey: Survey) -> Plan:
-    """Say in a plan what comes of its octave convs: islands that become graphs, seams that stay, costs of the whole.
+    """Add to a plan what its octave convs lead to: islands that become graphs, seams that stay, costs of the whole.
 
-    It is carried out on a copy; on one without numbers, where the network runs without any.
+    It is carried out on a copy; on one without numbers if the network runs without them.
     """
     if not plan.has_streams:
         return plan
@@ -32,7 +32,7 @@ def foresee(plan: Plan, survey: Survey) -> Plan:
             outcome, after = _tried(plan, survey, None)
         except Exception as error:
             raise CaptureError(
-                f"with streams that go from conv to conv the network does not run: {where(error)}",
+                f"the network does not run when streams go from conv to conv: {where(error)}",
                 todo=keep_seams(plan),
             ) from error
     left = tuple(dict.fromkeys(SeamLeft(island=one.island, kind=one.kind, reason=one.reason) for one in outcome.seams))

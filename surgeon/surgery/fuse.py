@@ -1,4 +1,4 @@
-"""All blocks of a network folded, and what that moved measured."""
+"""Fold all blocks of a network, and measure how far that moves its output."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from surgeon.surgery.selfcheck import is_far, outputs_of
 def fold_all_(
     network: Network, *, dense: bool = False, progress: Progress = silent
 ) -> tuple[tuple[str, ...], float | None]:
-    """Fold, note it in the model's history, and return the names of what was folded, and how far it moved the output.
+    """Fold, record it in the model's history, and return the names of what was folded and how far the output moved.
 
     Raises:
         PassError: it moved the output by more than rounding can; the model is left modified.
@@ -25,7 +25,7 @@ def fold_all_(
     model, inputs = network.model, network.inputs
     progress("running the network as it was", 0)
     parent, before = content_hash(model), outputs_of(model, inputs)
-    planned = planned_inputs(history(model))  # what verify will look at the network with, too
+    planned = planned_inputs(history(model))  # verify will look at the network with these, too
     progress("folding", 0.4)
     is_planned = inputs is not None and planned is not None and inputs.text == planned.text
     folded = fold_blocks_(network if is_planned else Network(model, called_with=planned), dense=dense)

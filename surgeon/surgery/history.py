@@ -1,8 +1,8 @@
 """What was done to a model: a list of steps that the model carries with it.
 
-For every operation it has the hash of all tensors before and after, the plan with the recipe's text, and the versions.
-It is plain data in an attribute of the model, so it survives training and the user's own torch.save; a file of tensors
-has it in its manifest. It may have come with a file: nothing in it is believed before it has been checked.
+For every operation it holds the hash of all tensors before and after, the plan with the recipe's text, and versions. It
+is plain data in an attribute of the model, so it survives training and the user's own torch.save; a file of tensors
+holds it in its manifest. It may come from a file: nothing in it is trusted before it has been checked.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ FORMAT = 2  # of histories and manifests; 1 is read as well
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One thing that was done to a model: `plan` is what convert carried out, `measured` what it found of its own work.
+    """One thing that was done to a model: `plan` is what convert carried out, `measured` what it measured.
 
     `parent` and `result` hash all tensors before and after.
 
-    A field that is added later needs a default, with which the steps in older files are read.
+    A field that is added later needs a default, so that the steps in older files can be read.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -48,7 +48,7 @@ class Operation:
 
 
 def versions() -> dict[str, str]:
-    """Name the versions that an operation is carried out with."""
+    """List the versions of surgeon, torch and Python that run now."""
     return {"surgeon": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
 
 
@@ -77,7 +77,7 @@ def steps_in(data: Any) -> tuple[Operation, ...]:
     """Read a history as it is stored.
 
     Raises:
-        StoreError: it is not a history, or one that a later version has written.
+        StoreError: it is not a history, or a later version has written it.
     """
     try:
         check_format(data)
@@ -93,7 +93,7 @@ def steps_in(data: Any) -> tuple[Operation, ...]:
 
 
 def check_format(data: Any) -> None:
-    """Refuse a history or manifest in a format of a later version, or in none."""
+    """Refuse a history or manifest whose format number is of a later version, or is no valid number."""
     number = data.get("format", 1)
     if type(number) is not int or number < 1:
         raise foreign()
@@ -102,22 +102,22 @@ def check_format(data: Any) -> None:
 
 
 def foreign() -> StoreError:
-    """Say that a history, or a manifest, is none."""
+    """Make the error for data that is not a history or a manifest."""
     return StoreError(
-        f"the history in the file is not one of surgeon {__version__}",
+        f"the history in the file is not valid for surgeon {__version__}",
         todo="Save the weights alone, and name their network with --arch.",
     )
 
 
 def _later() -> StoreError:
     return StoreError(
-        f"the history in the file was written by a later surgeon than {__version__}",
+        f"the history in the file was written by a later version of surgeon than {__version__}",
         todo="Upgrade: pip install -U conv-surgeon.",
     )
 
 
 def _only_adds(error: ValidationError) -> bool:
-    """Whether a history is faultless but for fields that this version does not know."""
+    """Whether fields that this version does not know are all that is wrong with a history."""
     return all(fault["type"] in ("unexpected_keyword_argument", "extra_forbidden") for fault in error.errors())
 
 
@@ -141,7 +141,7 @@ def content_hash(model: nn.Module) -> str:
 
 
 def _feed(digest: hashlib._Hash, tensor: Tensor) -> None:
-    """Hash the bytes of a tensor where they lie."""
+    """Hash the bytes of a tensor in memory."""
     tensor = tensor.detach().cpu().contiguous()
     if size := tensor.numel() * tensor.element_size():
         digest.update((ctypes.c_char * size).from_address(tensor.data_ptr()))

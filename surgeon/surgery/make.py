@@ -1,4 +1,4 @@
-"""recipe × survey → plan: decides for every conv what will be done to it. Changes no tensor of the network."""
+"""recipe × survey → plan: decide for every conv what will be done to it. This changes no tensor of the network."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _COSTS = ("params", "macs", "activations")
 
 
 def make(recipe: Recipe, survey: Survey, *, seed: int = 0) -> Plan:
-    """Decide for every conv.
+    """Decide for every conv whether and how it is swapped.
 
     Raises:
         PlanError: a rule that is not optional claims no conv.
     """
     if survey.inputs is None and (sized := [rule for rule in recipe.rules if rule.match.needs_size]):
         raise PlanError(
-            f"{sized[0]} asks for the size of feature maps, and no input is known",
-            todo="Give one: --input 1,3,224,224.",
+            f"{sized[0]} asks for the size of feature maps, but no input is known",
+            todo="Pass one: --input 1,3,224,224.",
         )
     claims = [next((rule for rule in recipe.rules if _claims(rule, site)), None) for site in survey.sites]
     for rule in recipe.rules:
@@ -56,7 +56,7 @@ def make(recipe: Recipe, survey: Survey, *, seed: int = 0) -> Plan:
 
 
 def _claims(rule: Rule, site: Site) -> bool:
-    """Whether a rule claims a conv; only a Conv2d can be meant, and a size must be known to be judged."""
+    """Whether a rule claims a conv; only a Conv2d can be claimed, and a rule about sizes needs to know the size."""
     if site.spec is None or (rule.match.needs_size and site.size is None):
         return False
     return rule.match.claims(Subject(site.paths, site.spec, site.size, site.readers))
@@ -71,12 +71,12 @@ def _refuse_idle_rule(rule: Rule, survey: Survey) -> None:
         todo = "Start from the model as it was before." if held else "There is nothing to swap in it."
     elif late:
         problem = f"{rule} claims no conv: {', '.join(late[:3])} went to an earlier rule"
-        todo = "Move it up, or say `optional: true`."
+        todo = "Move the rule up, or set `optional: true`."
     else:
         near = _nearest(rule, [path for site in survey.sites for path in site.paths])
         problem = f"{rule} claims no conv" + (f"; the nearest names are {', '.join(near)}" if near else "")
         convs = "the one conv" if len(survey.sites) == 1 else f"all {len(survey.sites)} convs"
-        todo = f"`surgeon survey MODEL` lists {convs}; with `optional: true` the rule may be idle."
+        todo = f"`surgeon survey MODEL` lists {convs}; with `optional: true` the rule may claim none."
     raise PlanError(problem, todo=todo, rule=rule)
 
 
@@ -87,7 +87,7 @@ def _nearest(rule: Rule, paths: list[str]) -> list[str]:
 
 
 def _planned_together(survey: Survey, claimed: Sequence[tuple[Site, Rule | None]]) -> Roles:
-    """Ask the planners of blocks whose convs have to know of each other."""
+    """Ask the planners of those blocks whose convs have to be planned together."""
     wanted: dict[str, dict[str, Wanted]] = {}
     for site, rule in claimed:
         if rule is None or rule.swap is None or rule.options is None or site.obstacle is not None:
@@ -107,10 +107,10 @@ def _planned_together(survey: Survey, claimed: Sequence[tuple[Site, Rule | None]
 def _planner(name: str) -> Callable[[Survey, Mapping[str, Wanted]], Together]:
     try:
         found: Callable[[Survey, Mapping[str, Wanted]], Together] = pkgutil.resolve_name(name)
-    except Exception as error:  # importing runs a package; what it raises is its own affair
+    except Exception as error:  # importing runs the code of a package, which may raise anything
         raise BlockError(
             f"{name}, which a block names as its planner, cannot be imported: {error}",
-            todo="Mend the distribution that brings the block, or uninstall it.",
+            todo="Fix the distribution that provides the block, or uninstall it.",
         ) from error
     return found
 
@@ -150,7 +150,7 @@ def _entry(site: Site, rule: Rule | None, roles: Roles, measured: _Measured, wei
 
 
 def _skip(site: Site, rule: Rule | None, roles: Roles) -> str | None:
-    """Say why a conv stays as it is, or None if it is swapped."""
+    """Say why a conv stays as it is; return None if it is swapped."""
     if site.spec is None:
         return site.obstacle
     if rule is None:
@@ -170,7 +170,7 @@ def _changes(before: Cost, after: Cost) -> dict[str, Change]:
 
 
 def _total(cost: Cost, entries: Iterable[Entry]) -> Total:
-    """Add what the swaps change to what the model costs."""
+    """Give the costs of the model before and after the swaps."""
     swaps = [entry for entry in entries if entry.swap is not None]
     changes: dict[str, Any] = {}
     for name in _COSTS:
@@ -184,7 +184,7 @@ def _total(cost: Cost, entries: Iterable[Entry]) -> Total:
 
 
 class _Measured:
-    """Costs of blocks, built on the meta device; alike convs are measured once."""
+    """Costs of blocks, built on the meta device; equal convs are measured once."""
 
     def __init__(self) -> None:
         self._known: dict[object, Cost] = {}

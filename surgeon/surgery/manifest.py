@@ -1,4 +1,4 @@
-"""What a file of tensors says about its network: how that is built, and the history that makes of it what it was.
+"""What a file of tensors says about its network: how it is built, and the history of what was done to it.
 
 It is JSON in the header of the file: {"format": 2, "architecture": {"name": …, "args": {…}} or null, "history": […]}.
 """
@@ -31,7 +31,7 @@ def read(text: str) -> tuple[Architecture | None, tuple[Operation, ...]]:
     """Read a manifest, which came with a file: how its network is built, and what was done to it.
 
     Raises:
-        StoreError: it is not a manifest, or one that a later version has written.
+        StoreError: it is not a manifest, or a later version has written it.
     """
     try:
         data: Any = json.loads(text)
@@ -42,7 +42,7 @@ def read(text: str) -> tuple[Architecture | None, tuple[Operation, ...]]:
 
 
 def architecture_of(loaded: Loaded) -> Architecture | None:
-    """Say how a loaded network is built, if that was named now or when its file was written."""
+    """Say how a loaded network is built, if the user named that now or when its file was written."""
     if loaded.architecture is not None or MANIFEST not in loaded.metadata:
         return loaded.architecture
     return read(loaded.metadata[MANIFEST])[0]

@@ -1,8 +1,8 @@
-"""plan → rewritten model. Decides nothing: whether a swap can be made has been settled by `check`.
+"""plan → rewritten model. Nothing is decided here: `check` has settled whether each swap can be made.
 
-Three steps, so that a fault on the way leaves the model as it was: prepare builds every block and touches nothing,
-place puts them in, and undo takes them out again. Where there are octave convs, a fourth lets their streams go from
-conv to conv.
+There are three steps, so that an error on the way leaves the model as it was: prepare builds every block and touches
+nothing, place puts them in, and undo takes them out again. If there are octave convs, a fourth step lets their streams
+go from conv to conv.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ from surgeon.surgery.plan import Entry, Plan
 
 @dataclass(frozen=True, slots=True)
 class Swap:
-    """What stands at a site, the norm that is taken over, and the block that takes their place."""
+    """The conv at a site, the norm that is taken over, and the block that takes their place."""
 
     entry: Entry
-    conv: nn.Conv2d  # of a functional convolution, the conv that it is with its own parameters
+    conv: nn.Conv2d  # for a functional convolution, a conv made of its parameters
     norm: BatchNorm | None
     block: Block
 
 
 def operate_(model: nn.Module, plan: Plan, network: Network) -> Outcome:
-    """Carry out a checked plan on `model` itself; `network` is that model looked at, or what it is a copy of."""
+    """Carry out a checked plan on `model` itself; `network` describes it, or the model it was copied from."""
     place_(model, prepare(model, plan), network)
     return stream_(model, plan, network)
 
 
 def keep_seams(plan: Plan) -> str:
-    """Say how to convert a network without leading streams from conv to conv."""
+    """Say how to convert a network in which streams do not go from conv to conv."""
     names = " and ".join(plan.stream_blocks)
-    return f"Leave each of its convs for itself: seams: keep, among the options of {names} in the recipe."
+    return f"Let each conv split and join for itself: set `seams: keep` among the options of {names} in the recipe."
 
 
 def stream_(model: nn.Module, plan: Plan, network: Network, *, only_low_pass: bool = False) -> Outcome:
-    """Take the seams between octave convs out; or, with `only_low_pass`, low-pass what the plan says and leave them."""
+    """Remove the seams between octave convs; with `only_low_pass`, keep them and only low-pass what the plan says."""
     if not plan.has_streams:
         return Outcome()
     low_passes = [LowPass(one.island, one.step, one.operand) for one in plan.low_passed]
@@ -64,7 +64,7 @@ def prepare(model: nn.Module, plan: Plan) -> tuple[Swap, ...]:
 def place_(model: nn.Module, swaps: Sequence[Swap], network: Network) -> Callable[[], None]:
     """Put the blocks under all names of their convs, and an Identity under all names of the norms taken over.
 
-    Returns what puts the convs and norms back.
+    Returns a function that puts the convs and norms back.
     """
     lifted = [(_functional(swap.entry), swap.block) for swap in swaps if swap.entry.functional is not None]
     undos = functional.lift_(model, lifted, network.islands) if lifted else []
@@ -119,6 +119,6 @@ def _set_(model: nn.Module, paths: Sequence[str], module: nn.Module) -> None:
 
 
 def _generator(seed: int, path: str) -> torch.Generator:
-    """Give each conv its own stream, so that taking one out of a plan does not change the others."""
+    """Give each conv its own random stream, so that taking one out of a plan does not change the others."""
     digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)

@@ -1,7 +1,7 @@
 """The forms of a plan: for every conv of a network what will be done to it, or the reason why nothing is.
 
 A plan is a file too (YAML or JSON): it can be printed, pruned by hand, and applied exactly. `make` makes one, `check`
-asks whether it fits a network, `foresee` says what comes of it, and `operate` carries it out.
+asks whether it fits a network, `foresee` says what it leads to, and `operate` carries it out.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Change(Form):
 
 
 class FunctionalStep(Form):
-    """A functional convolution that becomes a module: its step in the graph of an island, and its parameters there."""
+    """A functional convolution that becomes a module: its step in an island's graph, and its parameters there."""
 
     island: str
     step: str
@@ -58,9 +58,9 @@ class FunctionalStep(Form):
 
 
 class FieldsOrWords:
-    """How a plan has a conv: its fields, but for those that have their default; or words.
+    """How a plan describes a conv: by its fields, without those at their defaults, or in words.
 
-    Words are the geometry in format 1, and in any format the class of what is no Conv2d.
+    Words are the geometry in format 1, and in every format the class of a conv that is not a Conv2d.
     """
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -92,7 +92,7 @@ class Entry(Form):
     macs: Change | None = None
     activations: Change | None = None  # bytes that are written
     ideal_macs: int | None = None  # after the swap, as the block's paper counts them, where that is less than executed
-    kept_energy: dict[str, float] | None = None  # of a conv that is thinned out, by each way in which that can be done
+    kept_energy: dict[str, float] | None = None  # for a block that thins a conv out, by each way of doing so
 
     @model_validator(mode="after")
     def _is_one_of_two(self) -> Self:
@@ -154,7 +154,7 @@ class RecipeText(Form):
 
 
 class Total(Form):
-    """Of the whole model; MACs and bytes of activations for one run with the plan's input."""
+    """Costs of the whole model; MACs and bytes of activations are for one run with the plan's input."""
 
     params: Change
     macs: Change | None = None
@@ -163,7 +163,7 @@ class Total(Form):
 
 
 class LowPassed(Form):
-    """A map that is low-passed where it is added to an octave one; take the entry out, and it is a seam there."""
+    """A map that is low-passed where it is added to an octave map; without this entry there is a seam instead."""
 
     island: str
     step: str
@@ -203,7 +203,7 @@ class Plan(Shown, Form):
 
     @property
     def inputs(self) -> Inputs | None:
-        """The call that the numbers are for, its tensors still to be drawn."""
+        """The call that the numbers are measured with; its tensors are still to be drawn."""
         return calls.recall(self.input)
 
     @property
@@ -241,12 +241,12 @@ def read(source: str | Path) -> Plan:
     """Read a plan file.
 
     Raises:
-        RecipeError: every fault of the file, with file:line:column.
+        RecipeError: the file is wrong; all errors are reported at once, each with file:line:column.
     """
     path = Path(source)
     return parse(text_of(path), path.name)
 
 
 def parse(text: str, name: str) -> Plan:
-    """Read a plan from text; `name` stands in the positions of faults."""
+    """Read a plan from text; `name` is the file name that error positions show."""
     return forms.validate(Plan, yamlmarks.read(text, name, todo=_HOW_TO_PLAN), todo=_HOW_TO_PLAN)

@@ -1,4 +1,4 @@
-"""Carry out again what a history records: on a copy, to prove a model, or on a network built anew, to open its file."""
+"""Repeat what a history records: on a copy, to prove a model, or on a network built anew, to open its file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from surgeon.surgery.plan import Plan
 
 
 def redo_(model: nn.Module, steps: Sequence[Operation], before: Sequence[Operation] = ()) -> nn.Module:
-    """Carry out recorded operations again on `model` itself, and return it; `before` are those not in its history."""
+    """Carry out recorded operations again on `model` itself, and return it; its history lacks those in `before`."""
     done = [*history(model), *before]
     for step in steps:
         if step.plan is None:
@@ -41,7 +41,7 @@ def redo_(model: nn.Module, steps: Sequence[Operation], before: Sequence[Operati
 
 
 def redo_rounding_(model: nn.Module, steps: Sequence[Operation]) -> nn.Module:
-    """The same in float64, but between two operations every tensor is rounded to its dtype, as it is in a file."""
+    """Do the same in float64, but round every tensor to its dtype between two operations, as a file does."""
     for i, step in enumerate(steps[:-1]):
         exact = redo_(shadow(model, as_double), [step], steps[:i])
         redo_(model, [step], steps[:i]).load_state_dict(exact.state_dict())
@@ -49,25 +49,28 @@ def redo_rounding_(model: nn.Module, steps: Sequence[Operation]) -> nn.Module:
 
 
 def rebuild(manifest: str, given: Architecture | None, *, trust: Trust, seed: int) -> nn.Module:
-    """Make the network that a safetensors file of ours belongs to: build its architecture, do to it what was done.
+    """Make the network that a safetensors file belongs to: build its architecture and repeat its history.
 
     Raises:
-        StoreError: the manifest is not ours, names no architecture (give one with --arch), or another one than given.
+        StoreError: the manifest is not surgeon's, or it names no architecture (pass one with --arch), or it names
+            another one than the one given.
     """
     named, steps = manifests.read(manifest)
     if given is None and named is None:
         raise StoreError(
-            "the file holds weights, and does not say of which network",
-            todo="Name what it was made from: --arch model.pt.",
+            "the file holds weights, but does not say which network they belong to",
+            todo="Name the network that it was made from: --arch model.pt.",
         )
     if given is not None:
         model = build(given, trust=trust, seed=seed)
-    elif named is not None:  # the file chose the name, so it may only be one of a library's
+    elif named is not None:  # the file chose the name, so only networks of a library are allowed
         model = build_named_in_file(named, trust=trust, seed=seed)
     known = len(history(model))
     for i, step in enumerate(steps[known:]):
         if step.plan is not None and not fingerprints.fits(step.plan["model"], model):
-            raise StoreError("the file was not made from that network", todo="Name what it was made from with --arch.")
+            raise StoreError(
+                "the file was not made from that network", todo="Name with --arch the network that it was made from."
+            )
         redo_(model, [step], steps[known : known + i])
     set_history_(model, steps)
     return model
@@ -86,7 +89,7 @@ def steps_between(a: nn.Module, b: nn.Module) -> tuple[Operation, ...]:
 
 
 def done_again(a: nn.Module, steps: Sequence[Operation]) -> Replay:
-    """Do the same to a copy again."""
+    """Repeat the steps on a copy."""
     exact = redo_(shadow(a, as_double), steps)
     return Replay(exact, exact if len(steps) == 1 else redo_rounding_(duplicate(a), steps))
 

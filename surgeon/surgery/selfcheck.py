@@ -1,8 +1,8 @@
 """What convert and fuse measure of their own work.
 
-The graph of a network is unchanged by a swap, so the blocks are proved one by one: each is made again in float64 and
-measured against what it replaces, and the stored block must be that, rounded once. Then the whole network is run before
-and after, which shows whether a conv is used in a way that its graph does not tell.
+A swap does not change the graph of a network, so the blocks are proved one by one: each is made again in float64 and
+compared with the conv it replaces, and the stored block must be that result, rounded once. Then the whole network is
+run before and after, which shows whether a conv is used in a way that the graph does not show.
 """
 
 from __future__ import annotations
@@ -31,20 +31,23 @@ from surgeon.proof.ulps import Jitter, worst_ulps
 from surgeon.surgery.operate import Swap, build, keep_seams, stream_
 from surgeon.surgery.plan import Plan
 
-# Relative L2 that no rounding explains once every block is proved; a norm that is applied twice or never is above it.
+# Relative L2 that no rounding explains once every block is proved; a norm that is applied twice or never causes more.
 _GROSS = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 0.9, torch.bfloat16: 0.9}
 _UNSEEN = "the network uses a conv in a way that its graph does not show"
-_LEAVE = "Leave out the convs that are read in other ways than by calling them: `surgeon plan -o plan.yaml`, edit it."
+_LEAVE = (
+    "Leave out the convs that are used without being called: write a plan, `surgeon plan -o plan.yaml`, and edit it."
+)
 
 
 @dataclass(frozen=True, slots=True)
 class SelfCheck:
     """What convert measured of its own work, as relative L2 in eval mode.
 
-    `worst`: of the blocks that keep the function, made in float64, against what they replace; `approximate` do not keep
-    it, by design. `whole`: the whole network before and after, in its own dtype; None where no input is known.
-    `streams`: with octave streams going from conv to conv, against every conv splitting and joining, in float64 (in its
-    own dtype where it does not run there).
+    `worst`: the worst of the blocks that keep the function, made in float64, against the convs they replace;
+    `approximate`: how many do not keep it, by design. `whole`: the whole network before and after, in its own dtype;
+    None if no input is known.
+    `streams`: the network with octave streams going from conv to conv, against every conv splitting and joining, in
+    float64 (in its own dtype if it does not run in float64).
     """
 
     sites: int
@@ -60,7 +63,7 @@ class SelfCheck:
 
 
 def check_sites(swaps: Sequence[Swap], seed: int, progress: Progress) -> SelfCheck:
-    """Make every block again in float64; measure it against what it replaces, and the stored block against it."""
+    """Make every block again in float64; compare it with the conv it replaces, and the stored block with it."""
     check = SelfCheck(len(swaps), None, None, sum(not one.entry.keeps_function for one in swaps))
     for i, one in enumerate(swaps):
         progress(f"proving {one.entry.path}", i / len(swaps))
@@ -70,7 +73,7 @@ def check_sites(swaps: Sequence[Swap], seed: int, progress: Progress) -> SelfChe
         norm = None if one.norm is None else shadow(one.norm, as_double)
         twin = build(one.entry, conv, norm, seed)
         if not (ulps := worst_ulps(one.block, twin)) <= 1:
-            raise _broken(one.block, f"{path} is stored {ulps:.3g} units in the last place from its float64 twin")
+            raise _broken(one.block, f"{path} is stored {ulps:.3g} units in the last place away from its float64 twin")
         if one.entry.keeps_function:
             apart = runs.local_distance(twin, conv, norm)
             if not apart <= EXACT:
@@ -105,7 +108,7 @@ def calls_of(modules: Sequence[nn.Module]) -> Iterator[set[int]]:
 
 
 class _Way(NamedTuple):
-    """A way to run a network: as what copy of it, in which dtype, and how far apart two of them may be then."""
+    """A way to run a network: the kind of copy, the dtype, and how far apart two runs may then be."""
 
     copied: Callable[[nn.Module], nn.Module]
     dtype: torch.dtype
@@ -116,7 +119,7 @@ class _Way(NamedTuple):
 
 
 def _ways(model: nn.Module) -> tuple[_Way, ...]:
-    """In float64, all of it where dtypes get mixed otherwise; in its own dtype where it does not run in float64."""
+    """List the ways to try: in float64, then with all tensors cast in case dtypes get mixed, then in its own dtype."""
     return (
         _Way(widened, torch.float64, EXACT),
         _Way(lambda net: shadow(net, as_double), torch.float64, EXACT),
@@ -137,18 +140,18 @@ def check_streams(model: nn.Module, split: nn.Module, plan: Plan, network: Netwo
     apart = worst(way.run(model, inputs), expected)
     if not apart <= way.most:
         if worst(way.run(split, inputs, seed=1), expected):
-            return None  # it draws numbers in eval mode, and other ones for two streams
+            return None  # it draws random numbers in eval mode, and different ones for two streams
         if (path := _misread(split, plan, network, way, inputs, apart)) is not None:
             raise CaptureError(
-                f"the graph of {path or 'the model'} is not what it computes: its forward acts on what its inputs are",
+                f"the graph of {path or 'the model'} is not what it computes: its forward depends on its inputs' kind",
                 todo=keep_seams(plan),
             )
-        raise PassError("seams", f"without seams the network is {apart:.1e} from itself with them")
+        raise PassError("seams", f"the network without seams is {apart:.1e} from the network with them")
     return apart
 
 
 def _misread(model: nn.Module, plan: Plan, network: Network, way: _Way, inputs: Inputs, apart: float) -> str | None:
-    """Find an island whose graph, put in its place unchanged, is what sets the outputs `apart`."""
+    """Find an island whose unchanged graph, put in its place, alone moves the outputs `apart`."""
     expected = way.run(model, inputs)
     for island in network.islands_after_swaps(model):
         if island.path in plan.rewritten:
@@ -169,21 +172,21 @@ def run_again(model: nn.Module, inputs: Inputs) -> Any:
 def check_whole(
     model: nn.Module, inputs: Inputs, before: Any, after: Any, lost: Sequence[str], *, approximate: bool
 ) -> float:
-    """Compare the outputs. Every block has been proved, so one that is far off, or `lost`, is used in a way unseen."""
+    """Compare the outputs. Every block has been proved, so a large distance or a `lost` block shows an unseen use."""
     if lost:
-        what = f"{lost[0]} has been swapped, and what stands there is not called"
+        what = f"{lost[0]} has been swapped, but the block in its place is not called"
         raise CaptureError(f"{_UNSEEN}: {what}", todo=_LEAVE)
     try:
         apart = worst(after, before)
     except VerifyError as error:
         raise CaptureError(f"{_UNSEEN}: {error.problem}", todo=_LEAVE) from error
     if not approximate and is_far(model, inputs, apart):
-        raise CaptureError(f"{_UNSEEN}: after the swaps it is {apart:.1e} from what it was", todo=_LEAVE)
+        raise CaptureError(f"{_UNSEEN}: after the swaps the output is {apart:.1e} from what it was", todo=_LEAVE)
     return apart
 
 
 def outputs_of(model: nn.Module, inputs: Inputs | None) -> Any:
-    """Run the model where an input is known; None where there is none, or no number comes out."""
+    """Run the model; None if no input is known, or if no number comes out."""
     if inputs is None:
         return None
     out = runs.outputs(model, inputs)
@@ -191,7 +194,7 @@ def outputs_of(model: nn.Module, inputs: Inputs | None) -> Any:
 
 
 def is_far(model: nn.Module, inputs: Inputs, apart: float) -> bool:
-    """Whether outputs are so far apart that no rounding explains it, in a network whose blocks have been proved."""
+    """Whether outputs are further apart than rounding explains, in a network whose blocks have been proved."""
     return not apart <= _gross(model) and not apart <= 2 * _moved_by_rounding(model, inputs)
 
 
@@ -200,7 +203,7 @@ def _gross(model: nn.Module) -> float:
 
 
 def _moved_by_rounding(model: nn.Module, inputs: Inputs) -> float:
-    """How far one unit in the last place of every weight takes a network; in a few it is anywhere then."""
+    """How far one unit in the last place of every weight moves the output; in a few networks by any amount."""
     moved = shadow(model, Jitter(0, keeps_dtype=True))
     try:
         return worst(runs.outputs(moved, inputs), runs.outputs(model, inputs))

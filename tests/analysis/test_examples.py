@@ -335,7 +335,7 @@ def test_a_plan_whose_shapes_do_not_do_asks_for_the_input_again(capsys: pytest.C
     code, done, error = run_json(capsys, "convert", "net.pt", "--plan", "plan.yaml", *allow)
     assert code == 0
     assert done["self_check"]["whole"] is None
-    assert "noise of the shapes in the plan (2×4×9×8) does not do" in error
+    assert "random input of the shapes in the plan (2×4×9×8) is rejected by the model" in error
     assert "give --input again" in error
     code, done, error = run_json(capsys, "convert", "net.pt", "--plan", "plan.yaml", "-f", ones, *allow)
     assert done["self_check"]["whole"] < 1e-6
@@ -681,7 +681,7 @@ def test_a_detector_goes_all_the_way() -> None:
     assert report.checks[0].measured > 0  # the blocks are seen in the boxes
     with torch.no_grad():
         fused.backbone.fpn.layer_blocks[0][0].weight[0, 0, 1, 1] += 1e-6
-    assert surgeon.verify(converted, fused, images).first_to_part == "backbone.fpn.layer_blocks.0.0"
+    assert surgeon.verify(converted, fused, images).first_to_diverge == "backbone.fpn.layer_blocks.0.0"
 
 
 # Inputs

@@ -55,8 +55,9 @@ def test_one_tap_that_is_1e_6_off_is_caught_and_named(files: Path, capsys: pytes
     capsys.readouterr()
     assert run_surgeon("verify", files / "net.acnet.pt", faulty, "--json") == 1
     report = json.loads(capsys.readouterr().out)
-    assert report["first_to_part"] == "layer3.0.conv1"
-    assert [site["path"] for site in report["sites"] if site["parts"]] == ["layer3.0.conv1"]
+    for first, mark in (("first_to_diverge", "diverges"), ("first_to_part", "parts")):  # the new names and the old ones
+        assert report[first] == "layer3.0.conv1"
+        assert [site["path"] for site in report["sites"] if site[mark]] == ["layer3.0.conv1"]
     mathematics = next(check for check in report["checks"] if check["name"] == "mathematics")
     assert mathematics["passed"]  # no output would have shown it
 
@@ -66,7 +67,7 @@ def test_a_changed_tensor_outside_the_blocks_is_caught_too(files: Path, capsys: 
     _change_one_tap(files / "net.acnet.fused.pt", faulty, "fc.weight")
     capsys.readouterr()
     assert run_surgeon("verify", files / "net.acnet.pt", faulty) == 1
-    assert "first to part: fc" in capsys.readouterr().out
+    assert "first to diverge: fc" in capsys.readouterr().out
 
 
 def test_the_untouched_pair_passes_and_says_what_was_measured(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,8 +135,9 @@ def test_a_chain_is_replayed_as_it_was_stored(recipe: object, dtype: torch.dtype
     with torch.no_grad():
         fused.layer3[0].conv1.weight[0, 0, 0, 0] *= 1 + 8 * torch.finfo(dtype).eps
     report = surgeon.verify(original, fused, INPUT)
-    assert (report.verdict, report.first_to_part) == ("different", "layer3.0.conv1")
-    assert report.remarks == ("B's tensors were changed after the fuse that made it",)
+    assert (report.verdict, report.first_to_diverge) == ("different", "layer3.0.conv1")
+    assert report.first_to_part == report.first_to_diverge  # the old name
+    assert report.remarks == ("B's tensors were changed after fuse had made it",)
 
 
 @pytest.mark.parametrize("outputs", [1, 2])
@@ -260,11 +262,11 @@ class TestPairsOfUnknownOrigin:
             net, other = net.to(dtype), other.to(dtype)
             report = surgeon.verify(net, other, (1, 3, 8, 8))
             assert report.equivalent, report
-            assert report.first_to_part is None
+            assert report.first_to_diverge is None
             with torch.no_grad():
                 other[0].bias[0] += 1e-3
             report = surgeon.verify(net, other, (1, 3, 8, 8))
-            assert (report.verdict, report.first_to_part) == ("different", "0")
+            assert (report.verdict, report.first_to_diverge) == ("different", "0")
 
     def _forgotten(self, model: nn.Module) -> nn.Module:
         model = copy.deepcopy(model)
@@ -292,7 +294,7 @@ class TestPairsOfUnknownOrigin:
             fused.layer2[0].conv2.bias += 1e-3
         report = surgeon.verify(converted, fused, INPUT)
         assert report.verdict == "different"
-        assert report.first_to_part == "layer2.0.conv2"
+        assert report.first_to_diverge == "layer2.0.conv2"
 
     def test_a_model_equals_itself_in_every_dtype(self) -> None:
         for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
@@ -479,7 +481,7 @@ class TestWhereAModelRunsInItsOwnDtypeOnly:
         with torch.no_grad():
             fused.body[0].weight[0, 0, 2, 2] += 1e-6
         report = surgeon.verify(converted, fused, self.shape)
-        assert (report.verdict, report.first_to_part) == ("different", "body.0")
+        assert (report.verdict, report.first_to_diverge) == ("different", "body.0")
 
     def test_without_a_history_outputs_are_judged(self) -> None:
         net = shake_(_Single(), 0)
@@ -547,7 +549,7 @@ class TestWhereOutputsShowNothing:
         with torch.no_grad():
             fused.body[0].weight[0, 0, 2, 2] += 1e-6
         report = surgeon.verify(converted, fused, self.shape)
-        assert (report.verdict, report.first_to_part) == ("different", "body.0")
+        assert (report.verdict, report.first_to_diverge) == ("different", "body.0")
 
 
 def test_a_replay_that_does_not_compute_what_a_does_is_caught_block_by_block() -> None:

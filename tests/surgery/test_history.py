@@ -190,7 +190,7 @@ def test_a_history_that_is_not_ours_is_refused(converted: nn.Module, change: dic
     (step,) = converted.surgeon_provenance["history"]
     converted.surgeon_provenance = {"format": 1, "history": [{**step, **change}]}
     surgeon.save(converted, tmp_path / "net.pt")
-    with pytest.raises(StoreError, match="is not one of surgeon"):
+    with pytest.raises(StoreError, match="is not valid for surgeon"):
         surgeon.verify(converted, surgeon.load(tmp_path / "net.pt"), INPUT)
 
 
@@ -233,14 +233,14 @@ def test_what_a_later_version_has_written_is_refused(
     change(converted.surgeon_provenance)
     path = tmp_path / f"net.{suffix}"
     surgeon.save(converted, path, arch=ARCH)
-    with pytest.raises(StoreError, match="written by a later surgeon than"):
+    with pytest.raises(StoreError, match="written by a later version of surgeon than"):
         histories.history(surgeon.load(path, arch=None if suffix == "pt" else ARCH))
 
 
 @pytest.mark.parametrize("number", [0, -1, True, "2", None, [2]], ids=str)
 def test_a_format_that_is_no_number_is_refused(converted: nn.Module, number: object) -> None:
     converted.surgeon_provenance["format"] = number
-    with pytest.raises(StoreError, match="is not one of surgeon"):
+    with pytest.raises(StoreError, match="is not valid for surgeon"):
         histories.history(converted)
 
 

@@ -233,7 +233,7 @@ def misfit(net: nn.Module, plan: Plan) -> str:
         (lambda entry: entry.update(path="stem.cnov"), "stem.cnov: there is no such conv"),
         (lambda entry: entry.update(path="head"), "head: there is no such conv"),
         (lambda entry: entry.update(conv="4→4, 5x5"), "stem.conv: the plan says 4→4, 5x5, the model has 4→4, 3x3"),
-        (lambda entry: entry.update(aliases=["other"]), "stem.conv: its names are stem.conv"),
+        (lambda entry: entry.update(aliases=["other"]), "stem.conv: the model names it stem.conv"),
         (lambda entry: entry.update(takes_norm=["body.0.bn"]), "stem.conv: it cannot take over body.0.bn"),
         (lambda entry: entry.update(takes_norm=["nowhere"]), "stem.conv: it cannot take over nowhere"),
         (lambda entry: entry["with"].update(init="magic"), "stem.conv: with.init: "),
@@ -312,7 +312,7 @@ def test_all_misfits_are_told_at_once():
     said = misfit(net := own(), edited(split(net), edit))
     assert "\n  stem.conv: the plan says another" in said
     assert "\n  body.0.conv: it cannot take over elsewhere" in said
-    assert "\n  body.1.conv: it stands in the plan twice" in said
+    assert "\n  body.1.conv: it is in the plan twice" in said
 
 
 def test_a_plan_for_another_network_is_refused():

@@ -1,1 +1,1 @@
-"""What `surgeon demo` works on: a small network, its weights, and a handful of Fashion-MNIST images."""
+"""What `surgeon demo` works on: a small network, its weights, and some Fashion-MNIST images."""

@@ -25,7 +25,7 @@ STD = 0.3530
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Images:
-    """Normalised images (n, 1, 28, 28) with their classes (n,): a few to train on, others to test on."""
+    """Normalised images (n, 1, 28, 28) with their classes (n,): a few to train on, and others to test on."""
 
     train_x: torch.Tensor
     train_y: torch.Tensor
@@ -44,7 +44,7 @@ def weights() -> dict[str, torch.Tensor]:
 
 
 def images() -> Images:
-    """Read 400 images of Fashion-MNIST's training split and 500 of its test split, as many of each class.
+    """Read 400 images of Fashion-MNIST's training split and 500 of its test split, the same number of each class.
 
     >>> images().test_x.shape
     torch.Size([500, 1, 28, 28])

@@ -29,7 +29,7 @@ _INPUT = "1,1,28,28"
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The network after one step: share of test images that it gets right, and what it costs."""
+    """The network after one step: its accuracy on the test images, and its cost."""
 
     name: str
     file: str
@@ -78,14 +78,14 @@ def demo(progress: Progress = silent, *, seconds: float, folder: Path | None, se
 
 
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """The share of images (n, 1, 28, 28) that a model puts into their class."""
+    """Give the share of images (n, 1, 28, 28) that a model classifies correctly."""
     with torch.no_grad():
         right: Tensor = model.eval()(x).argmax(1) == y
     return right.double().mean().item()
 
 
 def train_(model: nn.Module, images: data.Images, seconds: float, progress: Progress = silent) -> None:
-    """Train for some seconds on the shipped images, as one would train any network."""
+    """Train for some seconds on the shipped images, like any other network."""
     optimizer = torch.optim.SGD(model.parameters(), lr=_RATE, momentum=0.9, weight_decay=1e-4)
     start = time.monotonic()
     model.train()

@@ -1,4 +1,4 @@
-"""What the steps of a graph are to two streams: one class for each kind of step, found by listing this folder."""
+"""What the steps of a graph do to two streams: one class for each kind of step, found by listing this folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NEEDS_WHOLE_MAP = WholeMap()
 
 @cache
 def rules() -> tuple[StreamRule, ...]:
-    """Make one of every rule in this folder, sorted by the names of their files."""
+    """Make one instance of every rule in this folder, sorted by the names of their files."""
     found: list[StreamRule] = []
     for info in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{info.name}")
@@ -26,7 +26,7 @@ def rules() -> tuple[StreamRule, ...]:
 
 
 def rule_of(step: Step) -> StreamRule:
-    """Find the rule of a step; what no rule matches needs the whole map.
+    """Find the rule of a step; a step that no rule matches needs the whole map.
 
     >>> from torch import fx, nn
     >>> graph = fx.symbolic_trace(nn.Sequential(nn.ReLU(), nn.Flatten())).graph

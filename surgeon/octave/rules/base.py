@@ -1,8 +1,8 @@
 """The contract of a rule: what one kind of step does to two streams.
 
 Every octave conv begins as join ∘ core ∘ split. A rule moves the joins down through one kind of step, until they meet a
-split, which undoes them. Its docstring is its equation. In eval mode it is exact bit by bit: no number is computed
-otherwise than before.
+split, which undoes them. Its docstring is its equation. In eval mode it is exact bit by bit: every number is
+computed as before.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from surgeon.octave.stream_graph import StreamGraph, StreamNodes
 
 
 class StreamRule(abc.ABC):
-    """One kind of step. `flow` is what planning asks, and `rewrite` is what the graph gets."""
+    """One kind of step. Planning asks for `flow`; `rewrite` changes the graph."""
 
     name: ClassVar[str]  # under which it is counted
-    carries: ClassVar[bool] = True  # whether the streams that go in are those that come out
-    is_channelwise: ClassVar[bool] = False  # whether each channel that comes out is made of the one that goes in
+    carries: ClassVar[bool] = True  # whether the streams that go in also come out
+    is_channelwise: ClassVar[bool] = False  # whether each output channel depends on the same input channel only
 
     @abc.abstractmethod
     def matches(self, step: Step) -> bool:
-        """Whether it is the rule of this step; it is that of no step which another rule matches."""
+        """Whether this is the rule of the step; no two rules may match the same step."""
 
     @abc.abstractmethod
     def flow(self, step: Step, layouts: Layouts) -> Flow:
-        """Say how the channels lie behind a step, from how they lie before it."""
+        """Give the layout after a step, from the layouts before it."""
 
     def obstacle(self, step: Step, flow: Flow, graph: StreamGraph) -> str | None:
         """Say why the streams cannot go through this step of a graph."""
@@ -36,7 +36,7 @@ class StreamRule(abc.ABC):
         return None if flow.layout.low else flow.seam or f"'{step.name}' needs the whole map"
 
     def rewrite(self, step: Step, graph: StreamGraph) -> StreamNodes | None:
-        """Put steps on two streams before a step without obstacle; None: this step, as it is now, stays."""
+        """Insert steps on two streams before a step without obstacle; None means that the step stays as it is now."""
         raise NotImplementedError(f"no streams come out of the rule {self.name}")
 
 
@@ -54,6 +54,6 @@ class WholeMap(StreamRule):
 
 
 def whole_map(step: Step, layouts: Layouts, layout: Layout | None = None) -> Flow:
-    """What comes out of a step that needs the whole map."""
+    """Give the result of a step that needs the whole map."""
     has_streams = any(layouts[value].is_octave for value in step.node.all_input_nodes)
     return Flow(layout or Layout(), f"'{step.name}' needs the whole map" if has_streams else None)

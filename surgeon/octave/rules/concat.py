@@ -16,7 +16,7 @@ FUNCTIONS = {torch.cat, torch.concat}
 
 
 class Concat(StreamRule):
-    """cat(join(h, l), x) = join(cat(h, x), l), with the low channels where they come to lie."""
+    """cat(join(h, l), x) = join(cat(h, x), l), with the low channels at their new places."""
 
     name = "concat"
 
@@ -24,7 +24,7 @@ class Concat(StreamRule):
         return step.calls((), FUNCTIONS)
 
     def flow(self, step: Step, layouts: Layouts) -> Flow:
-        """Channels side by side; of a plain map all are high."""
+        """Put the channels side by side; those of a plain map are all high."""
         parts = _parts(step)
         is_of_channels = step.argument(1, "dim", 0) in (1, -3)
         if not is_of_channels or not parts or not all(isinstance(part, fx.Node) for part in parts):
@@ -33,7 +33,7 @@ class Concat(StreamRule):
         counts = [one.channels for one in found]
         if any(count is None for count in counts):
             joined = whole_map(step, layouts)
-            why = f"how many channels '{step.name}' puts side by side is not known"
+            why = f"the number of channels that '{step.name}' puts side by side is not known"
             return Flow(joined.layout, joined.seam and why)
         low: list[tuple[int, int]] = []
         at = 0

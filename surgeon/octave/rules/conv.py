@@ -1,4 +1,4 @@
-"""Convs that are no octave convs, or keep their streams to themselves."""
+"""Convs that are not octave convs, and octave convs that split and join for themselves."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from surgeon.octave.rules.base import StreamRule, whole_map
 
 
 class Conv(StreamRule):
-    """conv(join(h, l)): it mixes all channels, so it needs the whole map, and what it writes is plain."""
+    """conv(join(h, l)): it mixes all channels, so it needs the whole map, and its output is plain."""
 
     name = "conv"
     carries = False

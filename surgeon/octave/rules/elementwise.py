@@ -1,4 +1,4 @@
-"""Steps that treat every number alone."""
+"""Steps that treat every number by itself."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ METHODS = {
 
 
 class Elementwise(StreamRule):
-    """f(join(h, l)) = join(f(h), f(l)), for f repeats what it does where up repeats a pixel."""
+    """f(join(h, l)) = join(f(h), f(l)), because f gives the same result for each copy of a pixel that up makes."""
 
     name = "elementwise"
     is_channelwise = True

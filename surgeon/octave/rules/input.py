@@ -1,4 +1,4 @@
-"""What comes into a graph: its inputs, and the attributes that it reads."""
+"""What goes into a graph: its inputs, and the attributes that it reads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from surgeon.octave.rules.base import StreamRule
 
 
 class Input(StreamRule):
-    """x: a plain map; a tensor (…, c, 1, 1) that the network holds is one number for every channel."""
+    """x is a plain map; a tensor (…, c, 1, 1) that the network holds is one number for every channel."""
 
     name = "input"
     carries = False

@@ -29,7 +29,7 @@ class Norm(StreamRule):
         if why := super().obstacle(step, flow, graph):
             return why
         low = flow.layout.low
-        is_taken = graph.norms.get(str(step.node.target), low) != low  # it is called with other channels low elsewhere
+        is_taken = graph.norms.get(str(step.node.target), low) != low  # elsewhere it is called with other low channels
         return f"'{step.name}' needs the whole map" if is_taken else None
 
     def rewrite(self, step: Step, graph: StreamGraph) -> StreamNodes:

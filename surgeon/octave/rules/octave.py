@@ -27,7 +27,7 @@ class Octave(StreamRule):
         return Flow(Layout(block.spec.c_out, block.low_out), _unfit(step, layouts, block.low_in))
 
     def obstacle(self, step: Step, flow: Flow, graph: StreamGraph) -> str | None:
-        return None  # what it does not find, it makes
+        return None  # streams that are missing are made
 
     def rewrite(self, step: Step, graph: StreamGraph) -> StreamNodes | None:
         block, source = _block(step), step.operand
@@ -54,10 +54,10 @@ def _block(step: Step) -> TwoStreamBlock:
 
 
 def _unfit(step: Step, layouts: Layouts, wanted: Ranges) -> str | None:
-    """Say why the streams that a conv finds are not those it reads."""
+    """Say why the streams before a conv are not those it reads."""
     found = step.layout_before(layouts)
     if found.low == wanted or (found.is_fine and not wanted):
         return None
     if not found.low:
-        return "it takes a plain map apart"
-    return "it takes other channels apart than those that come" if wanted else "it reads high channels only"
+        return "it reads a plain map"
+    return "it reads other low channels than its input has" if wanted else "it reads high channels only"

@@ -17,7 +17,7 @@ METHODS = {"mul", "mul_", "div", "div_"}
 
 
 class Product(StreamRule):
-    """join(h, l) · join(h', l') = join(h · h', l · l'), and the same for a number, or one for every channel."""
+    """join(h, l) · join(h', l') = join(h · h', l · l'), and the same for a number, or one per channel."""
 
     name = "product"
 
@@ -25,7 +25,7 @@ class Product(StreamRule):
         return step.calls((), FUNCTIONS, METHODS)
 
     def flow(self, step: Step, layouts: Layouts) -> Flow:
-        """Two maps with the same low channels, or a map and numbers, one for all or one for every channel."""
+        """Let through two maps with the same low channels, or a map and numbers (one for all, or one per channel)."""
         nodes = [value for value in step.operands if isinstance(value, fx.Node)]
         maps = [layouts[value] for value in nodes if not layouts[value].is_point]
         points = [layouts[value] for value in nodes if layouts[value].is_point]
@@ -38,7 +38,7 @@ class Product(StreamRule):
             return Flow(first)
         channels = next((one.channels for one in maps if one.channels), None)
         joined = whole_map(step, layouts, Layout(channels))
-        return Flow(joined.layout, joined.seam and f"'{step.name}' adds or multiplies other streams")
+        return Flow(joined.layout, joined.seam and f"'{step.name}' adds or multiplies streams with other channels")
 
     def rewrite(self, step: Step, graph: StreamGraph) -> StreamNodes:
         highs: dict[fx.Node, fx.Node] = {}

@@ -1,4 +1,4 @@
-"""Pooling: steps that treat every channel alone, and see several pixels of it."""
+"""Pooling: steps that treat every channel by itself, and see several pixels of it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FUNCTIONS = {
 
 
 class Spatial(StreamRule):
-    """f(join(h, l)) = (f(h), f(up(l))) side by side, and f(up(l)) = l where f takes 2×2 pixels to one."""
+    """f(join(h, l)) = (f(h), f(up(l))) side by side, and f(up(l)) = l if f turns 2×2 pixels into one."""
 
     name = "spatial"
 
@@ -29,7 +29,7 @@ class Spatial(StreamRule):
         return step.calls(MODULES, FUNCTIONS) or (step.calls((), {torch.mean}, {"mean"}) and _is_over_pixels(step))
 
     def flow(self, step: Step, layouts: Layouts) -> Flow:
-        """Pooling makes one resolution of both: what is low goes there as up(l), or as l where it has it already."""
+        """Bring both to one resolution: the low channels become f(up(l)), or stay l if f halves the resolution."""
         if step.operand is None:
             return whole_map(step, layouts)
         before = layouts[step.operand]
@@ -55,7 +55,7 @@ def _is_over_pixels(step: Step) -> bool:
 
 
 def _halves(step: Step) -> bool:
-    """Whether a step takes the maximum or mean of 2×2 pixels that are one pixel of the low stream."""
+    """Whether a step takes the maximum or mean of the 2×2 pixels that one pixel of the low stream covers."""
     node, pool = step.node, step.module
     if pool is not None:
         names = ("kernel_size", "stride", "padding", "dilation", "return_indices", "divisor_override")

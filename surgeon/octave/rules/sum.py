@@ -15,7 +15,7 @@ METHODS = {"add", "add_", "sub", "sub_"}
 
 
 class Sum(Product):
-    """join(h, l) + join(h', l') = join(h + h', l + l'), and the same for a number, or one for every channel."""
+    """join(h, l) + join(h', l') = join(h + h', l + l'), and the same for a number, or one per channel."""
 
     name = "sum"
 
@@ -23,7 +23,7 @@ class Sum(Product):
         return step.calls((), FUNCTIONS, METHODS)
 
     def flow(self, step: Step, layouts: Layouts) -> Flow:
-        """A sum of two octave maps is one; a plain map that is added to one has to be low-passed for that."""
+        """Let a sum of two octave maps be an octave map; a plain map that is added to one has to be low-passed."""
         nodes = [value for value in step.operands if isinstance(value, fx.Node)]
         maps = [value for value in nodes if not layouts[value].is_point]
         octave = [value for value in maps if layouts[value].is_octave]

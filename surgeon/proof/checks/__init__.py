@@ -15,7 +15,7 @@ from surgeon.proof.runs import Evidence
 
 @cache
 def questions() -> tuple[Question, ...]:
-    """Make one of every question in this folder, in the order of their places.
+    """Make one instance of every question in this folder, in the order of their places.
 
     >>> [one.name for one in questions()]
     ['mathematics', 'blocks', 'storage', 'rounding', 'finite', 'stored tensors', 'modules']
@@ -30,6 +30,6 @@ def questions() -> tuple[Question, ...]:
 
 
 def checks(evidence: Evidence, *, approximate: bool) -> Sequence[Check]:
-    """Ask every question; of a B that was not meant to compute what A does, only those that are for such a one."""
+    """Ask every question; if B was not meant to compute what A does, only those that apply to approximations."""
     asked = [one for one in questions() if one.is_for_approximate or not approximate]
     return [check for question in asked for check in question.ask(evidence)]

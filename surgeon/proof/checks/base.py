@@ -24,15 +24,15 @@ class Question(abc.ABC):
 
     @abc.abstractmethod
     def ask(self, evidence: Evidence) -> Iterator[Check]:
-        """Answer from what was measured; give nothing where that was not measured."""
+        """Answer from what was measured; give nothing if it was not measured."""
 
     def answer(self, found: float, limit: float, says: str) -> Check:
-        """Pass what is not beyond its limit."""
+        """Make the check, which passes if the measured value is within its limit."""
         return Check(self.name, found, limit, found <= limit, says)
 
 
 def output_of(run: Measured, output: int) -> str:
-    """Begin a sentence about one output: for which input, on how many of its kind, and which output of several."""
+    """Begin a sentence about one output: the input, the number of inputs of its kind, and which of several outputs."""
     several = max(len(run.storage), len(run.rounding)) > 1
     words = [run.label, *[f"{run.draws} inputs of it"] * (run.draws > 1), *[f"output {output}"] * several]
     return "".join(f"{word}, " for word in words)

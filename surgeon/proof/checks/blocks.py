@@ -11,9 +11,9 @@ from surgeon.proof.runs import Evidence
 
 
 class Blocks(Question):
-    """‖replay's block(x) − A's block(x)‖ / ‖A's block(x)‖ ≤ 1e-10 in float64, each on what A's block was given.
+    """‖replay's block(x) − A's block(x)‖ / ‖A's block(x)‖ ≤ 1e-10 in float64, each on the input of A's block.
 
-    It is asked where A makes more than that of a unit in the last place, and where A runs in its own dtype only.
+    It is asked if one unit in the last place moves A's outputs further than that, or if A runs only in its own dtype.
     """
 
     name = "blocks"
@@ -23,5 +23,5 @@ class Blocks(Question):
         exact = [run.exact for run in evidence.runs if run.exact is not None]
         if found := [one.blocks for one in exact if one.blocks is not None]:
             distance = f"relative L2 {max(found):.1e}, at most {EXACT:.0e}"
-            says = f"block by block in float64, on what A's are given: {distance}"
+            says = f"block by block in float64, on the inputs of A's blocks: {distance}"
             yield self.answer(max(found), EXACT, says)

@@ -14,8 +14,8 @@ from surgeon.proof.runs import Evidence
 class Mathematics(Question):
     """‖replay(x) − A(x)‖ / ‖A(x)‖ ≤ 1e-10 in float64, output by output.
 
-    Some networks make more than that of a unit in the last place of their weights, or sort by numbers that are nearly
-    equal. There the limit is m times as far as one unit takes A's outputs, and `blocks` is asked, too.
+    In some networks one unit in the last place of the weights moves the outputs further than that, for example because
+    they sort by numbers that are nearly equal. There the limit is m times that distance, and `blocks` is asked, too.
     """
 
     name = "mathematics"
@@ -27,9 +27,9 @@ class Mathematics(Question):
         if not known:
             return
         found, limit = max(known, key=lambda one: 1.0 if one[1] == math.inf else one[0] / one[1])
-        says = f"done again in float64: relative L2 {found:.1e}, at most {limit:.0e}"
+        says = f"replayed in float64: relative L2 {found:.1e}, at most {limit:.0e}"
         if limit > EXACT:
             says += f" ({evidence.margin:g} × what {ONE_UNIT} does to A)"
         if limit == math.inf:
-            says = "done again in float64; one unit in the last place of the weights changes the shapes of A's outputs"
+            says = "replayed in float64; one unit in the last place of the weights changes the shapes of A's outputs"
         yield self.answer(found, limit, says)

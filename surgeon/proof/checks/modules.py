@@ -20,4 +20,4 @@ class Modules(Question):
     def ask(self, evidence: Evidence) -> Iterator[Check]:
         if found := [run.modules for run in evidence.runs if run.modules is not None]:
             distance = f"relative L2 {max(found):.1e}, at most {EXACT:.0e}"
-            yield self.answer(max(found), EXACT, f"with B's tensors, that network gives what B gives: {distance}")
+            yield self.answer(max(found), EXACT, f"the replay with B's tensors computes what B computes: {distance}")

@@ -1,4 +1,4 @@
-"""storage: where no replay proves B, is its distance from A explained by how the weights are stored?"""
+"""storage: if no replay proves B, is its distance from A explained by how the weights are stored?"""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from surgeon.proof.runs import Evidence
 class Storage(Question):
     """err(B) ≤ m · err(jittered A) + what another order of arithmetic does, output by output, both in float64.
 
-    err(·) is relative L2 against A. Jittered A is A with each number moved by half a unit in its last place (a whole
-    one in float64, and where A runs in its own dtype only: it is measured in that then).
+    err(·) is relative L2 against A. Jittered A is A with each number moved by half a unit in its last place (by a
+    whole one in float64, and if A runs only in its own dtype, in which it is then measured).
     """
 
     name = "storage"

@@ -20,8 +20,8 @@ class StoredTensors(Question):
         if (ulps := evidence.ulps) is None:
             return
         largest = max(ulps.values(), default=0.0)
-        says = f"{len(ulps)} stored tensors are that result rounded once: worst {largest:.3g} ulp, at most 1"
+        says = f"{len(ulps)} stored tensors are the replay's, rounded once: worst {largest:.3g} ulp, at most 1"
         if wrong := sum(value > 1 for value in ulps.values()):
             count = f"{wrong} of {len(ulps)}"
-            says = f"{count} stored tensors are not that result rounded once: {largest:.3g} ulp, at most 1"
+            says = f"{count} stored tensors are not the replay's, rounded once: worst {largest:.3g} ulp, at most 1"
         yield self.answer(largest, 1, says)
