@@ -101,7 +101,7 @@ def _under_key(origin: str, checkpoint: Mapping[Any, Any]) -> tuple[Any, list[st
             f"{origin} holds neither a model nor weights, but {held}",
             todo="Save the model's state_dict on its own, or under 'state_dict'.",
         )
-    notices = [f"read the model from '{keys[0]}' in {origin}"]
+    notices = [f"took what {origin} holds under '{keys[0]}'"]
     averages = [key for key in keys[1:] if key in AVERAGE_KEYS]
     notices += [f"{origin} also holds an average of the weights, under '{key}'; it is not used" for key in averages]
     return checkpoint[keys[0]], notices

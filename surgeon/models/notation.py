@@ -48,7 +48,7 @@ def read(text: str, leaf: Callable[[str], Any] | None = None) -> tuple[tuple[Any
             _add_(kwargs, named, leaf or draw)
         elif kwargs:
             raise CaptureError(
-                f"{part!r} follows a named argument, but has no name", todo="Put named ones last: a;b;mask=c."
+                f"{part!r} has no name, but follows a named argument", todo="Put named ones last: a;b;mask=c."
             )
         else:
             args.append(_value(part, leaf or draw))

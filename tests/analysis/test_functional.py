@@ -109,7 +109,8 @@ STAYS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
         lambda: Weighted(lambda m, x: F.conv2d(x, m.weight / m.weight.norm(), padding=1)),
         "conv2d", "computed during the forward pass"),
     "a computed bias": (
-        lambda: Weighted(lambda m, x: F.conv2d(x, m.weight, m.bias * 2, padding=1)), "conv2d", "computed during the forward pass"),
+        lambda: Weighted(lambda m, x: F.conv2d(x, m.weight, m.bias * 2, padding=1)),
+        "conv2d", "computed during the forward pass"),
     "a weight that is a buffer": (
         lambda: Weighted(lambda m, x: F.conv2d(x, m.kept, padding=1)), "conv2d", "is a buffer"),
     "padding by the shape of the weight": (

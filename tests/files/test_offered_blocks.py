@@ -108,7 +108,7 @@ def test_no_block_can_be_stored_as_a_value(twins: type[nn.Module]) -> None:
     model = nn.Sequential(_twin(twins))
     model.kind = twins
     torch.save(model, "net.pt")
-    with pytest.raises(ModelError, match=r"stores twins\.block\.Twin itself"):
+    with pytest.raises(ModelError, match=r"stores the class twins\.block\.Twin"):
         surgeon.load("net.pt")
 
 

@@ -181,7 +181,7 @@ def test_a_star_is_one_segment_and_two_are_any_number(prefix: str, path: str):
         ("regex: '[[a]'", "regex: '[[a]' is not a regular expression: Possible nested set at position 1"),
         ("regex: 'a{99999999999}'", "regex: 'a{99999999999}' is not a regular expression: the repetition number is"),
         ("followed_by: 3", "followed_by: 3 is not text"),
-        ("name: 'layer**'", "name: 'layer**': ** stands for whole segments, as in layer1.**.conv1; within one"),
+        ("name: 'layer**'", "name: 'layer**': ** stands for whole segments, as in layer1.**.conv1; within a segment"),
         ("not: {not: {stride: -1}}", "not.not.stride: -1 is not above 0"),
     ],
 )

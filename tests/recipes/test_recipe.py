@@ -169,7 +169,8 @@ def test_what_yaml_allows_and_would_surprise_is_refused_together_with_everything
         "a.yaml:3:1: title: this key is given twice",
         "a.yaml:4:1: base: unknown key 'base'; there are cites, rules, surgeon, title",
         "a.yaml:6:5: rules[0]: merge keys (<<) are not read; write the keys out",
-        "a.yaml:7:12: rules[0].leave: the tag '!!python/object/apply:os.system' is refused: only plain values are allowed",
+        "a.yaml:7:12: rules[0].leave: the tag '!!python/object/apply:os.system' is refused: "
+        "only plain values are allowed",
         "a.yaml:7:12: rules[0].leave: a list is not text",
         "a.yaml:8:24: rules[0].match.kernel: this key is given twice",
         "a.yaml:9:7: rules[0]: a key is a word, not a list or a mapping",

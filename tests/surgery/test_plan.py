@@ -352,7 +352,7 @@ def test_trained_weights_do_not_make_another_network():
         (lambda net: net.stem.bn.register_forward_hook(print), "stem.conv: it cannot take over stem.bn: hooks"),
         (
             lambda net: setattr(net.stem.conv, "weight", net.body[0].conv.weight),
-            "stem.conv: it shares its weights with",
+            "stem.conv: it shares its weights",
         ),
     ],
 )
