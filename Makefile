@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 RUN     = $(VENV)/bin
+# A worker for each core, of 1 to 2 GB; one that is idle takes over what lies at the end of another one's list.
+PARALLEL ?= -n auto --maxprocesses=4 --dist=worksteal
 
 OLDEST  = tests/conv tests/blocks tests/octave tests/proof tests/test_torch_compat.py tests/test_threads.py tests/test_golden.py
 
@@ -11,7 +13,7 @@ demo: $(VENV)/.installed
 	$(RUN)/surgeon demo
 
 test: $(VENV)/.installed-test
-	$(RUN)/python -m pytest
+	$(RUN)/python -m pytest $(PARALLEL)
 
 test-oldest: $(VENV)-oldest/.installed  # with the oldest versions allowed; newer parts of them may call what is deprecated by now
 	$(VENV)-oldest/bin/python -m pytest -W ignore::DeprecationWarning $(OLDEST)
@@ -20,7 +22,7 @@ check: $(VENV)/.installed-dev
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
-	$(RUN)/python -m pytest
+	$(RUN)/python -m pytest $(PARALLEL)
 
 fmt: $(VENV)/.installed-dev
 	$(RUN)/ruff check --fix .

@@ -156,8 +156,8 @@ def _numberless(reason: str) -> str:
 def without_names(reason: str) -> str:
     """Leave out paths of modules, and places in files.
 
-    >>> without_names("its weights are also those of head.0.conv1")
-    'its weights are also those of …'
+    >>> without_names("it shares its weights with head.0.conv1")
+    'it shares its weights with …'
     """
     reason = re.sub(r" \(\w+\.py:\d+\)", "", reason)
     return re.sub(r"\b\w+(\.\w+)+\b", "…", reason)

@@ -19,6 +19,7 @@ from surgeon import errors
 from surgeon._version import __version__
 
 if TYPE_CHECKING:
+    from surgeon.analysis.example import Example
     from surgeon.analysis.sites import Survey
     from surgeon.api import convert, convert_, fuse, fuse_, history, load, plan, save, survey, verify
     from surgeon.blocks.acblock import ACBlock
@@ -39,6 +40,7 @@ _HOMES = {
     **dict.fromkeys(("Block", "BlockOptions", "Deployable", "Foldable", "Trial"), "surgeon.blocks.base"),
     **dict.fromkeys(("Check", "Report"), "surgeon.proof.report"),
     "ConvSpec": "surgeon.conv.spec",
+    "Example": "surgeon.analysis.example",
     "HetConv": "surgeon.blocks.hetconv",
     "Inputs": "surgeon.models.call",
     "Operation": "surgeon.surgery.history",
@@ -59,6 +61,7 @@ __all__ = [
     "Check",
     "ConvSpec",
     "Deployable",
+    "Example",
     "Foldable",
     "HetConv",
     "Inputs",

@@ -62,7 +62,7 @@ ASSERTIONS: tuple[Callable[..., Any], ...] = tuple(
 
 
 def saved_tensor_hooks() -> Any:
-    """What is done to tensors that are saved for a backward: a checkpoint shows there, and nowhere public.
+    """The hooks on tensors that are saved for the backward pass: they show a checkpoint, which nothing public does.
 
     Where torch does not tell, checkpoints in a forward are not noticed.
     """
@@ -81,24 +81,24 @@ def has_own_conv_forward(kind: type[nn.Conv2d]) -> bool:
 
 
 def makes_new_tensors(operator: Any) -> bool:
-    """Whether what an operator returns is written anew, not in place and not another view.
+    """Whether an operator returns new tensors, neither changed in place nor views of others.
 
-    Only its schema tells. What has none is not an operator of torch's, and writes anew.
+    Only its schema tells. An operator without one is not torch's, and counts as returning new tensors.
     """
     schema = getattr(operator, "_schema", None)
     return schema is None or all(returned.alias_info is None for returned in schema.returns)
 
 
 def packet_of(operator: Any) -> Any:
-    """Give an operator whatever the kinds of its arguments, which is how formulas of its cost are listed.
+    """Give the operator that an overload belongs to, under which the formulas of its cost are listed.
 
-    What has none costs nothing, as for torch's own counter.
+    An overload that belongs to none costs nothing, as in torch's own counter.
     """
     return getattr(operator, "_overloadpacket", None)
 
 
 def has_recompile_limit(limit: int) -> contextlib.AbstractContextManager[None]:
-    """Let torch.compile compile one forward that often; where it has no such limit, there is nothing to do."""
+    """Let torch.compile compile one forward up to `limit` times; where it has no such limit, nothing is done."""
     config = getattr(getattr(torch, "_dynamo", None), "config", None)
     if config is None or not hasattr(config, "recompile_limit"):
         return contextlib.nullcontext()

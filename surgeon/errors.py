@@ -1,16 +1,16 @@
-"""Everything surgeon raises on purpose.
+"""The exceptions that surgeon raises on purpose.
 
     SurgeonError                    caught once, in cli.py: message and next step, no traceback
-    ├── RecipeError     exit 2      every fault of a recipe or plan file at once, each with file:line:column
+    ├── RecipeError     exit 2      every error of a recipe or plan file at once, each with file:line:column
     ├── ModelError      exit 2      no such model, wrong weights, refused classes
     ├── CaptureError    exit 2      what tracing or a trial run met, and where
     ├── BlockError      exit 2      a block of another distribution that cannot be used
     ├── PlanError       exit 2      a rule that claims nothing; a plan that does not fit this model
     ├── StoreError      exit 2      file exists, disk full, wrong format
     ├── VerifyError     exit 2      outputs that cannot be compared
-    └── PassError       exit 70     our bug: names the pass and keeps the traceback
+    └── PassError       exit 70     a bug in surgeon: names the pass and keeps the traceback
 
-A refused conv is not an error: it is a skip with a reason, and stands in the plan.
+A refused conv is not an exception: the plan lists it as a skip, with the reason.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class SurgeonError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One thing that is wrong in a file: where it stands, which value, what is wrong."""
+    """One error in a file: where it is, which value it concerns, and what is wrong."""
 
     where: str  # file:line:column, or the option that brought the value in
     path: str  # rules[2].with.alpha
@@ -45,12 +45,12 @@ class Fault:
 
 
 class RecipeError(SurgeonError):
-    """A recipe or plan file that cannot be used; `faults` lists everything wrong with it, in file order."""
+    """A recipe or plan file that cannot be used; `faults` lists every error in it, in file order."""
 
     def __init__(self, faults: Sequence[Fault], *, todo: str = "") -> None:
         self.faults = tuple(faults)
         todo = todo or "`surgeon recipes acnet` prints one that works."
-        count = [f"{len(self.faults)} faults"] * (len(self.faults) > 1)
+        count = [f"{len(self.faults)} errors"] * (len(self.faults) > 1)
         super().__init__("\n".join([*map(str, self.faults), *count]), todo=todo)
 
 
@@ -79,12 +79,12 @@ class VerifyError(SurgeonError):
 
 
 class PassError(SurgeonError):
-    """A fault of surgeon's own: a pass broke its contract. Chained to what happened, so the traceback is kept."""
+    """A bug in surgeon: a pass broke its contract. The original exception is chained, so the traceback is kept."""
 
     exit_code = 70
 
     def __init__(self, name: str, problem: str) -> None:
         super().__init__(
             f"surgeon's own pass '{name}' failed: {problem}",
-            todo="This is a fault of surgeon, not of your model; please report it with the traceback above.",
+            todo="This is a bug in surgeon, not in your model; please report it with the traceback above.",
         )

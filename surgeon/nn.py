@@ -4,7 +4,7 @@ A pickle names classes by the module that they lie in. The classes below say tha
 "surgeon.nn"`), wherever their code is, so that code can move and files still open. `MOVED` has every other name that
 was ever written to a file. docs/formats.md says what is stable, and how a format changes.
 
-Nothing is imported before a name is asked for.
+A class is imported only when its name is first asked for.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Stored:
 
 
 def become_(instance: Any, kind: type[Any], **attributes: Any) -> Callable[[], None]:
-    """Give an object another class and more attributes; it stays the object it is. Returns what takes that back."""
+    """Give an object another class and more attributes, without copying it. Returns a function that undoes this."""
     before, state = type(instance), dict(vars(instance))
 
     def undo() -> None:

@@ -1,7 +1,11 @@
-"""What several test files need: norms that are not fresh, one measure of distance, the command line."""
+"""What several test files need: norms that are not fresh, narrow networks, one measure of distance."""
 
 from __future__ import annotations
 
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -10,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from surgeon.app.cli import main
+from surgeon.conv.spec import ConvSpec
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -60,16 +65,50 @@ def relative(b: Tensor, a: Tensor) -> float:
     return float((b - a).norm() / a.norm().clamp_min(1e-300))
 
 
-def narrow(name: str) -> nn.Module:
-    """Build a network of torchvision with 40 features in its dense layers, which hold nine tenths of its numbers."""
+def narrow(model: nn.Module, by: int = 4) -> nn.Module:
+    """Give a network that lies on the meta device a fraction of its channels, and numbers: its wiring is as it was.
+
+    Counts of 8 or less stay as they are, and so do those that cannot be divided.
+    """
+
+    def less(count: int) -> int:
+        return count // by if count > 8 and count % by == 0 else count
+
     with torch.device("meta"):
-        model = torchvision.models.get_model(name, weights=None)
-        first, *others = (path for path, module in model.named_modules() if isinstance(module, nn.Linear))
-        model.set_submodule(first, nn.Linear(model.get_submodule(first).in_features, 40))
-        for path in others:
-            model.set_submodule(path, nn.Linear(40, 40))
+        for path, module in [*model.named_modules()]:
+            if type(module) is nn.Conv2d:
+                spec = ConvSpec.of(module)
+                sizes = {"c_in": less(spec.c_in), "c_out": less(spec.c_out), "groups": less(spec.groups)}
+                model.set_submodule(path, replace(spec, **sizes).build(like=module.weight))
+            elif type(module) is nn.BatchNorm2d:
+                model.set_submodule(path, nn.BatchNorm2d(less(module.num_features), module.eps, module.momentum))
+            elif type(module) is nn.Linear:
+                has_bias = module.bias is not None
+                model.set_submodule(path, nn.Linear(less(module.in_features), less(module.out_features), has_bias))
+            else:
+                assert not [*module.parameters(recurse=False)], f"{path} cannot be made narrow"
     model.to_empty(device="cpu")
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
             module.reset_parameters()
     return model
+
+
+def on_meta(build: Callable[[], Module]) -> Module:
+    """Build a network without numbers."""
+    with torch.device("meta"):
+        return build()
+
+
+def narrow_torchvision(name: str, **options: object) -> nn.Module:
+    """Build a network of torchvision with a quarter of its channels."""
+    return narrow(on_meta(lambda: torchvision.models.get_model(name, weights=None, **options)))
+
+
+def write_pickle(path: Path, program: bytes) -> Path:
+    """Write a torch archive around a handwritten pickle."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("m/data.pkl", b"\x80\x02" + program + b".")
+        archive.writestr("m/version", "3\n")
+        archive.writestr("m/byteorder", "little")
+    return path

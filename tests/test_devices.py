@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -252,16 +254,29 @@ def test_a_file_is_written_from_the_cpu(tmp_path: Path, monkeypatch: pytest.Monk
 # Clocks.
 
 
-def test_time_on_a_device_is_taken_when_it_has_finished(monkeypatch: pytest.MonkeyPatch) -> None:
-    done: list[object] = []
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda place: done.append(place))
-    monkeypatch.setattr(torch.mps, "synchronize", lambda: done.append("mps"))
-    cuda = torch.device("cuda", 1)
-    for place in (cuda, torch.device("mps")):
-        bench._finished(lambda: done.append("called"), place)()
-    assert done == ["called", cuda, "called", "mps"]
-    call = len
-    assert bench._finished(call, devices.CPU) is call  # type: ignore[arg-type]
+@pytest.mark.parametrize("name", ["cuda:1", "mps", "cpu"])
+def test_time_on_a_device_is_taken_when_it_has_finished(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    place = torch.device(name)
+    monkeypatch.setattr(bench, "devices", SimpleNamespace(of=lambda model: place, CPU=devices.CPU))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda place: done.append(f"waited for {place}"))
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: done.append("waited for mps"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda place: None)
+    for count in ("memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, count, lambda place: 0)
+    clock = bench.time.perf_counter
+
+    def read() -> float:
+        done.append("read the clock")
+        return clock()
+
+    monkeypatch.setattr(bench.time, "perf_counter", read)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    model.register_forward_hook(lambda *_: done.append("ran"))
+    bench.run([("net", model)], Inputs((torch.rand(EXAMPLE),)), [bench.Setting(2, 1, train=True)], rounds=3)
+    timed = done[done.index("read the clock") :]
+    after_runs = {then for one, then in itertools.pairwise(timed) if one == "ran"}
+    assert after_runs == ({"ran", "read the clock"} if name == "cpu" else {f"waited for {name}"})
 
 
 # With a GPU.

@@ -116,7 +116,7 @@ HAZARDS = [
     Hazard("in a Sequential that is taken apart", tiny.TakesItsStagesOneByOne, "stages.0", beside=1),
     Hazard("in a part of which another method is called", tiny.CallsAnotherMethod, "part.first.conv", beside=1),
     # Tensors
-    Hazard("tied parameters", tiny.TiedWeights, "one", "its weights are also those of two"),
+    Hazard("tied parameters", tiny.TiedWeights, "one", "it shares its weights with two"),
     Hazard("the network reads self.conv.weight", tiny.ReadsTheWeight, stays="reads its weight directly"),
     Hazard("the same, where tracing cannot follow", tiny.ReadsTheWeightUntraced, stays="reads its weight directly"),
     Hazard("only its weight is used", tiny.WeightReadOnly, "spare", "reads its weight directly", beside=1),
@@ -149,7 +149,7 @@ HAZARDS = [
     Hazard("weight-standardised and scaled", with_conv(lambda: ScaledStdConv2d(4, 4, 3, padding=1)),
            stays="ScaledStdConv2d is a Conv2d with a forward of its own"),
     Hazard("padded to the same size", with_conv(lambda: Conv2dSame(4, 4, 3, stride=2)), stays="Conv2dSame is a"),
-    Hazard("the person's own kind", with_conv(lambda: tiny.OwnConv(4, 4, 3)),
+    Hazard("the user's own kind", with_conv(lambda: tiny.OwnConv(4, 4, 3)),
            stays="OwnConv is a Conv2d with a forward of its own"),
     Hazard("trained to be quantised", with_conv(lambda: qat.Conv2d(4, 4, 3, padding=1, qconfig=default_qat_qconfig)),
            stays="qat.modules.conv.Conv2d is a Conv2d with a forward of its own", trains="dtype"),
@@ -194,7 +194,7 @@ HAZARDS = [
     Hazard("asks whether its input is a tensor", tiny.AsksForATensor, "first.conv", beside=1),
     Hazard("asks torch whether its input is a tensor", tiny.AsksTorchForATensor, "first.conv", beside=1),
     # Maps
-    Hazard("without a batch", tiny.WithoutABatch, stays="without the dimension of a batch"),
+    Hazard("without a batch", tiny.WithoutABatch, stays="without a batch dimension"),
     # Whole models
     Hazard("in DataParallel", lambda: nn.DataParallel(ConvNorm()), "module.conv"),
     Hazard("one bare conv", conv3, "", "it is the whole model"),
@@ -478,7 +478,7 @@ def test_a_model_of_which_python_makes_another_one_is_refused(act: Callable[[nn.
 @every_act
 def test_a_function_that_would_call_the_original_is_refused(act: Callable[[nn.Module], object]):
     if act is not ACTS["fuse_"]:
-        with pytest.raises(CaptureError, match="the model has a function for its layer, which would run the original"):
+        with pytest.raises(CaptureError, match="the model has a function as its layer, which would run the original"):
             act(tiny.HeldInAClosure())
 
 

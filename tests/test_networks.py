@@ -10,7 +10,8 @@ import pytest
 import timm
 import torch
 import torchvision
-from helpers import narrow, relative, run_surgeon, shake_
+from helpers import narrow, narrow_torchvision, on_meta, relative, run_surgeon, shake_
+from small_networks import small_densenet
 from torch import Tensor, nn
 
 import surgeon
@@ -24,21 +25,26 @@ class Net:
     train_side: int | None = None  # where training needs a larger input
 
 
-def _torchvision(name: str, **args: object) -> Callable[[], nn.Module]:
-    return lambda: torchvision.models.get_model(name, weights=None, **args)
+def _full(name: str) -> Callable[[], nn.Module]:
+    return lambda: torchvision.models.get_model(name, weights=None)
+
+
+def _narrow(name: str, **args: object) -> Callable[[], nn.Module]:
+    """All layers, wired as they are, with a quarter of the channels."""
+    return lambda: narrow_torchvision(name, **args)
 
 
 NETS = {
-    "resnet18": Net(_torchvision("resnet18"), 64, takes_all_norms=True),
-    "resnet50": Net(_torchvision("resnet50"), 64, takes_all_norms=True),
-    "vgg16": Net(lambda: narrow("vgg16"), 32),
-    "vgg16_bn": Net(lambda: narrow("vgg16_bn"), 32, takes_all_norms=True),
-    "alexnet": Net(lambda: narrow("alexnet"), 80),
-    "densenet121": Net(_torchvision("densenet121"), 64),
-    "mobilenet_v3_large": Net(_torchvision("mobilenet_v3_large"), 64, takes_all_norms=True),
-    "inception_v3": Net(_torchvision("inception_v3", init_weights=False), 128, takes_all_norms=True, train_side=299),
-    "timm vgg11": Net(lambda: timm.create_model("vgg11", mlp_ratio=0.125), 64),
-    "timm resnet50_clip": Net(lambda: timm.create_model("resnet50_clip", img_size=64), 64),
+    "resnet18": Net(_narrow("resnet18"), 64, takes_all_norms=True),
+    "resnet50": Net(_full("resnet50"), 64, takes_all_norms=True),
+    "vgg16": Net(_narrow("vgg16"), 32),
+    "vgg16_bn": Net(_narrow("vgg16_bn"), 32, takes_all_norms=True),
+    "alexnet": Net(_narrow("alexnet"), 80),
+    "densenet": Net(small_densenet, 64),
+    "mobilenet_v3_large": Net(_narrow("mobilenet_v3_large"), 64, takes_all_norms=True),
+    "inception_v3": Net(_narrow("inception_v3", init_weights=False), 128, takes_all_norms=True, train_side=299),
+    "timm vgg11": Net(lambda: narrow(on_meta(lambda: timm.create_model("vgg11", mlp_ratio=0.125))), 64),
+    "timm resnet50_clip": Net(lambda: timm.create_model("resnet50_clip", img_size=64, width_factor=0.25), 64),
 }
 IN_BFLOAT16 = ("resnet18", "vgg16", "vgg16_bn", "mobilenet_v3_large", "timm resnet50_clip")
 NORMED = [name for name, net in NETS.items() if net.takes_all_norms]

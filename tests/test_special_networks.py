@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import special
 import torch
-from helpers import relative, shake_
+from helpers import narrow, on_meta, relative, shake_
 from torch import Tensor, nn
 
 import surgeon
@@ -19,7 +20,7 @@ from surgeon.blocks import Block
 
 def segmentation() -> nn.Module:
     library = pytest.importorskip("segmentation_models_pytorch")
-    return library.Unet("resnet18", encoder_weights=None, classes=2)
+    return narrow(on_meta(lambda: library.Unet("resnet18", encoder_weights=None, classes=2)))
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,13 @@ def images(name: str) -> Tensor:
     return torch.randn(shape_of(name), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
 
-def converted(name: str, way: str) -> nn.Module:
+@functools.cache
+def _converted_once(name: str, way: str) -> nn.Module:
     return surgeon.convert(made(name), HOW[way], shape_of(name))
+
+
+def converted(name: str, way: str) -> nn.Module:
+    return copy.deepcopy(_converted_once(name, way))
 
 
 def tensors(out: object) -> Iterator[Tensor]:

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-import torchvision
-from helpers import relative, shake_
+from helpers import narrow_torchvision, relative, shake_
 from tiny import SHAPE, ConvNorm, conv3
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,7 +32,7 @@ def own(dtype: torch.dtype = torch.float64) -> tiny.Own:
 
 def resnet(dtype: torch.dtype = torch.float64) -> nn.Module:
     torch.manual_seed(0)
-    return shake_(torchvision.models.resnet18(num_classes=5), gently=True).to(dtype).eval()
+    return shake_(narrow_torchvision("resnet18", num_classes=5), gently=True).to(dtype).eval()
 
 
 def noise(shape: tuple[int, ...] = SHAPE, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -488,9 +487,10 @@ def test_hooks_of_what_holds_a_conv_go_on_working(hook: str):
     net, seen = own(), []
     getattr(net.stem, hook)(lambda module, *rest: seen.append(type(module)))
     converted = surgeon.convert(net, "acnet", SHAPE)
+    fused = surgeon.fuse(converted)
     seen.clear()
     converted(noise())
-    surgeon.fuse(converted)(noise())
+    fused(noise())
     assert seen == [ConvNorm, ConvNorm]
 
 

@@ -1,4 +1,4 @@
-"""Example inputs: what a person gives, what is known without asking, and what can be found.
+"""Example inputs: those that the user gives, and those that surgeon finds by itself.
 
 On the command line a value may also be
 
@@ -7,7 +7,8 @@ On the command line a value may also be
     photo.jpg                 a picture, made to fit the model: 1×3×height×width
     file.py:make_inputs       a function without arguments, or pkg.mod:make_inputs
 
-Standing alone, these give a whole call: a tuple its positional arguments, a dict its named ones, anything else one.
+Such a value, given alone, is the whole call: a tuple holds its positional arguments, a dict its named ones, and
+anything else is its only argument.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import itertools
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from os.path import isfile  # unlike Path.is_file, it bears names that are too long
+from os.path import isfile  # unlike Path.is_file, it accepts names that are too long
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -39,7 +40,7 @@ from surgeon.models.sandbox import quietly
 _log = logging.getLogger("surgeon")
 Example = Shape | Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any] | Inputs
 
-# What torchvision's networks take, by the beginning of their module's name, the first that fits.
+# What torchvision's networks take, by the beginning of their module's name; the first entry that fits is used.
 _TORCHVISION = {
     "torchvision.models.inception": "1,3,299,299",
     "torchvision.models.detection": "[3,320,320]",
@@ -57,16 +58,17 @@ _TODO = "Give a shape, --input 1,3,224,224, a file, or file.py:make_inputs."
 
 
 def make(example: Example, *, seed: int = 0) -> Inputs:
-    """Turn what a person gives into the arguments of one call.
+    """Turn what the user gives into the arguments of one call.
 
-    A shape becomes seeded normal noise in float64, a tensor stays as it is. A tuple holds positional arguments, a dict
-    named ones, a list is one argument; all of them may hold shapes and tensors. What is in an `Inputs` stays as it is.
+    A shape becomes seeded normal random numbers in float64, a tensor stays as it is. A tuple holds positional
+    arguments, a dict named ones, a list is one argument; all of them may hold shapes and tensors. What is in an
+    `Inputs` stays as it is.
 
     >>> make({"image": (1, 3, 8, 8), "masks": [torch.ones(4, 4)]}).shapes
     ((1, 3, 8, 8), (4, 4))
 
     Raises:
-        CaptureError: there is no tensor in it.
+        CaptureError: it holds no tensor and no shape.
     """
     call = example if isinstance(example, Inputs) else _arguments(_asked(example))
     if not call.has_tensors:
@@ -78,10 +80,10 @@ def make(example: Example, *, seed: int = 0) -> Inputs:
 
 
 def read(text: str, model: nn.Module, *, seed: int = 0) -> Inputs:
-    """Read what `--input` was given for a model; what was done to a picture is logged.
+    """Read the value of `--input` for a model; what was done to a picture is logged.
 
     Raises:
-        CaptureError: whatever is wrong with it.
+        CaptureError: the value cannot be used as an input.
     """
 
     def value(part: str) -> Any:
@@ -95,14 +97,14 @@ def read(text: str, model: nn.Module, *, seed: int = 0) -> Inputs:
 
 
 def guess(model: nn.Module, *, seed: int = 0) -> Inputs | None:
-    """Find an input that the model accepts, trying what its library says and then common sizes; None if none does."""
+    """Find an input that the model accepts, or None. What its library says is tried first, then common sizes."""
     return next((inputs for inputs, _ in _guessed(model, seed)), None)
 
 
 def look(model: nn.Module, records: Sequence[Sequence[Shape] | str | None] = (), *, seed: int = 0) -> Network:
     """Look at a network with the input that a plan or history has written down, or with one that it accepts.
 
-    Random tensors of the recorded shapes are tried first; where there is no input that it accepts it is not run.
+    Random tensors of the recorded shapes are tried first. If no input is found that it accepts, it is not run.
     """
     for inputs, run in itertools.chain(_recalled(records, model, seed), _guessed(model, seed)):
         return Network(model, inputs, run=run)
@@ -139,7 +141,7 @@ def _is_shape(part: object) -> TypeGuard[Sequence[int]]:
 
 
 def _asked(example: Any) -> Any:
-    """Put what is to be drawn in the place of shapes."""
+    """Replace every shape by a `Draw`, a tensor that is still to be drawn."""
     return pytree.tree_map(lambda leaf: Draw(tuple(leaf)) if _is_shape(leaf) else leaf, example, is_leaf=_is_shape)
 
 
@@ -173,7 +175,7 @@ def _value(text: str, model: nn.Module, seed: int) -> Any:
 
 
 def _returned(name: str, seed: int) -> Any:
-    """Call a person's function, seeded."""
+    """Call the user's function, with every random state seeded."""
     try:
         function = architectures.find(name)
     except ModelError as error:
@@ -183,7 +185,7 @@ def _returned(name: str, seed: int) -> Any:
             return function()
         except Exception as error:
             raise CaptureError(
-                f"{name} failed: {where(error)}", todo="It is called without arguments, and returns tensors."
+                f"{name} failed: {where(error)}", todo="It is called without arguments, and must return tensors."
             ) from error
 
 
@@ -221,7 +223,7 @@ def _alone(found: dict[str, Tensor]) -> Any:
 
 
 def _picture(path: Path, model: nn.Module, seed: int) -> Any:
-    """Make a picture what the model is known to take: its size, its channels, and its normalisation."""
+    """Give a picture the size, the channels and the normalisation that the model is known to take."""
     from PIL import Image, ImageOps
 
     known = guess(model, seed=seed)
@@ -245,7 +247,7 @@ def _picture(path: Path, model: nn.Module, seed: int) -> Any:
 
 
 def _normalised(image: Tensor, config: object) -> tuple[Tensor, list[str]]:
-    """Take off the mean and divide by the deviation that timm names, or those of ImageNet; and say so."""
+    """Subtract the mean and divide by the deviation that timm names, or ImageNet's; and say which were used."""
     mean, deviation, whose = *_IMAGENET, "ImageNet"
     if isinstance(config, dict) and config.get("mean") and config.get("std"):
         mean, deviation, whose = tuple(config["mean"]), tuple(config["std"]), "the model"
@@ -256,7 +258,7 @@ def _normalised(image: Tensor, config: object) -> tuple[Tensor, list[str]]:
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[Inputs, bool]]:
-    """Give calls to try, and whether to try them with values: torchvision's own are known to do."""
+    """Give calls to try, and whether to try them with real values: those listed for torchvision are known to work."""
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     for channels, *sides in filter(_is_shape, _known_sizes(model)):
         for depth in dict.fromkeys([channels, first.in_channels if first is not None else channels]):
@@ -271,7 +273,7 @@ def _candidates(model: nn.Module) -> Iterator[tuple[Inputs, bool]]:
 
 
 def _known_sizes(model: nn.Module) -> Iterator[tuple[int, ...]]:
-    """Give what networks of timm and torchvision carry with them: channels, height, width."""
+    """Give the input sizes that networks of timm and torchvision record: channels, height, width."""
     sides = getattr(getattr(model, "patch_embed", None), "img_size", None)  # a timm transformer that was built for it
     if isinstance(sides, tuple) and len(sides) == 2:
         yield (3, *sides)

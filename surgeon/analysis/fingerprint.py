@@ -1,4 +1,4 @@
-"""A short hash that tells one architecture from another, in every form in which one was ever written to a file.
+"""A short hash that tells one architecture from another, in every form that was ever written to a file.
 
 Plans, histories and manifests hold it. Form 2 hashes the fields of convs. Form 1 hashed their geometry in words, as
 `words_of` writes them to this day, whatever `str(ConvSpec)` says.
@@ -31,7 +31,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def fits(known: str, model: nn.Module) -> bool:
-    """Whether a fingerprint, of any form, is that of a model."""
+    """Whether a fingerprint, in any form, belongs to a model."""
     return known == (fingerprint(model) if ":" in known else _in_words(model))
 
 
@@ -67,7 +67,7 @@ def _in_words(model: nn.Module) -> str:
 
 
 def _fields(module: nn.Module) -> dict[str, object]:
-    """Give the fields of a plain conv that have not their default, so that a new one changes no hash."""
+    """Give the fields of a plain conv that differ from their default, so that a new field changes no hash."""
     if type(module) is not nn.Conv2d:
         return {}
     return ConvSpec.of(module).to_dict()

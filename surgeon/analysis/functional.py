@@ -1,8 +1,9 @@
-"""Functional convolutions: `F.conv2d(x, self.weight, …)` where no module is.
+"""Functional convolutions: calls of `F.conv2d(x, self.weight, …)` that no module makes.
 
-In an island's graph such a step is seen, and where its weight is a parameter it can become a module: a conv that holds
-the same parameters, under a name of its own beside them, and a graph that calls it (`Lift`). From then on it is a conv
-like any other. A weight that is computed on the way has no numbers of its own to take over, and stays.
+Such a call is a step in an island's graph. Where its weight is a parameter, it can become a module (`lift_`): a conv
+that holds the same parameters, under a name of its own beside them, and a graph that calls it. From then on it is a
+conv like any other. A weight that is computed during the forward pass has no stored numbers that a block could take
+over, so such a call stays.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _ARGUMENTS = inspect.Signature(
 
 @dataclass(frozen=True, slots=True)
 class Functional:
-    """A functional convolution: the name that its module gets, and where its parts are; targets are of the island."""
+    """A functional convolution: the name that its module gets, and where its parts are, relative to the island."""
 
     path: str
     spec: ConvSpec | None  # None where the weight is computed
@@ -44,7 +45,7 @@ class Functional:
 
 
 def find(model: nn.Module, island: Island, custom_call: Callable[[nn.Module, str], str | None]) -> list[Functional]:
-    """List the functional convolutions of an island; those with the weight of a conv belong to that one."""
+    """List the functional convolutions of an island; those that use the weight of a conv belong to that conv."""
     root = model.get_submodule(island.path)
     nodes = [node for node in island.graph.nodes if node.target is torch.conv2d]
     if not nodes:
@@ -65,11 +66,13 @@ def _described(
         bias_target = str(bias.target) if isinstance(bias, fx.Node) and bias.op == "get_attr" else ""
         if held is None or (bias is not None and _parameter(root, bias_target) is None):
             kept = _is_buffer(root, target) or _is_buffer(root, bias_target)
-            how = "a buffer, and only parameters can go into a module" if kept else "computed on the way"
+            how = "a buffer, and only parameters can go into a module" if kept else "computed during the forward pass"
             weight = "" if held is None else target
             yield Functional(path, None, island.path, node.name, weight, obstacle=f"its weight or bias is {how}")
         elif any(isinstance(given[name], fx.Node) for name in ("stride", "padding", "dilation", "groups")):
-            yield Functional(path, None, island.path, node.name, target, obstacle="its geometry is computed on the way")
+            yield Functional(
+                path, None, island.path, node.name, target, obstacle="its geometry is computed during the forward pass"
+            )
         elif not isinstance(root.get_submodule(target.rpartition(".")[0]), ConvNd):
             spec = _spec(held, given, has_bias=bias is not None)
             shared = _shared(root, kernel)
@@ -77,7 +80,7 @@ def _described(
 
 
 def conv_of(model: nn.Module, one: Functional) -> nn.Conv2d:
-    """Make the conv that a functional one is, with its own parameters."""
+    """Make the conv that a functional convolution stands for, with the same parameters."""
     assert one.spec is not None
     root = model.get_submodule(one.island)
     weight, bias = _parameter(root, one.weight), _parameter(root, one.bias)
@@ -90,9 +93,9 @@ def conv_of(model: nn.Module, one: Functional) -> nn.Conv2d:
 def lift_(
     model: nn.Module, made: Sequence[tuple[Functional, nn.Module]], islands: Sequence[Island]
 ) -> list[Callable[[], None]]:
-    """Put modules in the place of functional convolutions, and take the parameters away that they have taken over.
+    """Replace functional convolutions by modules, and remove the parameters that these have taken over.
 
-    Returns what takes that back, in order.
+    Returns functions that undo this, in the order in which it was done.
     """
     undos: list[Callable[[], None]] = []
     graphs = {island.path: island.graph for island in islands}
@@ -179,7 +182,7 @@ def _pair(value: Any) -> Pair:
 
 
 def _shared(root: nn.Module, weight: fx.Node) -> str | None:
-    """Say who else reads a weight: other steps, or another module that holds it."""
+    """Say what else uses a weight: other steps, or another module that holds it."""
     readers = [user for node in weight.graph.nodes if node.target == weight.target for user in node.users]
     if len(readers) > 1:
         return f"{len(readers)} steps read its weight"
@@ -189,7 +192,7 @@ def _shared(root: nn.Module, weight: fx.Node) -> str | None:
 
 
 def _free_name(model: nn.Module, island: str, holder: str, step: str) -> str:
-    """Name a module after the step, beside the parameters, where nothing is called that."""
+    """Name a module after the step, beside the parameters; underscores are added until the name is free."""
     parent = ".".join(part for part in (island, holder) if part)
     module = model.get_submodule(parent)
     module, parent = (

@@ -1,6 +1,6 @@
 """nn.Module → islands: the largest submodules whose graph is known.
 
-Where a module's graph cannot be believed (`tracing`), its own Python stays as it is, and its children are tried.
+Where no graph of a module can be trusted (`trace`), its own Python stays as it is, and its children are tried.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Capture:
 def capture(model: nn.Module, inputs: Inputs | None = None, run: Run | None = None) -> Capture:
     """Find the islands of a model; `inputs` tell which of its optional arguments it is called with.
 
-    `run` is what a run has shown, if there was one. Where the model itself is no island, it tells which parts are
-    not called as such.
+    `run` is what a run has shown, if there was one. Where the model itself is not an island, the run tells which
+    modules are not called as a whole.
 
     >>> [island.path for island in capture(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())).islands]
     ['']
@@ -63,7 +63,7 @@ def capture(model: nn.Module, inputs: Inputs | None = None, run: Run | None = No
 
 
 def _glimpse(model: nn.Module, inputs: Inputs) -> Run:
-    """Run the model as far as that goes; on a large input, which a file may have named, only on the meta device."""
+    """Run the model if that works; on a large input, which a file may have named, only on the meta device."""
     try:
         is_large = inputs.numel > _LARGE
         return observe(model, inputs if is_large else inputs.drawn(0), meta_only=is_large)
@@ -84,7 +84,7 @@ def _explore(
         return
     seen.add(module)
     if path in taken_apart:
-        found.opaque.append(Opaque(path, "the network calls its parts, and not the whole"))
+        found.opaque.append(Opaque(path, "the network calls its submodules, not the module itself"))
     elif not isinstance(module, nn.ModuleList | nn.ModuleDict):
         graph = trace(module, None if path else inputs)
         if isinstance(graph, fx.Graph):

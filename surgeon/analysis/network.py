@@ -1,8 +1,8 @@
 """A module that has been looked at: its names, its islands, one run of it and what that costs.
 
-Everything that asks about a network is handed a `Network`, so that it is traced and run once. What is asked is found at
-the first question and kept. An edit of the module makes its `Network` out of date; `islands_after_swaps` gives what a
-swap of convs for blocks leaves as it was.
+Every function that asks about a network is given a `Network`, so that the network is traced and run only once. Each
+answer is found when it is first asked for, and kept. An edit of the module makes its `Network` out of date;
+`islands_after_swaps` gives the islands that are still right after convs were swapped for blocks.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from surgeon.models.cost import Cost, stored
 
 
 class Network:
-    """A module as it is now, and the call that it is looked at with.
+    """A module as it is now, and the example call that it is looked at with.
 
-    `run` is what a run with `inputs` has shown, where there was one already; without `inputs` it is not run.
-    `called_with` says how it is called where it is not to be run.
+    `run` is what a run with `inputs` has shown, if there was one already. Without `inputs` the module is not run;
+    `called_with` can still say how it is called.
 
     >>> network = Network(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()))
     >>> [island.path for island in network.islands], network.cost.params
@@ -85,7 +85,7 @@ class Network:
     def islands_after_swaps(self, model: nn.Module) -> list[Island]:
         """Give the islands of this module, or a copy of it, after convs and norms were swapped under their names.
 
-        A graph names what it calls, so it is still right; of what has become a graph of its own that graph is.
+        A graph names what it calls, so it is still right. A module that has become a `Rewritten` has a new graph.
         """
         roots = [(island, model.get_submodule(island.path)) for island in self.islands]
         return [Island(one.path, root.graph) if isinstance(root, Rewritten) else one for one, root in roots]

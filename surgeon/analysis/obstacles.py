@@ -48,17 +48,17 @@ def obstacle(facts: Facts, module: nn.Module) -> str | None:
     if type(module) is not nn.Conv2d:
         named = type(module).__qualname__
         kind = f"{type(module).__module__}.{named}" if named == nn.Conv2d.__qualname__ else named
-        own = "with a forward of its own" if _computes_itself(type(module)) else "of its own kind"
-        return f"{kind} is a Conv2d {own}; only torch's own is swapped"
+        own = " with a forward of its own" if _computes_itself(type(module)) else ""
+        return f"{kind} is a subclass of Conv2d{own}; only torch's own Conv2d is swapped"
     if computed := _computed(module):
         return computed
     if custom := custom_call(module, "it"):
         return f"{custom}, which a block would not have"
     if facts.names[module][0] == "":
-        return "it is the whole model: there is no module that holds it; nn.Sequential(model) is one"
+        return "it is the whole model, and no module holds it; give nn.Sequential(model)"
     for parameter in module.parameters():
         if others := facts.owners[id(parameter)] - {module}:
-            return f"its weights are also those of {facts.names[others.pop()][0]}"
+            return f"it shares its weights with {facts.names[others.pop()][0]}"
     if module in facts.read_directly:
         return "the network also reads its weight directly"
     if module in facts.kept_aside:
@@ -70,7 +70,7 @@ def obstacle(facts: Facts, module: nn.Module) -> str | None:
     if module.weight.is_complex():
         return "its weight is complex"
     if any(len(call.shape_in) == 3 for call in facts.runs.get(facts.names[module][0], [])):
-        return "it is called with one map alone, without the dimension of a batch"
+        return "it is called with a single feature map, without a batch dimension"
     return None
 
 
@@ -79,7 +79,9 @@ def _computed(conv: nn.Conv2d) -> str | None:
     for hook in conv._forward_pre_hooks.values():
         for kind, undo in _COMPUTES.items():
             if isinstance(hook, kind):
-                return f"a hook ({type(hook).__name__}) computes its tensors; torch.nn.utils.{undo} makes them stay"
+                return (
+                    f"a hook ({type(hook).__name__}) computes its tensors; torch.nn.utils.{undo} makes them permanent"
+                )
     return None
 
 
@@ -102,7 +104,7 @@ def norm_behind(facts: Facts, conv: nn.Module) -> tuple[nn.Module | None, str | 
 
 
 def _judge_norm(facts: Facts, graph: Graph, conv: nn.Module, norm: nn.Module) -> tuple[nn.Module | None, str | None]:
-    """Check all that taking over a norm assumes of it."""
+    """Check everything that must hold before a block takes over a norm."""
     name = facts.names[norm][0]
     prefixes = tuple(f"{path}." if path else "" for path in graph.names)
     outside = [path for path in (*facts.names[conv], *facts.names[norm]) if not path.startswith(prefixes)]
@@ -130,7 +132,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def custom_call(module: nn.Module, name: str) -> str | None:
-    """Say what else a module, called `name`, does when it is called than its class does."""
+    """Say what a module called `name` does, when it is called, beyond what its class does."""
     hooks = (
         module._forward_hooks,
         module._forward_pre_hooks,

@@ -77,7 +77,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 _NAMES = {id(function): name for name, function in reversed(FUNCTIONS.items())}
 METHODS = frozenset(_METHODS.split())
-# The names of functions in format 1 that have others since: those said where the code lay.
+# Names of functions in format 1 that have changed since: they said where the code was.
 _RENAMED = {
     "surgeon.streams.add_into": "streams.add_into",
     "surgeon.streams.crop_to": "streams.crop_to",
@@ -90,7 +90,7 @@ _RENAMED = {
     "surgeon.streams.take": "streams.take",
     "torch.fx._symbolic_trace._assert_is_none": "torch.fx.assert_is_none",
 }
-# What a class may define, and a Rewritten would not have; all else that it overrides would be lost.
+# What a class may define although a Rewritten does not have it; anything else that it overrides would be lost.
 _MAY_DEFINE = frozenset(
     {"__init__", "forward", "extra_repr", "_get_name", "__repr__", "__str__", "__doc__", "__module__", "__new__"}
     | {"__init_subclass__", "__class_getitem__", "__subclasshook__", "__hash__", "__eq__", "__getattr__", "__dir__"}
@@ -103,7 +103,7 @@ _OWN = ("program", "origin", "_run")  # what a Rewritten keeps its graph in
 class Rewritten(Stored, nn.Module):
     """A module whose forward is a graph that is kept as data.
 
-    `origin` names the class that it had; its methods are gone, its attributes and submodules are there.
+    `origin` names the class that it had. The methods of that class are gone; attributes and submodules are kept.
     """
 
     __module__ = "surgeon.nn"
@@ -118,7 +118,7 @@ class Rewritten(Stored, nn.Module):
 
     @property
     def graph(self) -> fx.Graph:
-        """The graph, made anew from its data."""
+        """The graph, rebuilt from its data."""
         return decode(self.program)
 
     def extra_repr(self) -> str:
@@ -135,9 +135,9 @@ class Rewritten(Stored, nn.Module):
 
 
 def rewrite_(module: nn.Module, graph: fx.Graph) -> Callable[[], None]:
-    """Give a module another graph; returns what takes that back.
+    """Give a module another graph; returns a function that undoes this.
 
-    The graph is that of an island, changed. Nothing may speak against it (`obstacle`, `unwritable`).
+    The graph is that of an island, changed. `obstacle` and `unwritable` must have found nothing.
     """
     graph.lint()
     program, kind = encode(graph), type(module)
@@ -151,7 +151,7 @@ def obstacle(module: nn.Module, graph: fx.Graph, custom_call: Callable[[nn.Modul
     if isinstance(module, fx.GraphModule):
         return "it is a GraphModule, whose class is its graph"
     if taken := [name for name in _OWN if name in vars(module)] if kind is not Rewritten else []:
-        return f"its attribute {taken[0]} has the name of one that a rewritten graph is kept in"
+        return f"its attribute {taken[0]} has a name that a rewritten graph uses for itself"
     own = [name for name in _overridden(kind) if name not in _MAY_DEFINE] if kind is not Rewritten else []
     if own:
         return f"{kind.__name__} has its own {own[0]}, which a rewritten graph would not have"
@@ -159,7 +159,7 @@ def obstacle(module: nn.Module, graph: fx.Graph, custom_call: Callable[[nn.Modul
     inlined = [(path, part) for path, part in module.named_modules() if not _is_below(path, called)]
     for path, part in inlined:
         if custom := custom_call(part, path or "it"):
-            return f"{custom}, which a rewritten graph would pass by"
+            return f"{custom}, which a rewritten graph would skip"
     for node in graph.nodes:
         if SURROUNDINGS in node.meta:
             return f"'{node.name}' runs in {node.meta[SURROUNDINGS]}, which a rewritten graph would not enter"
@@ -195,7 +195,7 @@ def check(module: Rewritten) -> None:
     """Make sure that the steps of a graph reach nothing but what is registered below its module.
 
     Raises:
-        ValueError: a step that reaches anything else, or that no such graph holds; nothing has been run.
+        ValueError: a step reaches anything else, or is none that surgeon writes; nothing has been run.
     """
     for node in decode(module.program).nodes:
         if node.op in ("call_module", "get_attr") and not _reaches(module, node.op, str(node.target)):
@@ -221,7 +221,7 @@ def decode(program: Mapping[str, Any]) -> fx.Graph:
     """Make the graph that `encode` wrote.
 
     Raises:
-        ValueError: a name or a word that no such graph holds; nothing has been run.
+        ValueError: it holds a name or a word that `encode` does not write; nothing has been run.
     """
     if program.get("format") != _FORMAT:
         raise ValueError("the graph in the file has a format that this surgeon does not know")
@@ -265,7 +265,7 @@ def _is_path(target: str) -> bool:
 
 def _word(name: Any) -> str:
     if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name) or name.startswith("__"):
-        raise ValueError(f"the graph in the file holds {name!r} for a name")
+        raise ValueError(f"the graph in the file holds {name!r} in place of a name")
     return name
 
 
@@ -279,7 +279,7 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 def _encoded(value: Any) -> Any:
-    """Write one argument; what is no plain value is a dict with one key that says what it is."""
+    """Write one argument; anything but a plain value becomes a dict with one key that says what it is."""
     if isinstance(value, fx.Node):
         return {"node": value.name}
     if type(value) in _PLAIN:

@@ -1,4 +1,4 @@
-"""Who calls a conv, and who reads what it gives: what graphs and names tell about the modules of one network."""
+"""Which steps call a conv, and which read its output: what graphs and names tell about the modules of a network."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Facts:
         return (module for module in convs if module not in inside)
 
     def is_unseen(self, parameter: str, known: set[str]) -> bool:
-        """Whether a parameter that a run has convolved with is that of no conv, and in no graph."""
+        """Whether a parameter that a run has used as a kernel belongs to no conv, and is in no graph."""
         return parameter not in known and not is_conv(self.model.get_submodule(parameter.rpartition(".")[0]))
 
     def calls_of(self, module: nn.Module) -> int:
@@ -68,7 +68,7 @@ class Facts:
 
 
 def readers_of(node: fx.Node) -> list[fx.Node]:
-    """Give what reads a conv or block; whoever reads the streams of a pair reads the block."""
+    """Give the steps that read the output of a conv or block; one that reads a stream of a pair reads the block."""
     users = list(node.users)
     if users and all(user.target is operator.getitem for user in users):
         return list(dict.fromkeys(reader for user in users for reader in user.users))
@@ -93,6 +93,6 @@ def owners(model: nn.Module) -> dict[int, set[nn.Module]]:
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """Whether it is one of torch's convs in whole numbers, which share no class with the others."""
+    """Whether a module is one of torch's quantised convs, which share no class with the others."""
     kind = type(module)
     return kind.__module__.startswith("torch.ao.nn.quantized") and "Conv" in kind.__name__

@@ -32,11 +32,11 @@ class Call:
 
 @dataclass(slots=True)
 class Run:
-    """What a run showed: the calls by name, in order of the first; modules whose parameters others read; its cost.
+    """What a run showed: calls by name, in order of the first; modules whose parameters others read; its cost.
 
     `functional` are the calls of F.conv2d that no conv makes, by the name of the parameter that is their weight.
-    `taken_apart` are modules of which parts were called while they were not: who iterates over an nn.Sequential, or
-    calls another method than forward, need not do what forward does.
+    `taken_apart` are modules whose submodules were called although their own forward was not running: code that
+    iterates over an nn.Sequential, or calls another method than forward, may do something else than forward does.
     """
 
     calls: dict[str, list[Call]] = field(default_factory=lambda: defaultdict(list))
@@ -50,14 +50,14 @@ class Run:
 def observe(model: nn.Module, inputs: Inputs | Sequence[Tensor], *, meta_only: bool = False) -> Run:
     """Run the model once in eval mode and note every call of a conv, norm or block.
 
-    The run is made on the meta device, which computes nothing; where the model needs values it is made for real.
+    The run is made on the meta device, which computes nothing; if the model needs real values, it is made with them.
 
     Raises:
         CaptureError: the model does not accept the inputs.
     """
     call = call_of(inputs)
     try:
-        frozen = shadow(model, to_meta).requires_grad_(False)  # torch stumbles over a parameter handed to a module
+        frozen = shadow(model, to_meta).requires_grad_(False)  # torch fails on a parameter that is given to a module
         return _observe(frozen, call.on_meta())
     except Exception as error:
         if meta_only:
@@ -73,7 +73,7 @@ def is_conv(module: nn.Module) -> bool:
 
 
 def how_to_call(model: nn.Module, given: Inputs) -> str:
-    """Say what to do where a model did not run on what was given."""
+    """Say what to do when a model did not run on what was given."""
     signature = inspect.signature(model.forward)
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     named = {name: p for name, p in signature.parameters.items() if p.kind not in variadic}
@@ -82,9 +82,9 @@ def how_to_call(model: nn.Module, given: Inputs) -> str:
         signature.bind(*given.args, **given.kwargs)
     except TypeError:
         words = ";".join(n if named[n].kind is inspect.Parameter.POSITIONAL_ONLY else f"{n}=1,3,8,8" for n in needed)
-        takes = " and ".join(needed) or "no input that has to be named"
+        takes = " and ".join(needed) or "no required input"
         optional = ", ".join(name for name in named if name not in needed)
-        return f"It takes {takes}{f' (and may take {optional})' * bool(optional)}: --input '{words}', say."
+        return f"It takes {takes}{f' (and may take {optional})' * bool(optional)}, for example --input '{words}'."
     if len(dtypes := {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()}) > 1:
         return f"Its parameters are {' and '.join(sorted(dtypes))}; if that is why, save it in one dtype."
     return "Give the input that it was made for: --input 1,3,224,224, or a file, or file.py:make_inputs."
@@ -120,7 +120,7 @@ def _observe(model: nn.Module, inputs: Inputs) -> Run:
 
 
 class _Entered:
-    """The modules that hold others, and of these the ones whose forward is running."""
+    """The modules that hold others, and which of them have a forward that is running."""
 
     def __init__(self, model: nn.Module) -> None:
         self.running: list[nn.Module] = []
@@ -144,7 +144,7 @@ class _Entered:
         return noted
 
     def passed_by(self, paths: Sequence[str]) -> set[str]:
-        """Name the modules above one that is called which are not running; none where it has a name without any."""
+        """Name the modules above a called one that are not running; none if all above one of its names are running."""
         running = {id(module) for module in self.running}
         lost = [
             {above for above in _above(path) if above in self.holders and id(self.holders[above]) not in running}
@@ -164,7 +164,7 @@ def _above(path: str) -> list[str]:
 
 
 class _Running(TorchFunctionMode):
-    """Notes convs and norms whose parameters go into a computation that is not in a call of their own."""
+    """Notes convs and norms whose parameters are used outside a call of their own."""
 
     def __init__(self, model: nn.Module, seen: Run) -> None:
         super().__init__()

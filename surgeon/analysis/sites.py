@@ -182,7 +182,7 @@ class _Costs:
         self.known: dict[object, Cost] = {}
 
     def of(self, module: nn.Module) -> Cost:
-        """Measure a conv or norm over all its calls; alike ones, which a network is full of, are measured once."""
+        """Measure a conv or norm over all its calls; equal ones, of which a network has many, are measured once."""
         runs = self.facts.runs.get(self.facts.names[module][0], [])
         if type(module) not in (nn.Conv2d, nn.BatchNorm2d) or custom_call(module, "it"):
             return measure_calls(module, runs)

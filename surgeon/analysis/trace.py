@@ -1,12 +1,12 @@
-"""One module → its graph, or why there is none that could be believed.
+"""One module → its graph, or the reason why no graph of it can be trusted.
 
 Symbolic tracing records one run of `forward` with placeholders instead of tensors. It cannot follow everything
 (control flow on values), and what it records is one run: `self.training` and the defaults of optional arguments are
 baked in. So a module is traced in both modes, and, unless it is the whole model, with its optional arguments both left
-out and open. All graphs equal: that is what it computes.
+out and open. If all graphs are equal, they are what it computes.
 
-Graphs are read here, not run: the training flag of a functional dropout is no difference. What a step runs in that is
-in no graph (torch.no_grad, autocast, a checkpoint) is noted in its meta.
+Graphs are read here, not run, so the training flag of a functional dropout does not count as a difference. A context
+that a step runs in and that no graph shows (torch.no_grad, autocast, a checkpoint) is noted in the meta of the step.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from surgeon._torch_compat import ASSERTIONS, BatchNorm, ConvNd, NormBase, pytre
 from surgeon.analysis.program import SURROUNDINGS, Rewritten
 from surgeon.blocks import Operator
 from surgeon.models.call import Inputs
-from surgeon.models.copies import in_mode, is_persons, where
+from surgeon.models.copies import in_mode, is_users, where
 from surgeon.models.draw import Draw
 from surgeon.models.sandbox import Guard, gradients_and_autocast, tracing
 
@@ -40,9 +40,9 @@ _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, 
 
 
 def trace(module: nn.Module, inputs: Inputs | None) -> fx.Graph | str:
-    """Trace in both modes, the whole model as `inputs` call it; the graph, or why there is none.
+    """Trace in both modes, the whole model as `inputs` call it; returns the graph, or why there is none.
 
-    What cannot be followed into every module can perhaps be followed around those that hold no conv and no norm.
+    If tracing into every module fails, it is tried again without entering those that hold no conv and no norm.
     """
     if isinstance(module, Rewritten):
         return module.graph
@@ -99,7 +99,7 @@ class _Tracer(fx.Tracer):
         return self.guard(function), placeholders  # fx calls it once its patches are made
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if threading.get_ident() != self.thread:  # it came in before the guard was up
+        if threading.get_ident() != self.thread:  # the call came before the guard was in place
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
 
@@ -127,7 +127,7 @@ class _Tracer(fx.Tracer):
 
 
 def _surroundings() -> dict[str, Any]:
-    """What steps run in that is not in a graph, by what enters it.
+    """The contexts in which steps run and which no graph shows, by what enters them.
 
     A trace in train mode has gradients and an autocast, one in eval mode has neither: so whatever `forward` enters is a
     change in one of the two.
@@ -144,18 +144,18 @@ def _surroundings() -> dict[str, Any]:
 
 
 def _answer(ask: Callable[[Any, Any], bool], value: Any, kinds: Any) -> bool:
-    """Answer `isinstance(x, Tensor)`, which a user's forward may ask of a placeholder, as for what it stands for."""
+    """Answer `isinstance(x, Tensor)`, which a user's forward may ask of a placeholder, as for its value."""
     tracer = value.tracer if type(value) is fx.Proxy else None
-    if type(tracer) is _Tracer and _is_persons_question(sys._getframe(2)):
+    if type(tracer) is _Tracer and _is_users_question(sys._getframe(2)):
         return ask(_stand_in(value.node, tracer.given, value), kinds)
     return ask(value, kinds)
 
 
-def _is_persons_question(frame: FrameType | None) -> bool:
-    """Whether a person's code asks, or torch.is_tensor on its behalf."""
+def _is_users_question(frame: FrameType | None) -> bool:
+    """Whether the user's code asks, or torch.is_tensor on its behalf."""
     if frame is not None and frame.f_code is torch.is_tensor.__code__:
         frame = frame.f_back
-    return frame is not None and is_persons(frame.f_code.co_filename)
+    return frame is not None and is_users(frame.f_code.co_filename)
 
 
 def _stand_in(node: fx.Node, given: Mapping[str, Any], unknown: Any) -> Any:
@@ -187,27 +187,27 @@ def _mark_(training: fx.Graph, evaluating: fx.Graph) -> None:
 
 
 def _arguments(module: nn.Module, inputs: Inputs) -> dict[str, Any]:
-    """Give the arguments of a call as far as they are known: those that it leaves out are their defaults."""
+    """Give the arguments of a call as far as they are known: those that it leaves out have their defaults."""
     signature = inspect.signature(module.forward)
     parameters = signature.parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     try:
         given = signature.bind_partial(*inputs.args, **inputs.kwargs).arguments
-    except TypeError:  # the run will tell
+    except TypeError:  # the run will report it
         return defaults
     named = {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     return defaults | {name: value for name, value in given.items() if name in named}
 
 
 def _is_open(node: fx.Node) -> bool:
-    """Whether a step looks something up that need not be there: whatever it is, tracing believes that it is."""
+    """Whether a step looks up something that may be missing: tracing always takes it to be there."""
     return node.op == "call_method" and node.target in ("get", "pop", "setdefault")
 
 
 def _trace_once(
     module: nn.Module, training: bool, constants: dict[str, Any], given: Mapping[str, Any], stops_early: bool
 ) -> fx.Graph:
-    """Trace, and take away what tracing and `forward` leave on modules, so that every trace begins alike."""
+    """Trace, and remove what tracing and `forward` leave on modules, so that every trace begins in the same state."""
     with tracing(_answer) as guard, _restoring(module), gradients_and_autocast(training):
         tracer = _Tracer(given, guard, stops_early=stops_early)
         return tracer.trace(in_mode(module, training), concrete_args=dict(constants))

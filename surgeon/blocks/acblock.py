@@ -35,8 +35,8 @@ class ACBlockOptions(base.BlockOptions):
     init: Literal["takeover", "split", "scratch"] = Field(
         "takeover",
         description="takeover: the conv and its norm become the square branch, the strips start at gamma 0 (same "
-        "function, in training too where a norm was taken over); split: random strips, taken off the square kernel "
-        "(same function in eval mode); scratch: the paper's random start",
+        "function, in training too where a norm was taken over); split: random strips, which are subtracted from the "
+        "square kernel (same function in eval mode); scratch: the paper's random start",
     )
     placement: Literal["skeleton", "border"] = Field(
         "skeleton", description="strips on the middle row and column, or on the last ones (the paper's control)"
@@ -119,9 +119,7 @@ class ACBlock(base.Foldable[ACBlockOptions]):
             return "starts at random: what the conv has learnt is lost"
         if norm_obstacle is not None:
             return f"same function in eval mode only: {norm_obstacle}"
-        return (
-            "same function in eval mode only: the branches are normed one by one" if options.init == "split" else None
-        )
+        return "same function in eval mode only: each branch has its own norm" if options.init == "split" else None
 
     @classmethod
     def from_conv(
@@ -204,7 +202,7 @@ class ACBlock(base.Foldable[ACBlockOptions]):
             norm.weight.zero_()
 
     def _split_(self, weight: Tensor, generator: torch.Generator) -> None:
-        """Draw the strips as large as the kernel's own taps, and take them off the kernel that carries them."""
+        """Draw the strips as large as the kernel's own taps, and subtract them from the square kernel."""
         size, kernel = self.spec.kernel, weight.double()
         places = ({"column": self.column}, {"row": self.row})
         for (conv, norm), place in zip(self._branches()[1:], places, strict=True):

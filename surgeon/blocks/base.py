@@ -61,13 +61,13 @@ class Together(Generic[Opts]):
 class Operator(Stored, nn.Module):
     """One step of a graph: tracing does not look into it."""
 
-    spec: ConvSpec  # of the conv whose work it does
+    spec: ConvSpec  # of the conv that it replaces
 
 
 class Block(Operator, abc.ABC, Generic[Opts]):
     """A module that stands where an `nn.Conv2d` stood: it takes the same input and gives the same output shape.
 
-    Most blocks are planned conv by conv. A block whose convs have to know of each other gives `planner`, the name of a
+    Most blocks are planned conv by conv. A block whose convs depend on each other gives `planner`, the name of a
     function `planner(survey, wanted)`, as `package.module:function`. It is called once for a network, with the `Wanted`
     of every conv that a recipe gives to blocks of this planner, by path, and returns a `Together`. It is named, not
     imported, because a planner looks at a whole network, which blocks know nothing about.
@@ -106,7 +106,7 @@ class Block(Operator, abc.ABC, Generic[Opts]):
 
     @classmethod
     def kept_energy(cls, weight: torch.Tensor, options: Opts) -> dict[str, float] | None:
-        """What share of a trained kernel's energy each way of thinning it out keeps, for blocks that do that."""
+        """What share of a trained kernel's energy each way of thinning it out keeps; None for blocks without one."""
         return None
 
     @classmethod
@@ -129,7 +129,7 @@ class Block(Operator, abc.ABC, Generic[Opts]):
     def trials(cls) -> Iterator[Trial]:
         """Convs and options that the contract test tries."""
 
-    # What people read off a conv can be read off the block in its place.
+    # The attributes of a conv can be read from the block in its place, too.
     in_channels = property(lambda self: self.spec.c_in)
     out_channels = property(lambda self: self.spec.c_out)
     kernel_size = property(lambda self: self.spec.kernel)
@@ -145,7 +145,7 @@ class Block(Operator, abc.ABC, Generic[Opts]):
 
 
 class Foldable(Block[Opts]):
-    """A block that one plain conv can do the work of, once it is trained."""
+    """A block that one plain conv can replace, once it is trained."""
 
     folds_for_free: ClassVar[bool] = True  # False: the plain conv costs more than the block
 
@@ -166,7 +166,7 @@ class Foldable(Block[Opts]):
 
 
 class Deployable(Block[Opts]):
-    """A block that no single conv can do the work of, but that has a form of plain convs to deploy."""
+    """A block that no single conv can replace, but that can be deployed in a form of several plain convs."""
 
     @abc.abstractmethod
     def deploy(self) -> nn.Module:
@@ -179,19 +179,19 @@ def kaiming_uniform(shape: tuple[int, ...], generator: torch.Generator, *, like:
 
 
 def uniform(shape: tuple[int, ...], fan_in: int, generator: torch.Generator, *, like: torch.Tensor) -> torch.Tensor:
-    """Draw uniformly on ±1/√fan_in; float64, where `like` lies."""
+    """Draw uniformly on ±1/√fan_in, in float64 and on the device of `like`."""
     return _drawn(torch.rand, shape, generator, like).mul_(2).sub_(1).div_(math.sqrt(fan_in)).to(like.device)
 
 
 def normal(shape: tuple[int, ...], generator: torch.Generator, *, like: torch.Tensor) -> torch.Tensor:
-    """Draw normal numbers of mean 0 and deviation 1; float64, where `like` lies."""
+    """Draw normal numbers of mean 0 and deviation 1, in float64 and on the device of `like`."""
     return _drawn(torch.randn, shape, generator, like).to(like.device)
 
 
 def _drawn(
     law: Callable[..., torch.Tensor], shape: tuple[int, ...], generator: torch.Generator, like: torch.Tensor
 ) -> torch.Tensor:
-    """Draw on the CPU, so that a device changes no number; where `like` has no numbers, none are drawn."""
+    """Draw on the CPU, so that numbers are the same for every device; for a meta tensor none are drawn."""
     if like.is_meta:
         return torch.empty(shape, dtype=torch.float64, device="meta")
     return law(shape, generator=generator, dtype=torch.float64, device="cpu")

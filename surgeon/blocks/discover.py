@@ -5,7 +5,8 @@ A distribution brings a block by an entry point of the group `surgeon.blocks`, i
     [project.entry-points."surgeon.blocks"]
     myblock = "mypackage.myblock:MyBlock"
 
-Recipes name it by its `name`. What cannot be used, or used unmistakably, is refused: it would go unnoticed otherwise.
+Recipes call it by its `name`. A block that cannot be used, or whose name is taken, is an error: otherwise that would go
+unnoticed.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def registry() -> dict[str, type[Block]]:
     """Find every block: name → class, sorted by name.
 
     Raises:
-        BlockError: what another distribution brings is no block, or has the name of another one.
+        BlockError: what another distribution brings is not a block, or has the name of another one.
     """
     found: dict[str, type[Block]] = {block.name: block for block in _own()}
     origins = dict.fromkeys(found, _OURS)
@@ -60,13 +61,13 @@ def _loaded(point: EntryPoint) -> type[Block]:
     what = f"{point.value}, which {_origin(point)} brings as a block,"
     try:
         found: Any = point.load()
-    except Exception as error:  # importing runs a package; what it raises is its own affair
+    except Exception as error:  # importing runs the package, which may raise anything
         why = (str(error).splitlines() or [""])[0].rstrip(".")
         raise BlockError(
-            f"{what} cannot be imported: {type(error).__name__}: {why}", todo="Mend that distribution, or uninstall it."
+            f"{what} cannot be imported: {type(error).__name__}: {why}", todo="Fix that distribution, or uninstall it."
         ) from error
     if (why_not := _fault(found)) is not None:
-        raise BlockError(f"{what} {why_not}", todo="Mend that distribution, or uninstall it.")
+        raise BlockError(f"{what} {why_not}", todo="Fix that distribution, or uninstall it.")
     block: type[Block] = found
     return block
 
@@ -74,17 +75,17 @@ def _loaded(point: EntryPoint) -> type[Block]:
 def _fault(found: Any) -> str | None:
     """Say what keeps a value from being a block."""
     if not (isinstance(found, type) and issubclass(found, Block)):
-        return "is no subclass of surgeon.Block"
+        return "is not a subclass of surgeon.Block"
     if inspect.isabstract(found):
         return f"does not define {', '.join(sorted(found.__abstractmethods__))}"
     for name in ("name", "title", "paper"):
         if not isinstance(getattr(found, name, None), str):
-            return f"has no text as its `{name}`"
+            return f"needs a string as its `{name}`"
     options = getattr(found, "Options", None)
     if not (isinstance(options, type) and issubclass(options, BlockOptions)):
-        return "has no subclass of surgeon.BlockOptions as its `Options`"
+        return "needs a subclass of surgeon.BlockOptions as its `Options`"
     if issubclass(found, TwoStreamBlock) and not issubclass(options, TwoStreamOptions):
-        return "is a TwoStreamBlock, and its `Options` are no TwoStreamOptions"
+        return "is a TwoStreamBlock, and needs a subclass of TwoStreamOptions as its `Options`"
     return None
 
 

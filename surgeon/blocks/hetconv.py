@@ -52,7 +52,7 @@ class HetConvOptions(base.BlockOptions):
         "where the conv's off-centre energy is (best; costs two gathers of the feature map)",
     )
     init: Literal["project", "scratch"] = Field(
-        "project", description="project: the nearest in weights to the conv that was there; scratch: a random start"
+        "project", description="project: as near as possible to the conv's weights; scratch: a random start"
     )
 
     @model_validator(mode="after")
@@ -124,11 +124,11 @@ class HetConv(base.Foldable[HetConvOptions]):
     def note(cls, options: HetConvOptions, norm_obstacle: str | None) -> str | None:
         if options.init == "scratch":
             return "starts at random: what the conv has learnt is lost"
-        return "approximates the conv: taps are left out, and want training"
+        return "approximates the conv: taps are left out; retrain the network"
 
     @classmethod
     def ideal_share(cls, spec: ConvSpec, options: HetConvOptions) -> float:
-        """The paper's share, 1/P + (1 − 1/P)/K² (eq. 6); executed are the zeros of the 1×1 kernel too."""
+        """The paper's share, 1/P + (1 − 1/P)/K² (eq. 6); the zeros of the 1×1 kernel are executed, too."""
         kh, kw = spec.kernel
         return 1 / options.p + (1 - 1 / options.p) / (kh * kw)
 
@@ -220,7 +220,7 @@ class HetConv(base.Foldable[HetConvOptions]):
         return y if self.bias is None else y + self.bias[:, None, None]
 
     def fold(self) -> nn.Conv2d:
-        """Return the dense conv that computes the same, with zeros where HetConv has no taps; it costs what it did."""
+        """Return the dense conv that computes the same, with zeros where HetConv has no taps, at its full cost."""
         with torch.no_grad():
             dense = self._spread(self.weight, self.pointwise)
         conv = self.spec.build_with(dense, self.bias, like=self.weight)
@@ -268,7 +268,7 @@ class HetConv(base.Foldable[HetConvOptions]):
         return kernel.view(self.p, -1, self.p, self.spec.c_in // self.p, *self.spec.kernel).transpose(1, 2)
 
     def _spread(self, weight: Tensor, pointwise: Tensor) -> Tensor:
-        """Lay the taps that there are into a dense kernel of zeros (out, in, kh, kw)."""
+        """Lay the taps of the block into a dense kernel of zeros (out, in, kh, kw)."""
         (kh, kw), p = self.spec.kernel, self.p
         kernel = weight.new_zeros(self.spec.weight_shape)
         cut = self._cut(kernel)
@@ -279,7 +279,7 @@ class HetConv(base.Foldable[HetConvOptions]):
         return kernel[filters.argsort()][:, channels.argsort()]
 
     def _project_(self, kernel: Tensor, bias: Tensor | None) -> None:
-        """Take over from a dense kernel (out, in, kh, kw) the taps that there are."""
+        """Take over the taps that the block has from a dense kernel (out, in, kh, kw)."""
         kh, kw = self.spec.kernel
         filters, channels = self._orders()
         cut = self._cut(kernel[filters][:, channels].contiguous())

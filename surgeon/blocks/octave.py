@@ -6,12 +6,12 @@ Which channels are low is said by ranges (`conv/streams`, where split, join, poo
     high = W_hh ∗ h + up(W_lh ∗ l)
     low  = W_hl ∗ pool(h) + W_ll ∗ l
 
-and on a pair (h, l) it gives the pair (high, low): what is left of it in a graph from which joins and splits have been
-taken out. The four kernels are parts of one kernel of the shape that the conv had, so the octave model has the keys and
-shapes of the model it comes from. With α_in = 0 or α_out = 0 (the first and the last conv of a region) there is no low
-stream there. At stride 2 the maps are pooled and then convolved at stride 1:
+and on a pair (h, l) it gives the pair (high, low), as in a graph from which joins and splits have been taken out. The
+four kernels are parts of one kernel of the shape that the conv had, so the octave model has the keys and shapes of the
+model it comes from. With α_in = 0 or α_out = 0 (the first and the last conv of a region) there is no low stream there.
+At stride 2 the maps are pooled and then convolved at stride 1:
 
-    paper      h ← pool(h), and l stays where it makes high: it has that resolution already
+    paper      h ← pool(h), and l is not pooled on its way to high: it has that resolution already
     pool-both  h ← pool(h), l ← pool(l)
 
 A filter of a grouped conv sees the channels of its group only: each path takes the groups that lead from its stream to
@@ -78,7 +78,7 @@ class OctaveConv(TwoStreamBlock[OctaveConvOptions]):
             if alpha and not math.floor(alpha * count) and not (which == "input" and options.low_in is not None):
                 return f"alpha {alpha:g} of {count} {which} channels leaves none for the low stream"
         if options.low_in and (options.low_in[-1][1] > spec.c_in or streams.count(options.low_in) == spec.c_in):
-            return f"low_in does not leave some of {spec.c_in} input channels high"
+            return f"low_in must lie within {spec.c_in} input channels and leave some of them high"
         if spec.groups > 1 and (cut := _cut_group(spec, options)):
             return cut
         if size is not None and spec.padding_mode in ("reflect", "circular"):
@@ -144,7 +144,7 @@ class OctaveConv(TwoStreamBlock[OctaveConvOptions]):
         return made
 
     def deploy(self) -> nn.Module:
-        """Return the same in plain convs; of a conv with groups, the block itself."""
+        """Return the same function in plain convs; of a conv with groups, a copy of the block."""
         if self.spec.groups == 1:
             return FusedOctave(self)
         return copy.deepcopy(self)
@@ -221,7 +221,7 @@ class _Path:
 def _cut_group(spec: ConvSpec, options: OctaveConvOptions) -> str | None:
     """Say which α would cut through a group, or that the low channels of a grouped conv are not the last."""
     if options.low_in and (len(options.low_in) > 1 or options.low_in[0][1] != spec.c_in):
-        return "it reads a concatenation, and its groups cannot follow where the low channels lie there"
+        return "it reads a concatenation whose low channels are not all at the end, and its groups cannot follow that"
     lows = (streams.count(ranges) for ranges in options.ranges(spec))
     for which, count, low in zip(("input", "output"), (spec.c_in, spec.c_out), lows, strict=True):
         per_group = count // spec.groups

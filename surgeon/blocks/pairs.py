@@ -68,7 +68,7 @@ class PairNorm(Stored, nn.BatchNorm2d):
 
 
 def make_pair_norm_(norm: nn.Module, low: Ranges) -> Callable[[], None]:
-    """Let a BatchNorm2d take pairs; it stays the object it is. Returns what takes that back."""
+    """Let a BatchNorm2d take pairs; it stays the object it is. Returns a function that undoes this."""
     return become_(norm, PairNorm, low=low)
 
 

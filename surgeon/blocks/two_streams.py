@@ -1,8 +1,8 @@
-"""What reads and writes a feature map in two streams, some of its channels at half the resolution.
+"""Operators that read and write a feature map in two streams, some of its channels at half the resolution.
 
-`TwoStreams` is any operator that does; `TwoStreamBlock` is a block that does, and is all that planning and rewriting
-graphs (`octave/`) know of one. A block that subclasses it, wherever it comes from, has its streams led from conv to
-conv. What the arithmetic of such a conv is, its own file says.
+`TwoStreams` is any such operator; `TwoStreamBlock` is a block that is one, and all that planning and rewriting graphs
+(`octave/`) know of it. The streams of every block that subclasses it, wherever it comes from, are led from conv to
+conv. The arithmetic of such a conv is in its own file.
 """
 
 from __future__ import annotations
@@ -28,26 +28,27 @@ class TwoStreamOptions(base.BlockOptions):
 
     alpha: float = Field(0.5, ge=0, lt=1, description="share of low channels, before and behind the conv")
     alpha_in: float | None = Field(
-        None, ge=0, lt=1, description="share before the conv; left out, it is planned: what the conv reads decides"
+        None, ge=0, lt=1, description="share before the conv; if left out, it is planned by what the conv reads"
     )
     alpha_out: float | None = Field(
-        None, ge=0, lt=1, description="share behind the conv; left out, it is planned: who reads the conv decides"
+        None, ge=0, lt=1, description="share behind the conv; if left out, it is planned by what reads the conv"
     )
     low_in: tuple[tuple[_Count, _Count], ...] | None = Field(
-        None, description="the low input channels as pairs of start and stop, where they are not the last; planned"
+        None,
+        description="the low input channels as pairs of start and stop, where they are not the last; set by planning",
     )
     downsample: Literal["paper", "pool-both"] = Field(
         "paper",
-        description="at stride 2, paper: the low stream makes the high one as it is; pool-both: both streams are "
-        "pooled first, as a second lineage of code does",
+        description="at stride 2, paper: the low stream goes into the high one without being pooled; pool-both: both "
+        "streams are pooled first, as a second lineage of code does",
     )
     min_size: int = Field(
         6, ge=1, description="a conv whose low map would have a shorter side than this writes high channels only"
     )
     strided: Literal["pool", "keep"] = Field(
         "pool",
-        description="a conv of stride 2 without low channels: pooled, then convolved at stride 1, as in "
-        "the paper's code, or kept as it is",
+        description="a conv of stride 2 without low channels: pool: it is pooled, then convolved at stride 1, as in "
+        "the paper's code; keep: it stays as it is",
     )
     seams: Literal["remove", "keep"] = Field(
         "remove", description="remove: hand the streams on from conv to conv; keep: each conv splits and joins"
@@ -58,7 +59,7 @@ class TwoStreamOptions(base.BlockOptions):
         borders = [border for limits in self.low_in or () for border in limits]
         are_empty = any(one >= other for one, other in zip(borders[::2], borders[1::2], strict=True))
         if are_empty or borders != sorted(borders):
-            raise ValueError("low_in needs ranges [start, stop] that follow each other")
+            raise ValueError("low_in needs ranges [start, stop] in ascending order, none of them empty")
         return self
 
     @property
@@ -78,7 +79,7 @@ Opts = TypeVar("Opts", bound=TwoStreamOptions, default=Any)
 
 
 class TwoStreams(base.Operator):
-    """What reads and writes two streams: (n, c_in, h, w) → (n, c_out, h', w'), or a pair of streams → such a pair.
+    """An operator on two streams: (n, c_in, h, w) → (n, c_out, h', w'), or a pair of streams → such a pair.
 
     The low stream of a pair is None where there is none. `low_in` and `low_out` are the ranges of the low channels.
     """
@@ -116,7 +117,7 @@ class TwoStreams(base.Operator):
 
 
 class TwoStreamBlock(TwoStreams, base.Deployable[Opts]):
-    """A block that two streams go through. `keeps_seams`: it splits and joins them for itself, at every call."""
+    """A block that two streams go through. `keeps_seams`: it splits and joins them by itself, at every call."""
 
     planner = "surgeon.octave.roles:assign"
 

@@ -4,8 +4,8 @@ Of a matrix E (rows, columns) ≥ 0, cut into p groups of rows and p groups of c
 
     Σ E[i, j]   over the pairs whose row group and column group have the same number.
 
-The best cut is sought by turns: with the rows fixed, a column j is worth Σ_{i in g} E[i, j] to group g, and two groups
-of columns exchange those that gain most, as long as both sides together gain; then the rows.
+The best cut is searched for in turns: with the rows fixed, a column j is worth Σ_{i in g} E[i, j] to group g, and two
+groups of columns exchange those that gain most, as long as both sides together gain; then the rows.
 No turn loses anything. It ends in a local optimum, so it starts from several cuts, the given ones among them.
 """
 

@@ -104,7 +104,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> 
 
 
 def add_convolved(y: Tensor, x: Tensor, weight: Tensor, spec: ConvSpec) -> Tensor:
-    """Y + what a bias-free conv of this spec gives for `x`; in place where no gradient is asked for."""
+    """y + conv(x), for the bias-free conv of this spec; in place where no gradient is asked for."""
     if not writes_in_place():
         return y + convolve(x, weight, None, spec)
     return add_convolved_(y, x, weight, spec)

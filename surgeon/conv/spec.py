@@ -33,7 +33,7 @@ Pads.__module__ = "surgeon.nn"
 
 @dataclass(frozen=True, slots=True)
 class ConvSpec:
-    """Everything an `nn.Conv2d` is, but its numbers. Pairs are (height, width), as in torch."""
+    """Everything that makes up an `nn.Conv2d` except its numbers. Pairs are (height, width), as in torch."""
 
     __module__ = "surgeon.nn"
     FORMAT: ClassVar[int] = 2  # 1 was the list of its fields

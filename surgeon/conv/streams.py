@@ -2,9 +2,9 @@
 
     split(x) = (x_high, pool(x_low)),   join(h, l) = x with x_high = h, x_low = up(l),   split(join(h, l)) = (h, l)
 
-pool is 2×2 average pooling (of what there is of a window at the border), up repeats every pixel and crops to the size
-of the high stream. Which channels are low is said by ranges, [start, stop) each; after an octave conv it is one range
-at the end, after a concatenation there are several.
+pool is 2×2 average pooling (at the border, over the pixels that a window has there), up repeats every pixel and crops
+to the size of the high stream. Ranges, [start, stop) each, say which channels are low; after an octave conv there is
+one range at the end, after a concatenation there are several.
 
 These functions stand in rewritten graphs by their names (`analysis/program`), so a file may call them.
 
@@ -51,7 +51,7 @@ def others(ranges: Sequence[Sequence[int]], channels: int) -> Ranges:
 
 
 def moved(ranges: Sequence[Sequence[int]], by: int) -> Ranges:
-    """The same ranges behind so many other channels."""
+    """The same ranges after `by` other channels."""
     return tuple((start + by, stop + by) for start, stop in ranges)
 
 
@@ -90,7 +90,7 @@ def part(x: Tensor, low: Sequence[Sequence[int]], dim: int = 1) -> tuple[Tensor,
 
 
 def pool(x: Tensor) -> Tensor:
-    """Halve the resolution by averages of 2×2 pixels, of what there is of them at the border; ⌈h/2⌉ × ⌈w/2⌉."""
+    """Halve the resolution by averages of 2×2 pixels, at the border of fewer; the result is ⌈h/2⌉ × ⌈w/2⌉."""
     return nn.functional.avg_pool2d(x, 2, 2, ceil_mode=True, count_include_pad=False)
 
 
@@ -122,7 +122,7 @@ def crop_to(fine: Tensor, high: Tensor) -> Tensor:
 
 
 def add_into(x: Tensor, y: Tensor) -> Tensor:
-    """X + y; in place where no gradient is asked for, so only for an x that nobody else reads."""
+    """x + y; in place where no gradient is asked for, so only for an x that nothing else reads."""
     return x.add_(y) if writes_in_place() else x + y
 
 
@@ -132,7 +132,7 @@ def writes_in_place() -> bool:
 
 
 def add_up(high: Tensor, low: Tensor) -> Tensor:
-    """High + up(low), without writing up(low); in place where no gradient is asked for, so only for what is your own.
+    """high + up(low), without writing up(low); in place like `add_into`, so only for a high that nothing else reads.
 
     Every second row and column of `high` is a map of the size of `low`; in channels_last, with even sides, one addition
     does all four.

@@ -37,7 +37,7 @@ files_run: dict[str, Path] = {}  # the Python files that a user named, by the na
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """How to build a network: a factory (`torchvision:resnet50`) with its arguments, or a file that holds the like."""
+    """How to build a network: a factory (`torchvision:resnet50`) with its arguments, or a file that holds a network."""
 
     name: str
     args: Mapping[str, Any] = field(default_factory=dict)
@@ -50,7 +50,7 @@ def find(name: str) -> Callable[[], object]:
 
 
 def is_factory(name: str) -> bool:
-    """Whether a name is that of something to call, and not of a file."""
+    """Whether a name stands for something to call, not for a file."""
     return ":" in name and not Path(name).exists()
 
 
@@ -123,7 +123,7 @@ def _library(name: str) -> Any:
 def _check_known(name: str, names: Sequence[str], library: str) -> None:
     if name not in names:
         near = difflib.get_close_matches(name, names)
-        todo = f"Closest: {', '.join(near)}." if near else f"It has {len(names)}, {names[0]} for one."
+        todo = f"Closest: {', '.join(near)}." if near else f"It has {len(names)}, for example {names[0]}."
         raise ModelError(f"{library} has no model '{name}'", todo=todo)
 
 

@@ -1,7 +1,7 @@
 """What lies around a model or its weights in a checkpoint, and how weights are put into a network.
 
 Training code stores weights under a key (`state_dict`), beside an average of them, with a prefix before every name
-(`module.`), or inside a wrapper (`DataParallel`). What is taken off is said in a sentence.
+(`module.`), or inside a wrapper (`DataParallel`). Everything that is taken off is reported in a sentence.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ def load_weights(model: nn.Module, state: State, origin: str) -> None:
 
 
 def cast_(model: nn.Module, state: State) -> None:
-    """Give a network that was built the dtypes of its stored tensors; what is not stored follows where all agree."""
+    """Give a newly built network the dtypes of its stored tensors; where all agree, it gets that dtype as a whole."""
     dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
-    if len(dtypes) == 1:  # a model in half precision is one, and is not to be verified as if it were not
+    if len(dtypes) == 1:  # a model that was stored in half precision has to be verified as one
         model.to(dtypes.pop())
         return
     for key, own in model.state_dict(keep_vars=True).items():
@@ -101,9 +101,9 @@ def _under_key(origin: str, checkpoint: Mapping[Any, Any]) -> tuple[Any, list[st
             f"{origin} holds neither a model nor weights, but {held}",
             todo="Save the model's state_dict on its own, or under 'state_dict'.",
         )
-    notices = [f"took what {origin} holds under '{keys[0]}'"]
+    notices = [f"read the model from '{keys[0]}' in {origin}"]
     averages = [key for key in keys[1:] if key in AVERAGE_KEYS]
-    notices += [f"{origin} also holds an average of the weights, under '{key}'; it was left" for key in averages]
+    notices += [f"{origin} also holds an average of the weights, under '{key}'; it is not used" for key in averages]
     return checkpoint[keys[0]], notices
 
 
@@ -121,9 +121,9 @@ def _without_prefix(origin: str, state: object) -> tuple[State, list[str]]:
 def _loss(stored: torch.dtype, own: torch.dtype) -> str | None:
     """Say what a number would lose if it were copied into a tensor of another kind, beyond digits."""
     if stored.is_complex and not own.is_complex:
-        return "complex numbers, and the network real ones"
+        return "complex numbers, but the network holds real ones"
     if own.is_floating_point and not stored.is_floating_point:
-        return f"{str(stored).removeprefix('torch.')} numbers, and the network floating point ones"
+        return f"{str(stored).removeprefix('torch.')} numbers, but the network holds floating point ones"
     return None
 
 
@@ -145,5 +145,5 @@ def _misfit(own: State, state: State) -> tuple[str, str]:
     if not missing and not unexpected and len(heads) == 1:
         _, classes, is_head = heads.pop()
         if is_head:
-            return problem, f"If it tells {classes} classes apart: --arch-arg num_classes={classes}"
-    return problem, "Name with --arch the network that was trained, and with --arch-arg how it was built."
+            return problem, f"If it has {classes} classes: --arch-arg num_classes={classes}"
+    return problem, "Give the network that was trained to --arch, and the arguments it was built with to --arch-arg."

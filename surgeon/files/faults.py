@@ -1,4 +1,4 @@
-"""Sentences about files that several readers need."""
+"""Error messages about files that several readers need."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ def missing(path: Path) -> ModelError:
     names = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
     if near := difflib.get_close_matches(path.name, names):
         return ModelError(f"there is no file {path}", todo=f"Did you mean {path.parent / near[0]}?")
-    return ModelError(f"there is no file {path}", todo="A network of a library is named so: torchvision:resnet50")
+    return ModelError(
+        f"there is no file {path}", todo="A network of a library is named like this: torchvision:resnet50"
+    )
 
 
 def damaged(path: Path, error: Exception) -> ModelError:

@@ -52,7 +52,7 @@ def load(
 
     Args:
         name: a file, or a factory such as `torchvision:resnet50`.
-        arch: for a file of weights, whose they are: a factory, or a file that holds such a network.
+        arch: for a file of weights, the network that they belong to: a factory, or a file that holds such a network.
         arch_args: arguments of the factory; as text, `name=value` each, the value as JSON or Python writes it.
         trust: what a pickle may name beyond torch, torchvision, timm and surgeon.
         seed: of the initial weights of a network that is built.
@@ -74,7 +74,7 @@ def load(
     if is_factory(name):
         raise ModelError(f"{name} is a network already", todo=f"Leave out --arch {arch}.")
     if args and arch is None:
-        raise ModelError(f"--arch-arg has nothing to go to: {name} is a file", todo="Name the network with --arch.")
+        raise ModelError(f"--arch-arg needs --arch: {name} is a file", todo="Name the network with --arch.")
     if args and arch is not None and not is_factory(arch):
         raise ModelError(f"{arch} is a file and takes no arguments", todo="Leave out --arch-arg.")
     return _load_file(name, None if arch is None else Architecture(arch, args), trust, seed, rebuild)
@@ -127,7 +127,7 @@ def _load_file(
     header = metadata(path)
     if isinstance(content, nn.Module):
         if architecture is not None:
-            notices.append(f"{name} holds a whole network, which is used as it is, without --arch")
+            notices.append(f"{name} holds a whole network, which is used as it is; --arch is ignored")
         return Loaded(content, None, name, header, tuple(notices))
     state = content
     if rebuild is not None and MANIFEST in header:
@@ -135,14 +135,16 @@ def _load_file(
     elif architecture is not None:
         model = build(architecture, trust=trust, seed=seed)
     else:
-        raise ModelError(f"{name} holds weights only", todo="Say whose they are: --arch torchvision:resnet50, say.")
+        raise ModelError(
+            f"{name} holds weights only", todo="Name their network: --arch torchvision:resnet50, for example."
+        )
     checkpoints.cast_(model, state)
     checkpoints.load_weights(model, state, name)
     return Loaded(model, architecture, name, header, tuple(notices))
 
 
 def _trusting(architecture: Architecture | None, trust: Trust) -> Trust:
-    """Whoever names code of their own with --arch admits the modules that it defines."""
+    """Admit the modules that the user's own code defines, where --arch names that code."""
     source = architecture.name.rpartition(":")[0] if architecture and is_factory(architecture.name) else ""
     if source in ("", *LIBRARIES):
         return trust
@@ -156,6 +158,6 @@ def _read(path: Path, trust: Trust) -> tuple[nn.Module | State, list[str]]:
     kind = formats.of_file(path)
     found = kind.read(path, trust)
     if kind.runs_unchecked(trust):
-        notices.append(f"unpickled {path} unchecked, as --unsafe-pickle says: what it holds has run")
+        notices.append(f"unpickled {path} without checks (--unsafe-pickle): any code in it has run")
     content, more = checkpoints.content_of(found, str(path))
     return content, notices + more

@@ -102,7 +102,7 @@ def read(path: Path, trust: Trust) -> Any:
         except Exception as error:  # whatever a __setstate__ makes of a state that another version wrote
             raise _unreadable(path, error) from error
     raise ModelError(
-        f"{path} {culprit}, which no file of torch.save's does",
+        f"{path} {culprit}, which no file written by torch.save does",
         todo="Do not trust it; ask whoever made it for the state_dict.",
     )
 
@@ -169,7 +169,7 @@ def _unreadable(path: Path, error: Exception) -> ModelError:
     why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
     return ModelError(
         f"{path} cannot be unpickled: {why}",
-        todo="It is damaged, or of another version of its classes; save its state_dict where it loads, and use --arch.",
+        todo="It is damaged, or its classes have changed; save its state_dict where it still loads, and use --arch.",
     )
 
 
@@ -194,7 +194,7 @@ def _admitted(path: Path, names: Sequence[str], trust: Trust) -> dict[str, objec
     if refused:
         reasons = sorted(set(refused.values()))
         listed = [", ".join(n for n in refused if refused[n] == why) + f" ({why})" for why in reasons]
-        problem = f"{path} names what may not be loaded: {'; '.join(listed)}"
+        problem = f"{path} holds names that may not be loaded: {'; '.join(listed)}"
         raise ModelError(problem, todo=_way_out(refused), refused=tuple(refused))
     return found
 
@@ -222,7 +222,7 @@ def _find(name: str, packages: Sequence[str]) -> object:
     name = current_name(name)
     where, _, attribute = name.rpartition(".")
     try:
-        # Of torch's, torchvision's and timm's own names none may come from the folder that the file lies in.
+        # No name of torch, torchvision, timm or surgeon may come from the current folder.
         with on_path(Path.cwd(), first=False) if not lies_in(name, PACKAGES) else nullcontext():
             found = getattr(importlib.import_module(where), attribute)
     except ModuleNotFoundError as error:
@@ -241,7 +241,7 @@ def _find(name: str, packages: Sequence[str]) -> object:
 
 
 def _way_out(refused: Mapping[str, str]) -> str:
-    """Say what the person can do about refused names."""
+    """Say what the user can do about refused names."""
     scripted = [name.rpartition(".")[2] for name, why in refused.items() if why == "defined in a script"]
     if scripted:
         return f"Save its state_dict, and say where the class is: --arch file.py:{scripted[0]}"
@@ -251,7 +251,7 @@ def _way_out(refused: Mapping[str, str]) -> str:
     hopeless = {"numpy", *sys.builtin_module_names, *sys.stdlib_module_names}
     if set(refused.values()) == {"outside the admitted packages"} and not packages & hopeless:
         return f"If you trust that code, admit its modules: {' '.join(f'--allow {name}' for name in sorted(packages))}"
-    return "Save its state_dict where you trust it, and use --arch; --unsafe-pickle would run whatever the file says."
+    return "Save its state_dict where you trust it, and use --arch; --unsafe-pickle would run any code in the file."
 
 
 @dataclass(eq=False, slots=True)
@@ -295,7 +295,7 @@ def _misuse(file: IO[bytes], admitted: Mapping[str, object], trust: Trust) -> st
                 return culprit
             if opcode.name in ("BUILD", "APPEND", "APPENDS", "SETITEM", "SETITEMS"):  # these change what they take
                 if taken[0].is_checked:
-                    return "changes what a module has looked through while it was filled"
+                    return "changes an object that a module's __setstate__ has already checked"
                 taken[0].parts += taken[1:]
                 stack.append(taken[0])
             elif opcode.stack_after:
@@ -327,7 +327,7 @@ def _objection(opcode: str, taken: Sequence[_Value], admitted: Mapping[str, obje
     for value in taken[1:] if is_call else taken:
         kind = admitted.get(value.name)
         if isinstance(kind, type) and issubclass(kind, nn.Module) and not _may_be_stored(value.name, trust):
-            return f"stores {value.name} itself, which another module could call with what the file says"
+            return f"stores the class {value.name}, which another module could call with arguments from the file"
     if opcode == "BUILD":
         return _objection_to_filling(taken[0], taken[1], admitted)
     if not is_call:
@@ -344,13 +344,13 @@ def _objection(opcode: str, taken: Sequence[_Value], admitted: Mapping[str, obje
 
 def _objection_to_filling(target: _Value, state: _Value, admitted: Mapping[str, object]) -> str | None:
     if target.is_filled:
-        return "fills an object twice, and so could call what it put there first"
+        return "sets the state of an object twice, and so could call what it stored first"
     target.is_filled = True
     kind = admitted.get(target.parts[0].name) if target.parts else None
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         return None
     if state.opcode != "EMPTY_DICT":
-        return f"fills a {kind.__name__} with something else than a dict"
+        return f"sets the state of a {kind.__name__} from something other than a dict"
     if kind.__setstate__ is not nn.Module.__setstate__:
         for value in state.all_parts():
             value.is_checked = True

@@ -20,7 +20,7 @@ from surgeon.models.draw import Draw, Shape
 class Inputs:
     """The arguments for one call of a model, tensors in any nesting of lists, tuples and dicts.
 
-    `is_guess` when nobody gave them; `written` is how they were asked for, where they were drawn.
+    `is_guess` says that the user did not give them; `written` is the text that they were drawn from.
 
     >>> inputs = Inputs((torch.zeros(1, 3, 8, 8),), {"mask": torch.ones(1, 8, 8, dtype=torch.bool)})
     >>> str(inputs)
@@ -42,7 +42,7 @@ class Inputs:
 
     @property
     def has_tensors(self) -> bool:
-        """Whether there are any, or any to be drawn."""
+        """Whether there are tensors, or any still to be drawn."""
         return any(isinstance(leaf, Tensor | Draw) for leaf in self._leaves())
 
     @property
@@ -52,7 +52,7 @@ class Inputs:
 
     @property
     def text(self) -> str:
-        """How the call is written; what has no notation stands there as Python shows it."""
+        """How the call is written; a value without a notation is written as its Python repr."""
         return self.written or notation.write(self.args, self.kwargs)
 
     @property
@@ -74,7 +74,7 @@ class Inputs:
         return replace(self, args=args, kwargs=kwargs)
 
     def on_meta(self) -> Inputs:
-        """Keep shapes and dtypes, and no numbers, also of what is still to be drawn."""
+        """Keep shapes and dtypes without numbers, also of tensors that are still to be drawn."""
 
         def emptied(value: Any) -> Any:
             if isinstance(value, Tensor):
@@ -89,16 +89,16 @@ class Inputs:
         return self.map(lambda t: t.detach().to(dtype if t.is_floating_point() else t.dtype, copy=True))
 
     def cast_for(self, model: nn.Module, dtype: torch.dtype | None = None) -> Inputs:
-        """Copy them to where the model lies, in `dtype` or that of its first floating point parameter.
+        """Copy them to the device of the model, in `dtype` or that of its first floating point parameter.
 
-        Where a model lies on several devices, it moves what it is given by itself. Tensors without numbers stay so.
+        A model on several devices moves its inputs by itself. Meta tensors stay as they are.
         """
         copied = self.cast(dtype or devices.dtype_of(model))
         device = devices.of(model)
         return copied if device is None else copied.map(lambda t: t if t.is_meta else t.to(device))
 
     def batched(self, count: int) -> Inputs:
-        """Repeat or cut every tensor that has the first one's batch to a batch of `count`; so with lists of images."""
+        """Repeat or cut to `count` all tensors, and lists of images, whose batch is as large as the first one's."""
         given = (self.args, dict(self.kwargs))
         parts = [part for part in pytree.tree_leaves(given, is_leaf=_is_batch) if _has_batch(part)]
 
@@ -115,7 +115,7 @@ class Inputs:
         if not any(t.is_floating_point() and t.numel() for t in self.tensors):
             return []
         generator = torch.Generator().manual_seed(seed + 1)
-        return [self.map(lambda t: _noise_like(t, generator)) for _ in range(count)]
+        return [self.map(lambda t: _random_like(t, generator)) for _ in range(count)]
 
     def call(self, model: Callable[..., Any]) -> Any:
         return model(*self.args, **self.kwargs)
@@ -137,7 +137,7 @@ class Inputs:
 
 
 def call_of(inputs: Inputs | Sequence[Tensor]) -> Inputs:
-    """Take tensors alone as positional arguments."""
+    """Turn plain tensors into positional arguments."""
     return inputs if isinstance(inputs, Inputs) else Inputs(tuple(inputs))
 
 
@@ -157,7 +157,7 @@ def recall(record: Sequence[Shape] | str | None) -> Inputs | None:
     """Read what `Inputs.record` gave; the tensors are still to be drawn.
 
     Raises:
-        CaptureError: it is no such record; nothing but shapes is read, for it may have come with a file.
+        CaptureError: it is not such a record. Only shapes are read, since the record may come from a file.
     """
     if record is None or isinstance(record, str):
         return None if record is None else parse(record)
@@ -183,7 +183,7 @@ def _has_batch(part: Any) -> bool:
     return (isinstance(part, Tensor) and part.dim() > 0 and len(part) > 0) or _is_batch(part)
 
 
-def _noise_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
+def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
     if not tensor.is_floating_point() or not tensor.numel():
         return tensor
     spread, mean = tensor.double().std(correction=0).item(), tensor.double().mean().item()

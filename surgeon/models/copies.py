@@ -1,7 +1,7 @@
 """Copies of a model to try things on, and what a copy of it would get wrong.
 
-Whatever is tried is tried on a shadow, a copy that is thrown away, so that what `forward` does to `self` does not reach
-the person's model.
+Everything is tried on a shadow, a copy that is thrown away, so that what `forward` does to `self` does not reach the
+user's model.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Model = TypeVar("Model", bound=nn.Module)
 _OURS_AND_TORCHS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 _ATOMIC = frozenset(
     {type(None), bool, int, float, str, bytes, type, torch.dtype, ConvSpec}
-)  # what copy.deepcopy hands on
+)  # what copy.deepcopy does not copy
 _OF_COPYING = (
     *("__deepcopy__", "__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__"),
     *("__getstate__", "__setstate__"),
@@ -37,13 +37,13 @@ _TORCHS_OWN = vars(nn.Module()).keys()  # _modules, _parameters, hooks
 
 
 def in_mode(model: Model, training: bool) -> Model:
-    """Set the mode of a model of ours, and return it; a person's own `train` may return nothing."""
+    """Set the mode of a model of ours, and return it; a user's own `train` may return nothing."""
     model.train(training)
     return model
 
 
 def to_meta(tensor: Tensor) -> Tensor:
-    """Keep shape and dtype, and no numbers."""
+    """Keep shape and dtype, without numbers."""
     return tensor.to("meta")
 
 
@@ -147,7 +147,7 @@ def _deepcopy(model: Model, memo: dict[int, Any]) -> Model:
 
 
 def _is_plain(kind: type[nn.Module]) -> bool:
-    """Whether a module of this class is copied by copying its attributes, with nothing of its own to say to that."""
+    """Whether a module of this class is copied by copying its attributes, because it does not define how."""
     own = [name for name in _OF_COPYING if getattr(kind, name, None) is not getattr(nn.Module, name, None)]
     return not own or (issubclass(kind, Stored) and set(own) <= {"__getstate__", "__setstate__"})  # those are for files
 
@@ -174,7 +174,7 @@ def _check_copyable(model: nn.Module) -> None:
                 continue
             if any(True for _ in module.children()) if attribute == "forward" else _encloses(value, modules):
                 raise CaptureError(
-                    f"{name or 'the model'} has a function for its {attribute}, which would run the original in a copy",
+                    f"{name or 'the model'} has a function as its {attribute}, which would run the original in a copy",
                     todo="Make it a method of a class.",
                 )
     if lazy := [name for name, parameter in model.named_parameters() if is_lazy(parameter)]:
@@ -204,13 +204,13 @@ def _enclosed(function: FunctionType) -> list[Any]:
 
 
 def where(error: BaseException) -> str:
-    """Say in one line what was raised, and where in the person's code."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if is_persons(f.filename)]
+    """Say in one line what was raised, and where in the user's code."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if is_users(f.filename)]
     place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     said = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {said[0].rstrip('.')}{place}"
 
 
-def is_persons(filename: str) -> bool:
-    """Whether code is not surgeon's or torch's."""
+def is_users(filename: str) -> bool:
+    """Whether code is the user's: not surgeon's, and not torch's."""
     return not filename.startswith(_OURS_AND_TORCHS)

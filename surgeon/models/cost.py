@@ -1,10 +1,10 @@
 """What a module costs: parameters, stored bytes, and, at an input, multiply-adds and activation bytes.
 
 Multiply-adds (MACs) are half the FLOPs that torch's own `FlopCounterMode` counts while the module runs on the meta
-device: convolutions and matrix products, as executed. Norms, activations, pooling and copies are free to it.
+device: convolutions and matrix products, as executed. Norms, activations, pooling and copies count as free.
 
-Activation bytes are what those steps are not free of: the sizes of all tensors that the run writes, in the model's
-dtype. What changes its input in place, and what is only another view of a tensor, writes no new one.
+Activation bytes show what those steps cost: the sizes of all tensors that the run writes, in the model's dtype. A step
+that changes its input in place, or returns a view of a tensor, writes no new one.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def measure(module: nn.Module, inputs: Inputs | Sequence[Tensor] | None = None) 
         return cost
     call = call_of(inputs)
     try:
-        frozen = shadow(module, to_meta).requires_grad_(False)  # torch stumbles over a parameter handed to a module
+        frozen = shadow(module, to_meta).requires_grad_(False)  # torch fails on a parameter that is given to a module
         return _count(cost, frozen, call.on_meta())
     except Exception:  # a network that looks at values runs for real
         return _count(cost, shadow(module), call)
@@ -78,7 +78,7 @@ def _count(cost: Cost, module: nn.Module, inputs: Inputs) -> Cost:
 
 
 class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up floating point operations by torch's own formulas, and the bytes of the tensors that are made anew.
+    """Adds up floating point operations by torch's own formulas, and the bytes of the tensors that are newly written.
 
     FlopCounterMode itself hooks every module of the process, those that other threads call too.
     """

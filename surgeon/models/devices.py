@@ -1,6 +1,6 @@
-"""Where a network lies and in which dtype, and where what it is given has to go.
+"""The device and the dtype of a network, and how a network is moved to a device.
 
-Numbers are drawn on the CPU and moved, so that a device changes none of them. Files are written from the CPU.
+Random numbers are drawn on the CPU and moved, so that every device gets the same. Files are written from the CPU.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def moved(model: Model, device: torch.device) -> Model:
 
 
 def on(model: Model, device: torch.device) -> Model:
-    """Give the model, or a copy of it where any of its tensors lies elsewhere; what has no numbers stays as it is."""
+    """Give the model, or a copy on the device if any of its tensors lies elsewhere; meta tensors stay as they are."""
     places = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta}
     return shadow(model, lambda tensor: _onto(tensor, device)) if places - {device} else model
 

@@ -1,4 +1,4 @@
-"""A tensor of an example input that is still to be drawn: its shape, its dtype, and the law of its numbers."""
+"""A tensor of an example input that is still to be drawn: its shape, its dtype, and the distribution of its numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Freed memory, back to the system."""
+"""Give freed memory back to the system."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def give_back_after(tensor: Tensor) -> None:
     """Give back what was freed while something was made of a large tensor.
 
     The C library keeps freed blocks of up to 32 MB, and what stays allocated between them (the strips of one block
-    between the float64 scratch of two) keeps them from being used again: of a model of a gigabyte, four more.
+    between the float64 scratch of two) keeps them from being used again: a model of one gigabyte takes four more.
     """
     if is_large(tensor) and _trim is not None:
         _trim(0)

@@ -2,7 +2,7 @@
 
     call  = part; part; …           positional arguments, then named ones
     part  = value or name=value
-    value = 1,3,224,224             a tensor of that shape, float noise; 1x3x224x224 is the same, () a single number
+    value = 1,3,224,224             a tensor of that shape, random floats; 1x3x224x224 is the same, () a single number
             1,10:int64              of that dtype; whole numbers are drawn from 0 … 9
             1,10:int64<1000         … or from 0 … 999
             [3,300,300;3,280,320]   a list of values
@@ -47,14 +47,16 @@ def read(text: str, leaf: Callable[[str], Any] | None = None) -> tuple[tuple[Any
         if named := _NAMED.fullmatch(part):
             _add_(kwargs, named, leaf or draw)
         elif kwargs:
-            raise CaptureError(f"{part!r} has no name, and follows one that has", todo="Put names last: a;b;mask=c.")
+            raise CaptureError(
+                f"{part!r} follows a named argument, but has no name", todo="Put named ones last: a;b;mask=c."
+            )
         else:
             args.append(_value(part, leaf or draw))
     return tuple(args), kwargs
 
 
 def write(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
-    """Write arguments; what has no notation stands there as Python shows it.
+    """Write arguments; a value without a notation is written as its Python repr.
 
     >>> write((torch.zeros(1, 3, 8, 8), [True]), {"size": Draw((2,), torch.int64)})
     '1,3,8,8;[true];size=2:int64'
@@ -83,12 +85,12 @@ def _kind(dtype: str, text: str) -> tuple[torch.dtype, int | None]:
     """Read what stands behind the colon: int64, int64<1000."""
     name, has_bound, bound = (part.strip() for part in dtype.partition("<"))
     if name not in _DTYPES:
-        raise CaptureError(f"{text!r} names no dtype that can be drawn", todo=f"There are {', '.join(_DTYPES)}.")
+        raise CaptureError(f"{text!r} names no dtype that can be drawn", todo=f"Possible are {', '.join(_DTYPES)}.")
     if not has_bound:
         return _DTYPES[name], None
     most = torch.iinfo(_DTYPES[name]).max + 1 if name in WHOLES else 0
     if not re.fullmatch("[0-9]{1,19}", bound) or not 1 <= int(bound) <= most:
-        what = f"a bound from 1 to {most}" if most else "no bound, it is for whole numbers only"
+        what = f"a bound from 1 to {most}" if most else "no bound; only whole numbers do"
         raise CaptureError(f"{text!r} cannot be drawn: {name} takes {what}", todo="Write --input 1,10:int64<1000.")
     return _DTYPES[name], int(bound)
 
@@ -105,7 +107,7 @@ def _split(text: str) -> list[str]:
         if not 0 <= depth <= _DEEPEST:
             break
     if depth:
-        why = "do not match" if depth <= _DEEPEST else "are too deep"
+        why = "do not match" if depth <= _DEEPEST else "are nested too deeply"
         raise CaptureError(f"the brackets of {text!r} {why}", todo="Write a list as [3,300,300;3,280,320].")
     return parts
 

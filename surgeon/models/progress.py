@@ -1,4 +1,4 @@
-"""How long work tells how far it is: a function that is given what is being done, and the share of all that is done."""
+"""Progress of long work: a function is told what is being done, and which share of all the work is done."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ Progress = Callable[[str, float], None]  # the share runs from 0 to 1, and never
 
 
 def silent(what: str, share: float) -> None:
-    """Tell nobody; what functions use where no other `Progress` is given."""
+    """Report nothing; the default of functions that take a `Progress`."""
 
 
 def parts(progress: Progress, start: float, stop: float) -> Progress:

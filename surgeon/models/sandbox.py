@@ -4,28 +4,29 @@ Whatever surgeon has to change around a user's code is changed here, by a contex
 in one place. One re-entrant lock is held by whoever changes something that belongs to the whole process, so two threads
 that use surgeon at once take turns at tracing and at running models; arithmetic and planning go on side by side.
 
-Of the thread that uses surgeon, and never seen by another one:
+What belongs to the thread that uses surgeon, so that no other thread sees it:
     grad mode, inference mode, autocast, the default device (torch keeps them per thread)
 
-Of the process, with an answer that depends on the thread that asks:
+What belongs to the process, but answers each thread differently:
     sys.stdout            what surgeon's thread prints goes to stderr; what others print goes where it always went
     warnings.filters      warnings of surgeon's thread are dropped; those of others are as before
-    builtins.isinstance   only surgeon's thread, while it traces, has its placeholders answer as what they stand for
+    builtins.isinstance   while surgeon's thread traces, its placeholders answer it as what they stand for; other
+                          threads get the usual answers
     nn.Module.__call__, nn.Module.__getattr__
                           torch.fx replaces them for the whole process while it traces, and its replacement fails with
-                          a NameError for a module that is not being traced. So they are replaced once more, by what
-                          sends surgeon's thread to fx and every other thread to torch's own: a forward in another
-                          thread computes what it always does, a little later. Between the two replacements lie some
-                          lines of fx; a call that comes in there is let through by the tracer itself.
+                          a NameError for a module that is not being traced. So they are replaced once more, by
+                          functions that send surgeon's thread to fx and every other thread to torch's own: a forward
+                          in another thread computes what it always does, a little later. Between the two replacements
+                          lie some lines of fx; a call that comes in there is let through by the tracer itself.
 
-Of the process, and seen by all of its threads for as long as it lasts:
+What belongs to the process, and is seen by all of its threads while it lasts:
     random states         what another thread draws from the global generators while surgeon runs a model comes from
                           there, and is drawn again after it; give a thread a torch.Generator of its own
     torch's threads       a thread that first uses torch while surgeon computes with one thread keeps to one
     torch.load            what a file that surgeon opens may hold, any file opened at that moment may hold
     the default dtype     it is float32 during a call of surgeon if it was another one before
-    torch.fx              a trace of the user's own in another thread, at the same time, undoes patches in another
-                          order than they were made, as two of them always have
+    torch.fx              if the user traces in another thread at the same time, patches are undone in another order
+                          than they were made, as always when two threads trace
     torch.jit, torch.compile   a function that asks isinstance cannot be compiled in another thread at that moment;
                           before torch 2.14, torch.compile refuses in every thread to run while one of them traces
 """
@@ -71,9 +72,9 @@ def ordinary() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quietly(seed: int | None = None) -> Iterator[None]:
-    """Run a user's code without gradients; its prints go to stderr, its warnings nowhere, its draws are undone.
+    """Run a user's code without gradients; prints go to stderr, warnings are dropped, random states are put back.
 
-    With a seed, all that it draws begins there.
+    With a seed, every random state starts from it.
     """
     with _LOCK, random_states_kept(seed), _printing_to_stderr(), warnings_of_this_thread("ignore"), torch.no_grad():
         yield
@@ -97,8 +98,8 @@ def random_states_kept(seed: int | None = None) -> Iterator[None]:
 def threads(count: int) -> Iterator[None]:
     """Let torch compute with this many threads.
 
-    Each thread of the process has a number of its own; it takes that which was set last when it first uses torch. So
-    there are two numbers to put back.
+    Each thread of the process has its own number: the one that was set last when the thread first used torch. So two
+    numbers have to be put back.
     """
     own = torch.get_num_threads()
     if own == count:
@@ -116,7 +117,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 def one_thread() -> contextlib.AbstractContextManager[None]:
-    """For many small convs, on which threads spend longer waiting for each other than working."""
+    """Let torch compute with one thread: on small convs, several would wait for each other longer than they work."""
     return threads(1)
 
 
@@ -127,7 +128,7 @@ Guard = Callable[[Callable[..., Any]], Callable[..., Any]]
 def tracing(answer: Callable[..., bool]) -> Iterator[Guard]:
     """Let torch.fx trace in this thread, with `answer(isinstance, value, kinds)` for what is asked of a value in it.
 
-    What is given keeps fx's patches to this thread: it wraps the function that fx calls when they are made.
+    Yields a guard that keeps fx's patches to this thread: it wraps the function that fx calls when they are made.
     """
     owner, ask = threading.get_ident(), builtins.isinstance
     own_call, own_getattr = nn.Module.__call__, nn.Module.__getattr__
@@ -160,7 +161,7 @@ def unpickling(admitted: Sequence[Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def gradients_and_autocast(wanted: bool) -> Iterator[None]:
-    """Have both or neither in this thread; an autocast on a GPU can be switched on where there is none."""
+    """Switch both on or both off in this thread; an autocast for a GPU can be switched on where there is no GPU."""
     before = torch.is_autocast_enabled("cuda")
     torch.set_autocast_enabled("cuda", wanted)
     try:
@@ -172,7 +173,7 @@ def gradients_and_autocast(wanted: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def warnings_of_this_thread(action: str) -> Iterator[None]:
-    """Treat the warnings of this thread as `action` says, and leave those of others to the filters that there are.
+    """Treat the warnings of this thread as `action` says, and leave those of other threads to the existing filters.
 
     Unlike with warnings.catch_warnings, nothing is lost if another thread changes the filters meanwhile.
     """
@@ -188,7 +189,7 @@ def warnings_of_this_thread(action: str) -> Iterator[None]:
 
 
 class _OfThisThread:
-    """Stands where a filter of warnings has the pattern of their messages."""
+    """Takes the place of the message pattern in a filter of warnings."""
 
     def __init__(self) -> None:
         self.owner: int | None = threading.get_ident()
@@ -198,7 +199,7 @@ class _OfThisThread:
 
 
 class _Output:
-    """Stands for sys.stdout: of one thread it takes what is printed to stderr, of the others to where it went."""
+    """Stands for sys.stdout: prints of one thread go to stderr, those of the others to where they went before."""
 
     def __init__(self, before: Any) -> None:
         vars(self).update(_before=before, _owner=threading.get_ident())
@@ -213,7 +214,7 @@ class _Output:
         setattr(self._target(), name, value)
 
     def close_(self) -> None:
-        """Whoever has kept it prints to where everybody does."""
+        """Let whoever has kept this object print to where everybody does."""
         vars(self)["_owner"] = None
 
 
@@ -248,7 +249,7 @@ def _by_thread(owner: int, ours: Callable[..., Any], theirs: Callable[..., Any])
 
 
 def _random_states() -> list[Callable[[], Any]]:
-    """Look at every random state that there is, without creating one; what is given puts them back."""
+    """Read every random state that there is, without creating one; returns the functions that put them back."""
     put_back: list[Callable[[], Any]] = [
         functools.partial(torch.set_rng_state, torch.get_rng_state()),
         functools.partial(random.setstate, random.getstate()),

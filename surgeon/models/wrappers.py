@@ -1,4 +1,4 @@
-"""What a network may be wrapped in, and what can be edited."""
+"""The wrappers that a network may be in, and the check that a network can be edited."""
 
 from __future__ import annotations
 
@@ -38,29 +38,29 @@ def checked(model: Model) -> Model:
         if (device := devices.of(model)) is not None and device.type in devices.NO_FLOAT64:
             raise ModelError(
                 f"the model lies on {device}, which has no float64, and surgeon proves in float64",
-                todo="Give it on the CPU, model.cpu(), and move what comes out.",
+                todo="Give it on the CPU, model.cpu(), and move the result.",
             )
         for name, module in model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
                 raise ModelError(
                     f"{name or 'the model'} is TorchScript, which has no modules that could be swapped, and no copy "
-                    "that trains",
-                    todo="Give the model that it was made of.",
+                    "that could be trained",
+                    todo="Give the model that it was made from.",
                 )
             if isinstance(module, fx.GraphModule) and any(isinstance(n.target, OpOverload) for n in module.graph.nodes):
                 raise ModelError(
-                    f"{name or 'the model'} is an exported graph, whose convs are no modules",
+                    f"{name or 'the model'} is an exported graph, whose convs are not modules",
                     todo="Give the network that was exported.",
                 )
             if (inner := _kept_to(module)) is not None:
                 path = ".".join(part for part in ("model", name, inner) if part)
                 raise ModelError(
-                    f"{name or 'the model'} is wrapped in {type(module).__name__}, which keeps to the model as it was",
-                    todo=f"Give {path}, and wrap what comes out.",
+                    f"{name or 'the model'} is wrapped in {type(module).__name__}, which keeps the model as it was",
+                    todo=f"Give {path}, and wrap the result.",
                 )
         return model
     todo = f"surgeon.load({model!r}) opens a file." if isinstance(model, str | PathLike) else "Give an nn.Module."
-    raise ModelError(f"a {type(model).__name__} is no model", todo=todo)
+    raise ModelError(f"a {type(model).__name__} is not a model", todo=todo)
 
 
 def _kept_to(module: nn.Module) -> str | None:

@@ -1,1 +1,1 @@
-"""YAML to recipes, every error with its line and column."""
+"""From YAML to recipes; every error names its line and column."""

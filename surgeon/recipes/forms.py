@@ -25,7 +25,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class Form(BaseModel):
-    """A mapping in a file: frozen, without unknown keys, and its faults in plain words."""
+    """A mapping in a file: frozen, without unknown keys, and with its errors in plain words."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -54,7 +54,7 @@ def validate(model: type[Model], marked: Marked, *, todo: str = "") -> Model:
     """Make a model of what was read.
 
     Raises:
-        RecipeError: every fault, of the YAML and of what it says, in file order.
+        RecipeError: every error, of the YAML and of what it says, in file order.
     """
     try:
         made = model.model_validate(marked.data)
@@ -66,7 +66,7 @@ def validate(model: type[Model], marked: Marked, *, todo: str = "") -> Model:
 
 
 def faults_of(error: ValidationError, marked: Marked) -> list[Fault]:
-    """Give a place to all that pydantic found, and add the faults of the YAML itself; in file order."""
+    """Give a place to every error that pydantic found, and add those of the YAML itself; in file order."""
     found: dict[tuple[Place, str], list[str]] = {}
     for details in error.errors(include_url=False):
         kind, what = _in_words(details, {})
@@ -78,7 +78,7 @@ def faults_of(error: ValidationError, marked: Marked) -> list[Fault]:
         full = (*path, *missing) if kind == "missing" else path
         found.setdefault((place, path_text(full)), []).append(what)
     faults = list(marked.faults)
-    for (place, shown_path), whats in found.items():  # several remarks on one value are one fault
+    for (place, shown_path), whats in found.items():  # several remarks on one value are one error
         faults.append((place, Fault(place.where, shown_path, " and ".join(dict.fromkeys(whats)))))
     return in_file_order(faults)
 
@@ -106,14 +106,14 @@ _WORDS = _BOUNDS | {
     **dict.fromkeys(("tuple_type", "list_type"), "{value} is not a list"),
     **dict.fromkeys(("dict_type", "model_type", "model_attributes_type", "dataclass_type"), "{value} is not a mapping"),
     "string_type": "{value} is not text",
-    "string_too_short": "{value} says nothing",
+    "string_too_short": "{value} is empty",
     "value_error": "{error}",
     "missing": "missing",
 }
 
 
 def _in_words(details: ErrorDetails, fields: Mapping[str, FieldInfo]) -> tuple[str, str]:
-    """Say what is wrong, and what kind of fault it is: `missing`, `unknown_key` or `fault`."""
+    """Say what is wrong, and what kind of error it is: `missing`, `unknown_key` or `fault`."""
     kind, loc, context, value = details["type"], details["loc"], details.get("ctx", {}), quoted(details["input"])
     if kind in ("unknown_key", "fault"):  # said already, by a form inside this one
         return kind, details["msg"]
@@ -129,7 +129,7 @@ def _in_words(details: ErrorDetails, fields: Mapping[str, FieldInfo]) -> tuple[s
 
 
 def _keys_near(key: str | int, fields: Mapping[str, FieldInfo]) -> str:
-    """List the keys that there are, and the one that may have been meant, by its own name or by the field's."""
+    """List the known keys, and the one that may have been meant, by its own name or by the field's."""
     aliases = {name: info.alias or name for name, info in fields.items()}
     names = aliases | {alias: alias for alias in aliases.values()}
     near = difflib.get_close_matches(str(key), names, n=1)

@@ -1,7 +1,7 @@
-"""YAML text → plain data and the place of every key and value, so that a fault can say where it stands.
+"""YAML text → plain data and the place of every key and value, so that an error can say where it is.
 
-Scalars are those of YAML 1.2: `no` and `12:30` are text, `012` is 12, `1e-3` is a number. What would surprise is
-refused: duplicate keys, merge keys, tags, several documents, aliases that contain themselves or multiply.
+Scalars are those of YAML 1.2: `no` and `12:30` are text, `012` is 12, `1e-3` is a number. What would be
+surprising is refused: duplicate keys, merge keys, tags, several documents, aliases that contain themselves or multiply.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Marked:
 
 
 class _ReadError(Exception):
-    """There is nothing here to go on with."""
+    """An error after which nothing more can be read."""
 
     def __init__(self, place: Place, what: str) -> None:
         super().__init__(what)
@@ -87,7 +87,7 @@ def read(text: str, name: str, *, todo: str = "") -> Marked:
     ({'rules': [{'swap': 'acblock'}]}, 'a.yaml:1:16')
 
     Raises:
-        RecipeError: the text is no YAML, or no mapping. Lesser faults wait in `Marked.faults` for `validate`.
+        RecipeError: the text is no YAML, or no mapping. Lesser errors wait in `Marked.faults` for `validate`.
     """
     marked = Marked()
     walk = _Walk(marked, lambda line, column: Place(line, column, f"{name}:{line}:{column}" if name else ""))
@@ -141,7 +141,7 @@ def quoted(value: object) -> str:
 
 
 def path_text(path: Path) -> str:
-    """Write a path as people do.
+    """Write a path as in messages and settings.
 
     >>> path_text(("rules", 2, "with", "alpha"))
     'rules[2].with.alpha'
@@ -151,7 +151,7 @@ def path_text(path: Path) -> str:
 
 
 def in_file_order(faults: Iterable[tuple[Place, Fault]]) -> list[Fault]:
-    """Sort faults by where they stand."""
+    """Sort errors by where they stand."""
     return [fault for _, fault in sorted(faults, key=lambda placed: placed[0])]
 
 
@@ -174,7 +174,7 @@ class _Walk:
             return self._data(node, path)
         except yaml.reader.ReaderError as error:
             before = text[: error.position].splitlines() or [""]
-            what = f"the character U+{error.character:04X} has no place in a text"
+            what = f"the character U+{error.character:04X} is not allowed in YAML"
             raise _ReadError(self.place(len(before), len(before[-1]) + 1), what) from error
         except yaml.MarkedYAMLError as error:
             is_second = error.context == "expected a single document in the stream"
@@ -222,7 +222,7 @@ class _Walk:
             elif key == "<<":
                 self._fault(key_node, path, "merge keys (<<) are not read; write the keys out")
             elif key in data:
-                self._fault(key_node, (*path, key), "this key stands here twice")
+                self._fault(key_node, (*path, key), "this key is given twice")
             else:
                 self.marked.keys[*path, key] = self._at(key_node.start_mark)
                 data[key] = self._data(value_node, (*path, key))
@@ -242,7 +242,9 @@ class _Walk:
         is_plain = isinstance(node, yaml.ScalarNode) and node.style is None
         expected = self.loader.resolve(type(node), node.value, (is_plain, False))  # type: ignore[no-untyped-call]
         if node.tag != expected:
-            self._fault(node, path, f"the tag {node.tag.replace(_TAG, '!!')!a} is refused: values are plain")
+            self._fault(
+                node, path, f"the tag {node.tag.replace(_TAG, '!!')!a} is refused: only plain values are allowed"
+            )
 
 
 def _holder_of(path: Path, marked: Marked, place: Place) -> Any:
@@ -261,7 +263,7 @@ def _holder_of(path: Path, marked: Marked, place: Place) -> Any:
 
 
 def _refusal(holder: Any, step: str | int) -> str | None:
-    """Say why a step leads nowhere, or None if it leads to a value or to where one can be put."""
+    """Say why a step leads nowhere, or None if it leads to a value or to a place for one."""
     if isinstance(step, int) and isinstance(holder, list):
         return f"has {len(holder)} entries, counted from 0" if step >= len(holder) else None
     if isinstance(step, str) and isinstance(holder, dict):

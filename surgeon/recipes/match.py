@@ -42,7 +42,7 @@ class Subject:
 
 
 def name_matches(glob: str, path: str) -> bool:
-    """Whether a glob takes a whole dotted name: `*`, `?` and `[ab]` within a segment, `**` for any number of segments.
+    """Whether a glob fits a whole dotted name: `*`, `?` and `[ab]` within a segment, `**` for any number of segments.
 
     >>> name_matches("layer1.*.conv?", "layer1.0.conv1"), name_matches("layer1.*", "layer1.0.conv1")
     (True, False)
@@ -130,7 +130,9 @@ class Groups(Form):
 
 def _glob(text: str) -> str:
     if any("**" in segment and segment != "**" for segment in text.split(".")):
-        raise ValueError(f"{quoted(text)}: ** stands for whole segments, as in layer1.**.conv1; within one write *")
+        raise ValueError(
+            f"{quoted(text)}: ** stands for whole segments, as in layer1.**.conv1; within a segment write *"
+        )
     return text
 
 
@@ -139,7 +141,7 @@ def _regex(text: str) -> str:
         with warnings_of_this_thread("error"):  # raised where Python may read the pattern otherwise one day
             re.compile(text)
     except (re.error, Warning, OverflowError, RecursionError) as error:
-        raise ValueError(f"{quoted(text)} is no regular expression: {error}") from error
+        raise ValueError(f"{quoted(text)} is not a regular expression: {error}") from error
     return text
 
 
@@ -194,7 +196,7 @@ class Match(Form):
 
     @property
     def needs_size(self) -> bool:
-        """Whether only a conv whose input's size is known can be judged."""
+        """Whether the input size of a conv has to be known."""
         return bool(self.size) or (self.unless is not None and self.unless.needs_size)
 
     def claims(self, subject: Subject) -> bool:

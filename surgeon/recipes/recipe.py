@@ -11,7 +11,7 @@
         match: {kernel: [3, 5], groups: 1}      # every key must hold; of a list, one entry
         with: {init: takeover}                  # the options of the block
 
-Everything is checked here, against the options of the blocks too, and all faults are reported at once.
+Everything is checked here, against the options of the blocks too, and all errors of a recipe are reported at once.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def load(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recip
         overrides: settings such as `rules[1].with.alpha=0.25`.
 
     Raises:
-        RecipeError: no such recipe, or every fault of it.
+        RecipeError: no such recipe, or every error in it.
     """
     source, recipes = os.fspath(source), bundled()
     name = source.removesuffix(".yaml")
@@ -104,7 +104,7 @@ def parse(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
     't.yaml:1:32'
 
     Raises:
-        RecipeError: every fault of the text and of the overrides.
+        RecipeError: every error in the text and in the overrides.
     """
     marked = marks.read(text, name)
     for setting in overrides:
@@ -128,7 +128,7 @@ def from_dict(data: dict[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe from plain data; its text is that data as YAML.
 
     Raises:
-        RecipeError: every fault, by its path alone.
+        RecipeError: every error, by its path alone.
     """
     try:
         text = marks.dump(data)

@@ -1,4 +1,4 @@
-"""The JSON Schema of recipes, with which editors complete and check them."""
+"""The JSON Schema of recipes, which editors use to complete and check them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def json_schema() -> dict[str, Any]:
     models: list[type[BaseModel]] = [RecipeForm, *blocks.values()]
     refs, made = models_json_schema([(model, "validation") for model in models], title="A surgeon recipe")
     for key in made["$defs"]["Match"]["properties"].values():
-        key.pop("default", None)  # that the key is absent, which no value says
+        key.pop("default", None)  # the default is that the key is absent, which no value can say
     rule = made["$defs"]["RuleForm"]
     rule["properties"]["swap"] = {"enum": list(blocks), "description": "the block to put in place of the conv"}
     rule["oneOf"] = [{"required": ["swap"]}, {"required": ["leave"], "properties": {"with": False}}]

@@ -180,7 +180,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def own(folder: Path) -> Iterator[str]:
-    """A file of a person's own functions, imported anew for every test."""
+    """A file of a user's own functions, imported anew for every test."""
     Path("own_inputs.py").write_text(
         "import torch\n"
         "def tensor():\n    return torch.randn(2, 4, 9, 8)\n"
@@ -363,7 +363,7 @@ def test_a_network_that_needs_more_says_what_it_takes(capsys: pytest.CaptureFixt
     torch.save(KeywordOnly(), "net.pt")
     code, _, error = run_json(capsys, "survey", "net.pt", "--input=2,4,9,8", "--allow=test_examples", "--allow=tiny")
     assert code == 2
-    assert "It takes x and mask (and may take gain): --input 'x=1,3,8,8;mask=1,3,8,8', say." in error
+    assert "It takes x and mask (and may take gain), for example --input 'x=1,3,8,8;mask=1,3,8,8'." in error
     assert error.count("\n") == 1
 
 
@@ -429,7 +429,7 @@ WRONG = {
     "a bound that is too large": ("1,3:uint8<300", "uint8 takes a bound from 1 to 256"),
     "a bound that is no number": ("1,3:int64<x", "int64 takes a bound from 1"),
     "brackets": ("[1,3", "the brackets of '[1,3' do not match"),
-    "brackets without end": ("[" * 5000, "are too deep"),
+    "brackets without end": ("[" * 5000, "are nested too deeply"),
     "a bound without end": ("1:int64<" + "9" * 5000, "int64 takes a bound"),
     "a side without end": ("9" * 30, "does not fit into memory"),
     "a side with more digits than Python reads": ("9" * 5000, "is not a shape"),

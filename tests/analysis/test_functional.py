@@ -107,20 +107,20 @@ def test_every_block_can_stand_there(block: str) -> None:
 STAYS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "a computed weight": (
         lambda: Weighted(lambda m, x: F.conv2d(x, m.weight / m.weight.norm(), padding=1)),
-        "conv2d", "computed on the way"),
+        "conv2d", "computed during the forward pass"),
     "a computed bias": (
-        lambda: Weighted(lambda m, x: F.conv2d(x, m.weight, m.bias * 2, padding=1)), "conv2d", "computed on the way"),
+        lambda: Weighted(lambda m, x: F.conv2d(x, m.weight, m.bias * 2, padding=1)), "conv2d", "computed during the forward pass"),
     "a weight that is a buffer": (
         lambda: Weighted(lambda m, x: F.conv2d(x, m.kept, padding=1)), "conv2d", "is a buffer"),
     "padding by the shape of the weight": (
         lambda: Weighted(lambda m, x: F.conv2d(x, m.weight, padding=m.weight.shape[-1] // 2)),
-        "conv2d", "its geometry is computed on the way"),
+        "conv2d", "its geometry is computed during the forward pass"),
     "groups by the shape of the input": (
         lambda: Weighted(lambda m, x: F.conv2d(x, m.weight, padding=1, groups=x.shape[1] // 4)),
-        "conv2d", "its geometry is computed on the way"),
+        "conv2d", "its geometry is computed during the forward pass"),
     "one map alone": (
         lambda: Weighted(lambda m, x: F.conv2d(x[0], m.weight, padding=1)[None].expand_as(x)),
-        "conv2d", "without the dimension of a batch"),
+        "conv2d", "without a batch dimension"),
     "a weight that is read twice": (
         lambda: Weighted(lambda m, x: F.conv2d(x, m.weight, padding=1) * m.weight.mean()), "conv2d", "2 steps read"),
     "Python that cannot be followed": (
@@ -164,8 +164,8 @@ def test_it_is_stored_and_opens_again(tmp_path: Path, suffix: str, monkeypatch: 
 def test_what_goes_wrong_on_the_way_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     net = network(LIFTED["with a norm"][0])
     before, kind = copy.deepcopy(net.state_dict()), type(net)
-    monkeypatch.setattr("surgeon.surgery.selfcheck._GROSS", {torch.float64: -1.0})
-    monkeypatch.setattr("surgeon.surgery.selfcheck._moved_by_rounding", lambda *_: -1.0)
+    forward = Rewritten.forward
+    monkeypatch.setattr(Rewritten, "forward", lambda module, x: 2 * forward(module, x))
     with pytest.raises(surgeon.errors.CaptureError):
         surgeon.convert_(net, "acnet", SHAPE)
     assert type(net) is kind

@@ -79,7 +79,7 @@ def test_a_module_that_acts_on_values_is_left_alone_and_the_line_is_named():
     [opaque] = found.opaque
     lines, start = inspect.getsourcelines(tiny.ActsOnValues)
     line = start + next(i for i, text in enumerate(lines) if "the culprit" in text)
-    assert f"(tiny.py:{line})" in opaque.reason
+    assert f"(tracing.py:{line})" in opaque.reason
     assert "\n" not in opaque.reason
 
 
@@ -150,7 +150,7 @@ def test_every_call_is_noted_with_its_shapes_in_order():
 def test_a_closure_as_forward_cannot_be_copied() -> None:
     net = ConvNorm()
     net.forward = lambda x: ConvNorm.forward(net, x)
-    with pytest.raises(CaptureError, match="the model has a function for its forward"):
+    with pytest.raises(CaptureError, match="the model has a function as its forward"):
         surgeon.convert(net, "acnet", SHAPE)
 
 
@@ -312,7 +312,7 @@ def test_what_is_not_called_as_a_whole_is_no_island() -> None:
         assert [island.path for island in capture(net).islands] == [path]  # nothing tells
         found = capture(net, Inputs((INPUT,)))
         assert path not in [island.path for island in found.islands]
-        assert Opaque(path, "the network calls its parts, and not the whole") in found.opaque
+        assert Opaque(path, "the network calls its submodules, not the module itself") in found.opaque
         plan = surgeon.plan(net, "acnet", SHAPE)
         assert plan.swaps[0].takes_norm == ()
 

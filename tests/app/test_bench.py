@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from helpers import relative, run_surgeon, shake_
+from helpers import narrow_torchvision, relative, run_surgeon, shake_
+from small_networks import small_densenet
 from tiny import SHAPE, ConvNorm
 from torch import Tensor, nn
 
@@ -174,9 +175,9 @@ RECIPES = {
     "hetconv, best": _first_stages("hetconv", {"p": 4, "layout": "best"}),
 }
 NETS = {
-    "densenet121": (lambda: torchvision.models.densenet121(weights=None), "plain"),
+    "densenet": (small_densenet, "plain"),
     "mobilenet_v3_small": (lambda: torchvision.models.mobilenet_v3_small(weights=None), "plain"),
-    **{f"resnet18, {name}": (lambda: torchvision.models.resnet18(weights=None), name) for name in RECIPES},
+    **{f"resnet18, {name}": (lambda: narrow_torchvision("resnet18"), name) for name in RECIPES},
 }
 
 

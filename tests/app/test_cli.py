@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ import surgeon
 from surgeon.app import terminal
 from surgeon.app.cli import app, main
 from surgeon.app.demo.net import SmallResNet
+from surgeon.display.report import report_view
 
 COMMANDS = ("convert", "fuse", "verify", "survey", "plan", "bench", "recipes", "blocks", "demo")
 
@@ -178,7 +178,7 @@ BAD = {
     "a truncated file": (("survey", "cut.pt"), "cut.pt"),
     "weights alone": (("survey", "weights.safetensors"), "--arch"),
     "no such recipe": (("convert", "net.pt", "-r", "acnte"), "acnet"),
-    "a recipe with faults": (("convert", "net.pt", "-r", "bad.yaml"), "bad.yaml:3:16: rules[0].swap"),
+    "a recipe with errors": (("convert", "net.pt", "-r", "bad.yaml"), "bad.yaml:3:16: rules[0].swap"),
     "a folder as recipe": (("convert", "net.pt", "-r", "."), ""),
     "no such plan": (("convert", "net.pt", "--plan", "none.yaml"), "none.yaml"),
     "a recipe for a plan": (("convert", "net.pt", "--plan", "bad.yaml"), "bad.yaml"),
@@ -254,11 +254,8 @@ def test_all_commands_are_known_here() -> None:
     assert set(typer.main.get_command(app).commands) == set(COMMANDS)
 
 
-def _python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    environ = {**os.environ, **environment}
-    return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, env=environ, check=True, timeout=120
-    )
+def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True, timeout=120)
 
 
 def test_help_and_import_do_not_import_torch() -> None:
@@ -271,15 +268,20 @@ def test_python_dash_m_is_the_same_program() -> None:
     assert _python("-m", "surgeon", "--version").stdout.strip() == f"surgeon {surgeon.__version__}"
 
 
-def test_colours_only_on_a_terminal_and_never_with_no_color(run) -> None:
+def test_colours_only_on_a_terminal_and_never_with_no_color(run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\x1b" not in run("verify", "net.pt", "net.pt").out
-    code = (
-        "from rich.console import Console; from surgeon.display.report import report_view; from surgeon import verify;"
-        "from surgeon.app.demo.net import SmallResNet; n = SmallResNet();"
-        "Console(force_terminal=True).print(report_view(verify(n, n, (1, 1, 28, 28))))"
-    )
-    assert "\x1b" in _python("-c", code, TERM="xterm").stdout
-    assert "\x1b[3" not in _python("-c", code, TERM="xterm", NO_COLOR="1").stdout
+    net = SmallResNet()
+    view = report_view(surgeon.verify(net, net, (1, 1, 28, 28)))
+
+    def printed(no_color: str) -> str:
+        monkeypatch.setenv("NO_COLOR", no_color)  # an empty one does not count
+        screen = io.StringIO()
+        Console(file=screen, force_terminal=True).print(view)
+        return screen.getvalue()
+
+    monkeypatch.setenv("TERM", "xterm")
+    assert "\x1b[3" in printed("")
+    assert "\x1b[3" not in printed("1")
 
 
 def test_the_demo_tells_each_step(run) -> None:

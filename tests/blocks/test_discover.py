@@ -169,7 +169,7 @@ REFUSED = {
     "no block": (
         "class Other: ...",
         "other:Other",
-        "which the distribution otherblocks brings as a block, is no subclass",
+        "which the distribution otherblocks brings as a block, is not a subclass",
     ),
     "an abstract block": (
         "import surgeon\nclass Other(surgeon.Foldable): ...",
@@ -179,12 +179,12 @@ REFUSED = {
     "a block without a title": (
         MODULE.format(name="Other", block="other").replace("title =", "heading ="),
         "other:Other",
-        "has no text as its `title`",
+        "needs a string as its `title`",
     ),
     "a block without options": (
         MODULE.format(name="Other", block="other").replace("Options = Other", "Settings = Other"),
         "other:Other",
-        "has no subclass of surgeon.BlockOptions as its `Options`",
+        "needs a subclass of surgeon.BlockOptions as its `Options`",
     ),
 }
 
@@ -267,7 +267,7 @@ class Other(TwoStreamBlock[TwoStreamOptions]):
 def test_a_block_of_two_streams_has_options_of_one(installed: Path) -> None:
     text = TWO_STREAMS.replace('"p", TwoStreamOptions', '"p", surgeon.BlockOptions')
     install(installed, "otherblocks", "other", text, "other:Other")
-    with pytest.raises(BlockError, match="is a TwoStreamBlock, and its `Options` are no TwoStreamOptions"):
+    with pytest.raises(BlockError, match="is a TwoStreamBlock, and needs a subclass of TwoStreamOptions"):
         registry()
 
 
@@ -302,3 +302,14 @@ def test_what_cannot_be_used_is_refused_with_the_distribution_that_brings_it(ins
 def test_a_block_that_is_named_twice_is_one(installed: Path) -> None:
     install(installed, "otherblocks", "other", "from scaled_block import Scaled", "other:Scaled")
     assert list(registry()) == ["acblock", "hetconv", "octave", "scaled"]
+
+
+def test_a_block_that_is_not_what_it_claims_to_be_is_named_with_its_package(installed: Path) -> None:
+    text = MODULE.format(name="Lying", block="lying").replace("return options.start == 1", "return True")
+    install(installed, "lying-distribution", "lying_block", text, "lying_block:Lying")
+    registry.cache_clear()
+    recipe = {"surgeon": 1, "title": "T", "rules": [{"swap": "lying", "with": {"start": 2.0}}]}
+    with pytest.raises(
+        BlockError, match=r"the block 'lying' of lying_block is not what it claims to be: 0 is .*e.* from"
+    ):
+        surgeon.convert(nn.Sequential(nn.Conv2d(3, 8, 3)), recipe, (1, 3, 8, 8))

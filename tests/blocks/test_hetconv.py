@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from helpers import narrow, relative, run_surgeon, shake_
+from helpers import narrow_torchvision, relative, run_surgeon, shake_
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -312,7 +312,7 @@ def test_costs_of_resnet_50() -> None:
 
 @pytest.mark.parametrize(
     ("build", "count"),
-    [(lambda: narrow("vgg16_bn"), 12), (lambda: torchvision.models.resnet50(weights=None), 16)],
+    [(lambda: narrow_torchvision("vgg16_bn"), 12), (lambda: narrow_torchvision("resnet50"), 16)],
     ids=["vgg16_bn", "resnet50"],
 )
 def test_from_the_command_line_it_is_approximate_and_says_how_far(

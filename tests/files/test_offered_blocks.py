@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import write_pickle
 from torch import nn
 
 import surgeon
 from surgeon import blocks
 from surgeon.errors import ModelError
-from surgeon.files import pickles
 from surgeon.files.save import to_open_again
 
 CODE = """
@@ -82,8 +83,9 @@ def test_it_is_not_without_being_offered(twins: type[nn.Module], monkeypatch: py
 
 @pytest.mark.parametrize("name", ["Other", "Loader", "function", "Twin.__init__", "nn.Linear"])
 def test_nothing_else_of_its_package_is(name: str, twins: type[nn.Module]) -> None:
-    assert "outside" in str(pickles._refusal(f"twins.block.{name}", pickles.PACKAGES))
-    assert pickles._refusal("twins.block.Twin", pickles.PACKAGES) is None
+    write_pickle(Path("named.pt"), f"ctwins.block\n{name}\n".encode())
+    with pytest.raises(ModelError, match=rf"twins\.block\.{re.escape(name)} .outside the admitted packages"):
+        surgeon.load("named.pt")
 
 
 def test_the_rest_of_its_package_does_not_load(twins: type[nn.Module]) -> None:

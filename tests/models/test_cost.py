@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torchvision
+from helpers import narrow_torchvision
 from torch import nn
 
 import surgeon
@@ -26,7 +26,7 @@ def test_bytes_are_those_of_the_models_dtype(dtype: torch.dtype, size: int) -> N
 
 def test_a_whole_network_writes_what_its_layers_return() -> None:
     """VGG-11: convs, poolings with their indices, the classifier. ReLUs work in place, and dropouts not at all."""
-    net = torchvision.models.vgg11(weights=None).eval()
+    net = narrow_torchvision("vgg11").eval()
     x, written = torch.zeros(1, 3, 64, 64), []
     for module in net.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -38,18 +38,32 @@ def test_a_whole_network_writes_what_its_layers_return() -> None:
     with torch.no_grad():
         net(x)
     expected = sum(written)
-    assert measure(torchvision.models.vgg11(weights=None), [x]).activations == expected
+    assert measure(narrow_torchvision("vgg11"), [x]).activations == expected
 
 
 @pytest.mark.parametrize("recipe", ["acnet", "hetconv-p4"])
 def test_what_a_plan_promises_is_what_the_converted_network_costs(recipe: str) -> None:
-    net = torchvision.models.resnet18(weights=None)
+    net = narrow_torchvision("resnet18")
     plan = surgeon.plan(net, recipe, (1, 3, 64, 64))
     before = measure(net, [torch.empty(1, 3, 64, 64)])
     after = measure(surgeon.convert(net, plan), [torch.empty(1, 3, 64, 64)])
     for name in ("params", "macs", "activations"):
         change = getattr(plan.total, name)
         assert (change.before, change.after) == (getattr(before, name), getattr(after, name))
+
+
+def test_what_is_called_twice_computes_and_writes_twice_and_is_stored_once() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(self.conv(x))
+
+    net, x = Twice(), torch.empty(1, 4, 8, 8)
+    assert measure(net.conv, [x]).times(2) == measure(net, [x])
+    assert measure(net.conv, [x]).macs * 2 == measure(net, [x]).macs > 0
 
 
 class _Token(nn.Module):

@@ -1,7 +1,8 @@
-"""Networks that no library at hand has, written from their papers."""
+"""Networks that no library at hand has, written from their papers, and small ones of a library's."""
 
 from __future__ import annotations
 
+import torchvision
 from torch import Tensor, nn
 
 
@@ -25,6 +26,11 @@ class MobileNetV1(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.pool(self.features(x)).flatten(1))
+
+
+def small_densenet() -> nn.Module:
+    """A DenseNet of four blocks, as those with a hundred layers are made, with two or four layers in each."""
+    return torchvision.models.DenseNet(8, block_config=(2, 4, 4, 2), num_init_features=16)
 
 
 def _normed(c_in: int, c_out: int, kernel: int, *, stride: int = 1, groups: int = 1) -> nn.Sequential:

@@ -240,7 +240,7 @@ def test_outputs_whose_shapes_depend_on_rounding_are_compared_in_float64() -> No
 @pytest.mark.parametrize("bad", ["net.pt", None, 3, {}])
 def test_what_is_no_model_is_said(bad: object) -> None:
     for pair in ((bad, ConvNorm()), (ConvNorm(), bad)):
-        with pytest.raises(ModelError, match="is no model"):
+        with pytest.raises(ModelError, match="is not a model"):
             surgeon.verify(*pair, SHAPE)
     with pytest.raises(CaptureError, match="example 5 is neither"):
         surgeon.verify(ConvNorm(), ConvNorm(), 5)

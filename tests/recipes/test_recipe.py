@@ -1,4 +1,4 @@
-"""What a recipe may say, what it means, and where its faults stand."""
+"""What a recipe may say, what it means, and where its errors are."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_anchors_may_be_used():
     assert recipe.parse(text, "a.yaml").rules[1].match.unless == recipe.parse(text, "a.yaml").rules[0].match
 
 
-# All faults at once, and where they stand
+# All errors at once, and where they are
 
 
 def test_every_fault_is_reported_with_its_place_in_file_order():
@@ -102,7 +102,7 @@ def test_every_fault_is_reported_with_its_place_in_file_order():
         "in_channels, kernel, name, not, out_channels, regex, size, stride (did you mean 'kernel'?)",
         "a.yaml:7:32: rules[1].match.groups: 'depthwize' is neither a number nor depthwise (did you mean 'depthwise'?)",
         "a.yaml:7:55: rules[1].match.stride[1]: 0 is not above 0",
-        "a.yaml:7:66: rules[1].match.regex: '(' is no regular expression: missing ), unterminated subpattern at "
+        "a.yaml:7:66: rules[1].match.regex: '(' is not a regular expression: missing ), unterminated subpattern at "
         "position 0",
         "a.yaml:7:78: rules[1].match.size.mn: unknown key 'mn'; there are max, min (did you mean 'min'?)",
         "a.yaml:8:18: rules[1].with.init: 'takeovr' is not one of takeover, split, scratch (did you mean 'takeover'?)",
@@ -118,7 +118,7 @@ def test_every_fault_is_reported_with_its_place_in_file_order():
 
 
 def test_the_message_counts_the_faults_and_ends_with_a_next_step():
-    with pytest.raises(RecipeError, match=r"(?s)a.yaml:2:1.*\n2 faults\. `surgeon recipes acnet`"):
+    with pytest.raises(RecipeError, match=r"(?s)a.yaml:2:1.*\n2 errors\. `surgeon recipes acnet`"):
         recipe.parse("surgeon: 1\nfoo: 2\nrules: [leave: x]", "a.yaml")
 
 
@@ -134,7 +134,7 @@ def test_the_message_counts_the_faults_and_ends_with_a_next_step():
         ("a: *b", "a.yaml:1:4: not YAML: found undefined alias 'b'"),
         ("a: 1\n---\nb: 2", "a.yaml:2:1: a second document starts here; only one is read"),
         ("a: &a [*a]", "a.yaml:1:4: an alias that contains itself"),
-        ("a: b\nc: d\0", "a.yaml:2:5: the character U+0000 has no place in a text"),
+        ("a: b\nc: d\0", "a.yaml:2:5: the character U+0000 is not allowed in YAML"),
         ('a: "\\UFFFFFFFF"', "a.yaml:1:7: not YAML: a number out of bounds"),
         ("[" * 500, "a.yaml:1:1: nested deeper than 50 levels"),
         ("a: " + "[" * 60 + "]" * 60, "a.yaml:1:54: nested deeper than 50 levels"),
@@ -166,20 +166,20 @@ def test_what_yaml_allows_and_would_surprise_is_refused_together_with_everything
           - leave: !!str 12
         """)
     assert faults(text) == [
-        "a.yaml:3:1: title: this key stands here twice",
+        "a.yaml:3:1: title: this key is given twice",
         "a.yaml:4:1: base: unknown key 'base'; there are cites, rules, surgeon, title",
         "a.yaml:6:5: rules[0]: merge keys (<<) are not read; write the keys out",
-        "a.yaml:7:12: rules[0].leave: the tag '!!python/object/apply:os.system' is refused: values are plain",
+        "a.yaml:7:12: rules[0].leave: the tag '!!python/object/apply:os.system' is refused: only plain values are allowed",
         "a.yaml:7:12: rules[0].leave: a list is not text",
-        "a.yaml:8:24: rules[0].match.kernel: this key stands here twice",
+        "a.yaml:8:24: rules[0].match.kernel: this key is given twice",
         "a.yaml:9:7: rules[0]: a key is a word, not a list or a mapping",
-        "a.yaml:11:12: rules[1].leave: the tag '!!str' is refused: values are plain",
+        "a.yaml:11:12: rules[1].leave: the tag '!!str' is refused: only plain values are allowed",
     ]
 
 
 def test_a_duplicate_key_alone_is_enough():
     assert faults(rules("  - swap: acblock\n    swap: acblock\n")) == [
-        "a.yaml:5:5: rules[0].swap: this key stands here twice"
+        "a.yaml:5:5: rules[0].swap: this key is given twice"
     ]
 
 
@@ -190,7 +190,7 @@ def test_a_duplicate_key_alone_is_enough():
         ("surgeon: 2\ntitle: T\nrules: [leave: x]", "a.yaml:1:10: surgeon: format 2 is unknown; "),
         ("surgeon: true\ntitle: T\nrules: [leave: x]", "a.yaml:1:10: surgeon: true is not a whole number"),
         ("surgeon: 1\ntitle:\nrules: [leave: x]", "a.yaml:2:7: title: null is not text"),
-        ("surgeon: 1\ntitle: ' '\nrules: [leave: x]", "a.yaml:2:8: title: ' ' says nothing"),
+        ("surgeon: 1\ntitle: ' '\nrules: [leave: x]", "a.yaml:2:8: title: ' ' is empty"),
         ("surgeon: 1\ntitle: T\nrules: []", "a.yaml:3:8: rules: the list is empty"),
         ("surgeon: 1\ntitle: T\nrules: {}", "a.yaml:3:8: rules: a mapping is not a list"),
         ("surgeon: 1\ntitle: T", "a.yaml:1:1: rules: missing"),
@@ -266,7 +266,7 @@ def test_an_override_replaces_the_faults_of_what_it_replaces():
         ("rules[1].with.init=splt", "--set rules[1].with.init: rules[1].with.init: 'splt' is not one of takeover,"),
         ("rules[1].with.inti=split", "--set rules[1].with.inti: rules[1].with.inti: unknown key 'inti'; there are"),
         ("rules[1].wiht.init=split", "--set rules[1].wiht.init: rules[1].wiht: unknown key 'wiht'; there are"),
-        ("rules[1].with={a: 1, a: 2}", "--set rules[1].with: rules[1].with.a: this key stands here twice"),
+        ("rules[1].with={a: 1, a: 2}", "--set rules[1].with: rules[1].with.a: this key is given twice"),
         ("rules[2].with.init=split", "--set rules[2].with.init: rules has 2 entries, counted from 0"),
         ("rules[-1].with.init=split", "--set rules[-1].with.init: an override is written rules[0].with.key=value"),
         ("rules[1].with.init", "--set rules[1].with.init: an override is written rules[0].with.key=value"),

@@ -83,10 +83,10 @@ def _doubled(conv: nn.Module) -> None:
 
 @pytest.mark.parametrize("function", [surgeon.fuse, surgeon.fuse_, surgeon.survey])
 def test_a_file_name_is_no_model(function: Callable[..., object]) -> None:
-    with pytest.raises(ModelError, match=r"a str is no model. surgeon.load\('r18.pt'\) opens a file"):
+    with pytest.raises(ModelError, match=r"a str is not a model. surgeon.load\('r18.pt'\) opens a file"):
         function("r18.pt")
-    with pytest.raises(ModelError, match="a str is no model"):
+    with pytest.raises(ModelError, match="a str is not a model"):
         surgeon.convert("r18.pt", "acnet")
-    with pytest.raises(ModelError, match=r"a list is no model\. Give an nn.Module"):
+    with pytest.raises(ModelError, match=r"a list is not a model\. Give an nn.Module"):
         surgeon.verify([], ConvNorm(), SHAPE)
     assert issubclass(ModelError, surgeon.SurgeonError)

@@ -350,7 +350,10 @@ def test_trained_weights_do_not_make_another_network():
     [
         (lambda net: net.stem.conv.register_forward_hook(print), "stem.conv: hooks are attached"),
         (lambda net: net.stem.bn.register_forward_hook(print), "stem.conv: it cannot take over stem.bn: hooks"),
-        (lambda net: setattr(net.stem.conv, "weight", net.body[0].conv.weight), "stem.conv: its weights are also"),
+        (
+            lambda net: setattr(net.stem.conv, "weight", net.body[0].conv.weight),
+            "stem.conv: it shares its weights with",
+        ),
     ],
 )
 def test_what_came_in_the_way_since_the_plan_was_made_is_noticed(spoil: Callable[[Any], object], says: str):

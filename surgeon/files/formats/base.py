@@ -30,7 +30,7 @@ class Format(abc.ABC):
         """Whether a file is of this format, by its first 64 bytes."""
 
     def claims(self, path: Path) -> bool:
-        """Whether to try, and say what is damaged, where no format knows a file by its first bytes."""
+        """Whether to try a file whose first bytes no format knows, so that the error says what is damaged."""
         return False
 
     @abc.abstractmethod
@@ -46,7 +46,7 @@ class Format(abc.ABC):
         """Write a model; `manifest` says how its network is built, for a format that does not hold modules.
 
         Raises:
-            StoreError: the model holds what the format does not.
+            StoreError: the model holds something that the format cannot hold.
         """
 
     def header(self, path: Path) -> Mapping[str, str]:

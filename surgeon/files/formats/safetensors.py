@@ -50,12 +50,12 @@ class Safetensors(Format):
 
 
 def _untied(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give the tensors that share nothing; what is a second name of one is found again in the network itself."""
+    """Give every tensor once, with memory of its own; the network itself knows its other names."""
     first: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
     tensors = {}
     for key, tensor in state.items():
         if not isinstance(tensor, Tensor):
-            raise StoreError(f"{key} is no tensor, and safetensors holds nothing else", todo="Write a .pt file.")
+            raise StoreError(f"{key} is not a tensor, and safetensors holds only tensors", todo="Write a .pt file.")
         place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
         if tensor.numel() and first.setdefault(place, key) != key:
             continue
