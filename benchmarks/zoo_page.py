@@ -143,7 +143,7 @@ def untraced(records: Sequence[Record]) -> list[tuple[str, ...]]:
 
 
 def seams(records: Sequence[Record]) -> list[tuple[str, str]]:
-    """Count networks by the reason of a seam, the most frequent ones first; reasons of only one network are left out."""
+    """Count networks by the reason of a seam, most frequent first; reasons of only one network are left out."""
     found = Counter(reason for record in records for reason in {_numberless(one) for one in record.seams})
     return [(str(count), reason) for reason, count in found.most_common() if count > 1]
 

@@ -3,8 +3,8 @@
 Fashion-MNIST comes as four gzipped IDX files, which Debian's package `dataset-fashion-mnist` puts where `--data`
 looks by default. The demo's training images are drawn from the training split, its test images from the test split.
 
-The shipped files are the last of 12 epochs with the defaults: 7 minutes on two cores; they classify 92.5 % of the 10,000
-test images and 93.4 % of the training images correctly. Run from the repository's root:
+The shipped files are the last of 12 epochs with the defaults: 7 minutes on two cores; they classify 92.5 % of the
+10,000 test images and 93.4 % of the training images correctly. Run this from the repository's root:
 
     PYTHONPATH=. python scripts/train_demo.py --out surgeon/app/demo
 """

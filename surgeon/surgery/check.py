@@ -54,7 +54,5 @@ def _misfit(entry: Entry, site: Site | None) -> str | None:
     except ValidationError as error:
         return "; ".join(f"with.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
     if entry.takes_norm and set(entry.takes_norm) != set(site.norm):
-        return f"the block cannot take over {entry.takes_norm[0]}" + (
-            f": {site.norm_obstacle}" if site.norm_obstacle else ""
-        )
+        return f"it cannot take over {entry.takes_norm[0]}" + (f": {site.norm_obstacle}" if site.norm_obstacle else "")
     return site.obstacle or entry.block.refusal(site.spec, site.size, options)

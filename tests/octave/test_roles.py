@@ -157,7 +157,7 @@ def test_the_plan_of_the_command_line_tells_of_streams(capsys: pytest.CaptureFix
     assert run_surgeon("plan", "torchvision:resnet18", "-r", "octave") == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "low-passed: 'maxpool', where 'add' adds it to two streams" in told
-    assert "the forward of the model itself becomes a graph" in told
+    assert "this turns the forward of the model itself into a graph" in told
     assert "no seam is left" in told
 
 

@@ -63,7 +63,7 @@ def test_a_block_that_is_no_longer_what_it_was_is_not_folded(change: Callable[..
 
 def test_a_bare_block_folds_itself() -> None:
     block = _converted()[0].conv
-    with pytest.raises(PlanError, match=r"its own fold\(\) makes the conv"):
+    with pytest.raises(PlanError, match=r"call its fold\(\) to make the conv"):
         surgeon.fuse_(block)
 
 
