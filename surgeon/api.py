@@ -25,7 +25,7 @@ from surgeon.analysis import sites
 from surgeon.analysis.example import Example
 from surgeon.analysis.network import Network
 from surgeon.analysis.sites import Survey
-from surgeon.errors import CaptureError
+from surgeon.errors import CaptureError, VerifyError
 from surgeon.files import load as source
 from surgeon.files.architectures import Architecture
 from surgeon.files.pickles import Trust
@@ -199,6 +199,11 @@ def _verify(a: nn.Module, b: nn.Module, example: Any, seed: int, progress: Progr
     checked(a), checked(b)
     if (place := devices.of(a)) is not None and place.type != "meta":
         b = devices.on(b, place)
+    if empty := [name for name, model in (("A", a), ("B", b)) if any(p.is_meta for p in model.parameters())]:
+        raise VerifyError(
+            f"{' and '.join(empty)} has parameters on the meta device, which hold no numbers",
+            todo="Load its weights first.",
+        )
     progress("looking for an input", 0)
     is_list = isinstance(example, list) and not all(isinstance(side, int) for side in example)
     given: Any = example if is_list else [example]

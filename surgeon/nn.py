@@ -91,11 +91,19 @@ def become_(instance: Any, kind: type[Any], **attributes: Any) -> Callable[[], N
     return undo
 
 
+class LaterFormatError(ValueError):
+    """What a later version of surgeon has written."""
+
+
 def known_format(cls: type[Any], state: dict[str, Any]) -> int:
     """Take the number of its format out of a state, and refuse what a later version has written."""
     format = state.pop(FORMAT_KEY, 1)
-    if type(format) is not int or not 1 <= format <= cls.FORMAT:
-        raise ValueError(f"{cls.__name__} has format {format!r} in the file, and this surgeon reads up to {cls.FORMAT}")
+    if type(format) is not int or format < 1:
+        raise ValueError(f"{cls.__name__} has format {format!r} in the file")
+    if format > cls.FORMAT:
+        raise LaterFormatError(
+            f"it holds a {cls.__name__} of format {format}, and this surgeon reads up to {cls.FORMAT}"
+        )
     return format
 
 

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from surgeon._torch_compat import ASSERT_IS_NONE
 from surgeon.conv import streams
-from surgeon.nn import Stored, become_
+from surgeon.nn import LaterFormatError, Stored, become_
 
 Data = dict[str, Any]
 _FORMAT = 2
@@ -126,6 +126,8 @@ class Rewritten(Stored, nn.Module):
 
     @classmethod
     def upgraded(cls, state: Data, format: int) -> Data:
+        if not isinstance(state.get("origin"), str):
+            raise ValueError("the file does not say which class a rewritten module had")
         return state | {"program": _upgraded(state["program"])}
 
     def derive_(self) -> None:
@@ -224,7 +226,10 @@ def decode(program: Mapping[str, Any]) -> fx.Graph:
         ValueError: it holds a name or a word that `encode` does not write; nothing has been run.
     """
     if program.get("format") != _FORMAT:
-        raise ValueError("the graph in the file has a format that this surgeon does not know")
+        later = type(program.get("format")) is int and program["format"] > _FORMAT
+        raise (LaterFormatError if later else ValueError)(
+            f"the graph in the file has format {program.get('format')!r}, and this surgeon reads up to {_FORMAT}"
+        )
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
     for name, *default in program["inputs"]:

@@ -63,6 +63,11 @@ class Operator(Stored, nn.Module):
 
     spec: ConvSpec  # of the conv that it replaces
 
+    def __setstate__(self, state: Any) -> None:
+        if not isinstance(state.get("spec"), ConvSpec):
+            raise ValueError(f"the spec of a {type(self).__name__} is not a ConvSpec")
+        super().__setstate__(state)
+
 
 class Block(Operator, abc.ABC, Generic[Opts]):
     """A module that stands where an `nn.Conv2d` stood: it takes the same input and gives the same output shape.

@@ -36,7 +36,7 @@ from surgeon import blocks
 from surgeon._torch_compat import pickle_program
 from surgeon.errors import ModelError
 from surgeon.models.sandbox import unpickling
-from surgeon.nn import MOVED, current_name
+from surgeon.nn import MOVED, LaterFormatError, current_name
 
 PACKAGES = ("torch.nn", "torchvision", "timm", "surgeon")
 
@@ -167,6 +167,12 @@ class _Unchecked:
 
 def _unreadable(path: Path, error: Exception) -> ModelError:
     why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    if isinstance(error, LaterFormatError):
+        return ModelError(
+            f"{path} was written by a later version of surgeon: {why}", todo="Upgrade: pip install -U conv-surgeon."
+        )
+    if isinstance(error, KeyError):
+        why = f"{why} is missing in it"
     return ModelError(
         f"{path} cannot be unpickled: {why}",
         todo="It is damaged, or its classes have changed; save its state_dict where it still loads, and use --arch.",

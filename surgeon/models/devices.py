@@ -54,12 +54,12 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 
 
 def moved(model: Model, device: torch.device) -> Model:
-    """Move a model itself, and return it.
+    """Move a model itself, and return it; one without numbers, on the meta device, stays there.
 
     Raises:
         ModelError: it does not fit there.
     """
-    if of(model) == device:
+    if (place := of(model)) == device or (place is not None and place.type == "meta"):
         return model
     try:
         return model.to(device)

@@ -26,7 +26,7 @@ from torch import fx, nn
 
 from surgeon.analysis.islands import Island
 from surgeon.analysis.sites import Site, Survey
-from surgeon.blocks import Together, Wanted
+from surgeon.blocks import Together, Wanted, contract
 from surgeon.blocks.two_streams import TwoStreamOptions
 from surgeon.conv import streams
 from surgeon.octave.layout import Flow, Layout, Step
@@ -69,7 +69,7 @@ def assign(survey: Survey, wanted: Mapping[str, Wanted[TwoStreamOptions]]) -> Ro
 
 def _refusal(site: Site, wanted: Wanted[TwoStreamOptions], roles: Roles) -> str | None:
     assert site.spec is not None
-    return wanted.block.refusal(site.spec, site.size, roles.options[site.path])
+    return contract.refusal(wanted.block, site.spec, site.size, roles.options[site.path])
 
 
 def _fixed(options: TwoStreamOptions) -> TwoStreamOptions:

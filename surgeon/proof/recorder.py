@@ -110,7 +110,13 @@ class Recorder:
         return found
 
     def _isolated(self, model: nn.Module, path: str, one: Recording) -> float:
-        return _apart(self._run(model, path, one), one.out)
+        try:
+            out = self._run(model, path, one)
+        except (
+            Exception
+        ):  # two streams of other channels, say: what cannot take the same input does not compute the same
+            return math.inf
+        return _apart(out, one.out)
 
     def _run(self, model: nn.Module, path: str, one: Recording) -> Any:
         """Run a site on the arguments of A's site, up to where its result is finished."""

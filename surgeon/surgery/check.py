@@ -6,6 +6,7 @@ from pydantic import ValidationError
 
 from surgeon.analysis import fingerprint as fingerprints
 from surgeon.analysis.sites import Site, Survey
+from surgeon.blocks import contract
 from surgeon.errors import PlanError
 from surgeon.surgery.plan import Entry, FunctionalStep, Plan
 
@@ -55,4 +56,4 @@ def _misfit(entry: Entry, site: Site | None) -> str | None:
         return "; ".join(f"with.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
     if entry.takes_norm and set(entry.takes_norm) != set(site.norm):
         return f"it cannot take over {entry.takes_norm[0]}" + (f": {site.norm_obstacle}" if site.norm_obstacle else "")
-    return site.obstacle or entry.block.refusal(site.spec, site.size, options)
+    return site.obstacle or contract.refusal(entry.block, site.spec, site.size, options)

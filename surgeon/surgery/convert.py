@@ -60,11 +60,11 @@ def carry_out_(checked: Plan, network: Network, progress: Progress = silent) -> 
             lost = [swaps[i].entry.path for i in sorted(called - called_now)]
             whole = check_whole(model, inputs, before, after, lost, approximate=bool(check.approximate))
             check = replace(check, whole=whole)
+        progress("recording what was done", 0.95)
     except BaseException:
         outcome.undo_()
         undo()
         raise
-    progress("noting what was done", 0.95)
     made = content_hash(model)
     record_(model, Operation("convert", parent, made, checked.to_dict(), versions(), measured=check.to_dict()))
     return check

@@ -11,7 +11,7 @@ from torch import nn
 from surgeon._torch_compat import BatchNorm
 from surgeon.analysis.network import Network
 from surgeon.analysis.obstacles import custom_call, norms_behind
-from surgeon.blocks import Block, Deployable, Foldable
+from surgeon.blocks import Block, Deployable, Foldable, contract
 from surgeon.conv import kernels
 from surgeon.conv.spec import ConvSpec
 from surgeon.errors import PlanError
@@ -93,7 +93,7 @@ def _with_norm(conv: nn.Module, norm: BatchNorm) -> nn.Conv2d:
 
 
 def _fold(block: Foldable) -> nn.Conv2d:
-    conv = block.fold()
+    conv = contract.fold(block)
     give_back_after(conv.weight)
     return conv
 

@@ -26,12 +26,11 @@ def fold_all_(
     progress("running the network as it was", 0)
     parent, before = content_hash(model), outputs_of(model, inputs)
     planned = planned_inputs(history(model))  # verify will look at the network with these, too
-    progress("folding", 0.4)
+    progress("folding, and running the network as it is then", 0.5)
     is_planned = inputs is not None and planned is not None and inputs.text == planned.text
     folded = fold_blocks_(network if is_planned else Network(model, called_with=planned), dense=dense)
     distance = None
     if before is not None and inputs is not None:
-        progress("running the network as it is now", 0.6)
         distance = worst(runs.outputs(model, inputs), before)
         if is_far(model, inputs, distance):
             raise PassError("fuse", f"the network is {distance:.1e} from what it was before its blocks were folded")

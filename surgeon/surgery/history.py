@@ -12,7 +12,7 @@ import hashlib
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -38,7 +38,7 @@ class Operation:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    operation: str  # convert or fuse
+    operation: Literal["convert", "fuse"]
     parent: str
     result: str
     plan: dict[str, Any] | None = None
@@ -83,6 +83,8 @@ def steps_in(data: Any) -> tuple[Operation, ...]:
         check_format(data)
         steps = _HISTORY.validate_python(data["history"])
         for step in steps:
+            if (step.plan is None) != (step.operation == "fuse"):
+                raise foreign()
             if step.plan is not None:
                 Plan.model_validate(step.plan)
     except ValidationError as error:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from surgeon.analysis.sites import Site, Survey, measure_calls
-from surgeon.blocks import BlockOptions, Together, Wanted, registry
+from surgeon.blocks import BlockOptions, Together, Wanted, contract, registry
 from surgeon.errors import BlockError, PlanError
 from surgeon.models.cost import Cost
 from surgeon.octave.roles import Roles
@@ -161,7 +161,7 @@ def _skip(site: Site, rule: Rule | None, roles: Roles) -> str | None:
     assert rule.options is not None
     if why := site.obstacle or roles.skips.get(site.path):
         return why
-    return registry()[rule.swap].refusal(site.spec, site.size, roles.options.get(site.path, rule.options))
+    return contract.refusal(registry()[rule.swap], site.spec, site.size, roles.options.get(site.path, rule.options))
 
 
 def _changes(before: Cost, after: Cost) -> dict[str, Change]:
@@ -197,6 +197,6 @@ class _Measured:
                 like = torch.empty(0, dtype=site.dtype)
                 norm = torch.nn.BatchNorm2d(site.spec.c_out, dtype=site.dtype) if takes_norm else None
             conv = site.spec.build(like=like)
-            block = registry()[swap].from_conv(conv, options, norm=norm, generator=torch.Generator())
+            block = contract.from_conv(registry()[swap], conv, options, norm=norm, generator=torch.Generator())
             self._known[key] = measure_calls(block, site.runs)
         return self._known[key]

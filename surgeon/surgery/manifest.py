@@ -24,7 +24,9 @@ _ARCHITECTURE = TypeAdapter(Architecture | None)
 def manifest(model: nn.Module, architecture: Architecture | None) -> str:
     """Write the manifest of a model that is to be saved."""
     named = None if architecture is None else asdict(architecture)
-    return json.dumps({"architecture": named, **histories.as_data(model)})
+    if not isinstance(stored := histories.as_data(model), dict):
+        raise histories.foreign()
+    return json.dumps({"architecture": named, **stored})
 
 
 def read(text: str) -> tuple[Architecture | None, tuple[Operation, ...]]:
@@ -37,7 +39,7 @@ def read(text: str) -> tuple[Architecture | None, tuple[Operation, ...]]:
         data: Any = json.loads(text)
         steps = histories.steps_in(data)
         return _ARCHITECTURE.validate_python(data["architecture"]), steps
-    except (ValidationError, ValueError, TypeError, KeyError) as error:
+    except (ValidationError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise histories.foreign() from error
 
 

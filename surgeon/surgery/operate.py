@@ -18,7 +18,7 @@ from surgeon._torch_compat import BatchNorm
 from surgeon.analysis import functional
 from surgeon.analysis.functional import Functional
 from surgeon.analysis.network import Network
-from surgeon.blocks import Block
+from surgeon.blocks import Block, contract
 from surgeon.errors import PassError
 from surgeon.models.memory import give_back_after
 from surgeon.octave import rewrite as seams
@@ -94,7 +94,8 @@ def _functional(entry: Entry) -> Functional:
 
 def build(entry: Entry, conv: nn.Conv2d, norm: BatchNorm | None, seed: int) -> Block:
     """Make the block of one entry from the conv (and norm) that it replaces."""
-    return entry.block.from_conv(conv, entry.block_options, norm=norm, generator=_generator(seed, entry.path))
+    generator = _generator(seed, entry.path)
+    return contract.from_conv(entry.block, conv, entry.block_options, norm=norm, generator=generator)
 
 
 def _prepare(model: nn.Module, entry: Entry, seed: int) -> Swap:

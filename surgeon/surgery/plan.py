@@ -192,6 +192,13 @@ class Plan(Shown, Form):
     seams: tuple[SeamLeft, ...] = ()
     convs: tuple[Entry, ...]
 
+    @field_validator("format", mode="before")
+    @classmethod
+    def _is_known(cls, value: object) -> object:
+        if type(value) is int and value > 2:
+            raise ValueError(f"format {value} was written by a later version of surgeon: pip install -U conv-surgeon")
+        return value
+
     @field_validator("input")
     @classmethod
     def _is_readable(cls, value: tuple[tuple[int, ...], ...] | str | None) -> tuple[tuple[int, ...], ...] | str | None:

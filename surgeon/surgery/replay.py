@@ -80,6 +80,8 @@ def steps_between(a: nn.Module, b: nn.Module) -> tuple[Operation, ...]:
     """Find how `b` was made from `a`, if every step is known and nothing was trained in between."""
     steps, known = history(b), history(a)
     shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(steps, known, strict=False)))
+    if len(known) > shared:  # A went another way than B
+        return ()
     start = content_hash(a) if steps else ""
     for i, step in enumerate(steps[shared:], shared):  # an octave model has the tensors that it was made from
         chain = steps[i:]

@@ -18,8 +18,8 @@ from torch import nn
 
 from surgeon.analysis import program as graph
 from surgeon.analysis.network import Network
-from surgeon.blocks import Block
-from surgeon.errors import BlockError, CaptureError, PassError, SurgeonError, VerifyError
+from surgeon.blocks.contract import broken
+from surgeon.errors import CaptureError, PassError, VerifyError
 from surgeon.models.call import Inputs
 from surgeon.models.copies import shadow
 from surgeon.models.devices import dtype_of
@@ -73,26 +73,17 @@ def check_sites(swaps: Sequence[Swap], seed: int, progress: Progress) -> SelfChe
         norm = None if one.norm is None else shadow(one.norm, as_double)
         twin = build(one.entry, conv, norm, seed)
         if not (ulps := worst_ulps(one.block, twin)) <= 1:
-            raise _broken(one.block, f"{path} is stored {ulps:.3g} units in the last place away from its float64 twin")
+            raise broken(
+                type(one.block), f"{path} is stored {ulps:.3g} units in the last place away from its float64 twin"
+            )
         if one.entry.keeps_function:
             apart = runs.local_distance(twin, conv, norm)
             if not apart <= EXACT:
-                raise _broken(one.block, f"{path} is {apart:.1e} from the conv it replaces, in float64")
+                raise broken(type(one.block), f"{path} is {apart:.1e} from the conv it replaces, in float64")
             if check.worst is None or apart > check.worst:
                 check = replace(check, worst=apart, worst_path=path)
         give_back_after(one.conv.weight)
     return check
-
-
-def _broken(block: Block, what: str) -> SurgeonError:
-    """Say whose fault it is that a block is not what it claims to be: surgeon's own, or that of whoever brings it."""
-    home = type(block).__module__.partition(".")[0]
-    if home == "surgeon":
-        return PassError("convert", what)
-    return BlockError(
-        f"the block {block.name!r} of {home} is not what it claims to be: {what}",
-        todo="Report it to whoever made that block, and choose another one.",
-    )
 
 
 @contextlib.contextmanager
@@ -187,7 +178,7 @@ def check_whole(
 
 def outputs_of(model: nn.Module, inputs: Inputs | None) -> Any:
     """Run the model; None if no input is known, or if no number comes out."""
-    if inputs is None:
+    if inputs is None or any(parameter.is_meta for parameter in model.parameters()):
         return None
     out = runs.outputs(model, inputs)
     return out if has_numbers(out) else None

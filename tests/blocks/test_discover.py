@@ -306,10 +306,40 @@ def test_a_block_that_is_named_twice_is_one(installed: Path) -> None:
 
 def test_a_block_that_is_not_what_it_claims_to_be_is_named_with_its_package(installed: Path) -> None:
     text = MODULE.format(name="Lying", block="lying").replace("return options.start == 1", "return True")
-    install(installed, "lying-distribution", "lying_block", text, "lying_block:Lying")
-    registry.cache_clear()
+    install(installed, "otherblocks", "other", text, "other:Lying")
     recipe = {"surgeon": 1, "title": "T", "rules": [{"swap": "lying", "with": {"start": 2.0}}]}
-    with pytest.raises(
-        BlockError, match=r"the block 'lying' of lying_block is not what it claims to be: 0 is .*e.* from"
-    ):
+    with pytest.raises(BlockError, match=r"the block 'lying' of other is not what it claims to be: 0 is .*e.* from"):
         surgeon.convert(nn.Sequential(nn.Conv2d(3, 8, 3)), recipe, (1, 3, 8, 8))
+
+
+BROKEN = {  # what a block does, and what is said of it
+    "its from_conv raises": ("return cls(conv, options).train(conv.training)", "raise RuntimeError('no luck')",
+        "its from_conv raised RuntimeError: no luck"),
+    "its from_conv gives something else": ("return cls(conv, options).train(conv.training)", "return conv",
+        "its from_conv returned a Conv2d instead of a Broken"),
+    "its refusal raises": ('return "its groups are its own" if spec.groups > 1 else None', "return 1 / 0",
+        "its refusal raised ZeroDivisionError"),
+    "its refusal is no sentence": ('return "its groups are its own" if spec.groups > 1 else None', "return 5",
+        "its refusal returned 5 instead of a sentence or None"),
+    "its fold raises": ("def fold(self):", "def fold(self):\n        raise RuntimeError('no luck')",
+        "its fold raised RuntimeError: no luck"),
+    "its fold gives nothing": ("def fold(self):", "def fold(self):\n        return None",
+        "its fold returned a NoneType instead of a Conv2d"),
+    "its fold gives another conv": ("def fold(self):", "def fold(self):\n        return nn.Conv2d(1, 1, 1)",
+        "its fold returned a conv 1→1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_block_that_breaks_its_contract_is_named_with_its_package(installed: Path, what: str) -> None:
+    line, instead, said = BROKEN[what]
+    text = MODULE.format(name="Broken", block="broken")
+    assert line in text
+    install(installed, "otherblocks", "other", text.replace(line, instead), "other:Broken")
+    net = nn.Sequential(nn.Conv2d(3, 8, 3))
+    recipe = {"surgeon": 1, "title": "T", "rules": [{"swap": "broken"}]}
+    with pytest.raises(BlockError) as caught:
+        surgeon.fuse(surgeon.convert(net, recipe, (1, 3, 8, 8)))
+    assert said in caught.value.problem
+    assert "the block 'broken' of other" in caught.value.problem
+    assert type(net[0]) is nn.Conv2d

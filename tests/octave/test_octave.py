@@ -176,8 +176,12 @@ REFUSED = {
         "2 low channels cut a group of 4 input channels",
     ),
     "other ranges with groups": (ConvSpec(8, 8, (1, 1), groups=2), {"low_in": ((0, 4),)}, "its groups cannot follow"),
-    "ranges beyond the end": (ConvSpec(8, 8, (1, 1)), {"low_in": ((4, 9),)}, "low_in does not leave"),
-    "ranges that leave nothing": (ConvSpec(8, 8, (1, 1)), {"low_in": ((0, 8),)}, "low_in does not leave"),
+    "ranges beyond the end": (ConvSpec(8, 8, (1, 1)), {"low_in": ((4, 9),)}, "low_in must lie within 8 input channels"),
+    "ranges that leave nothing": (
+        ConvSpec(8, 8, (1, 1)),
+        {"low_in": ((0, 8),)},
+        "low_in must lie within 8 input channels",
+    ),
     "one pixel": (ConvSpec(8, 8, (3, 3), padding=(1, 1), padding_mode="reflect"), {}, "too wide for a low map of 1"),
 }
 

@@ -309,3 +309,31 @@ def test_what_was_measured_does_not_tell_histories_apart(converted: nn.Module) -
     """Another machine measures something else of the same operation."""
     [made] = surgeon.history(converted)
     assert dataclasses.replace(made, measured={"whole": 1.0}) == made
+
+
+@pytest.mark.parametrize("change", [{"operation": "zap"}, {"plan": None}], ids=["another operation", "no plan"])
+def test_an_operation_that_cannot_be_one_is_refused(converted: nn.Module, change: dict[str, object]) -> None:
+    converted.surgeon_provenance["history"][0] |= change
+    with pytest.raises(StoreError, match="the history in the file is not valid"):
+        surgeon.history(converted)
+
+
+@pytest.mark.parametrize("foreign", [5, None, "text", [1]])
+def test_what_is_no_history_is_not_written(converted: nn.Module, foreign: object, tmp_path: Path) -> None:
+    converted.surgeon_provenance = foreign
+    with pytest.raises(StoreError, match="the history in the file"):
+        surgeon.save(converted, tmp_path / "net.safetensors", arch=ARCH)
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_that_went_different_ways_are_compared_as_they_are() -> None:
+    """Octave networks keep the tensors of their origin, so hashes alone would take one for the origin of the other."""
+    net = shake_(SmallResNet(), 1)
+    half, quarter = (
+        surgeon.convert(net, "octave", INPUT, overrides=[f"rules[1].with.alpha={alpha}", "rules[1].with.min_size=2"])
+        for alpha in (0.5, 0.25)
+    )
+    report = surgeon.verify(half, quarter, INPUT)
+    assert report.verdict == "different"
+    assert surgeon.verify(net, half, INPUT).verdict == "approximate"
+    assert surgeon.verify(half, surgeon.fuse(half), INPUT).verdict == "equivalent"

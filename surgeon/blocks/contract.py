@@ -1,0 +1,67 @@
+"""Calls of a block's own code. An error in one is reported with the package that brings the block."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from surgeon.blocks.base import Block, Foldable
+from surgeon.conv.spec import ConvSpec
+from surgeon.errors import BlockError, PassError, SurgeonError
+
+
+def broken(kind: type[Block], what: str) -> SurgeonError:
+    """Make the error for a block that does not keep its contract: a bug in surgeon, or in whoever brings the block."""
+    home = kind.__module__.partition(".")[0]
+    if home == "surgeon":
+        return PassError(kind.name, what)
+    return BlockError(
+        f"the block {kind.name!r} of {home} is not what it claims to be: {what}",
+        todo="Report it to the authors of that block, and choose another one.",
+    )
+
+
+def refusal(kind: type[Block], spec: ConvSpec, size: tuple[int, int] | None, options: Any) -> str | None:
+    """Ask a block why it cannot replace a conv."""
+    with _calling(kind, "refusal"):
+        why: Any = kind.refusal(spec, size, options)
+    if why is not None and not isinstance(why, str):
+        raise broken(kind, f"its refusal returned {why!r} instead of a sentence or None")
+    return why
+
+
+def from_conv(kind: type[Block], conv: nn.Conv2d, options: Any, **how: Any) -> Block:
+    """Let a block be built from a conv."""
+    with _calling(kind, "from_conv"):
+        made: Any = kind.from_conv(conv, options, **how)
+    if not isinstance(made, kind):
+        raise broken(kind, f"its from_conv returned a {type(made).__name__} instead of a {kind.__name__}")
+    return made
+
+
+def fold(block: Foldable) -> nn.Conv2d:
+    """Let a block fold itself into a conv, and make sure that it is one of the same channels and stride."""
+    with _calling(type(block), "fold"):
+        made: Any = block.fold()
+    if not isinstance(made, nn.Conv2d):
+        raise broken(type(block), f"its fold returned a {type(made).__name__} instead of a Conv2d")
+    found, wanted = ConvSpec.of(made), block.spec
+    if (found.c_in, found.c_out, found.stride) != (wanted.c_in, wanted.c_out, wanted.stride):
+        raise broken(type(block), f"its fold returned a conv {found}, in place of {wanted}")
+    return made
+
+
+@contextlib.contextmanager
+def _calling(kind: type[Block], what: str) -> Iterator[None]:
+    try:
+        yield
+    except SurgeonError:
+        raise
+    except Exception as error:
+        if kind.__module__.startswith("surgeon."):
+            raise
+        said = (str(error).splitlines() or [""])[0].rstrip(".")
+        raise broken(kind, f"its {what} raised {type(error).__name__}: {said}") from error
