@@ -336,7 +336,7 @@ def test_a_plan_whose_shapes_do_not_do_asks_for_the_input_again(capsys: pytest.C
     assert code == 0
     assert done["self_check"]["whole"] is None
     assert "random input of the shapes in the plan (2×4×9×8) is rejected by the model" in error
-    assert "give --input again" in error
+    assert "pass --input again" in error
     code, done, error = run_json(capsys, "convert", "net.pt", "--plan", "plan.yaml", "-f", ones, *allow)
     assert done["self_check"]["whole"] < 1e-6
 
