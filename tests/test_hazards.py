@@ -145,7 +145,7 @@ HAZARDS = [
     Hazard("a forward hook", changed(lambda c: c.register_forward_hook(lambda *_: None)), stays="hooks are attached"),
     Hazard("a pre-hook", changed(lambda c: c.register_forward_pre_hook(lambda *_: None)), stays="hooks are attached"),
     # Kinds
-    Hazard("weight-standardised", with_conv(lambda: StdConv2d(4, 4, 3, padding=1)), stays="StdConv2d is a Conv2d"),
+    Hazard("weight-standardised", with_conv(lambda: StdConv2d(4, 4, 3, padding=1)), stays="StdConv2d is a subclass"),
     Hazard("weight-standardised and scaled", with_conv(lambda: ScaledStdConv2d(4, 4, 3, padding=1)),
            stays="ScaledStdConv2d is a subclass of Conv2d with a forward of its own"),
     Hazard("padded to the same size", with_conv(lambda: Conv2dSame(4, 4, 3, stride=2)), stays="Conv2dSame is a"),

@@ -46,7 +46,8 @@ NETS = {
     "timm:test_vit": Expected(None, 0, None, is_whole=False),
     "timm:starnet_s050": Expected(5, 5, 5),
 }
-WITHOUT_OCTAVES = ()
+WITHOUT_OCTAVES = ("timm:test_convnext", "timm:test_nfnet", "timm:test_vit")
+OWN_CHECK_ONLY = ("torchvision:shufflenet_v2_x0_5",)  # the sweep verifies octaves in networks of up to 40 convs
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -63,7 +64,7 @@ def test_no_network_crashes_or_comes_out_wrong(name: str) -> None:
         assert (record.verdicts["convert"], record.verdicts["fuse"]) == ("equivalent", "equivalent")
     assert bool(record.octaves) == (name not in WITHOUT_OCTAVES)
     if record.octaves:
-        assert record.verdicts["octave"] == "approximate"
+        assert record.verdicts.get("octave") == (None if name in OWN_CHECK_ONLY else "approximate")
         assert record.apart["octave fused"] <= 1e-12
     assert sum(record.dense_skipped.values()) == (record.dense or 0) - (record.dense_swapped or 0)
 
