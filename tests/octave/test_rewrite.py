@@ -521,7 +521,8 @@ def test_a_graph_that_surgeon_would_not_write_is_refused_before_anything_runs(wh
     with pytest.raises(ValueError, match=r"the graph in the file|reads the attribute"):
         decode(model.program)
     torch.save(model, tmp_path / "evil.pt")
-    with pytest.raises(ModelError, match=r"cannot be unpickled|was written by a later version"):
+    says = "was written by a later version" if what == "a later format" else "cannot be unpickled"
+    with pytest.raises(ModelError, match=says):
         surgeon.load(tmp_path / "evil.pt")
 
 
