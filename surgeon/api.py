@@ -201,7 +201,7 @@ def _verify(a: nn.Module, b: nn.Module, example: Any, seed: int, progress: Progr
         b = devices.on(b, place)
     if empty := [name for name, model in (("A", a), ("B", b)) if any(p.is_meta for p in model.parameters())]:
         raise VerifyError(
-            f"{' and '.join(empty)} has parameters on the meta device, which hold no numbers",
+            f"{' and '.join(empty)}: parameters are on the meta device, and hold no numbers",
             todo="Load its weights first.",
         )
     progress("looking for an input", 0)

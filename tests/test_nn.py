@@ -123,3 +123,23 @@ def test_blocks_of_format_1_are_of_today_once_they_are_read(name: str) -> None:
         again = copy.deepcopy(block)
         assert vars(again).keys() == vars(block).keys()
         assert vars(block).keys() >= block.DERIVED
+
+
+def test_a_block_without_a_spec_is_refused() -> None:
+    with pytest.raises(ValueError, match="OctaveConv has a spec that is not a ConvSpec"):
+        surgeon.OctaveConv.__new__(surgeon.OctaveConv).__setstate__({"spec": 3})
+
+
+def test_a_rewritten_module_that_does_not_say_what_it_was_is_refused() -> None:
+    made = surgeon.nn.Rewritten.__new__(surgeon.nn.Rewritten)
+    with pytest.raises(ValueError, match="does not say which class"):
+        made.__setstate__({"program": {"format": 2, "inputs": [], "steps": [], "output": None}})
+
+
+def test_models_without_numbers_are_folded_unmeasured_and_not_compared() -> None:
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+    converted = surgeon.convert(net, "acnet", (1, 3, 8, 8)).to("meta")
+    fused = surgeon.fuse(converted)
+    assert "whole" not in surgeon.history(fused)[-1].measured
+    with pytest.raises(surgeon.errors.VerifyError, match="A and B: parameters are on the meta device"):
+        surgeon.verify(converted, fused, (1, 3, 8, 8))

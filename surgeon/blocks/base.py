@@ -65,7 +65,7 @@ class Operator(Stored, nn.Module):
 
     def __setstate__(self, state: Any) -> None:
         if not isinstance(state.get("spec"), ConvSpec):
-            raise ValueError(f"the spec of a {type(self).__name__} is not a ConvSpec")
+            raise ValueError(f"{type(self).__name__} has a spec that is not a ConvSpec")
         super().__setstate__(state)
 
 
