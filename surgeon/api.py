@@ -207,12 +207,12 @@ def _verify(a: nn.Module, b: nn.Module, example: Any, seed: int, progress: Progr
     progress("looking for an input", 0)
     is_list = isinstance(example, list) and not all(isinstance(side, int) for side in example)
     given: Any = example if is_list else [example]
-    inputs = [inputs_for(b if one is None and histories.history(b) else a, one, seed=seed) for one in given]
+    steps = replay.steps_between(a, b)
+    inputs = [inputs_for(b if one is None and steps else a, one, seed=seed) for one in given]
     known = [one for one in inputs if one is not None]
     if not known:
         raise CaptureError("no input is known that the model accepts", todo="Pass one: --input 1,3,224,224.")
     progress("repeating the operations in float64", 0.1)
-    steps = replay.steps_between(a, b)
     again = replay.done_again(a, steps) if steps else None
     progress("comparing", 0.4)
     is_approximate = any(map(replay.is_approximate, steps))
@@ -220,6 +220,8 @@ def _verify(a: nn.Module, b: nn.Module, example: Any, seed: int, progress: Progr
     if steps and not found and histories.content_hash(b) != steps[-1].result:
         changed = f"B's tensors were changed after {steps[-1].operation} had made it"
         found = replace(found, remarks=(*found.remarks, changed))
+    if not steps and (lapse := replay.lapse(a, b)) is not None:
+        found = replace(found, remarks=(*found.remarks, lapse))
     return found
 
 

@@ -61,7 +61,7 @@ def _sites(rows: Sequence[SiteDistance], count: int) -> Table:
     shown = (diverging or rows)[: words.MOST_ROWS]
     for site in shown:
         ulps = "" if site.ulps is None else f"{site.ulps:.3g}"
-        distances = (f"{site.isolated:.1e}", f"{site.propagated:.1e}")
+        distances = ["—" if far is None else f"{far:.1e}" for far in (site.isolated, site.propagated)]
         mark = Text("diverges", style="red") if site.diverges else ""
         table.add_row(site.path, site.kind_a, site.kind_b, *distances, ulps, mark)
     if len(shown) < len(rows):

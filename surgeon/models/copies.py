@@ -110,7 +110,7 @@ def shadow(model: Model, cast: Callable[[Tensor], Tensor] | None = None) -> Mode
             f"the model cannot be copied: {where(error)}", todo="Move what Python cannot copy out of the module."
         ) from error
     for (name, module), twin in zip(model.named_modules(), made.modules(), strict=False):
-        if _kind(twin) is not _kind(module):
+        if kind_of(twin) is not kind_of(module):
             raise CaptureError(
                 f"{name or 'the model'} cannot be copied: copy.deepcopy gives it another class",
                 todo="Give the network that it was made from.",
@@ -184,7 +184,7 @@ def _check_copyable(model: nn.Module) -> None:
         )
 
 
-def _kind(module: nn.Module) -> type:
+def kind_of(module: nn.Module) -> type:
     """Give the class of a module; every GraphModule has one of its own, below that which names its kind."""
     kind = type(module)
     return kind.__mro__[1] if isinstance(module, fx.GraphModule) and kind.__name__ == "GraphModuleImpl" else kind

@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -55,11 +56,55 @@ def worst(out_b: Any, out_a: Any, *, any_dtype: bool = False) -> float:
     return max(relative_l2(b, a) for b, a in matched(out_b, out_a, any_dtype=any_dtype))
 
 
-def pooled(outs_b: Sequence[Any], outs_a: Sequence[Any]) -> list[float]:
-    """Give the relative L2 of every output over several runs together; the dtypes may differ."""
+@dataclass(frozen=True, slots=True)
+class Apart:
+    """How far one output is from another: numbers by relative L2, and those that can only be equal or not by counting.
+
+    `l2`: over the numbers that are finite in both, infinite where one of two is zero. `flips`: how many of the `count`
+    numbers differ although there is no distance between them: labels, masks, and NaN or Inf that only one side has.
+    """
+
+    l2: float
+    flips: int
+    count: int
+    is_whole: bool = False  # whole numbers, which rounding flips where two of A's numbers nearly tie
+
+    @classmethod
+    def between(cls, b: Tensor, a: Tensor) -> Self:
+        """Compare two tensors of one shape.
+
+        >>> Apart.between(torch.tensor([1, 2, 4]), torch.tensor([1, 2, 3]))
+        Apart(l2=0.0, flips=1, count=3, is_whole=True)
+        >>> Apart.between(torch.tensor([3.0, 4.5, math.nan]), torch.tensor([3.0, 4.0, 1.0]))
+        Apart(l2=0.1, flips=1, count=3, is_whole=False)
+        """
+        a, b = (torch.view_as_real(t) if t.is_complex() else t for t in (a.detach(), b.detach()))
+        if not (a.is_floating_point() or b.is_floating_point()):
+            return cls(0.0, int((a != b).sum()), a.numel(), is_whole=True)
+        a, b = a.double(), b.double()
+        finite = a.isfinite() & b.isfinite()
+        flips = ~finite & (a != b) & ~(a.isnan() & b.isnan())
+        return cls(relative_l2(b[finite], a[finite]), int(flips.sum()), a.numel())
+
+    def furthest(self, other: Apart) -> Apart:
+        """Take the larger of both measures."""
+        return Apart(max(self.l2, other.l2), max(self.flips, other.flips), self.count, self.is_whole)
+
+    def flips_allowed(self, margin: float) -> float:
+        """How many numbers may flip in B where this many flip in A when its weights are rounded, or moved that far.
+
+        m · k + 4 · √(m · k + 1) for k flips, which are counted, and so vary by chance as √k does. A number may not
+        become NaN or Inf where none does in A.
+        """
+        expected = margin * self.flips
+        return expected + 4 * math.sqrt(expected + 1) if self.flips or self.is_whole else 0.0
+
+
+def pooled(outs_b: Sequence[Any], outs_a: Sequence[Any]) -> list[Apart]:
+    """Compare every output over several runs together; the dtypes may differ."""
     runs = [matched(b, a, any_dtype=True) for b, a in zip(outs_b, outs_a, strict=True)]
     leaves = [zip(*leaf, strict=True) for leaf in zip(*runs, strict=True)]
-    return [relative_l2(_joined(b), _joined(a)) for b, a in leaves]
+    return [Apart.between(_joined(b), _joined(a)) for b, a in leaves]
 
 
 def matched(out_b: Any, out_a: Any, *, any_dtype: bool = False) -> list[tuple[Tensor, Tensor]]:
@@ -105,8 +150,19 @@ def furthest(outputs: Sequence[tuple[float, float]]) -> Iterator[tuple[int, floa
     []
     """
     if outputs:
-        i = max(range(len(outputs)), key=lambda i: outputs[i][0] / outputs[i][1])
+        i = max(range(len(outputs)), key=lambda i: excess(*outputs[i]))
         yield i, *outputs[i]
+
+
+def excess(found: float, limit: float) -> float:
+    """How many times its limit a distance is; infinite for a limit that is not finite, because it excludes nothing.
+
+    >>> excess(3.0, 4.0), excess(0.0, 0.0), excess(math.inf, math.inf)
+    (0.75, 0.0, inf)
+    """
+    if not (math.isfinite(found) and math.isfinite(limit)):
+        return math.inf
+    return found / limit if limit else (math.inf if found else 0.0)
 
 
 def has_numbers(out: Any) -> bool:

@@ -1,134 +1,250 @@
-"""Where two models diverge: record what goes in and out of every site in a run of A, and how far B is from that."""
+"""What goes in and out of the modules of A in a run, and what B makes of it: alone, in its own run, or step by step.
+
+Modules are compared in stretches: one module, and whatever of its neighbours one of the two models has merged into it.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from surgeon._torch_compat import NormBase, pytree
-from surgeon.analysis.run import is_conv
-from surgeon.blocks import Operator
+from surgeon._torch_compat import pytree
 from surgeon.models.sandbox import quietly
 from surgeon.proof.distance import apart, as_double
+from surgeon.proof.pairing import Pairing
 
 
 @dataclass(slots=True)
 class Recording:
-    """What was recorded of one call of a site in A: its arguments, and its finished result."""
+    """What was recorded of one call of a module in A: its arguments, and its result."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     out: Any
 
 
-@dataclass(frozen=True, slots=True)
-class Gap:
-    """Relative L2 of a site's result, the worst of its calls.
+@dataclass(slots=True)
+class Stretch:
+    """Modules that are compared as one, called one after the other: a conv, and the norm that B has folded into it.
 
-    `isolated`: B's site on A's input; `propagated`: each on its own; `jitter`: A's site on A's input, its numbers moved
-    by half a unit in the last place (0 where nothing was jittered).
+    `path` names it. `steps` are all of them; each model runs those that it has.
     """
 
-    isolated: float
-    propagated: float
-    jitter: float
+    path: str
+    steps: list[str]
+    in_a: list[str]
+    in_b: list[str]
 
 
 class Recorder:
-    """Records A's sites in a run and compares B's with them.
+    """Records A's modules in a run, and runs B's on what they were given."""
 
-    A site is read where its result is finished: that is behind the norm if one of the two models has the norm inside
-    its block and an Identity in the norm's place.
-    """
-
-    def __init__(self, a: nn.Module, b: nn.Module, paths: Iterable[str]) -> None:
-        self.paths = list(paths)
-        others = dict(b.named_modules())
-        norms = ((path, module, others[path]) for path, module in a.named_modules() if path in others)
-        self.moved = [path for path, one, other in norms if _norm_moved(one, other)]
+    def __init__(self, a: nn.Module, b: nn.Module, pairing: Pairing) -> None:
+        self.pairing, self.a, self.b = pairing, a, b
+        self.names_a = {path for path, _ in a.named_modules()}
+        self.names_b = {path for path, _ in b.named_modules(remove_duplicate=False)}
         self.recordings: dict[str, list[Recording]] = {}
-        self.ends: dict[str, str] = {}  # site → where its result is finished, if not there
+        self.stretches: dict[str, Stretch] = {}
         self.propagated: dict[str, list[float]] = defaultdict(list)
 
     @contextlib.contextmanager
-    def recording(self, model: nn.Module) -> Iterator[None]:
-        """Record the arguments and results of A's sites while the model runs."""
-        made: dict[
-            int, tuple[str, Recording, object]
-        ] = {}  # id of an output → its site, what was recorded, and itself, kept alive
+    def recording(self) -> Iterator[None]:
+        """Record the arguments and results of A's modules while it runs."""
+        paths = [path for path in (*self.pairing.paths, *self.pairing.moved) if path in self.names_a]
+        trail = _Trail()
 
-        def keep(path: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-            if path not in self.moved:
-                one = Recording(_clones(args), _clones(kwargs), _clones(out))
-                self.recordings.setdefault(path, []).append(one)
-                made[id(_first(out))] = (path, one, out)
-            elif known := made.get(id(_first((args, kwargs)))):
-                site, one, _ = known
-                self.ends[site], one.out = path, _clones(out)
+        def keep(path: str, given: tuple[Any, Any], out: Any) -> None:
+            self.recordings.setdefault(path, []).append(Recording(*given, _clones(out)))
 
-        with _hooks(model, [*self.paths, *self.moved], keep):
+        with _watched(self.a, paths, trail, keep):
             yield
+        self._divide(trail)
 
     @contextlib.contextmanager
-    def comparing(self, model: nn.Module) -> Iterator[None]:
-        """Measure how far B's sites are from A's while the model runs."""
-        site_at = {self.ends.get(path, path): path for path in self.recordings}
+    def comparing(self) -> Iterator[None]:
+        """Measure how far B's stretches are from A's while it runs."""
+        ends = {stretch.in_b[-1]: stretch.path for stretch in self.stretches.values()}
+        only_b = [path for path in self.pairing.moved if path not in self.names_a]
+        trail = _Trail()
 
-        def compare(path: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-            site = site_at[path]
-            recorded, done = self.recordings[site], self.propagated[site]
-            done.append(_apart(out, recorded[len(done)].out) if len(done) < len(recorded) else math.inf)
+        def compare(path: str, given: tuple[Any, Any], out: Any) -> None:
+            name = ends.get(path)
+            if name is not None:
+                expected, done = self._ends(self.stretches[name]), self.propagated[name]
+                done.append(_apart(out, expected[len(done)]) if len(done) < len(expected) else math.inf)
 
-        with _hooks(model, list(site_at), compare):
+        with _watched(self.b, [*ends, *only_b], trail, compare):
             yield
+        for path in only_b:
+            if (owner := ends.get(trail.source(path) or "")) is not None:
+                stretch = self.stretches[owner]
+                stretch.steps.append(path)
+                stretch.in_b.append(path)
+                self.propagated.pop(owner, None)
 
-    def gaps(self, b: nn.Module, jittered: nn.Module | None) -> dict[str, Gap]:
-        """Give what was measured at every site, in order of execution."""
-        return {
-            path: Gap(
-                max(self._isolated(b, path, one) for one in recorded),
-                max(self.propagated[path]) if len(self.propagated[path]) == len(recorded) else math.inf,
-                max((self._isolated(jittered, path, one) for one in recorded if jittered is not None), default=0.0),
-            )
-            for path, recorded in self.recordings.items()
-        }
+    @property
+    def merged(self) -> frozenset[str]:
+        """All modules of stretches of more than one."""
+        return frozenset(step for one in self.stretches.values() if len(one.steps) > 1 for step in one.steps)
+
+    def propagated_to(self, stretch: Stretch) -> float:
+        """How far apart a stretch's results were in the two runs; infinite if they cannot be compared."""
+        found = self.propagated.get(stretch.path, [])
+        return max(found) if found and len(found) == len(self._ends(stretch)) else math.inf
+
+    def calls(self, stretch: Stretch) -> list[Recording]:
+        """List what goes into a stretch, and what A makes of it at its end."""
+        starts = self.recordings[stretch.in_a[0]]
+        return [Recording(one.args, one.kwargs, out) for one, out in zip(starts, self._ends(stretch), strict=True)]
+
+    @contextlib.contextmanager
+    def forcing(self, found: dict[str, float]) -> Iterator[None]:
+        """While B runs, give A's result for every stretch, and note in `found` how far what reached it is from A's."""
+        outer = [one for one in self.stretches.values() if one.path not in self.pairing.inner]
+        first, last = {one.in_b[0]: one for one in outer}, {one.in_b[-1]: one for one in outer}
+        calls: dict[str, int] = defaultdict(int)
+
+        def before(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            recorded, i = self.recordings[first[path].in_a[0]], calls[first[path].path]
+            far = _apart((args, kwargs), (recorded[i].args, recorded[i].kwargs)) if i < len(recorded) else math.inf
+            found[first[path].path] = max(found.get(first[path].path, 0.0), far)
+
+        def after(path: str, out: Any) -> Any:
+            ends, i = self._ends(last[path]), calls[last[path].path]
+            calls[last[path].path] += 1
+            return _clones(ends[i]) if i < len(ends) else out
+
+        with contextlib.ExitStack() as stack:
+            for path in first:
+                module = self.b.get_submodule(path)
+                hook = lambda _, args, kwargs, path=path: before(path, args, kwargs)  # noqa: E731
+                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            for path in last:
+                module = self.b.get_submodule(path)
+                stack.callback(module.register_forward_hook(lambda _, args, out, path=path: after(path, out)).remove)
+            yield
+        for one in outer:
+            if calls[one.path] != len(self.recordings[one.in_a[0]]):
+                found[one.path] = math.inf
 
     def blocks_apart(self, a: nn.Module, b: nn.Module) -> float:
-        """Give the worst relative L2 between the sites of two float64 models, each on what A's site was given."""
+        """Give the worst relative L2 between the stretches of two float64 models, each on what A's was given."""
         found = 0.0
-        for path, recorded in self.recordings.items():
-            for one in recorded:
+        for stretch in self.stretches.values():
+            for one in self.calls(stretch):
                 args, kwargs = pytree.tree_map_only(Tensor, as_double, (one.args, one.kwargs))
                 doubled = Recording(args, kwargs, one.out)
-                found = max(found, _apart(self._run(b, path, doubled), self._run(a, path, doubled)))
+                outs = [run(modules_of(*side), doubled) for side in ((b, stretch.in_b), (a, stretch.in_a))]
+                found = max(found, _apart(*outs))
         return found
 
-    def _isolated(self, model: nn.Module, path: str, one: Recording) -> float:
-        try:
-            out = self._run(model, path, one)
-        except (
-            Exception
-        ):  # two streams of other channels, say: what cannot take the same input does not compute the same
-            return math.inf
-        return _apart(out, one.out)
+    def _ends(self, stretch: Stretch) -> list[Any]:
+        return [one.out for one in self.recordings.get(stretch.in_a[-1], [])]
 
-    def _run(self, model: nn.Module, path: str, one: Recording) -> Any:
-        """Run a site on the arguments of A's site, up to where its result is finished."""
-        args, kwargs = _clones((one.args, one.kwargs))
+    def _divide(self, trail: _Trail) -> None:
+        """Make the stretches, in the order of their first calls; what has moved belongs to the neighbour before it."""
+        moved, owner, heads = set(self.pairing.moved), dict[str, str](), set[str]()
+        for path in trail.order:
+            source = trail.source(path)
+            if path not in moved:
+                steps = [source, path] if source in heads else [path]
+                heads.discard(source or "")
+                self._add(path, [step for step in steps if step is not None])
+                owner[path] = path
+            elif source in owner and self._goes_on(self.stretches[owner[source]], path):
+                owner[path] = owner[source]
+                self._add(owner[path], [*self.stretches[owner[path]].steps, path])
+            else:
+                heads.add(path)
+        for path in heads:
+            if path in self.names_b:
+                self._add(path, [path])
+
+    def _goes_on(self, stretch: Stretch, path: str) -> bool:
+        """Whether A's module at `path` makes its result of nothing but the end of a stretch."""
+        starts, ends = self.recordings[path], self._ends(stretch)
+        if len(starts) != len(ends):
+            return False
+        outs = [run([self.a.get_submodule(path)], Recording((end,), {}, None)) for end in ends]
+        return all(not _apart(out, one.out) for out, one in zip(outs, starts, strict=True))
+
+    def _add(self, name: str, steps: list[str]) -> None:
+        in_a, in_b = ([step for step in steps if step in names] for names in (self.names_a, self.names_b))
+        self.stretches[name] = Stretch(name, steps, in_a, in_b)
+
+
+def modules_of(model: nn.Module, paths: Iterable[str]) -> list[nn.Module]:
+    return [model.get_submodule(path) for path in paths]
+
+
+def run(modules: Sequence[nn.Module], one: Recording) -> Any:
+    """Run modules one after the other on recorded arguments; give None if they do not take them."""
+    args, kwargs = _clones((one.args, one.kwargs))
+    try:
         with quietly():
-            out = model.get_submodule(path)(*args, **kwargs)
-            return model.get_submodule(self.ends[path])(out) if path in self.ends else out
+            out = modules[0](*args, **kwargs)
+            for module in modules[1:]:
+                out = module(out)
+    except Exception:  # two streams of other channels, say: what does not run on the same input is not the same
+        return None
+    return out
 
 
-def is_site(module: nn.Module) -> bool:
-    """Whether a module is a conv, a block, or what a block is deployed as."""
-    return is_conv(module) or isinstance(module, Operator)
+class _Trail:
+    """Which module's result each module was given, unchanged, and in which order modules were called."""
+
+    def __init__(self) -> None:
+        self.order: list[str] = []
+        self.sources: dict[str, set[str | None]] = defaultdict(set)
+        self.made: dict[int, tuple[str, int, Tensor]] = {}  # id of a tensor → whose result it is, its version, itself
+
+    def enter(self, path: str, given: Any) -> None:
+        first = _first(given)
+        path_of, version, _ = self.made.get(id(first), (None, 0, None))
+        self.sources[path].add(path_of if first is not None and first._version == version else None)
+
+    def leave(self, path: str, out: Any) -> None:
+        if path not in self.order:
+            self.order.append(path)
+        if (first := _first(out)) is not None:
+            known = self.made.get(id(first))
+            if known is None or known[1] != first._version:  # an Identity gives what it was given
+                self.made[id(first)] = (path, first._version, first)
+
+    def source(self, path: str) -> str | None:
+        """Name the module whose result `path` was given in every call; None if it was not always the same one."""
+        found = self.sources.get(path, set())
+        return next(iter(found)) if len(found) == 1 else None
+
+
+@contextlib.contextmanager
+def _watched(
+    model: nn.Module, paths: Iterable[str], trail: _Trail, note: Callable[[str, tuple[Any, Any], Any], None]
+) -> Iterator[None]:
+    """Follow modules in a run; `note` gets copies of what each was given, which it may have overwritten."""
+    open_: list[tuple[Any, Any]] = []
+
+    def before(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        trail.enter(path, (args, kwargs))
+        open_.append(_clones((args, kwargs)))
+
+    def after(path: str, out: Any) -> None:
+        note(path, open_.pop(), out)
+        trail.leave(path, out)
+
+    with contextlib.ExitStack() as stack:
+        for path in paths:
+            module = model.get_submodule(path)
+            enter = lambda _, args, kwargs, path=path: before(path, args, kwargs)  # noqa: E731
+            stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(lambda _, args, out, path=path: after(path, out)).remove)
+        yield
 
 
 def _first(values: Any) -> Any:
@@ -141,27 +257,14 @@ def _apart(out: Any, expected: Any) -> float:
     ours, theirs = pytree.tree_leaves(out), pytree.tree_leaves(expected)
     if len(ours) != len(theirs):
         return math.inf
-    both = zip(ours, theirs, strict=True)
-    return max((apart(one, other) for one, other in both if isinstance(other, Tensor)), default=0.0)
+    found = 0.0
+    for one, other in zip(ours, theirs, strict=True):
+        if isinstance(other, Tensor) or isinstance(one, Tensor):
+            both = isinstance(one, Tensor) and isinstance(other, Tensor)
+            found = max(found, apart(one, other) if both else math.inf)
+    return found
 
 
 def _clones(values: Any) -> Any:
     """Copy all tensors, since an in-place ReLU may come next."""
     return pytree.tree_map_only(Tensor, Tensor.clone, values)
-
-
-@contextlib.contextmanager
-def _hooks(model: nn.Module, paths: Iterable[str], note: Callable[..., None]) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        for path in paths:
-            module = model.get_submodule(path)
-            handle = module.register_forward_hook(
-                lambda _, args, kwargs, out, path=path: note(path, args, kwargs, out), with_kwargs=True
-            )
-            stack.callback(handle.remove)
-        yield
-
-
-def _norm_moved(one: nn.Module, other: nn.Module) -> bool:
-    kinds = {type(one), type(other)}
-    return nn.Identity in kinds and any(isinstance(module, NormBase) for module in (one, other))

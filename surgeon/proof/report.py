@@ -28,14 +28,15 @@ class Check:
 class SiteDistance:
     """How far B is from A at one conv or block, relative L2 in float64 as stored.
 
-    `isolated`: both get A's input; `propagated`: each gets its own. `ulps`: the worst stored tensor against the replay.
+    `isolated`: both get A's input; `propagated`: each gets its own; None where the two do not take the same input or
+    give another shape, as one with two streams does. `ulps`: the worst stored tensor against the replay.
     """
 
     path: str
     kind_a: str
     kind_b: str
-    isolated: float
-    propagated: float
+    isolated: float | None
+    propagated: float | None
     ulps: float | None
     diverges: bool
 

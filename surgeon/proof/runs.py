@@ -9,9 +9,8 @@ from its own float64 result.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,11 +20,13 @@ from surgeon.analysis.run import how_to_call
 from surgeon.conv.spec import ConvSpec
 from surgeon.errors import VerifyError
 from surgeon.models.call import Inputs
-from surgeon.models.copies import in_mode, shadow, where
+from surgeon.models.copies import in_mode, kind_of, shadow, where
 from surgeon.models.devices import dtype_of
 from surgeon.models.sandbox import one_thread, quietly
+from surgeon.proof import pairing
 from surgeon.proof.distance import (
     EXACT,
+    Apart,
     apart,
     as_double,
     dtype_name,
@@ -37,13 +38,17 @@ from surgeon.proof.distance import (
     worst,
 )
 from surgeon.proof.figures import figures
-from surgeon.proof.recorder import Gap, Recorder, is_site
+from surgeon.proof.isolated import FEW_UNITS, Gap, Judge, excused, measure
+from surgeon.proof.probes import probes
+from surgeon.proof.recorder import Recorder
 from surgeon.proof.report import Distance
-from surgeon.proof.ulps import Jitter
+from surgeon.proof.ulps import Jitter, Off, off
+from surgeon.proof.wiring import own_tensors, wiring
 
 ENOUGH = 64  # numbers are needed to measure a rounding error; two correct ones then differ by m once in 50,000 cases
 _SHAKES = 4  # times that weights are moved, because it is chance whether two near numbers change places
 _ARITHMETIC = 64  # units: relative L2 by which two runs may differ through their order of arithmetic alone
+_NUDGE = 1e-3  # of every number of an input; an output that this moves by less than a millionth part is flat
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +63,7 @@ class Replay:
 class Exactness:
     """How far the replay is from A in float64: its outputs, and its blocks where outputs alone cannot tell."""
 
-    outputs: float | None  # the one that is furthest beyond its limit; None where A does not run in float64
+    outputs: float | None  # the one that is furthest beyond its limit; None where A's outputs cannot tell
     limit: float = EXACT
     blocks: float | None = None
 
@@ -68,15 +73,22 @@ class Measured:
     """What was measured for one input."""
 
     label: str  # of the input
-    distance: Distance | None  # None where the shapes of outputs depend on rounding
-    exact: Exactness | None  # replay against A
-    modules: float | None  # B against the replay with B's tensors, in float64 if A runs there
-    storage: list[tuple[float, float]]  # output by output: B, and jittered A, against A; not where a replay proves B
-    rounding: list[tuple[float, float]]  # output by output: B, and A, in their own dtype against A in float64
-    draws: int  # how many inputs of this kind `storage` and `rounding` were measured on
-    sites: dict[str, Gap]
-    odd: int  # outputs of B that hold NaN or Inf
-    blank: int  # outputs of A in which no number is finite
+    is_probe: bool = False  # surgeon has drawn it, beside the user's own
+    distance: Distance | None = None  # None where the shapes of outputs depend on rounding, and for a probe
+    exact: Exactness | None = None  # replay against A
+    modules: float | None = None  # B against the replay with B's tensors, in float64 if A runs there
+    storage: list[tuple[Apart, Apart]] = field(default_factory=list)  # output by output: B, and moved A, against A
+    rounding: list[tuple[Apart, Apart]] = field(default_factory=list)  # output by output: B and A in their own dtype,
+    # each against itself in float64
+    draws: int = 1  # how many inputs of this kind `storage` and `rounding` were measured on
+    gaps: dict[str, Gap] = field(default_factory=dict)  # stretches
+    merged: frozenset[str] = frozenset()  # modules that one of the models has merged with a neighbour
+    wiring: dict[str, float] | None = None  # stretch → what reaches it in B if all before it is A's; "" is the output
+    flat: tuple[int, ...] = ()  # outputs of A that do not move when the input does
+    outputs: int = 0  # outputs of A that hold numbers
+    odd: int = 0  # outputs of B that hold NaN or Inf
+    blank: int = 0  # outputs of A in which no number is finite
+    failed: str = ""  # what B said to an input that A takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +96,18 @@ class Evidence:
     """All that was measured, and the numbers from which the limits are computed."""
 
     runs: tuple[Measured, ...]  # one for each input
-    ulps: Mapping[str, float] | None  # stored tensor → units in the last place from the replay's; None without a replay
+    stored: Mapping[str, Off] | None  # stored tensor → how far it is from the replay's; None without a replay
+    same: Mapping[str, Off] | None  # the same without a replay: from A's, for modules of the same class
+    structure: Mapping[str, str] | None  # module of B → what the replay did not make; None without a replay
     dtype: torch.dtype  # in which both models are stored
     exact: torch.dtype  # in which they were compared as stored: float64 if A runs there
     margin: float
     arithmetic: float  # relative L2 in `exact` by which two runs may differ through their order alone
+
+    @property
+    def wired(self) -> float:
+        """The most by which what reaches a module may differ if all that came before it is A's."""
+        return max(EXACT, self.arithmetic)
 
 
 class NotInFloat64Error(Exception):
@@ -96,68 +115,117 @@ class NotInFloat64Error(Exception):
 
 
 class Models:
-    """The models in their dtypes and in `exact`, which is float64 if A runs there; and the sites that they share."""
+    """The models in their dtypes and in `exact`, which is float64 if A runs there; and the modules that they share."""
 
     def __init__(self, a: nn.Module, b: nn.Module, replay: Replay | None, seed: int, exact: torch.dtype) -> None:
         self.dtype, self.exact, self.seed = dtype_of(a), exact, seed
         self.own_a, self.own_b = _evaluating(a), _evaluating(b)
         self.double_a = _evaluating(a, as_double)
-        is_double = exact == torch.float64
-        self.a, self.b = (self.double_a, _evaluating(b, as_double)) if is_double else (self.own_a, self.own_b)
-        needs_jitter = replay is None or not is_double
-        self.jittered = _evaluating(a, Jitter(seed, keeps_dtype=not is_double)) if needs_jitter else None
+        self.is_double = exact == torch.float64
+        self.a, self.b = (self.double_a, _evaluating(b, as_double)) if self.is_double else (self.own_a, self.own_b)
         self.replay = _evaluating(replay.exact) if replay is not None else None
         self.twin = _with_tensors_of(self.b, self.replay) if self.replay is not None else None
         self.margin = 2.0 if self.dtype in (torch.float32, torch.float64) else 3.0
+        self.pairing = pairing.pair(a, b) if replay is None else pairing.sites(a, b)
+        others = dict(b.named_modules(remove_duplicate=False))
         self.kinds = {
-            path: (type(module).__name__, type(others[path]).__name__)
-            for others in [dict(b.named_modules())]
+            path: (kind_of(module).__name__, kind_of(others[path]).__name__)
             for path, module in a.named_modules()
-            if path in others and is_site(module) and is_site(others[path])
+            if path in others
         }
+        self.sites = set(pairing.sites(a, b).paths)
 
-    def evidence(self, inputs: Sequence[Inputs], ulps: Mapping[str, float] | None) -> Evidence:
-        """Run both models on every input.
+    @property
+    def arithmetic(self) -> float:
+        return _ARITHMETIC * torch.finfo(self.exact).eps
+
+    def run(self, inputs: Sequence[Inputs]) -> tuple[Measured, ...]:
+        """Run both models on every input, and on one more.
 
         Raises:
             NotInFloat64Error: A should be compared in float64, but runs only in its own dtype.
             VerifyError: the outputs differ in structure, shape or dtype, or a model does not run.
         """
-        runs = tuple(self._run(one) for one in inputs)
-        return Evidence(runs, ulps, self.dtype, self.exact, self.margin, _ARITHMETIC * torch.finfo(self.exact).eps)
+        runs = [self._run(one) for one in inputs]
+        return (*runs, *self._probed(inputs[0]))
 
     def _run(self, inputs: Inputs) -> Measured:
-        recorder = Recorder(self.a, self.b, self.kinds)
-        with recorder.recording(self.a):
+        recorder = Recorder(self.a, self.b, self.pairing)
+        with recorder.recording():
             truth = self._truth(inputs)
-        with recorder.comparing(self.b):
+        with recorder.comparing():
             out_b = self._call(self.b, inputs, self.exact)
         if self.replay is None:
             matched(out_b, truth)  # raises if the outputs cannot be compared
         more = self._more(inputs, truth)
         draws = [inputs, *more]
         truths = [truth, *(self._call(self.a, one, self.exact) for one in more)]
+        outs_b = [out_b, *(self._call(self.b, one, self.exact) for one in more)]
         owns = [[self._call(model, one, self.dtype) for one in draws] for model in (self.own_a, self.own_b)]
-        is_steady = is_matched(out_b, truth) and all(map(is_matched, [*owns[0], *owns[1]], [*truths, *truths]))
-        if not is_steady and self.jittered is not None:
+        is_steady = all(map(is_matched, [*outs_b, *owns[0], *owns[1]], [*truths, *truths, *truths]))
+        if not is_steady and self._needs_outputs:
             raise VerifyError(
                 f"the shapes of the outputs depend on rounding: in {dtype_name(self.dtype)} "
                 "they differ from those in float64",
                 todo="Compare the part of the network that comes before its thresholds.",
             )
-        found = [t for t in tensors(truth) if t.is_floating_point() and t.numel()]
+        flat = self._flat(inputs, truth)
+        is_rounded = is_steady and self.dtype != self.exact
         return Measured(
             label=str(inputs),
             distance=self._distance(inputs, (out_b, truth), (owns[1][0], owns[0][0])) if is_steady else None,
-            exact=None if self.replay is None else self._exactness(self.replay, inputs, truth, recorder),
+            exact=None if self.replay is None else self._exactness(self.replay, inputs, truth, recorder, bool(flat)),
             modules=None if self.twin is None else worst(out_b, self._call(self.twin, inputs, self.exact)),
-            storage=self._storage(out_b, more, truths, draws),
-            rounding=_against(owns[1], owns[0], truths) if is_steady and self.dtype != self.exact else [],
+            storage=self._storage(outs_b, truths, draws) if self._needs_outputs else [],
+            rounding=list(zip(pooled(owns[1], outs_b), pooled(owns[0], truths), strict=True)) if is_rounded else [],
             draws=len(draws),
-            sites=recorder.gaps(self.b, self.jittered),
+            gaps=self._gaps(recorder),
+            merged=recorder.merged,
+            wiring=None if self.replay is not None else self._wiring(recorder, inputs, truth),
+            flat=flat,
+            outputs=len(_floats(truth)),
             odd=sum(not t.isfinite().all() for t in tensors(owns[1][0]) if t.is_floating_point()),
-            blank=sum(not t.isfinite().any() for t in found),
+            blank=sum(not t.isfinite().any() for t in _floats(truth)),
         )
+
+    def _probed(self, inputs: Inputs) -> list[Measured]:
+        """Run both on an input of another size, with larger numbers in it, if A takes one: only in float64."""
+        for probe in probes(inputs, self.seed) if self.is_double else []:
+            recorder = Recorder(self.a, self.b, self.pairing)
+            try:
+                with recorder.recording():
+                    truth = self._call(self.a, probe, self.exact)
+                if not _floats(truth) or any(not t.isfinite().all() for t in _floats(truth)):
+                    continue
+            except VerifyError:
+                continue
+            return [self._probe(probe, truth, recorder)]
+        return []
+
+    def _probe(self, probe: Inputs, truth: Any, recorder: Recorder) -> Measured:
+        label = f"{probe} (drawn)"
+        try:
+            with recorder.comparing():
+                out_b = self._call(self.b, probe, self.exact)
+            if self.replay is None:
+                matched(out_b, truth)
+        except VerifyError as error:
+            return Measured(label, is_probe=True, failed=error.problem)
+        return Measured(
+            label,
+            is_probe=True,
+            exact=None if self.replay is None else self._exactness(self.replay, probe, truth, recorder, False),
+            modules=None if self.twin is None else worst(out_b, self._call(self.twin, probe, self.exact)),
+            storage=self._storage([out_b], [truth], [probe]) if self._needs_outputs else [],
+            gaps=self._gaps(recorder),
+            wiring=None if self.replay is not None else self._wiring(recorder, probe, truth),
+            outputs=len(_floats(truth)),
+        )
+
+    @property
+    def _needs_outputs(self) -> bool:
+        """Whether the distance of the outputs is all that there is to judge them by."""
+        return self.replay is None or not self.is_double
 
     def _truth(self, inputs: Inputs) -> Any:
         try:
@@ -168,37 +236,98 @@ class Models:
             self._call(self.own_a, inputs, self.dtype)  # if that does not run either, the input is wrong
             raise NotInFloat64Error(where(error.__cause__ or error)) from error
 
-    def _exactness(self, replay: nn.Module, inputs: Inputs, truth: Any, recorder: Recorder) -> Exactness:
-        """Compare the outputs of the replay with A's; if A is ill-conditioned there, compare its blocks, too."""
-        if self.exact != torch.float64:
+    def _exactness(self, replay: nn.Module, inputs: Inputs, truth: Any, recorder: Recorder, is_flat: bool) -> Exactness:
+        """Compare the outputs of the replay with A's; if A is flat or ill-conditioned there, its blocks, too."""
+        if not self.is_double:
             return Exactness(None, blocks=recorder.blocks_apart(self.double_a, replay))
         out = self._call(replay, inputs, torch.float64)
-        if is_matched(out, truth) and (found := worst(out, truth)) <= EXACT:
-            return Exactness(found)
+        if is_matched(out, truth):
+            found = pooled([out], [truth])
+            if all(one.l2 <= EXACT and not one.flips for one in found):
+                blocks = recorder.blocks_apart(self.a, replay) if is_flat else None
+                return Exactness(max(one.l2 for one in found), blocks=blocks)
+        blocks = recorder.blocks_apart(self.a, replay)
         shaken = [_evaluating(self.a, Jitter(self.seed + i)) for i in range(_SHAKES)]
         moved = [self._call(model, inputs, torch.float64) for model in shaken]
-        if not all(is_matched(one, truth) for one in moved):
-            return Exactness(math.inf, math.inf, recorder.blocks_apart(self.a, replay))
-        largest = [max(one) for one in zip(*(pooled([one], [truth]) for one in moved), strict=True)]
-        limits = [min(max(EXACT, self.margin * one), 1e300) for one in largest]
-        _, found, limit = next(furthest(list(zip(pooled([out], [truth]), limits, strict=True))))
-        return Exactness(found, limit, recorder.blocks_apart(self.a, replay))
+        if not all(is_matched(one, truth) for one in (out, *moved)):
+            return Exactness(None, blocks=blocks)
+        noise = _largest([pooled([one], [truth]) for one in moved])
+        limits = [
+            (one.l2 if one.flips <= most.flips_allowed(self.margin) else torch.inf, max(EXACT, self.margin * most.l2))
+            for one, most in zip(pooled([out], [truth]), noise, strict=True)
+        ]
+        _, worst_found, limit = next(furthest(limits))
+        return Exactness(worst_found, limit, blocks)
 
     def _distance(self, inputs: Inputs, exact: tuple[Any, Any], own: tuple[Any, Any]) -> Distance:
-        return figures(str(inputs), exact if self.exact == torch.float64 else None, own)
+        return figures(str(inputs), exact if self.is_double else None, own)
 
     def _storage(
-        self, out_b: Any, more: Sequence[Inputs], truths: Sequence[Any], draws: Sequence[Inputs]
-    ) -> list[tuple[float, float]]:
-        if self.jittered is None:
-            return []
-        outs_b = [out_b, *(self._call(self.b, one, self.exact) for one in more)]
-        return _against(outs_b, [self._call(self.jittered, one, self.exact) for one in draws], truths)
+        self, outs_b: Sequence[Any], truths: Sequence[Any], draws: Sequence[Inputs]
+    ) -> list[tuple[Apart, Apart]]:
+        """Measure how far B's outputs are from A's, and, if that is more than nothing, what moving weights does."""
+        found = pooled(outs_b, truths)
+        if all(one.l2 <= self.arithmetic and not one.flips for one in found):
+            return [(one, Apart(0.0, 0, one.count, one.is_whole)) for one in found]
+        kinds = [[type(module) for module in model.modules()] for model in (self.own_a, self.own_b)]
+        units = 1.0 if kinds[0] == kinds[1] else FEW_UNITS
+        noise = []
+        for i, (model, outs) in enumerate([(self.own_a, truths)] * _SHAKES + [(self.own_b, outs_b)]):
+            jitter = Jitter(self.seed + i, units=units, keeps_dtype=not self.is_double)
+            moved = _evaluating(model, jitter)
+            noise.append(pooled([self._call(moved, one, self.exact) for one in draws], outs))
+        return list(zip(found, _largest(noise), strict=True))
+
+    def _gaps(self, recorder: Recorder) -> dict[str, Gap]:
+        """Measure every stretch, in order of execution; judge it where no replay proves B."""
+        if self.replay is not None:
+            return {path: measure(recorder, one) for path, one in recorder.stretches.items()}
+        judge = Judge(
+            *(self.own_a, self.own_b, self.margin, self.arithmetic, self.seed), keeps_dtype=not self.is_double
+        )
+        found = {path: judge.gap(recorder, one) for path, one in recorder.stretches.items()}
+        return excused(recorder, found)
+
+    def same_tensors(self, runs: Sequence[Measured]) -> dict[str, Off]:
+        """Compare the tensors of modules that have the same class in both, and that nobody has folded."""
+        skipped = {path for run in runs for path in run.merged}
+        others = dict(self.own_b.named_modules(remove_duplicate=False))
+        found = {}
+        for path, module in self.own_a.named_modules():
+            other = others.get(path)
+            is_inner = any(path == one or path.startswith(f"{one}.") for one in self.pairing.wholes)
+            if other is None or kind_of(other) is not kind_of(module) or path in skipped or is_inner:
+                continue
+            ours, theirs = own_tensors(other), own_tensors(module)
+            for name in ours.keys() & theirs.keys():
+                found[f"{path}.{name}".lstrip(".")] = off(ours[name], theirs[name], {theirs[name].dtype})
+        return found
+
+    def _wiring(self, recorder: Recorder, inputs: Inputs, truth: Any) -> dict[str, float] | None:
+        return wiring(recorder, lambda: self._call(self.b, inputs, self.exact), truth)
+
+    def _flat(self, inputs: Inputs, truth: Any) -> tuple[int, ...]:
+        """Name the outputs of A that stay where they are when the input moves a little: saturated, dead or constant."""
+        if not self.is_double or not any(t.is_floating_point() and t.numel() for t in inputs.tensors):
+            return ()
+        generator = torch.Generator().manual_seed(self.seed + 3)
+
+        def nudged(tensor: Tensor) -> Tensor:
+            if not tensor.is_floating_point():
+                return tensor
+            by = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
+            return tensor.double() * (1 + _NUDGE * by)
+
+        moved = self._call(self.a, inputs.map(nudged), self.exact)
+        if not is_matched(moved, truth):
+            return ()
+        pairs = enumerate(pooled([moved], [truth]))
+        return tuple(i for i, one in pairs if not one.is_whole and one.l2 <= _NUDGE * 1e-6 and not one.flips)
 
     def _more(self, inputs: Inputs, truth: Any) -> list[Inputs]:
         """Draw further inputs of the kind, until every output has enough numbers to measure its rounding."""
         fewest = min((t.numel() for t in tensors(truth) if t.numel()), default=ENOUGH)
-        is_judged = self.dtype != torch.float64 or self.jittered is not None
+        is_judged = self.dtype != torch.float64 or self._needs_outputs
         return inputs.alike(-(-ENOUGH // fewest) - 1, self.seed) if is_judged else []
 
     def _call(self, model: nn.Module, inputs: Inputs, dtype: torch.dtype) -> Any:
@@ -223,9 +352,17 @@ def local_distance(block: nn.Module, conv: nn.Conv2d, norm: nn.Module | None) ->
     return apart(*outs)
 
 
-def _against(ours: Sequence[Any], theirs: Sequence[Any], truths: Sequence[Any]) -> list[tuple[float, float]]:
-    """Give how far the outputs of two models are from the truth, output by output."""
-    return list(zip(pooled(ours, truths), pooled(theirs, truths), strict=True))
+def _largest(draws: Sequence[Sequence[Apart]]) -> list[Apart]:
+    """Take the largest of several draws, output by output."""
+    first, *others = draws
+    found = list(first)
+    for draw in others:
+        found = [one.furthest(other) for one, other in zip(found, draw, strict=True)]
+    return found
+
+
+def _floats(out: Any) -> list[Tensor]:
+    return [t for t in tensors(out) if t.is_floating_point() and t.numel()]
 
 
 def _with_tensors_of(b: nn.Module, replay: nn.Module) -> nn.Module | None:

@@ -1,14 +1,17 @@
 """Two models → report: do they compute the same, how far are they apart, and where do they diverge.
 
-It answers two questions, in eval mode, on copies:
+It answers three questions, in eval mode, on copies; each has a limit of its own, and none excuses another:
 
 1. Is the mathematics right? If it is known how B was made from A, the same is done to A in float64. The result (the
-   replay, which the caller hands in) must agree with A (checks `mathematics` and `blocks`). Then every tensor stored in
-   B must be the replay's, rounded once (`stored tensors`), and B must compute what the replay computes with B's tensors
-   (`modules`). For any other pair of models both run in float64 as stored, and their difference must be explained by
-   `storage`.
-2. How far did rounding move it? In their own dtype, B may be m times as far from the float64 A as A itself is
-   (`rounding`).
+   replay, which the caller hands in) must agree with A (checks `mathematics` and `blocks`), and every module of B must
+   be built as the replay built it (`structure`).
+2. Is what is stored that result? Every tensor stored in B must be the replay's, rounded once (`stored tensors`), and B
+   must compute what the replay computes with B's tensors (`modules`).
+3. Does B's arithmetic behave? In their own dtype, B may be m times as far from itself in float64 as A is (`rounding`).
+
+For any other pair of models 1 and 2 become: in float64, as stored, the difference must be explained by how weights are
+stored, at the outputs (`storage`) and at every module that both have (`same tensors`, `sites`), and the code between
+the modules must do the same (`wiring`).
 
 Each check is a file in the folder `checks`, which states its equation. Relative L2 is ‖b − a‖ / ‖a‖ over all elements
 of an output.
@@ -28,8 +31,9 @@ from surgeon.proof.checks import checks
 from surgeon.proof.distance import dtype_name
 from surgeon.proof.divergence import site_table
 from surgeon.proof.report import Report
-from surgeon.proof.runs import Measured, Models, NotInFloat64Error, Replay
-from surgeon.proof.ulps import stored_ulps
+from surgeon.proof.runs import Evidence, Measured, Models, NotInFloat64Error, Replay
+from surgeon.proof.structure import changed_by_running, differences
+from surgeon.proof.ulps import stored_off
 
 
 def verify(
@@ -54,28 +58,51 @@ def verify(
         raise VerifyError(
             f"A is stored in {own} and B in {dtype_name(other)}", todo="Save both in the same dtype to compare them."
         )
-    ulps = stored_ulps(b, replay.rounded) if replay is not None else None
     remarks = []
     try:
-        evidence = models.evidence(inputs, ulps)
+        runs = models.run(inputs)
     except NotInFloat64Error as error:
         models = Models(a, b, replay, seed, models.dtype)
-        evidence = models.evidence(inputs, ulps)
+        runs = models.run(inputs)
         remarks.append(f"A does not run in float64 ({error}), so outputs were compared in {own}")
+    evidence = _evidence(models, runs, b, replay, a)
     found = checks(evidence, approximate=approximate)
     passed = all(check.passed for check in found)
     return Report(
         verdict="different" if not passed else "approximate" if approximate else "equivalent",
         dtype=own,
         checks=tuple(found),
-        distances=tuple(run.distance for run in evidence.runs if run.distance is not None),
-        sites=site_table(evidence, models.kinds, approximate=approximate, judge=not passed),
-        remarks=(*remarks, *_remarks(evidence.runs)),
+        distances=tuple(run.distance for run in runs if run.distance is not None),
+        sites=site_table(evidence, models.kinds, models.sites),
+        remarks=(*remarks, *_remarks(evidence)),
     )
 
 
-def _remarks(runs: Sequence[Measured]) -> Iterator[str]:
-    if any(run.odd for run in runs):
-        yield "NaN or Inf in the outputs of B"  # where they are not A's, relative L2 is infinite
-    if any(run.distance is None for run in runs):
+def _evidence(
+    models: Models, runs: tuple[Measured, ...], b: nn.Module, replay: Replay | None, a: nn.Module
+) -> Evidence:
+    """Put together what the runs have measured and what is compared without running."""
+    stored = same = built = None
+    if replay is None:
+        same = models.same_tensors(runs)
+    else:
+        stored = stored_off(b, replay.rounded, a)
+        expected = models.twin or models.replay or replay.exact
+        changing = changed_by_running(replay.exact, expected) | changed_by_running(b, models.b)
+        built = differences(expected, models.b, changing)
+    return Evidence(
+        runs, stored, same, built, models.dtype, models.exact, margin=models.margin, arithmetic=models.arithmetic
+    )
+
+
+def _remarks(evidence: Evidence) -> Iterator[str]:
+    given = [run for run in evidence.runs if not run.is_probe]
+    if any(run.odd for run in given):
+        yield "NaN or Inf in the outputs of B"  # where A has none, that is a check that fails
+    if any(run.distance is None for run in given):
         yield "the shapes of the outputs depend on rounding, so B's were compared with those of the replay alone"
+    if flat := sorted({i for run in given for i in run.flat}):
+        which = f"output {flat[0]}" if given[0].outputs > 1 else "the output"
+        yield f"{which} of A does not move when the input does, so it shows nothing; its modules decide"
+    if evidence.same is not None and not any(run.gaps for run in evidence.runs):
+        yield "A and B have no module of the same name, so their outputs alone were compared"

@@ -6,9 +6,11 @@ To add a check is to add a file to this folder with one subclass of `Question`. 
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
+from surgeon.proof.distance import Apart, furthest
 from surgeon.proof.report import Check
 from surgeon.proof.runs import Evidence, Measured
 
@@ -27,8 +29,16 @@ class Question(abc.ABC):
         """Answer from what was measured; give nothing if it was not measured."""
 
     def answer(self, found: float, limit: float, says: str) -> Check:
-        """Make the check, which passes if the measured value is within its limit."""
-        return Check(self.name, found, limit, found <= limit, says)
+        """Make the check, which passes if the measured value is within its limit, and the limit excludes something."""
+        return Check(self.name, found, limit, math.isfinite(limit) and found <= limit, says)
+
+
+def flips_of(pairs: Sequence[tuple[Apart, Apart]], margin: float) -> Iterator[tuple[int, Apart, float]]:
+    """Choose the output of which most numbers are other labels, NaN or Inf in B, and say how many may be."""
+    limits = [(one.flips, noise.flips_allowed(margin)) for one, noise in pairs]
+    for i, flips, limit in furthest([(flips, max(limit, 0.5)) for flips, limit in limits]):  # there is no half of one
+        if flips:
+            yield i, pairs[i][0], limit
 
 
 def output_of(run: Measured, output: int) -> str:

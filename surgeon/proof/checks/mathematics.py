@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 from surgeon.proof.checks.base import ONE_UNIT, Question
-from surgeon.proof.distance import EXACT
+from surgeon.proof.distance import EXACT, excess
 from surgeon.proof.report import Check
 from surgeon.proof.runs import Evidence
 
@@ -26,10 +25,8 @@ class Mathematics(Question):
         known = [(one.outputs, one.limit) for one in exact if one.outputs is not None]
         if not known:
             return
-        found, limit = max(known, key=lambda one: 1.0 if one[1] == math.inf else one[0] / one[1])
+        found, limit = max(known, key=lambda one: excess(*one))
         says = f"replayed in float64: relative L2 {found:.1e}, at most {limit:.0e}"
         if limit > EXACT:
             says += f" ({evidence.margin:g} × what {ONE_UNIT} does to A)"
-        if limit == math.inf:
-            says = "replayed in float64; one unit in the last place of the weights changes the shapes of A's outputs"
         yield self.answer(found, limit, says)

@@ -1,0 +1,21 @@
+"""other inputs: does B run wherever A does?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from surgeon.proof.checks.base import Question
+from surgeon.proof.report import Check
+from surgeon.proof.runs import Evidence
+
+
+class OtherInputs(Question):
+    """B takes two images of another size, and larger numbers, if A does; it is only listed if it fails."""
+
+    name = "other inputs"
+    place = 55
+
+    def ask(self, evidence: Evidence) -> Iterator[Check]:
+        for run in evidence.runs:
+            if run.failed:
+                yield self.answer(1, 0, f"A takes an input of {run.label}, and B does not: {run.failed}")
