@@ -187,7 +187,8 @@ def _check_copyable(model: nn.Module) -> None:
 def kind_of(module: nn.Module) -> type:
     """Give the class of a module; every GraphModule has one of its own, below that which names its kind."""
     kind = type(module)
-    return kind.__mro__[1] if isinstance(module, fx.GraphModule) and kind.__name__ == "GraphModuleImpl" else kind
+    is_its_own = isinstance(module, fx.GraphModule) and kind.__qualname__.endswith("GraphModuleImpl")
+    return kind.__mro__[1] if is_its_own else kind
 
 
 def _encloses(function: FunctionType, modules: set[nn.Module]) -> bool:

@@ -16,7 +16,7 @@ class in B, and hold no weights, are tried on larger numbers, too.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +31,7 @@ from surgeon.proof.ulps import Jitter
 
 FEW_UNITS = 4.0  # a float32 fold rounds γ/σ, its product with the weight, and every sum of branches
 _DRAWS = 6  # each is one draw of chance; the largest of them is taken
+_HOPELESS = 30.0  # times a limit that some draws have set: no further draw makes up for it
 _LARGER = (1.0, 1e3)  # factors by which a module without weights is tried on what it is given
 
 
@@ -68,12 +69,12 @@ class Judge:
         return Gap(gap.isolated, gap.propagated, excess, self._culprit(recorder, stretch))
 
     def _culprit(self, recorder: Recorder, stretch: Stretch) -> str:
-        """Name the first step of a stretch, after those that agree, that both models have."""
-        for i, step in enumerate(stretch.steps):
-            head = stretch.steps[: i + 1]
-            in_a, in_b = ([one for one in head if one in side] for side in (stretch.in_a, stretch.in_b))
-            if not (in_a and in_b) or self._excess(recorder, Stretch(step, head, in_a, in_b)) > 1:
-                return step
+        """Name the step of a stretch that comes after the longest beginning that agrees."""
+        for last in range(len(stretch.steps) - 1, 0, -1):
+            head = stretch.steps[:last]
+            in_a, in_b = ([one for one in side if one in head] for side in (stretch.in_a, stretch.in_b))
+            if in_a and in_b and self._excess(recorder, Stretch(stretch.path, head, in_a, in_b)) <= 1:
+                return stretch.steps[last]
         return stretch.path
 
     def _excess(self, recorder: Recorder, stretch: Stretch) -> float:
@@ -91,25 +92,28 @@ class Judge:
         plain = [leaf.limit(self.arithmetic, self.margin, []) for leaf in apart_]
         if max(plain, default=0.0) <= 1:
             return max(plain, default=0.0)
-        noise = self._noise(sides, stretch, one, (expected, found))
-        limits = [
-            leaf.limit(self.arithmetic, self.margin, [draw[i] for draw in noise]) for i, leaf in enumerate(apart_)
-        ]
-        return max(limits)
+        noise: list[list[Spread]] = []
+        excess = math.inf
+        for moved in self._moved(sides, stretch, one, (expected, found)):
+            noise += [moved] if len(moved) == len(apart_) else []
+            limits = [[draw[i] for draw in noise] for i in range(len(apart_))]
+            pairs = zip(apart_, limits, strict=True)
+            excess = max(leaf.limit(self.arithmetic, self.margin, draws) for leaf, draws in pairs)
+            if excess <= 1 or (excess > _HOPELESS and len(noise) >= (1 if _is_same(*sides) else 3)):
+                break
+        return excess
 
-    def _noise(
+    def _moved(
         self, sides: Sequence[Sequence[nn.Module]], stretch: Stretch, one: Recording, outs: Sequence[Any]
-    ) -> list[list[Spread]]:
-        """Measure what moving the numbers of each side does to it, several times."""
+    ) -> Iterator[list[Spread]]:
+        """Measure what moving the numbers of each side does to it, again and again."""
         units = 1.0 if _is_same(*sides) else FEW_UNITS
         own = [modules_of(self.own_a, stretch.in_a), modules_of(self.own_b, stretch.in_b)]
-        found = []
         for draw in range(_DRAWS):
             for modules, out in zip(own, outs, strict=True):
                 jitter = Jitter(self.seed + draw, units=units, keeps_dtype=self.keeps_dtype)
                 if (moved := spread(run([shadow(module, jitter) for module in modules], one), out)) is not None:
-                    found.append(moved)
-        return [draw for draw in found if len(draw) == len(found[0])]
+                    yield moved
 
 
 @dataclass(frozen=True, slots=True)

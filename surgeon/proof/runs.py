@@ -30,6 +30,7 @@ from surgeon.proof.distance import (
     apart,
     as_double,
     dtype_name,
+    excess,
     furthest,
     is_matched,
     matched,
@@ -47,6 +48,7 @@ from surgeon.proof.wiring import own_tensors, wiring
 
 ENOUGH = 64  # numbers are needed to measure a rounding error; two correct ones then differ by m once in 50,000 cases
 _SHAKES = 4  # times that weights are moved, because it is chance whether two near numbers change places
+_HOPELESS = 30.0  # times a limit that two draws have set: no further one makes up for it
 _ARITHMETIC = 64  # units: relative L2 by which two runs may differ through their order of arithmetic alone
 _NUDGE = 1e-3  # of every number of an input; an output that this moves by less than a millionth part is flat
 
@@ -271,12 +273,19 @@ class Models:
             return [(one, Apart(0.0, 0, one.count, one.is_whole)) for one in found]
         kinds = [[type(module) for module in model.modules()] for model in (self.own_a, self.own_b)]
         units = 1.0 if kinds[0] == kinds[1] else FEW_UNITS
-        noise = []
-        for i, (model, outs) in enumerate([(self.own_a, truths)] * _SHAKES + [(self.own_b, outs_b)]):
-            jitter = Jitter(self.seed + i, units=units, keeps_dtype=not self.is_double)
-            moved = _evaluating(model, jitter)
-            noise.append(pooled([self._call(moved, one, self.exact) for one in draws], outs))
-        return list(zip(found, _largest(noise), strict=True))
+        noise = [Apart(0.0, 0, one.count, one.is_whole) for one in found]
+        sides = [(self.own_a, truths), (self.own_b, outs_b), *[(self.own_a, truths)] * (_SHAKES - 1)]
+        for i, (model, outs) in enumerate(sides):
+            moved = _evaluating(model, Jitter(self.seed + i, units=units, keeps_dtype=not self.is_double))
+            noise = _largest([noise, pooled([self._call(moved, one, self.exact) for one in draws], outs)])
+            if not i:
+                continue
+            limits = [self.margin * most.l2 + self.arithmetic for most in noise]
+            worst_of = max(excess(one.l2, limit) for one, limit in zip(found, limits, strict=True))
+            flipped = any(one.flips > most.flips for one, most in zip(found, noise, strict=True))
+            if worst_of > _HOPELESS or (worst_of <= 1 and not flipped):
+                break
+        return list(zip(found, noise, strict=True))
 
     def _gaps(self, recorder: Recorder) -> dict[str, Gap]:
         """Measure every stretch, in order of execution; judge it where no replay proves B."""

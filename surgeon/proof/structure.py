@@ -110,7 +110,7 @@ def _same(one: Any, other: Any, depth: int) -> bool:
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(_same(a, b, depth - 1) for a, b in zip(one, other, strict=True))
     if isinstance(one, set | frozenset):
-        return len(one) == len(other)
+        return sorted(map(repr, one)) == sorted(map(repr, other))
     if hasattr(one, "__func__") or hasattr(one, "__qualname__"):
         return _name_of(one) == _name_of(other)
     if "__eq__" in {name for kind in type(one).__mro__[:-1] for name in vars(kind)}:

@@ -61,8 +61,10 @@ def stored_off(b: nn.Module, replay: nn.Module, a: nn.Module) -> dict[str, Off]:
     found = {}
     for key in theirs:
         if key in ours:
-            dtypes = {given[key].dtype} if isinstance(given.get(key), Tensor) else kinds
-            found[key] = off(ours[key], theirs[key], dtypes, is_once_rounded=True)
+            known = given.get(key)
+            dtypes = {known.dtype} if isinstance(known, Tensor) else {theirs[key].dtype} | kinds
+            is_float64 = known is None and ours[key].dtype == torch.float64 not in kinds  # as the replay has it
+            found[key] = off(ours[key], theirs[key], set() if is_float64 else dtypes, is_once_rounded=True)
     return found | dict.fromkeys(ours.keys() ^ theirs.keys(), Off(math.inf))
 
 

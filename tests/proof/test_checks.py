@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import shake_
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import surgeon
 from surgeon.analysis import example as examples
@@ -71,12 +72,80 @@ def _blocks(is_faulty: bool) -> surgeon.Report:
     return _replayed(1e18, 0, 1 + 1e-9 * is_faulty, torch.float64)
 
 
+class _Renamed(nn.Module):
+    """The same network under names of its own."""
+
+    def __init__(self, net: _Net) -> None:
+        super().__init__()
+        self.layers = net.body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
 def _storage(is_faulty: bool) -> surgeon.Report:
     net = shake_(_Net(), 0, gently=True).double()
-    other = copy.deepcopy(net)
+    other = _Renamed(copy.deepcopy(net))
     with torch.no_grad():
-        other.body[0].weight *= 1 + 1e-9 * is_faulty
+        other.layers[0].weight *= 1 + 1e-9 * is_faulty
     return surgeon.verify(net, other, SHAPE)
+
+
+def _same_tensors(is_faulty: bool) -> surgeon.Report:
+    net = shake_(_Net(), 0, gently=True)
+    net.body[3].unused = nn.Parameter(torch.ones(4))
+    other = copy.deepcopy(net)
+    if is_faulty:
+        other.body[3].unused = nn.Parameter(torch.ones(4, dtype=torch.float16))
+    return surgeon.verify(net, other, SHAPE)
+
+
+def _sites(is_faulty: bool) -> surgeon.Report:
+    """Fold a conv wrongly, in a channel that the next conv does not look at."""
+    net = shake_(_Net(), 0, gently=True).eval()
+    with torch.no_grad():
+        net.body[3].weight[:, 5] = 0
+    other = copy.deepcopy(net)
+    other.body[0], other.body[1] = fuse_conv_bn_eval(other.body[0], other.body[1]), nn.Identity()
+    with torch.no_grad():
+        other.body[0].weight[5] *= -1 if is_faulty else 1
+    return surgeon.verify(net, other, SHAPE)
+
+
+class _Louder(_Net):
+    """One thousandth louder between its modules, which the rounding of half types hides at the output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body[2](self.body[1](self.body[0](x)))
+        return self.body[3](y * 1.001)
+
+
+def _wiring(is_faulty: bool) -> surgeon.Report:
+    net = shake_(_Net(), 0, gently=True).bfloat16()
+    other = copy.deepcopy(net)
+    other.__class__ = _Louder if is_faulty else _Net
+    return surgeon.verify(net, other, SHAPE)
+
+
+class _OfOneSize(_Net):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[2:] != SHAPE[2:]:
+            raise ValueError("another size")
+        return super().forward(x)
+
+
+def _other_inputs(is_faulty: bool) -> surgeon.Report:
+    net = shake_(_Net(), 0, gently=True)
+    other = copy.deepcopy(net)
+    other.__class__ = _OfOneSize if is_faulty else _Net
+    return surgeon.verify(net, other, SHAPE)
+
+
+def _structure(is_faulty: bool) -> surgeon.Report:
+    def fault(fused: nn.Module) -> None:
+        fused.body[2] = nn.Hardtanh(0, 1e9) if is_faulty else nn.ReLU()
+
+    return _fused(fault)
 
 
 def _rounding(is_faulty: bool) -> surgeon.Report:
@@ -101,20 +170,38 @@ def _stored_tensors(is_faulty: bool) -> surgeon.Report:
     return _fused(fault)
 
 
-def _modules(is_faulty: bool) -> surgeon.Report:
-    def fault(fused: nn.Module) -> None:
-        fused.body[2].register_forward_hook(lambda _, args, out: out * (1 + 1e-9 * is_faulty))
+class _Ageing(nn.ReLU):
+    """Counts its calls, which is no setting, and looks at the count."""
 
-    return _fused(fault)
+    age = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.age += 1
+        return super().forward(x) * (1 + 1e-9 * (self.age > 100))
+
+
+def _modules(is_faulty: bool) -> surgeon.Report:
+    net = shake_(_Net(), 0, gently=True)
+    net.body[2] = _Ageing()
+    net.body[2].age = 1
+    converted = surgeon.convert(net, "acnet", SHAPE)
+    fused = surgeon.fuse(converted)
+    fused.body[2].age = 1000 * is_faulty
+    return surgeon.verify(converted, fused, SHAPE)
 
 
 FAULTS: dict[str, Maker] = {
     "mathematics": _mathematics,
     "blocks": _blocks,
     "storage": _storage,
+    "same tensors": _same_tensors,
+    "sites": _sites,
+    "wiring": _wiring,
     "rounding": _rounding,
     "finite": _finite,
+    "other inputs": _other_inputs,
     "stored tensors": _stored_tensors,
+    "structure": _structure,
     "modules": _modules,
 }
 
@@ -126,7 +213,7 @@ def test_every_check_has_a_fault_that_only_it_sees() -> None:
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_that_one_check_sees_passes_without_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     report = FAULTS[name](True)
-    assert [check.name for check in report.checks if not check.passed] == [name]
+    assert {check.name for check in report.checks if not check.passed} == {name}
     assert report.verdict == "different"
     left = tuple(question for question in checks.questions() if question.name != name)
     monkeypatch.setattr(checks, "questions", lambda: left)
@@ -138,7 +225,7 @@ def test_without_the_fault_it_passes_and_is_listed(name: str) -> None:
     report = FAULTS[name](False)
     assert report.equivalent, report
     assert all(isinstance(check, surgeon.Check) for check in report.checks)
-    if name not in ("blocks", "finite"):  # these are told only where they are needed
+    if name not in ("blocks", "finite", "other inputs"):  # these are told only where they are needed
         assert name in [check.name for check in report.checks]
 
 
@@ -158,41 +245,45 @@ def test_every_question_has_a_file_of_its_name_and_a_place_of_its_own() -> None:
 
 
 def test_of_an_approximate_model_only_what_is_stored_and_how_it_is_built_is_asked() -> None:
-    assert [one.name for one in checks.questions() if one.is_for_approximate] == ["stored tensors", "modules"]
+    assert [one.name for one in checks.questions() if one.is_for_approximate] == [
+        *("stored tensors", "structure", "modules")
+    ]
 
 
 _ANOTHER = '''
 from surgeon.proof.checks.base import Question
 
 
-class Sites(Question):
-    """B has at least two sites."""
+class Number(Question):
+    """B has at least two modules."""
 
-    name = "sites"
+    name = "number"
     place = 35
 
     def ask(self, evidence):
-        found = min(len(run.sites) for run in evidence.runs)
-        yield self.answer(-found, -2, f"{found} sites, at least 2")
+        found = min(len(run.gaps) for run in evidence.runs)
+        yield self.answer(-found, -2, f"{found} modules, at least 2")
 '''
 
 
 @pytest.fixture
 def another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One more file in the folder of the checks."""
-    (tmp_path / "sites.py").write_text(_ANOTHER)
+    (tmp_path / "number.py").write_text(_ANOTHER)
     monkeypatch.setattr(checks, "__path__", [*checks.__path__, str(tmp_path)])
     checks.questions.cache_clear()
     yield
     checks.questions.cache_clear()
-    sys.modules.pop(f"{checks.__name__}.sites", None)
+    sys.modules.pop(f"{checks.__name__}.number", None)
 
 
 def test_to_add_a_check_is_to_add_a_file(another: None) -> None:
     report = _rounding(False)
     assert report.equivalent, report
-    assert [check.name for check in report.checks] == ["storage", "sites", "rounding"]
-    assert "sites: 2 sites, at least 2" in str(report)
+    assert [check.name for check in report.checks] == [
+        *("storage", "storage", "same tensors", "sites", "wiring", "number", "rounding")
+    ]
+    assert "number: 4 modules, at least 2" in str(report)
     few = nn.Sequential(nn.Conv2d(3, 4, 3))
     report = surgeon.verify(few, copy.deepcopy(few), SHAPE)
-    assert (report.verdict, [check.name for check in report.checks if not check.passed]) == ("different", ["sites"])
+    assert (report.verdict, [check.name for check in report.checks if not check.passed]) == ("different", ["number"])

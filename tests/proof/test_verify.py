@@ -74,7 +74,9 @@ def test_the_untouched_pair_passes_and_says_what_was_measured(files: Path, capsy
     assert run_surgeon("verify", files / "net.acnet.pt", files / "net.acnet.fused.pt", "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert report["verdict"] == "equivalent"
-    assert {check["name"] for check in report["checks"]} == {"mathematics", "stored tensors", "modules", "rounding"}
+    assert {check["name"] for check in report["checks"]} == {
+        *("mathematics", "rounding", "stored tensors", "structure", "modules")
+    }
     swapped = [site for site in report["sites"] if site["kind_a"] == "ACBlock"]
     assert len(swapped) == 7
     assert all(0 < site["isolated"] < 1e-6 for site in swapped)
@@ -88,7 +90,8 @@ def test_a_module_that_was_changed_is_caught_although_every_tensor_is_right(dtyp
     fused.layer2[0].downsample[1].eps *= 1.001
     report = surgeon.verify(converted, fused, INPUT)
     assert report.verdict == "different"
-    assert [check.name for check in report.checks if not check.passed] == ["modules"]
+    assert [check.name for check in report.checks if not check.passed] == ["structure", "modules"]
+    assert report.first_to_diverge == "layer2.0.downsample.1"
 
 
 def test_a_chain_of_operations_is_replayed_from_its_start(files: Path) -> None:
@@ -469,7 +472,9 @@ class TestWhereAModelRunsInItsOwnDtypeOnly:
         converted = shake_(surgeon.convert(net, "acnet", self.shape), 1)
         report = surgeon.verify(converted, surgeon.fuse(converted), self.shape)
         assert report.equivalent, report
-        assert [check.name for check in report.checks] == ["blocks", "storage", "stored tensors", "modules"]
+        assert [check.name for check in report.checks] == [
+            *("blocks", "storage", "stored tensors", "structure", "modules")
+        ]
         assert report.distances[0].float64 is None
         assert "A does not run in float64" in report.remarks[0]
         assert "expected" in report.remarks[0]

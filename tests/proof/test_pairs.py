@@ -1,0 +1,344 @@
+"""verify, fault by fault: what may not pass and what may not be condemned, where the outputs alone would not tell."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import shake_
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+import surgeon
+
+SHAPE = (2, 3, 12, 12)
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def _unit(c_in: int, c_out: int) -> list[nn.Module]:
+    return [nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
+
+
+def _net(*tail: nn.Module, seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return shake_(nn.Sequential(*_unit(3, 8), *_unit(8, 8), *tail), seed, gently=True).eval()
+
+
+def _pooled() -> nn.Sequential:
+    return _net(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+
+def _folded(net: nn.Sequential, at: int) -> nn.Sequential:
+    """Fold one norm as torch does it, in the network's dtype."""
+    made = copy.deepcopy(net)
+    made[at], made[at + 1] = fuse_conv_bn_eval(made[at], made[at + 1]), nn.Identity()
+    return made
+
+
+class _LogAndHead(nn.Module):
+    """log(3y / 3 − y), which is NaN or −Inf as rounding has it, beside an ordinary head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.c, self.d = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.c(x)
+        return torch.log((y * 3) / 3 - y), self.d(y)
+
+
+def test_an_output_without_a_limit_excuses_no_other() -> None:
+    a = _LogAndHead().eval()
+    b = copy.deepcopy(a)
+    with torch.no_grad():
+        b.d.weight *= 2
+        b.c.weight.copy_(torch.nextafter(b.c.weight, torch.full_like(b.c.weight, 9.0)))
+    assert surgeon.verify(a, b, SHAPE).verdict == "different"
+
+
+class TestPairsOfOtherHands:
+    """There is no history, or it does not begin at A."""
+
+    @pytest.mark.parametrize("dtype", HALVES)
+    @pytest.mark.parametrize("at", [0, 3])
+    def test_a_half_type_does_not_hide_a_filter(self, dtype: torch.dtype, at: int) -> None:
+        net = _pooled()
+        a, right = copy.deepcopy(net).to(dtype), _folded(net, at).to(dtype)
+        assert surgeon.verify(a, right, SHAPE).equivalent
+        for fault in (_negate, _exchange):
+            for start in (a, right):
+                b = copy.deepcopy(start)
+                fault(b[at].weight.data)
+                report = surgeon.verify(a, b, SHAPE)
+                assert (report.verdict, report.first_to_diverge) == ("different", str(at))
+
+    def test_a_history_that_begins_elsewhere_decides_nothing(self) -> None:
+        """It was planned at 1×1 pixels, where all taps but the centre see nothing."""
+        a = _net()
+        b = surgeon.fuse(surgeon.convert(a, "acnet", (1, 3, 1, 1)))
+        assert surgeon.verify(a, b, SHAPE).equivalent
+        with torch.no_grad():
+            for conv in (b[0], b[3]):
+                centre = conv.weight[:, :, 1, 1].clone()
+                conv.weight.normal_()
+                conv.weight[:, :, 1, 1] = centre
+        a[1].num_batches_tracked += 1
+        report = surgeon.verify(a, b)
+        assert report.verdict == "different"
+        assert len(report.remarks) == 1
+        assert "does not begin at A, and decides nothing" in report.remarks[0]
+
+    def test_a_counter_makes_the_history_lapse_and_no_difference(self) -> None:
+        a = _net()
+        b = surgeon.convert(a, "acnet", SHAPE)
+        a[1].num_batches_tracked += 1
+        report = surgeon.verify(a, b, SHAPE)
+        assert report.equivalent, report
+        assert "does not begin at A" in report.remarks[0]
+
+    def test_a_saturated_output_leaves_the_verdict_to_the_modules(self) -> None:
+        a = _net(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4), nn.Softmax(1))
+        with torch.no_grad():
+            a[8].weight *= 1e4
+        b = copy.deepcopy(a)
+        assert surgeon.verify(a, b, SHAPE).equivalent
+        with torch.no_grad():
+            b[0].weight[2] *= 1.3
+        report = surgeon.verify(a, b, SHAPE)
+        assert (report.verdict, report.first_to_diverge) == ("different", "0")
+        assert "does not move when the input does" in report.remarks[0]
+
+    def test_a_dead_output_of_a_model_without_common_names_shows_nothing(self) -> None:
+        class Other(nn.Module):
+            def __init__(self, net: nn.Module) -> None:
+                super().__init__()
+                self.net = net
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.net(x)
+
+        a = _net(nn.Conv2d(8, 4, 1))
+        nn.init.zeros_(a[6].weight)
+        report = surgeon.verify(a, Other(copy.deepcopy(a)), SHAPE)
+        assert report.verdict == "different"
+        assert "nothing was compared" in str(report)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES])
+    def test_all_weights_one_unit_larger_is_no_rounding(self, dtype: torch.dtype) -> None:
+        a = _pooled().to(dtype)
+        b = copy.deepcopy(a)
+        with torch.no_grad():
+            for parameter in b.parameters():
+                parameter.copy_(torch.nextafter(parameter, torch.full_like(parameter, float("inf"))))
+        report = surgeon.verify(a, b, SHAPE)
+        assert report.verdict == "different"
+        assert report.first_to_diverge == "0"
+
+    def test_rounding_weights_once_more_is_a_cast(self) -> None:
+        a = _pooled().bfloat16()
+        b = copy.deepcopy(a)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in b.parameters():  # some are one unit up, others one down, most stay
+                steps = torch.randint(-3, 4, parameter.shape, generator=generator).clamp(-1, 1).float() * float("inf")
+                moved = torch.nextafter(parameter, steps.nan_to_num(0).to(parameter.dtype))
+                parameter.copy_(torch.where(steps.isnan(), parameter, moved))
+        assert surgeon.verify(a, b, SHAPE).equivalent
+
+    @pytest.mark.parametrize(
+        "wrong", [nn.Hardtanh(0, 100), nn.LeakyReLU(1e-3), nn.ReLU6(), nn.GELU()], ids=lambda module: str(module)
+    )
+    def test_a_module_of_another_class_is_tried_on_larger_numbers(self, wrong: nn.Module) -> None:
+        a = _net()
+        b = copy.deepcopy(a)
+        b[2] = wrong
+        report = surgeon.verify(a, b, SHAPE)
+        assert (report.verdict, report.first_to_diverge) == ("different", "2")
+
+    def test_a_conv_that_turns_the_batch_round_is_found_with_one_image(self) -> None:
+        class Turned(nn.Conv2d):
+            def forward(self, x: Tensor) -> Tensor:
+                return super().forward(x.flip(0))
+
+        a = _net()
+        b = copy.deepcopy(a)
+        b[3].__class__ = Turned
+        report = surgeon.verify(a, b, (1, 3, 12, 12))
+        assert (report.verdict, report.first_to_diverge) == ("different", "3")
+
+    def test_a_module_that_is_left_out_is_named_although_its_neighbour_stands_for_it(self) -> None:
+        a = _net()
+        b = _folded(a, 0)
+        b[2] = nn.Identity()
+        report = surgeon.verify(a, b, SHAPE)
+        assert (report.verdict, report.first_to_diverge) == ("different", "2")
+
+    def test_folds_that_leave_no_identity_are_compared_behind_the_norm(self) -> None:
+        from torch.fx.experimental.optimization import fuse
+
+        a = _pooled()
+        b = fuse(copy.deepcopy(a))
+        assert surgeon.verify(a, b, SHAPE).equivalent
+        assert surgeon.verify(b, a, SHAPE).equivalent
+        with torch.no_grad():
+            getattr(b, "3").bias[1] += 1e-3
+        for pair in ((a, b), (b, a)):
+            report = surgeon.verify(*pair, SHAPE)
+            assert (report.verdict, report.first_to_diverge) == ("different", "3")
+
+
+class _Branches(nn.Module):
+    """3×3 and 1×1 conv, each with a norm, summed; `deployed` is one conv in their place, as RepVGG's is."""
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.dense, self.point = nn.Sequential(*_unit(c_in, c_out)[:2]), nn.Conv2d(c_in, c_out, 1)
+        self.act = nn.Hardswish()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if hasattr(self, "deployed"):
+            return self.act(self.deployed(x))
+        return self.act(self.dense(x) + self.point(x))
+
+    def fold(self) -> None:
+        folded = fuse_conv_bn_eval(self.dense[0], self.dense[1])
+        with torch.no_grad():
+            folded.weight += F.pad(self.point.weight, (1, 1, 1, 1))
+            folded.bias += self.point.bias
+        self.deployed = folded
+        del self.dense, self.point
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_branches_that_somebody_has_folded_in_float32_are_right(dtype: torch.dtype, seed: int) -> None:
+    torch.manual_seed(seed)
+    net = shake_(nn.Sequential(_Branches(3, 8), _Branches(8, 8), nn.Conv2d(8, 4, 1)), seed, gently=True).eval()
+    folded = copy.deepcopy(net)
+    folded[0].fold(), folded[1].fold()
+    a, b = net.to(dtype), folded.to(dtype)
+    assert surgeon.verify(a, b, SHAPE).equivalent
+    with torch.no_grad():
+        b[1].deployed.weight[3] *= -1
+    report = surgeon.verify(a, b, SHAPE)
+    assert (report.verdict, report.first_to_diverge) == ("different", "1")
+
+
+class TestRightFolds:
+    """None is condemned, however small, large or tied the numbers are."""
+
+    @pytest.mark.parametrize("size", [12, 48])
+    @pytest.mark.parametrize("seed", range(4))
+    def test_the_rounding_of_stored_weights_is_not_averaged_away(self, size: int, seed: int) -> None:
+        """A global mean averages arithmetic noise away, and not what is the same at every pixel."""
+        net = _pooled()
+        with torch.no_grad():
+            for norm in (net[1], net[4]):
+                norm.weight.fill_(3.0)
+                norm.bias.fill_(1.0)
+        converted = shake_(surgeon.convert(net, "acnet", SHAPE), seed, gently=True)
+        assert surgeon.verify(converted, surgeon.fuse(converted), (1, 3, size, size), seed=seed).equivalent
+
+    @pytest.mark.parametrize("seed", range(6))
+    def test_labels_that_nearly_tie_may_flip(self, seed: int) -> None:
+        class Segment(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                torch.manual_seed(seed)
+                self.body, self.head = nn.Sequential(*_unit(3, 16), *_unit(16, 16)), nn.Conv2d(16, 21, 1)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.head(self.body(x)).argmax(1)
+
+        recipe = {"surgeon": 1, "title": "t", "rules": [{"swap": "acblock", "with": {"init": "split"}}]}
+        recipe["rules"][0]["match"] = {"kernel": 3}  # type: ignore[index]
+        net = shake_(Segment(), seed, gently=True).bfloat16()
+        converted = surgeon.convert(net, recipe, SHAPE)
+        fused = surgeon.fuse(converted)
+        assert surgeon.verify(converted, fused, (1, 3, 16, 16)).equivalent
+        del fused.surgeon_provenance
+        assert surgeon.verify(converted, fused, (1, 3, 16, 16)).equivalent
+        with torch.no_grad():
+            fused.head.weight.copy_(fused.head.weight.roll(1, 0))
+        assert surgeon.verify(converted, fused, (1, 3, 16, 16)).verdict == "different"
+
+    @pytest.mark.parametrize("gamma", [1e-40, 1e-20, 0.0, 1e4])
+    @pytest.mark.parametrize("variance", [1e-12, 1.0, 1e6])
+    def test_extreme_norms_fold_right(self, gamma: float, variance: float) -> None:
+        net = _net(nn.Conv2d(8, 4, 1))
+        with torch.no_grad():
+            net[4].weight.mul_(gamma)
+            net[4].running_var.mul_(variance)
+        assert surgeon.verify(net, _folded(net, 3), SHAPE).equivalent
+        converted = surgeon.convert(net, "acnet", SHAPE)
+        assert surgeon.verify(converted, surgeon.fuse(converted), SHAPE).equivalent
+
+
+class TestStructure:
+    """The replay is at hand, and what it built is compared name by name."""
+
+    @pytest.mark.parametrize(
+        ("fault", "path"),
+        [
+            (lambda net: net.__setitem__(6, nn.AvgPool2d(12)), "6"),
+            (lambda net: net.__setitem__(2, nn.Hardtanh(0, 100)), "2"),
+            (lambda net: net[6].register_forward_hook(lambda *_: None), "6"),
+            (lambda net: setattr(net[3], "padding_mode", "reflect"), "3"),
+            (lambda net: setattr(net[2], "forward", F.relu), "2"),
+            (lambda net: net.add_module("more", nn.ReLU()), "more"),
+        ],
+        ids=["fixed size", "clips at 100", "hook", "padding mode", "forward", "one more"],
+    )
+    def test_what_no_input_shows_is_found_and_named(self, fault: Callable[[nn.Module], object], path: str) -> None:
+        net = _pooled()
+        b = surgeon.fuse(surgeon.convert(net, "acnet", SHAPE))
+        assert surgeon.verify(net, b, SHAPE).equivalent
+        fault(b)
+        report = surgeon.verify(net, b, SHAPE)
+        assert (report.verdict, report.first_to_diverge) == ("different", path)
+
+    def test_what_a_run_changes_is_no_structure(self) -> None:
+        class Remembers(nn.ReLU):
+            calls, last = 0, None
+
+            def forward(self, x: Tensor) -> Tensor:
+                self.calls, self.last = self.calls + 1, x
+                return super().forward(x)
+
+        net = _pooled()
+        net[2] = Remembers()
+        b = surgeon.fuse(surgeon.convert(net, "acnet", SHAPE))
+        with torch.no_grad():
+            b(torch.randn(5, 3, 9, 9))
+        assert surgeon.verify(net, b, SHAPE).equivalent
+
+    def test_the_dtype_of_every_tensor_counts(self) -> None:
+        net = _pooled()
+        net[8].register_parameter("unused", nn.Parameter(torch.ones(3)))
+        b = surgeon.convert(net, "acnet", SHAPE)
+        assert surgeon.verify(net, b, SHAPE).equivalent
+        b[8].unused = nn.Parameter(torch.ones(3, dtype=torch.float64))
+        report = surgeon.verify(net, b, SHAPE)
+        assert (report.verdict, report.first_to_diverge) == ("different", "8")
+
+    def test_all_tensors_one_unit_larger_are_not_rounded_once(self) -> None:
+        net = _pooled()
+        b = surgeon.fuse(surgeon.convert(net, "acnet", SHAPE))
+        with torch.no_grad():
+            for parameter in b.parameters():
+                parameter.copy_(torch.nextafter(parameter, parameter * 2))
+        report = surgeon.verify(net, b, SHAPE)
+        assert report.verdict == "different"
+        assert "one unit in the last place off throughout" in str(report)
+
+
+def _negate(weight: Tensor) -> None:
+    weight[5] *= -1
+
+
+def _exchange(weight: Tensor) -> None:
+    weight[[3, 7]] = weight[[7, 3]].clone()
