@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 
+from surgeon.proof.evidence import Evidence
 from surgeon.proof.isolated import Gap
 from surgeon.proof.report import SiteDistance
-from surgeon.proof.runs import Evidence
 from surgeon.proof.wiring import OUTPUT
 
 

@@ -8,6 +8,7 @@ out, was merged into a neighbour: both are compared at the end of that stretch.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -35,13 +36,13 @@ def pair(a: nn.Module, b: nn.Module) -> Pairing:
     """Pair the modules of two models by their names."""
     found = Pairing()
     others = dict(b.named_modules(remove_duplicate=False))
-    names = [path for path, _ in a.named_modules()]  # each module once, under its first name
+    names = {path for path, _ in a.named_modules()}  # each module once, under its first name
     known = {path: module for path, module in a.named_modules() if path in others}
     _walk("", a, b, found, is_inner=False)
-    only_b = [path for path, module in b.named_modules() if path not in set(names) and _can_be_left_out(module)]
+    only_b = [path for path, module in b.named_modules() if path not in names and _can_be_left_out(module)]
     only_a = [path for path, module in a.named_modules() if path not in others and _can_be_left_out(module)]
     found.paths = [path for path in found.paths if path in known]
-    found.moved += [*only_a, *only_b]
+    found.moved += [path for path in (*only_a, *only_b) if not _is_below(path, found.paths)]
     return found
 
 
@@ -79,6 +80,11 @@ def _walk(path: str, a: nn.Module, b: nn.Module, found: Pairing, *, is_inner: bo
     for name, module in ours.items():
         if name in theirs:
             _walk(f"{path}.{name}".lstrip("."), module, theirs[name], found, is_inner=is_inner or is_whole)
+
+
+def _is_below(path: str, others: Iterable[str]) -> bool:
+    """Whether a module lies in one that is compared as it is, or as a whole."""
+    return any(path.startswith(f"{other}.") for other in others)
 
 
 def _is_leaf(module: nn.Module) -> bool:

@@ -52,6 +52,7 @@ class Recorder:
         self.recordings: dict[str, list[Recording]] = {}
         self.stretches: dict[str, Stretch] = {}
         self.propagated: dict[str, list[float]] = defaultdict(list)
+        self.first_other: str | None = None  # the first stretch of B whose result has another shape than A's
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
@@ -77,6 +78,8 @@ class Recorder:
             name = ends.get(path)
             if name is not None:
                 expected, done = self._ends(self.stretches[name]), self.propagated[name]
+                if len(done) < len(expected) and _shapes(out) != _shapes(expected[len(done)]):
+                    self.first_other = self.first_other or name
                 done.append(_apart(out, expected[len(done)]) if len(done) < len(expected) else math.inf)
 
         with _watched(self.b, [*ends, *only_b], trail, compare):
@@ -171,7 +174,7 @@ class Recorder:
         starts, ends = self.recordings[path], self._ends(stretch)
         if len(starts) != len(ends):
             return False
-        outs = [run([self.a.get_submodule(path)], Recording((end,), {}, None)) for end in ends]
+        outs = [run([self.a.get_submodule(path)], Recording((_alone(end),), {}, None)) for end in ends]
         return all(not _apart(out, one.out) for out, one in zip(outs, starts, strict=True))
 
     def _add(self, name: str, steps: list[str]) -> None:
@@ -190,7 +193,7 @@ def run(modules: Sequence[nn.Module], one: Recording) -> Any:
         with quietly():
             out = modules[0](*args, **kwargs)
             for module in modules[1:]:
-                out = module(out)
+                out = module(_alone(out))
     except Exception:  # two streams of other channels, say: what does not run on the same input is not the same
         return None
     return out
@@ -263,6 +266,16 @@ def _apart(out: Any, expected: Any) -> float:
             both = isinstance(one, Tensor) and isinstance(other, Tensor)
             found = max(found, apart(one, other) if both else math.inf)
     return found
+
+
+def _alone(out: Any) -> Any:
+    """Give a stream that comes alone, in a pair without a low one, as the tensor that it is."""
+    is_alone = isinstance(out, tuple) and len(out) == 2 and out[1] is None
+    return out[0] if is_alone else out
+
+
+def _shapes(values: Any) -> list[Any]:
+    return [leaf.shape for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def _clones(values: Any) -> Any:

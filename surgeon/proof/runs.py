@@ -9,8 +9,7 @@ from its own float64 result.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +37,7 @@ from surgeon.proof.distance import (
     tensors,
     worst,
 )
+from surgeon.proof.evidence import Exactness, Measured, Replay
 from surgeon.proof.figures import figures
 from surgeon.proof.isolated import FEW_UNITS, Gap, Judge, excused, measure
 from surgeon.proof.probes import probes
@@ -51,65 +51,6 @@ _SHAKES = 4  # times that weights are moved, because it is chance whether two ne
 _HOPELESS = 30.0  # times a limit that two draws have set: no further one makes up for it
 _ARITHMETIC = 64  # units: relative L2 by which two runs may differ through their order of arithmetic alone
 _NUDGE = 1e-3  # of every number of an input; an output that this moves by less than a millionth part is flat
-
-
-@dataclass(frozen=True, slots=True)
-class Replay:
-    """B made anew from A: in float64 throughout, and with every tensor rounded between two operations, as in files."""
-
-    exact: nn.Module
-    rounded: nn.Module
-
-
-@dataclass(frozen=True, slots=True)
-class Exactness:
-    """How far the replay is from A in float64: its outputs, and its blocks where outputs alone cannot tell."""
-
-    outputs: float | None  # the one that is furthest beyond its limit; None where A's outputs cannot tell
-    limit: float = EXACT
-    blocks: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """What was measured for one input."""
-
-    label: str  # of the input
-    is_probe: bool = False  # surgeon has drawn it, beside the user's own
-    distance: Distance | None = None  # None where the shapes of outputs depend on rounding, and for a probe
-    exact: Exactness | None = None  # replay against A
-    modules: float | None = None  # B against the replay with B's tensors, in float64 if A runs there
-    storage: list[tuple[Apart, Apart]] = field(default_factory=list)  # output by output: B, and moved A, against A
-    rounding: list[tuple[Apart, Apart]] = field(default_factory=list)  # output by output: B and A in their own dtype,
-    # each against itself in float64
-    draws: int = 1  # how many inputs of this kind `storage` and `rounding` were measured on
-    gaps: dict[str, Gap] = field(default_factory=dict)  # stretches
-    merged: frozenset[str] = frozenset()  # modules that one of the models has merged with a neighbour
-    wiring: dict[str, float] | None = None  # stretch → what reaches it in B if all before it is A's; "" is the output
-    flat: tuple[int, ...] = ()  # outputs of A that do not move when the input does
-    outputs: int = 0  # outputs of A that hold numbers
-    odd: int = 0  # outputs of B that hold NaN or Inf
-    blank: int = 0  # outputs of A in which no number is finite
-    failed: str = ""  # what B said to an input that A takes
-
-
-@dataclass(frozen=True, slots=True)
-class Evidence:
-    """All that was measured, and the numbers from which the limits are computed."""
-
-    runs: tuple[Measured, ...]  # one for each input
-    stored: Mapping[str, Off] | None  # stored tensor → how far it is from the replay's; None without a replay
-    same: Mapping[str, Off] | None  # the same without a replay: from A's, for modules of the same class
-    structure: Mapping[str, str] | None  # module of B → what the replay did not make; None without a replay
-    dtype: torch.dtype  # in which both models are stored
-    exact: torch.dtype  # in which they were compared as stored: float64 if A runs there
-    margin: float
-    arithmetic: float  # relative L2 in `exact` by which two runs may differ through their order alone
-
-    @property
-    def wired(self) -> float:
-        """The most by which what reaches a module may differ if all that came before it is A's."""
-        return max(EXACT, self.arithmetic)
 
 
 class NotInFloat64Error(Exception):
@@ -155,10 +96,7 @@ class Models:
         recorder = Recorder(self.a, self.b, self.pairing)
         with recorder.recording():
             truth = self._truth(inputs)
-        with recorder.comparing():
-            out_b = self._call(self.b, inputs, self.exact)
-        if self.replay is None:
-            matched(out_b, truth)  # raises if the outputs cannot be compared
+        out_b = self._compared(recorder, inputs, truth)
         more = self._more(inputs, truth)
         draws = [inputs, *more]
         truths = [truth, *(self._call(self.a, one, self.exact) for one in more)]
@@ -190,6 +128,25 @@ class Models:
             blank=sum(not t.isfinite().any() for t in _floats(truth)),
         )
 
+    def _compared(self, recorder: Recorder, inputs: Inputs, truth: Any) -> Any:
+        """Run B on what A has run on.
+
+        Raises:
+            VerifyError: it does not run, or gives something that cannot be compared; `facts` has the `site`.
+        """
+        try:
+            with recorder.comparing():
+                out = self._call(self.b, inputs, self.exact)
+            if self.replay is None:
+                matched(out, truth)
+        except VerifyError as error:
+            problem = error.problem.replace("a model does not run", "A runs, and B does not,")
+            if (site := recorder.first_other) is not None:
+                problem += f"; in B the result of {site} is the first that has another shape than in A"
+            todo = error.todo if problem == error.problem else "Make B from A again, or compare it with another model."
+            raise VerifyError(problem, todo=todo, site=site) from error
+        return out
+
     def _probed(self, inputs: Inputs) -> list[Measured]:
         """Run both on an input of another size, with larger numbers in it, if A takes one: only in float64."""
         for probe in probes(inputs, self.seed) if self.is_double else []:
@@ -207,10 +164,7 @@ class Models:
     def _probe(self, probe: Inputs, truth: Any, recorder: Recorder) -> Measured:
         label = f"{probe} (drawn)"
         try:
-            with recorder.comparing():
-                out_b = self._call(self.b, probe, self.exact)
-            if self.replay is None:
-                matched(out_b, truth)
+            out_b = self._compared(recorder, probe, truth)
         except VerifyError as error:
             return Measured(label, is_probe=True, failed=error.problem)
         return Measured(

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from surgeon.conv.spec import ConvSpec
 from surgeon.models.copies import kind_of
 from surgeon.proof.ulps import off
 
@@ -87,8 +88,13 @@ def _constants(expected: nn.Module, module: nn.Module) -> Iterator[str]:
 
 
 def _settings(module: nn.Module) -> Mapping[str, Any]:
+    """Give the attributes that decide what a module computes; the same padding may be written in two ways."""
     skipped = _TORCHS | _OURS | ({"_graph"} if isinstance(module, fx.GraphModule) else set())  # its code is compared
-    return {name: value for name, value in vars(module).items() if name not in skipped}
+    found = {name: value for name, value in vars(module).items() if name not in skipped}
+    if isinstance(module, nn.Conv2d) and "padding" in found:
+        found["padding"] = ConvSpec.of(module).pads
+        found.pop("_reversed_padding_repeated_twice", None)
+    return found
 
 
 def _same(one: Any, other: Any, depth: int) -> bool:

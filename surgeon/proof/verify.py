@@ -30,8 +30,9 @@ from surgeon.models.devices import dtype_of
 from surgeon.proof.checks import checks
 from surgeon.proof.distance import dtype_name
 from surgeon.proof.divergence import site_table
+from surgeon.proof.evidence import Evidence, Measured, Replay
 from surgeon.proof.report import Report
-from surgeon.proof.runs import Evidence, Measured, Models, NotInFloat64Error, Replay
+from surgeon.proof.runs import Models, NotInFloat64Error
 from surgeon.proof.structure import changed_by_running, differences
 from surgeon.proof.ulps import stored_off
 

@@ -16,7 +16,7 @@ from surgeon.files.load import build, build_named_in_file
 from surgeon.files.pickles import Trust
 from surgeon.models.copies import duplicate, shadow
 from surgeon.proof.distance import as_double
-from surgeon.proof.runs import Replay
+from surgeon.proof.evidence import Replay
 from surgeon.surgery import manifest as manifests
 from surgeon.surgery.check import check
 from surgeon.surgery.fold import fold_blocks_

@@ -16,7 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 import surgeon
 from surgeon.analysis import example as examples
 from surgeon.proof import checks
-from surgeon.proof.runs import Replay
+from surgeon.proof.evidence import Replay
 from surgeon.proof.verify import verify
 
 SHAPE = (1, 3, 12, 12)

@@ -21,7 +21,7 @@ from surgeon.app.demo.net import SmallResNet
 from surgeon.errors import CaptureError, ModelError, VerifyError
 from surgeon.proof import verify as equivalence
 from surgeon.proof.distance import relative_l2
-from surgeon.proof.runs import Replay
+from surgeon.proof.evidence import Replay
 from surgeon.proof.ulps import ulp
 
 INPUT = (1, 1, 28, 28)

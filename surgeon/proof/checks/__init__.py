@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from functools import cache
 
 from surgeon.proof.checks.base import Question
+from surgeon.proof.evidence import Evidence
 from surgeon.proof.report import Check
-from surgeon.proof.runs import Evidence
 
 
 @cache

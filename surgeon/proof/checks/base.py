@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 from surgeon.proof.distance import Apart, furthest
+from surgeon.proof.evidence import Evidence, Measured
 from surgeon.proof.report import Check
-from surgeon.proof.runs import Evidence, Measured
 
 ONE_UNIT = "one unit in the last place of every weight"
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from surgeon.proof.checks.base import Question
 from surgeon.proof.distance import EXACT
+from surgeon.proof.evidence import Evidence
 from surgeon.proof.report import Check
-from surgeon.proof.runs import Evidence
 
 
 class Blocks(Question):

@@ -8,8 +8,8 @@ import torch
 
 from surgeon.proof.checks.base import Question, flips_of, output_of
 from surgeon.proof.distance import dtype_name, furthest
+from surgeon.proof.evidence import Evidence
 from surgeon.proof.report import Check
-from surgeon.proof.runs import Evidence
 
 _FLOOR = 4  # units: what any arithmetic may do
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from surgeon.proof.checks.base import Question, flips_of, output_of
 from surgeon.proof.distance import dtype_name, furthest
+from surgeon.proof.evidence import Evidence
 from surgeon.proof.report import Check
-from surgeon.proof.runs import Evidence
 
 
 class Storage(Question):

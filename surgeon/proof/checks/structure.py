@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from surgeon.proof.checks.base import Question
+from surgeon.proof.evidence import Evidence
 from surgeon.proof.report import Check
-from surgeon.proof.runs import Evidence
 
 
 class Structure(Question):
