@@ -1,4 +1,4 @@
-"""Work in many processes, of which any may crash or hang; what is done is in a file of JSON lines, and is not done again.
+"""Work in many processes, of which any may crash or hang. What is done is in a file, and is not done again.
 
 Work comes in batches; each is done by a copy of this process, so that nothing has to be imported again. A copy writes
 one line for each of its keys. Where it dies or takes too long, the key it was at is recorded with that, and the rest of
@@ -125,7 +125,13 @@ def carry_out(batches: Iterable[Batch], out: Path, *, jobs: int, timeout: float,
     waiting = [Batch(rest, batch.work) for batch in batches if (rest := tuple(k for k in batch.keys if k not in done))]
     waiting.reverse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no process is left behind
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
     screen = Progress(*columns, console=Console(stderr=True), auto_refresh=False, disable=not show)
     running: list[_Running] = []
     seconds, number = 0.0, 0

@@ -9,13 +9,15 @@ from collections.abc import Callable
 import timm
 import torch
 from mutation_faults import NotHereError
-from mutation_nets import build, dtype_of, example, extreme_, settle_
+from mutation_nets import build, dtype_of, example, extreme_, settle_, train_
 from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
 from timm.models.repvit import RepVit
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import surgeon
+from surgeon.app.demo.data import weights
+from surgeon.nn import SmallResNet
 
 Pair = tuple[nn.Module, nn.Module]
 Fold = Callable[["Maker"], Pair]
@@ -52,6 +54,8 @@ class Maker:
 
     def trained(self, net: nn.Module) -> nn.Module:
         settle_(net.float(), self.generator, self.side)
+        if self.statistics == "trained":
+            train_(net, self.generator, min(self.side, 24))
         return extreme_(net.to(self.dtype), self.statistics, self.generator).eval()
 
     def converted(self, kind: str, *, local: bool = False) -> nn.Module:
@@ -153,10 +157,14 @@ def by_timm(net: nn.Module) -> nn.Module:
     return timm.utils.reparameterize_model(net)
 
 
-def _by(fold: Callable[[nn.Module], nn.Module], dtype: torch.dtype, build_: Callable[[], nn.Module] | None = None) -> Fold:
+def _by(
+    fold: Callable[[nn.Module], nn.Module], dtype: torch.dtype, build_: Callable[[], nn.Module] | None = None
+) -> Fold:
     """Fold in one dtype, and store in another one."""
 
     def made(maker: Maker) -> Pair:
+        if torch.finfo(dtype).eps > torch.finfo(maker.dtype).eps:
+            raise NotHereError  # float64 weights that were folded in float32 are not right
         a = maker.plain() if build_ is None else maker.trained(_seeded(build_, maker))
         b = fold(copy.deepcopy(a).to(dtype)).to(maker.dtype)
         return a, b.eval()
@@ -189,6 +197,42 @@ for _word, _dtype in (("float32", torch.float32), ("float64", torch.float64)):
     own(f"torch.fx fuse in {_word}")(_by(by_fx, _dtype))
     for _name, _build in THEIRS.items():
         foreign(f"{_name} in {_word}")(_by(by_timm, _dtype, _build))
+
+
+def _demo(kind: str, **options: bool) -> Fold:
+    """Take the network that the demo ships with, whose weights come from a long training."""
+
+    def fold(maker: Maker) -> Pair:
+        net = SmallResNet()
+        net.load_state_dict(weights())
+        a = net.eval() if not kind else surgeon.convert(net.eval(), RECIPES[kind], (1, 1, 28, 28))
+        if maker.statistics == "trained":
+            train_(a, maker.generator, 28, channels=1)
+        a = extreme_(a.to(maker.dtype), maker.statistics, maker.generator)
+        if not kind:
+            if maker.dtype == torch.float64:
+                raise NotHereError
+            return a, by_hand(copy.deepcopy(a).float()).to(maker.dtype)
+        return a, surgeon.fuse(a, (1, 1, 28, 28), **options)
+
+    return fold
+
+
+def by_hand(net: nn.Module) -> nn.Module:
+    """Fold conv1 and bn1, conv2 and bn2 of every module that has such, as people do by hand."""
+    for module in net.modules():
+        for conv, norm in (("conv1", "bn1"), ("conv2", "bn2")):
+            parts = module._modules
+            if isinstance(parts.get(conv), nn.Conv2d) and isinstance(parts.get(norm), nn.BatchNorm2d):
+                parts[conv] = fuse_conv_bn_eval(parts[conv], parts[norm])  # type: ignore[type-var]
+                parts[norm] = nn.Identity()
+    return net
+
+
+for _kind in ("acblock", "border", "split", "octave"):
+    foreign(f"demo's network, fuse {_kind}")(_demo(_kind))
+foreign("demo's network, fuse hetconv to dense")(_demo("hetconv", dense=True))
+foreign("demo's network, fuse_conv_bn_eval in float32")(_demo(""))
 
 
 def is_finite(a: nn.Module, b: nn.Module) -> bool:

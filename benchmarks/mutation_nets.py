@@ -5,17 +5,20 @@ Each step is a module of its own, so that a fault can be put at any of them and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from surgeon.nn import ACBlock
 
 ACBLOCK = {"kernel": [3, 5]}
 
 
-def unit(c_in: int, c_out: int, kernel: int = 3, act: type[nn.Module] | None = nn.ReLU, **rest: object) -> nn.Sequential:
+def unit(
+    c_in: int, c_out: int, kernel: int = 3, act: type[nn.Module] | None = nn.ReLU, **rest: object
+) -> nn.Sequential:
     """Make a conv, its norm and an activation."""
     padding = rest.pop("padding", kernel // 2)
     conv = nn.Conv2d(c_in, c_out, kernel, padding=padding, bias=False, **rest)  # type: ignore[arg-type]
@@ -46,6 +49,19 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.pool(self.stages(self.stem(x))).flatten(1))
+
+
+class Deep(nn.Module):
+    """Three stages, each wider than the one before, and a global mean of many channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = unit(3, 8)
+        self.stages = nn.Sequential(Residual(8, 8), Residual(8, 16, 2), Residual(16, 32, 2))
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.stages(self.stem(x)).mean((2, 3)))
 
 
 def vgg() -> nn.Module:
@@ -136,7 +152,9 @@ class Odd(nn.Module):
         self.stem = unit(3, 8, 5, padding_mode="reflect")
         self.grouped = unit(8, 8, groups=2)
         self.dilated = unit(8, 8, dilation=2, padding=2)
-        self.flat = nn.Sequential(nn.Conv2d(8, 8, (3, 5), (1, 2), (1, 2), bias=True), nn.BatchNorm2d(8, 1e-3), nn.ReLU())
+        self.flat = nn.Sequential(
+            nn.Conv2d(8, 8, (3, 5), (1, 2), (1, 2), bias=True), nn.BatchNorm2d(8, 1e-3), nn.ReLU()
+        )
         self.map, self.aux = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -159,6 +177,7 @@ class Pair(nn.Module):
 
 NETS: dict[str, Callable[[], nn.Module]] = {
     "resnet": ResNet,
+    "deep": Deep,
     "vgg": vgg,
     "mobile": mobile,
     "dense": dense,
@@ -170,8 +189,8 @@ NETS: dict[str, Callable[[], nn.Module]] = {
 SIDE = 16
 
 
-def example(side: int = SIDE, batch: int = 2) -> tuple[int, int, int, int]:
-    return (batch, 3, side, side)
+def example(side: int = SIDE, batch: int = 2, channels: int = 3) -> tuple[int, int, int, int]:
+    return (batch, channels, side, side)
 
 
 def settle_(model: nn.Module, generator: torch.Generator, side: int = SIDE) -> nn.Module:
@@ -219,7 +238,40 @@ def build(name: str, generator: torch.Generator, side: int = SIDE) -> nn.Module:
     return settle_(NETS[name](), generator, side)
 
 
-STATISTICS = ("plain", "tiny variance", "huge and tiny gamma", "zero gamma", "huge bias", "one dead norm")
+STEPS = 40
+
+
+def train_(model: nn.Module, generator: torch.Generator, side: int, channels: int = 3) -> nn.Module:
+    """Train for some steps on smooth patterns, so that weights and statistics belong together as nothing drawn does."""
+    patterns = nn.functional.interpolate(
+        torch.randn(4, channels, 4, 4, generator=generator), size=side, mode="bilinear"
+    )
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
+    with torch.enable_grad():
+        for _ in range(STEPS):
+            classes = torch.randint(4, (16,), generator=generator)
+            x = patterns[classes] + 0.3 * torch.randn(16, channels, side, side, generator=generator)
+            loss = sum(nn.functional.cross_entropy(scores, classes) for scores in _scores(model, x))
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[union-attr]
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+    return model.eval()
+
+
+def _scores(model: nn.Module, x: Tensor) -> Iterator[Tensor]:
+    """Give scores of at least four classes for every output; instead of labels those that they come from."""
+    for module in model.modules():
+        if isinstance(module, UNet):
+            module.labels = False
+    for leaf in pytree.tree_leaves(model(x)):
+        yield leaf.flatten(2).mean(2) if leaf.ndim > 2 else leaf
+    for module in model.modules():
+        if isinstance(module, UNet):
+            module.labels = True
+
+
+STATISTICS = ("plain", "trained", "tiny variance", "huge and tiny gamma", "zero gamma", "huge bias", "one dead norm")
 
 
 def extreme_(model: nn.Module, how: str, generator: torch.Generator) -> nn.Module:

@@ -45,6 +45,8 @@ class Moved:
         """Whether a verifier has to see it."""
         if not has_lineage:
             return max(self.output_ratio, self.site_ratio) > BEYOND
+        if math.isinf(self.units):
+            return True  # other tensors are stored, or other dtypes
         if self.units and self.units < 1.5 and self.drift < 0.5:
             return False  # rounding might have done it
         return max(self.output, self.site, self.wild) > EXACT
@@ -53,13 +55,13 @@ class Moved:
 class Oracle:
     """A right model, what it does on inputs, and what rounding does to it."""
 
-    def __init__(self, right: nn.Module, side: int, seed: int) -> None:
+    def __init__(self, right: nn.Module, side: int, seed: int, channels: int = 3) -> None:
         self.right, self.dtype = right, next(right.parameters()).dtype
         self.exact = copy.deepcopy(right).eval().double()
         generator = torch.Generator().manual_seed(seed)
-        self.inputs = [torch.randn(2, 3, side, side, generator=generator, dtype=torch.float64) for _ in range(2)]
+        self.inputs = [torch.randn(2, channels, side, side, generator=generator, dtype=torch.float64) for _ in range(2)]
         sizes = ((side, 300.0), (side + 8, 1.0), (side * 2, 0.01))
-        self.wild = [torch.randn(2, 3, s, s, generator=generator, dtype=torch.float64) * by for s, by in sizes]
+        self.wild = [torch.randn(2, channels, s, s, generator=generator, dtype=torch.float64) * by for s, by in sizes]
         self.own = [x.to(self.dtype) for x in self.inputs[:1]]
         self.calls = [observe(self.exact, x) for x in self.inputs]
         jitters = [jittered(right, generator) for _ in range(DRAWS)]

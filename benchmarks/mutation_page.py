@@ -74,7 +74,9 @@ def fault_rows(lines: Sequence[Line]) -> Rows:
 
 
 def fold_rows(lines: Sequence[Line]) -> Rows:
-    for name, group in _grouped(lines, lambda line: line["key"].startswith("fold|") or line.get("is_right", False)).items():
+    for name, group in _grouped(
+        lines, lambda line: line["key"].startswith("fold|") or line.get("is_right", False)
+    ).items():
         verdicts = Counter(line["verdict"] for line in group)
         idle = verdicts["not finite"] + verdicts["not made"]
         condemned = sum(line.get("is_condemned", False) for line in group)

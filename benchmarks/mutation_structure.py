@@ -17,7 +17,9 @@ from surgeon.nn import FusedOctave, OctaveConv
 # ---- attributes of one conv -----------------------------------------------------------------------------------------
 
 
-def on_conv(name: str, change: Callable[[nn.Conv2d], Any], where: Callable[[nn.Conv2d], bool], right: bool = False) -> None:
+def on_conv(
+    name: str, change: Callable[[nn.Conv2d], Any], where: Callable[[nn.Conv2d], bool], right: bool = False
+) -> None:
     def put(subject: Subject) -> str:
         path, conv = subject.conv(where)
         change(conv)
@@ -47,7 +49,9 @@ def _is_same(conv: nn.Conv2d) -> bool:
 
 
 on_conv("padding mode lost", lambda c: _pad_modes(c, "zeros"), lambda c: c.padding_mode != "zeros")
-on_conv("padding mode circular", lambda c: _pad_modes(c, "circular"), lambda c: _is_padded(c) and c.padding_mode == "zeros")
+on_conv(
+    "padding mode circular", lambda c: _pad_modes(c, "circular"), lambda c: _is_padded(c) and c.padding_mode == "zeros"
+)
 on_conv(
     "padding forgotten", lambda c: setattr(c, "padding", (0, 0)), lambda c: _is_padded(c) and c.padding_mode == "zeros"
 )
@@ -106,7 +110,9 @@ def _(subject: Subject) -> str:
 # ---- other layers in place ------------------------------------------------------------------------------------------
 
 
-def exchange(name: str, old: type[nn.Module], new: Callable[[Any], nn.Module], where: Callable[[Any], bool] = lambda m: True) -> None:
+def exchange(
+    name: str, old: type[nn.Module], new: Callable[[Any], nn.Module], where: Callable[[Any], bool] = lambda m: True
+) -> None:
     """Name a fault that puts another layer in the place of one."""
 
     def put(subject: Subject) -> str:
@@ -272,15 +278,25 @@ def _other(tensor: Tensor) -> Tensor:
 
 
 on_output("labels off by one", _each(lambda y: y + 1), lambda out: not _is_float(out))
-on_output("one label in a hundred wrong", _each(lambda y: y + (torch.arange(y.numel()).reshape(y.shape) % 100 == 0)), lambda out: not _is_float(out))
+on_output(
+    "one label in a hundred wrong",
+    _each(lambda y: y + (torch.arange(y.numel()).reshape(y.shape) % 100 == 0)),
+    lambda out: not _is_float(out),
+)
 on_output("outputs in another dtype", _each(_other))
 on_output("the batch flipped", _each(lambda y: y.flip(0)))
 on_output("an output too many", lambda out: (out, out))
 on_output("the second output lost", lambda out: out[:1], lambda out: isinstance(out, tuple))
 on_output("outputs in another order", lambda out: out[::-1], lambda out: isinstance(out, tuple))
-on_output("outputs under other names", lambda out: {"map": out["aux"], "aux": out["map"]}, lambda out: isinstance(out, dict))
+on_output(
+    "outputs under other names", lambda out: {"map": out["aux"], "aux": out["map"]}, lambda out: isinstance(out, dict)
+)
 on_output("outputs scaled by 1.001", _each(lambda y: y * 1.001), _is_float)
-on_output("one output is NaN", _each(lambda y: torch.where(torch.arange(y.numel()).reshape(y.shape) == 1, float("nan"), y)), _is_float)
+on_output(
+    "one output is NaN",
+    _each(lambda y: torch.where(torch.arange(y.numel()).reshape(y.shape) == 1, float("nan"), y)),
+    _is_float,
+)
 
 
 @fault("an unused parameter in another dtype")

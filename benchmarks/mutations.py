@@ -80,7 +80,9 @@ def run(options: argparse.Namespace) -> None:
     wanted = batches(options)
     count = sum(len(batch.keys) for batch in wanted)
     if options.list:
-        print(f"{count} cases in {len(wanted)} batches; {len(FAULTS)} kinds of fault, {len(OWN) + len(FOREIGN)} of fold")
+        print(
+            f"{count} cases in {len(wanted)} batches; {len(FAULTS)} kinds of fault, {len(OWN) + len(FOREIGN)} of fold"
+        )
         return
     if not options.finished:
         torch.set_num_threads(1)
@@ -143,10 +145,10 @@ def examine(group: Sequence[str], report: bool = False) -> Iterator[Line]:
         yield line | {"seconds": round(time.monotonic() - start, 2)}
 
 
-def verdict(a: nn.Module, b: nn.Module, side: int, seed: int, report: bool) -> dict[str, Any]:
+def verdict(a: nn.Module, b: nn.Module, shape: tuple[int, ...], seed: int, report: bool) -> dict[str, Any]:
     """Ask surgeon; a refusal is an answer, any other exception is a crash."""
     try:
-        found = surgeon.verify(a, b, example(side), seed=seed)
+        found = surgeon.verify(a, b, shape, seed=seed)
     except surgeon.errors.SurgeonError as error:
         return {"verdict": "refused", "first": getattr(error, "site", None), "says": [str(error)], "diverging": []}
     except Exception as error:
@@ -194,7 +196,7 @@ def fault_case(key: str, report: bool) -> Line:
     b.eval()
     moved = oracle.moved(b)
     doctor_(a, b, history)
-    found = verdict(a, b, SIDE, number % 2**31, report)
+    found = verdict(a, b, example(), number % 2**31, report)
     is_due = not kind.is_right and moved.is_due(has_lineage=history in WITH_LINEAGE)
     return {
         **found,
@@ -204,7 +206,10 @@ def fault_case(key: str, report: bool) -> Line:
         "is_missed": is_due and found["verdict"] in ("equivalent", "approximate"),
         "is_named": is_named(site, found),
         "is_condemned": kind.is_right and found["verdict"] not in ("equivalent", "crash"),
-        "moved": {name: value if not isinstance(value, float) else float(f"{value:.3g}") for name, value in asdict(moved).items()},
+        "moved": {
+            name: value if not isinstance(value, float) else float(f"{value:.3g}")
+            for name, value in asdict(moved).items()
+        },
     }
 
 
@@ -243,14 +248,16 @@ def fold_case(key: str, report: bool) -> Line:
         return {"verdict": "not made", "says": [str(error)]}
     if not is_finite(a, b):
         return {"verdict": "not finite"}
-    found = verdict(a, b, int(side), number % 2**31, report)
-    is_right = found["verdict"] == "equivalent" or explained(a, b, int(side), number)
+    channels = 1 if name.startswith("demo") else 3
+    shape = example(int(side), 1 + number % 2, channels)
+    found = verdict(a, b, shape, number % 2**31, report)
+    is_right = found["verdict"] == "equivalent" or explained(a, b, int(side), number, channels)
     return {**found, "is_right": is_right, "is_condemned": is_right and found["verdict"] == "different"}
 
 
-def explained(a: nn.Module, b: nn.Module, side: int, seed: int) -> bool:
+def explained(a: nn.Module, b: nn.Module, side: int, seed: int, channels: int) -> bool:
     """Whether the oracle, too, holds a fold for right: it moves the outputs no more than some units of storage do."""
-    by_a, by_b = Oracle(a, side, seed), Oracle(b, side, seed)
+    by_a, by_b = Oracle(a, side, seed, channels), Oracle(b, side, seed, channels)
     distance = by_a.moved(b)
     noise = max(by_a.noise.output, by_b.noise.output, torch.finfo(by_a.dtype).eps)
     return distance.output <= 64 * noise
