@@ -1,9 +1,10 @@
 """Files that are damaged, or made to do harm: does surgeon refuse them in one sentence, and do nothing else?
 
 Files of every format are damaged in their bytes and in their structure; others try to run, read or write something by
-every road that a pickle, a stored graph, a manifest, a plan or a recipe offers. Each is opened by a command in a process
-of its own, which is watched. And commands are ended while they write. Every case has a key, which also is the seed of
-its random choices. Results go to a file, a JSON object a line; a run that is started again continues from there.
+every road that a pickle, a stored graph, a manifest, a plan or a recipe offers. Each is opened by a command in a
+process of its own, which is watched. And commands are ended while they write. Every case has a key, which also is the
+seed of its random choices. Results go to a file, a JSON object a line; a run that is started again continues from
+there.
 
     python benchmarks/hostile.py --jobs 16                  # all; --list says how many, --slice 50 takes one in fifty
     python benchmarks/hostile.py --only 'pickle|*'
@@ -30,7 +31,7 @@ from pathlib import Path
 
 import hostile_kill
 import torch
-from hostile_damage import TAGS, kinds
+from hostile_damage import BYTES, TAGS, kinds
 from hostile_files import ALLOW, FILES, RECIPE, SHAPE, Good, digest, make
 from hostile_page import show, table
 from hostile_pickles import DRAWN, FORMS, PAYLOADS, SPOTS, of_state, pickled, places
@@ -39,7 +40,7 @@ from jobs import Batch, Line, carry_out, recorded, seed_of, write_between
 
 ROOT = Path(__file__).parents[1]
 TIMES = {"pt": 4, "text": 12, "safetensors": 10}  # how often each damage is done to each file, for each command
-SAYS_SO = re.compile(r"hash|changed|differ|damage|no longer|does not fit|not what", re.IGNORECASE)
+SAYS_SO = re.compile(r"\b(hash|changed|differs?|damaged?|no longer|not fit|not what)\b", re.IGNORECASE)
 READS = ("survey", "convert", "fuse")
 
 
@@ -79,7 +80,7 @@ def run_all(options: argparse.Namespace) -> None:
 # ---- which cases there are ------------------------------------------------------------------------------------------
 
 
-def keys() -> Iterator[list[str]]:
+def groups() -> Iterator[list[str]]:
     """Give the keys of all cases, in groups."""
     for name, good in FILES.items():
         form = "text" if name.endswith((".yaml", ".json")) else name.rpartition(".")[2]
@@ -87,10 +88,12 @@ def keys() -> Iterator[list[str]]:
             numbers = range(TIMES[form])
             yield [f"damage|{name}|{kind}|{command[0]}|{n}" for command in good.opens for n in numbers]
     for payload in PAYLOADS:
-        roads = itertools.product(SPOTS, FORMS)
+        roads = [*itertools.product(SPOTS, FORMS), ("alone", "bare")]
         yield [f"pickle|{payload}|{spot}, {form}|{READS[i % 3]}|0" for i, (spot, form) in enumerate(roads)]
-    for kind, begin in itertools.product(DRAWN, range(0, 240, 20)):
-        yield [f"drawn|{kind}|{'any'}|{READS[n % 3]}|{n}" for n in range(begin, begin + 20)]
+    for kind, begin in itertools.product(DRAWN, range(0, 300, 20)):
+        yield [f"drawn|{kind}|any|{READS[n % 3]}|{n}" for n in range(begin, begin + 20)]
+    for kind in SPECIAL:
+        yield [f"special|{kind}|{name}|{command[0]}|0" for name in GIVEN for command in FILES[name].opens]
     for i in range(len(TAGS)):
         yield [f"tag|recipe.yaml|{i}|plan|{line}" for line in range(len(RECIPE.splitlines()))]
     for form, word in itertools.product(hostile_kill.WRITES, hostile_kill.SIGNALS):
@@ -99,7 +102,7 @@ def keys() -> Iterator[list[str]]:
 
 def batches(only: Sequence[str], slice_: int) -> list[Batch]:
     found = []
-    for group in keys():
+    for group in groups():
         wanted = [key for key in group if any(fnmatch.fnmatch(key, one) for one in only) and seed_of(key) % slice_ == 0]
         if wanted:
             found.append(Batch(tuple(wanted), examine))
@@ -192,8 +195,6 @@ def damage_case(rest: Sequence[str], dice: random.Random, folder: Path) -> Line:
 
 def is_silent(good: Good, kind: str, outcome: Outcome) -> bool:
     """Whether damage that could be known was neither refused nor said: bytes differ from their checksum or hash."""
-    from hostile_damage import BYTES
-
     if good.has_checksum:
         return kind in BYTES or kind == "sizes in the directory changed"
     return good.has_hash and not SAYS_SO.search(outcome.said)
@@ -226,6 +227,32 @@ def open_model(data: bytes, command: str, folder: Path) -> Line:
     return outcome_line(run(filled(opens, file), folder, State.good))
 
 
+SPECIAL: dict[str, Callable[[Path, Path], object]] = {
+    "a pipe": lambda file, folder: os.mkfifo(file),
+    "an endless device": lambda file, folder: file.symlink_to("/dev/zero"),
+    "an empty device": lambda file, folder: file.symlink_to("/dev/null"),
+    "a folder": lambda file, folder: file.mkdir(),
+    "a link to nothing": lambda file, folder: file.symlink_to("nowhere"),
+    "a link to itself": lambda file, folder: file.symlink_to(file.name),
+    "a link to a text": lambda file, folder: file.symlink_to(places(folder).secret),
+    "an empty file": lambda file, folder: file.touch(),
+    "a file without rights": lambda file, folder: file.touch(0),
+    "a large empty file": lambda file, folder: file.touch() or os.truncate(file, 1 << 40),
+}
+GIVEN = ("net.pt", "state.pt", "weights.safetensors", "recipe.yaml", "plan.yaml", "plan.json")
+
+
+def special_case(rest: Sequence[str], dice: random.Random, folder: Path) -> Line:
+    kind, name, command, _ = rest
+    file = fresh(folder) / "in" / f"x{Path(name).suffix}"
+    SPECIAL[kind](file, folder)
+    (opens,) = (one for one in FILES[name].opens if one[0] == command)
+    line = outcome_line(run(filled(opens, file), folder, State.good, seconds=10))
+    if kind == "a link to a text":
+        line["faults"] = [fault for fault in line["faults"] if fault != "opened another file"]  # it was told to
+    return line
+
+
 def tag_case(rest: Sequence[str], dice: random.Random, folder: Path) -> Line:
     _, tag, _, number = rest
     lines = RECIPE.splitlines()
@@ -246,6 +273,7 @@ CASES: dict[str, Callable[[Sequence[str], random.Random, Path], Line]] = {
     "damage": damage_case,
     "pickle": pickle_case,
     "drawn": drawn_case,
+    "special": special_case,
     "tag": tag_case,
     "kill": kill_case,
 }

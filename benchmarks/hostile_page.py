@@ -25,6 +25,7 @@ KINDS = {
     "damage": "damaged",
     "pickle": "pickles that call something",
     "drawn": "drawn at random",
+    "special": "no ordinary file",
     "tag": "tags in a recipe",
     "kill": "ended while writing",
 }

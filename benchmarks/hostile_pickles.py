@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import functools
 import io
 import pickle
 import random
@@ -14,12 +15,14 @@ import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from hostile_damage import rezipped, spoil
 from hostile_files import net
 from torch import nn
 
+import surgeon
 from surgeon.nn import Rewritten
 
 MARK = "surgeon-hostile-marker"
@@ -57,13 +60,13 @@ class Call:
 class Crafty(pickle._Pickler):
     """Writes `Named` as the name that it stands for."""
 
-    dispatch = dict(pickle._Pickler.dispatch)
+    dispatch: ClassVar[Any] = dict(pickle._Pickler.dispatch)
 
     def _save_named(self, named: Named) -> None:
         self.write(pickle.GLOBAL + f"{named.module}\n{named.name}\n".encode())
         self.memoize(named)
 
-    dispatch[Named] = _save_named  # type: ignore[assignment]
+    dispatch[Named] = _save_named
 
 
 def _dump(value: Any, file: Any, protocol: int = 2) -> None:
@@ -117,12 +120,12 @@ for _eval in (
     "profile.run",
     "pdb.run",
     "code.interact",
-    "bdb.Bdb.run",
-    "trace.Trace.run",
+    "bdb:Bdb.run",
+    "trace:Trace.run",
     "numpy.testing._private.utils.runstring",
     "torch.fx.graph_module._exec_with_source",
     "torch.fx._lazy_graph_module._make_graph_module",
-    "torch._inductor.codecache.PyCodeCache.load",
+    "torch._inductor.codecache:PyCodeCache.load",
     "torch.jit.frontend.get_jit_def",
     "torch.jit._script.script",
 ):
@@ -139,8 +142,8 @@ calls("torch.nn.hostile_payload")
 calls("builtins.open", "MARKER", "w")
 calls("_io.open", "MARKER", "w")
 calls("io.FileIO", "CANARY", "w")
-calls("pathlib.Path.write_text", "CANARY", "x")
-calls("pathlib.Path.read_text", "SECRET")
+calls("pathlib:Path.write_text", "CANARY", "x")
+calls("pathlib:Path.read_text", "SECRET")
 calls("os.open", "MARKER", 66)
 calls("os.remove", "CANARY")
 calls("os.rename", "CANARY", "MARKER")
@@ -176,9 +179,9 @@ calls("torch.serialization.load", "SECRET")
 calls("torch.jit.load", "SECRET")
 calls("torch.package.PackageImporter", "SECRET")
 calls("torch.storage._load_from_bytes", b"cos\nsystem\n(S'true'\ntR.")
-calls("torch.UntypedStorage.from_file", "CANARY", True, 9)
-calls("torch.FloatStorage.from_file", "CANARY", True, 2)
-calls("torch.FloatStorage._new_shared", 1 << 40)
+calls("torch:UntypedStorage.from_file", "CANARY", True, 9)
+calls("torch:FloatStorage.from_file", "CANARY", True, 2)
+calls("torch:FloatStorage._new_shared", 1 << 40)
 calls("torch.UntypedStorage", 1 << 50)
 calls("torch.from_file", "CANARY", True, 2)
 calls("torch.randn", 1 << 50)
@@ -252,8 +255,8 @@ calls("dill.loads", b"x")
 calls("joblib.load", "SECRET")
 calls("torch.nn.Linear", 1 << 30, 1 << 30)
 calls("torch.nn.Conv2d", 1 << 20, 1 << 20, 99)
-calls("torch.nn.Module.__setstate__", "x")
-calls("torch.nn.Module.load_state_dict", "x", {})
+calls("torch.nn:Module.__setstate__", "x")
+calls("torch.nn:Module.load_state_dict", "x", {})
 calls("torch.nn.modules.module.register_module_forward_hook", Named("os.system"))
 calls("torch.nn.init.normal_", "x")
 calls("torch.nn.functional.sys", "x")
@@ -323,7 +326,7 @@ SPOTS: dict[str, Callable[[Any], Any]] = {
     "beside a state dict": lambda evil: {"state_dict": net().state_dict(), "args": [evil]},
     "key of a dict": lambda evil: {(1, "x"): [evil], "model": net()},
 }
-FORMS = ("zip", "legacy", "bare")
+FORMS = ("zip", "protocol 4", "legacy")
 
 
 def pickled(evil: Any, spot: str, form: str) -> bytes:
@@ -333,7 +336,9 @@ def pickled(evil: Any, spot: str, form: str) -> bytes:
     if form == "bare":
         _dump(value, out)
     else:
-        torch.save(value, out, pickle_module=crafty, _use_new_zipfile_serialization=form == "zip")
+        protocol = 4 if form == "protocol 4" else 2  # from 4 on, a name may have dots
+        is_zip = form != "legacy"
+        torch.save(value, out, pickle_module=crafty, pickle_protocol=protocol, _use_new_zipfile_serialization=is_zip)
     return out.getvalue()
 
 
@@ -542,6 +547,29 @@ def states(at: Places, dice: random.Random) -> nn.Module:
     return model
 
 
+@functools.cache
+def whole(block: str) -> nn.Module:
+    """Give a network with blocks whose history and graph are right."""
+    recipe = {"surgeon": 1, "title": "t", "rules": [{"swap": block, "match": {"kernel": 3}}]}
+    settings = ["rules[0].with.min_size=1", "rules[0].with.alpha=0.5"] if block == "octave" else []
+    return surgeon.convert(net(), recipe, (2, 3, 16, 16), overrides=settings)
+
+
+def histories(at: Places, dice: random.Random) -> nn.Module:
+    """Spoil the history that a network carries with it."""
+    model = copy.deepcopy(whole("acblock"))
+    spoil(vars(model)["surgeon_provenance"], dice, dice.randint(1, 3))
+    return model
+
+
+def programs(at: Places, dice: random.Random) -> nn.Module:
+    """Spoil the graph of a rewritten island."""
+    model = copy.deepcopy(whole("octave"))
+    islands = [module for module in model.modules() if isinstance(module, Rewritten)]
+    spoil(vars(islands[0])["program"], dice, dice.randint(1, 3))
+    return model
+
+
 def storages(at: Places, dice: random.Random) -> bytes:
     """Make a zip whose persistent ids name storages that are not there, huge, or elsewhere."""
     ids: Sequence[Any] = (
@@ -578,8 +606,6 @@ def storages(at: Places, dice: random.Random) -> bytes:
         return out.getvalue()
     archive = io.BytesIO()
     torch.save({"x": torch.zeros(4)}, archive)
-    from hostile_damage import rezipped
-
     return rezipped(
         archive.getvalue(), lambda entries: [(n, out.getvalue() if n.endswith("data.pkl") else c) for n, c in entries]
     )
@@ -592,8 +618,6 @@ class _Id:
 
 def opcodes(at: Places, dice: random.Random) -> bytes:
     """Make a pickle of random opcodes, with names that matter among its arguments."""
-    from hostile_damage import rezipped
-
     names = (
         b"cos\nsystem\n",
         b"cbuiltins\neval\n",
@@ -656,13 +680,14 @@ def of_state(kind: str, at: Places, dice: random.Random) -> bytes:
     """Write a file of one of the kinds that are drawn at random."""
     if kind in ("storages", "opcodes"):
         return {"storages": storages, "opcodes": opcodes}[kind](at, dice)
-    model = {"graphs": graph, "states": states}[kind](at, dice)
+    makers = {"graphs": graph, "states": states, "histories": histories, "programs": programs}
+    model = makers[kind](at, dice)
     out = io.BytesIO()
     torch.save(model, out)
     return out.getvalue()
 
 
-DRAWN = ("graphs", "states", "storages", "opcodes")
+DRAWN = ("graphs", "states", "histories", "programs", "storages", "opcodes")
 
 
 def places(folder: Path) -> Places:

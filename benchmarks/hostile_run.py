@@ -84,7 +84,7 @@ def run(
         child.kill()
         child.wait()
         faults.append(f"not done after {seconds:.0f} s")
-    report = json.loads(file.read_text()) if (file := folder / "report.json").exists() else {}
+    report = json.loads(_text(folder / "report.json") or "{}")  # one that was killed has left it empty
     code = report.get("code")
     if not report and not faults:
         faults.append(f"the process ended with {child.returncode}")
@@ -133,8 +133,9 @@ def _inside(arguments: Sequence[str], folder: Path, good: Path, check: Callable[
         descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, number)
     report_file = os.open(folder / "report.json", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    empty = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(empty, 0)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
     os.environ |= {"TMPDIR": str(folder / "in"), "HOME": str(folder / "in"), "COLUMNS": "100", "HF_HUB_OFFLINE": "1"}
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, 1 << 30))
