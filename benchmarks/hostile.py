@@ -31,11 +31,14 @@ from pathlib import Path
 
 import hostile_kill
 import torch
-from hostile_damage import BYTES, TAGS, kinds
+from hostile_damage import BYTES
 from hostile_files import ALLOW, FILES, RECIPE, SHAPE, Good, digest, make
+from hostile_graphs import DRAWN, of_state
 from hostile_page import show, table
-from hostile_pickles import DRAWN, FORMS, PAYLOADS, SPOTS, of_state, pickled, places
+from hostile_payloads import PAYLOADS
+from hostile_pickles import FORMS, SPOTS, pickled, places
 from hostile_run import Outcome, fresh, run
+from hostile_texts import TAGS, kinds
 from jobs import Batch, Line, carry_out, recorded, seed_of, write_between
 
 ROOT = Path(__file__).parents[1]

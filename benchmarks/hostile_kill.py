@@ -29,7 +29,7 @@ SIGNALS = {"KILL": signal.SIGKILL, "TERM": signal.SIGTERM}
 
 def make_large(path: Path) -> None:
     torch.manual_seed(1)
-    layers = [nn.Conv2d(3, 256, 3, padding=1), *(nn.Conv2d(256, 256, 3, padding=1) for _ in range(8))]
+    layers = [nn.Conv2d(3, 256, 3, padding=1), *(nn.Conv2d(256, 256, 3, padding=1) for _ in range(4))]
     torch.save(nn.Sequential(*layers), path)
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 Line = dict[str, Any]
 
@@ -125,13 +125,7 @@ def carry_out(batches: Iterable[Batch], out: Path, *, jobs: int, timeout: float,
     waiting = [Batch(rest, batch.work) for batch in batches if (rest := tuple(k for k in batch.keys if k not in done))]
     waiting.reverse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no process is left behind
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     screen = Progress(*columns, console=Console(stderr=True), auto_refresh=False, disable=not show)
     running: list[_Running] = []
     seconds, number = 0.0, 0

@@ -14,10 +14,13 @@ import hostile
 import hostile_damage
 import hostile_kill
 import hostile_page
+import hostile_texts
 import pytest
 import torch
 from hostile_files import FILES
-from hostile_pickles import DRAWN, MARK, PAYLOADS, SPOTS, Call, pickled, places, programs, whole
+from hostile_graphs import DRAWN, programs, whole
+from hostile_payloads import PAYLOADS
+from hostile_pickles import MARK, SPOTS, Call, pickled, places
 from hostile_run import fresh, run
 
 
@@ -138,7 +141,7 @@ def test_an_archive_that_is_written_again_has_right_checksums() -> None:
 def test_damage_is_the_same_whenever_it_is_done() -> None:
     for name, good in FILES.items():
         data = (hostile.State.good / name).read_bytes()
-        for kind, damage in hostile_damage.kinds(good.name).items():
+        for kind, damage in hostile_texts.kinds(good.name).items():
             once, again = (damage(data, random.Random(kind), lambda: b"other" * 99) for _ in range(2))
             assert once == again, (name, kind)
 
