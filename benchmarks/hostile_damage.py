@@ -184,7 +184,7 @@ def _(data: bytes, dice: random.Random, other: Callable[[], bytes]) -> bytes:
         places.append(place)
         place = data.find(b"PK\x01\x02", place + 4)
     field = dice.choice((16, 20, 24, 42))  # checksum, sizes, where the entry lies
-    struct.packinto(
+    struct.pack_into(
         "<I", changed, dice.choice(places) + field, dice.choice((0, 1, 2**31, 2**32 - 1, dice.randrange(2**32)))
     )
     return bytes(changed)
