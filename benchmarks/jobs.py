@@ -44,6 +44,7 @@ class Child:
         if pid:
             return cls(pid)
         try:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             work()
         except BaseException:
             traceback.print_exc()

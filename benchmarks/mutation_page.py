@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 FAULT_HEADS = ("fault", "put", "to be found", "found", "site named", "not shown", "missed")
-FOLD_HEADS = ("right fold", "tried", "equivalent", "refused", "condemned", "not finite or not made")
+FOLD_HEADS = ("right fold", "tried", "equivalent", "refused", "condemned", "not right", "not finite or not made")
 Rows = Iterator[tuple[str, ...]]
 
 
@@ -80,4 +80,6 @@ def fold_rows(lines: Sequence[Line]) -> Rows:
         verdicts = Counter(line["verdict"] for line in group)
         idle = verdicts["not finite"] + verdicts["not made"]
         condemned = sum(line.get("is_condemned", False) for line in group)
-        yield (name, *map(str, (len(group), verdicts["equivalent"], verdicts["refused"], condemned, idle)))
+        wrong = sum(line["verdict"] == "different" and not line["is_condemned"] for line in group)  # the oracle agrees
+        counts = (len(group), verdicts["equivalent"], verdicts["refused"], condemned, wrong, idle)
+        yield (name, *map(str, counts))
