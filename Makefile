@@ -7,7 +7,7 @@ PARALLEL ?= -n auto --maxprocesses=4 --dist=worksteal
 
 OLDEST  = tests/conv tests/blocks tests/octave tests/proof tests/test_torch_compat.py tests/test_threads.py tests/test_golden.py
 
-.PHONY: demo test test-oldest check fmt docs bench zoo clean
+.PHONY: demo test test-oldest check fmt docs bench zoo mutations hostile clean
 
 demo: $(VENV)/.installed
 	$(RUN)/surgeon demo
@@ -40,6 +40,12 @@ bench: $(VENV)/.installed-test
 
 zoo: $(VENV)/.installed-test  # hours; it can be stopped, and goes on from there
 	$(RUN)/python benchmarks/zoo.py --write-docs
+
+mutations: $(VENV)/.installed-test  # an hour or two of one core; it can be stopped, and goes on from there
+	$(RUN)/python benchmarks/mutations.py --write-docs
+
+hostile: $(VENV)/.installed-test  # the same
+	$(RUN)/python benchmarks/hostile.py --write-docs
 
 clean:
 	rm -rf $(VENV) $(VENV)-oldest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -22,16 +22,14 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
 import torchvision
+from jobs import Child, recorded
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from zoo_network import Case, Record, examine
@@ -150,42 +148,6 @@ def size_of(name: str) -> int:
 
 
 @dataclass
-class Child:
-    """A copy of this process, which need not import everything again; the part of Popen that a `Worker` needs."""
-
-    pid: int
-    returncode: int | None = None
-
-    @classmethod
-    def begin(cls, work: Callable[[], None]) -> Child:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of torch's threads, which are idle
-            pid = os.fork()
-        if pid:
-            return cls(pid)
-        try:
-            work()
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-
-    def poll(self) -> int | None:
-        if self.returncode is None:
-            ended, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if ended else None
-        return self.returncode
-
-    def kill(self) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, signal.SIGKILL)
-
-    def wait(self) -> None:
-        if self.returncode is None:
-            self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-
-
-@dataclass
 class Worker:
     """A process that examines one network, and what it has written so far."""
 
@@ -256,15 +218,6 @@ def append(record: Record, out: Path) -> None:
 def versions() -> dict[str, str]:
     named = {"surgeon": surgeon, "torch": torch, "torchvision": torchvision, "timm": timm}
     return {name: str(one.__version__) for name, one in named.items()} | {"python": platform.python_version()}
-
-
-def recorded(out: Path) -> Iterator[dict[str, Any]]:
-    """Read the lines of the file; the last one may have been cut short when a sweep was stopped."""
-    for line in out.read_text(encoding="utf-8").splitlines() if out.exists() else ():
-        try:
-            yield json.loads(line)
-        except ValueError:
-            continue
 
 
 if __name__ == "__main__":
