@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -43,8 +44,9 @@ def _distances(report: Report) -> Table:
     for row in report.distances:
         top1 = "" if row.top1 is None else f"{row.top1:.1%}"
         distances = (row.float64, row.own, row.max_abs, row.max_rel)
-        numbers = ["" if n is None else f"{n:.1e}" for n in distances]
-        table.add_row(row.input, *numbers, f"{row.sqnr_db:.1f}", f"{row.cosine:.9f}", top1)
+        numbers = ["" if n is None else f"{n:.1e}" if math.isfinite(n) else "—" for n in distances]
+        decibels = f"{row.sqnr_db:.1f}" if math.isfinite(row.sqnr_db) else "exact" if row.own == 0 else "—"
+        table.add_row(row.input, *numbers, decibels, f"{row.cosine:.9f}" if math.isfinite(row.cosine) else "—", top1)
     return table
 
 
