@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -90,23 +89,11 @@ class Report(Shown):
         return self.equivalent
 
     def to_dict(self) -> dict[str, Any]:
-        """Give plain data; `first_to_part`, and `parts` of a site, are the old names of what diverges.
-
-        A number that is not finite is None, since JSON has no infinity.
-        """
+        """Give plain data; `first_to_part`, and `parts` of a site, are the old names of what diverges."""
         first = self.first_to_diverge
         data = {"equivalent": self.equivalent, "first_to_diverge": first, "first_to_part": first} | asdict(self)
         data["sites"] = tuple(site | {"parts": site["diverges"]} for site in data["sites"])
-        written: dict[str, Any] = _finite(data)
-        return written
+        return data
 
     def __rich__(self) -> RenderableType:
         return report_view(self, verdict_first=True)
-
-
-def _finite(data: Any) -> Any:
-    if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, tuple):
-        return tuple(map(_finite, data))
-    return None if isinstance(data, float) and not math.isfinite(data) else data
