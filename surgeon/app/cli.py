@@ -229,6 +229,8 @@ def plan(
         from surgeon.app import commands
         from surgeon.display.plan import plan_view
 
+        if output is not None:
+            commands.claim_plan(output, model, recipe, given, force=force)
         decided = commands.plan(model, recipe, given, progress, overrides=sets or ())
         if output is not None:
             commands.write_plan(decided, output, force=force)

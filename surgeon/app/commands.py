@@ -24,7 +24,7 @@ from surgeon.app import bench as benching
 from surgeon.app.bench import Timing, Trials
 from surgeon.blocks import Foldable
 from surgeon.errors import CaptureError
-from surgeon.files import formats
+from surgeon.files import architectures, formats
 from surgeon.files import load as source
 from surgeon.files.atomic import claim, write_atomically
 from surgeon.files.load import Loaded
@@ -106,7 +106,7 @@ def convert(
     """Convert with a recipe (its name or path), or with a plan that was read from a file."""
     wanted = how if isinstance(how, Plan) else recipes.load(how, overrides)
     label = wanted.recipe.name if isinstance(wanted, Plan) else wanted.name
-    path = claim(output or _beside(name, label), force=force, suffixes=formats.suffixes(), origin=name)
+    path = _claim(output, name, label, given, how, force=force)
     progress(f"loading {name}", 0)
     loaded = _load(name, given)
     progress("looking for an input", 0.1)
@@ -133,7 +133,7 @@ def fuse(
     force: bool = False,
 ) -> Fused:
     """Fold the blocks of a model, and write it."""
-    path = claim(output or _beside(name, "fused"), force=force, suffixes=formats.suffixes(), origin=name)
+    path = _claim(output, name, "fused", given, force=force)
     progress(f"loading {name}", 0)
     loaded = _load(name, given)
     model, params = loaded.model, _count(loaded.model)
@@ -173,11 +173,16 @@ def bench(names: Sequence[str], given: Given, trials: Trials, progress: Progress
     return benching.run(models, inputs, trials.settings, rounds=trials.rounds, progress=parts(progress, 0.1, 1))
 
 
+def claim_plan(path: Path, name: str, recipe: str, given: Given, *, force: bool) -> None:
+    """Make sure, before a plan is made, that it can be written."""
+    claim(path, force=force, suffixes=(".yaml", ".yml", ".json"), origins=_read_for(name, given, recipe))
+
+
 def write_plan(decided: Plan, path: Path, *, force: bool) -> None:
     """Write a plan file: JSON if its name ends in .json, else YAML."""
-    claim(path, force=force, suffixes=(".yaml", ".yml", ".json"))
     text = decided.dump(as_json=path.suffix == ".json")
-    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+    whole = text.encode("utf-8", "backslashreplace")  # half characters, as JSON writes them
+    write_atomically(path, lambda part: part.write_bytes(whole), force=force)
 
 
 def _load_and_look(name: str, given: Given, progress: Progress) -> Network:
@@ -235,11 +240,24 @@ def _count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def _claim(output: Path | None, name: str, label: str, given: Given, how: object = None, *, force: bool) -> Path:
+    """Choose where the model goes, and make sure before any work is done that it can be written there."""
+    path = output or _beside(name, label)
+    if output is None and not architectures.is_factory(name) and not Path(name).exists():
+        return path  # loading says that there is no such file, and which one may be meant
+    return claim(path, force=force, suffixes=formats.suffixes(), origins=_read_for(name, given, how))
+
+
+def _read_for(name: str, given: Given, how: object = None) -> list[str]:
+    """List what is read to make a file, and must not be overwritten by it."""
+    return [one for one in (name, given.arch, how, *given.inputs) if isinstance(one, str)]
+
+
 def _beside(name: str, label: str) -> Path:
     """Name the result after its origin: model.pt → model.acnet.pt, torchvision:resnet18 → resnet18.acnet.pt."""
     path = Path(name)
     if path.suffix in formats.suffixes():
         return path.with_name(f"{path.stem}.{label}{path.suffix}")
-    if path.exists():
+    if path.name and path.exists():
         return path.with_name(f"{path.stem}.{label}.pt")
     return Path(f"{name.rpartition(':')[2]}.{label}.pt")
