@@ -42,7 +42,7 @@ def claim(path: Path, *, force: bool, suffixes: Sequence[str], origins: Sequence
     """
     is_there = _is_there(path)
     if is_there and any(_is_same(path, origin) for origin in origins):
-        raise StoreError(f"{path} is read to make this, and would be overwritten", todo="Give another name with -o.")
+        raise StoreError(f"{path} is among the files that this is made from", todo="Give another name with -o.")
     if path.is_dir():
         raise StoreError(f"{path} is a directory", todo="Name a file: -o model.acnet.pt.")
     if path.suffix not in suffixes:
