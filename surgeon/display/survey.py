@@ -6,12 +6,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
-from rich.text import Text
 
 from surgeon.display import words
+from surgeon.display.sheet import Line
 
 if TYPE_CHECKING:
-    from surgeon.analysis.sites import Survey
+    from surgeon.analysis.sites import Site, Survey
 
 
 def survey_view(survey: Survey) -> RenderableType:
@@ -19,7 +19,7 @@ def survey_view(survey: Survey) -> RenderableType:
     table = words.table("conv", "geometry", "input", "calls", "parameters", "MACs", "activations", "read by", "remark")
     for site in survey.sites:
         table.add_row(
-            "\n".join(site.paths),
+            site.path,
             str(site.spec or site.kind),
             words.size(site.size),
             "?" if site.calls is None else str(site.calls),
@@ -27,7 +27,7 @@ def survey_view(survey: Survey) -> RenderableType:
             words.amount(site.cost.macs),
             words.amount(site.cost.activations, "B"),
             ", ".join(site.readers) or "?",
-            site.obstacle or (f"norm: {site.norm[0]}" if site.norm else site.norm_obstacle or ""),
+            _remark(site),
         )
     lines = [f"{words.convs(len(survey.sites))}, {words.amount(survey.cost.params)} parameters"]
     if survey.cost.macs is not None:
@@ -37,7 +37,14 @@ def survey_view(survey: Survey) -> RenderableType:
     opaque = survey.opaque
     lines += [f"not traced: {part.path or 'the model itself'}: {part.reason}" for part in opaque[: words.MOST_ROWS]]
     lines += [f"not traced: {len(opaque) - words.MOST_ROWS} more; --json lists all"] * (len(opaque) > words.MOST_ROWS)
-    return Group(table, *map(Text, lines))
+    return Group(table, *map(Line, lines))
+
+
+def _remark(site: Site) -> str:
+    """Say its other names, and why it cannot be swapped, or what is known of its norm."""
+    also = [f"also named {', '.join(site.paths[1:])}"] * (len(site.paths) > 1)
+    about = site.obstacle or (f"norm: {site.norm[0]}" if site.norm else site.norm_obstacle)
+    return "; ".join([*also, *([] if about is None else [about])])
 
 
 def survey_data(survey: Survey) -> dict[str, Any]:
