@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -15,28 +15,47 @@ if TYPE_CHECKING:
     from surgeon.surgery.plan import Entry, Plan
 
 _MOST_NAMES = 3  # of the convs that stay, where not every conv is shown
+_SHORT = 40  # columns that a note may take in every row
 
 
 def plan_view(plan: Plan, *, every_conv: bool = True) -> RenderableType:
     """Show the swaps, and by reason which convs stay: all of them, or the first of each kind."""
     parts: list[RenderableType] = []
+    common = _common_notes(plan)
     if plan.swaps:
         table = words.table("conv", "geometry", "becomes", "parameters", "MACs", "activations", "remark")
         for entry in plan.swaps:
-            table.add_row(*_plan_row(entry))
+            table.add_row(*_plan_row(entry, common))
         parts.append(table)
-    stay: dict[str, list[str]] = {}
-    for entry in plan.convs:
-        if entry.skip is not None:
-            stay.setdefault(entry.skip, []).append(entry.path)
-    for reason, paths in stay.items():
+    most = None if every_conv else _MOST_NAMES
+    for note, paths in common.items():
+        if len(paths) == len(plan.swaps):
+            parts.append(Line(f"all {words.convs(len(paths))} swapped: {note}"))
+        else:
+            parts.append(Listing(f"{words.convs(len(paths))} swapped: {note}", paths, most))
+    for reason, paths in _by(plan.convs, "skip").items():
         says = f"{words.convs(len(paths))} {'stays' if len(paths) == 1 else 'stay'}: {reason}"
-        parts.append(Listing(says, paths, None if every_conv else _MOST_NAMES))
+        parts.append(Listing(says, paths, most))
     lines = [*_option_lines(plan), *_stream_lines(plan), _cost_line(plan)]
     return Group(*parts, *map(Line, lines))
 
 
-def _plan_row(entry: Entry) -> tuple[str, ...]:
+def _common_notes(plan: Plan) -> dict[str, list[str]]:
+    """Find the sentences that hold for several swaps, to say them once."""
+    notes = _by(plan.swaps, "note")
+    return {note: paths for note, paths in notes.items() if len(paths) > 1 and len(note) > _SHORT}
+
+
+def _by(entries: Sequence[Entry], name: str) -> dict[str, list[str]]:
+    """Group the convs whose entries say something by what they say."""
+    found: dict[str, list[str]] = {}
+    for entry in entries:
+        if (said := getattr(entry, name)) is not None:
+            found.setdefault(said, []).append(entry.path)
+    return found
+
+
+def _plan_row(entry: Entry, common: Mapping[str, object]) -> tuple[str, ...]:
     remarks = [f"also named {', '.join(entry.aliases)}"] if entry.aliases else []
     remarks += [f"takes over {_beside(entry.path, entry.takes_norm[0])}"] if entry.takes_norm else []
     if entry.functional is not None:
@@ -44,7 +63,8 @@ def _plan_row(entry: Entry) -> tuple[str, ...]:
         remarks.append(
             f"F.conv2d with {entry.functional.weight}; swapping it turns the forward of {island} into a graph"
         )
-    remarks += [said for said in (entry.note, _kept(entry)) if said]
+    note = None if entry.note in common else entry.note
+    remarks += [said for said in (note, _kept(entry)) if said]
     return (
         entry.path,
         entry.conv,
