@@ -50,7 +50,11 @@ ArchArg = Annotated[
 ]
 Allow = Annotated[
     list[str] | None,
-    typer.Option(metavar="PACKAGE", help="Let a pickled model name modules of this package; may be repeated."),
+    typer.Option(
+        metavar="PACKAGE",
+        help="Let a pickled model name modules of this package; may be repeated. Otherwise SURGEON_ALLOW counts, or "
+        "`allow` of [tool.surgeon] in pyproject.toml.",
+    ),
 ]
 Unsafe = Annotated[
     bool, typer.Option("--unsafe-pickle", help="Unpickle without limits: this RUNS what is in the file.")
@@ -70,8 +74,12 @@ Seed = Annotated[
     int, typer.Option(min=0, max=2**63 - 1, help="The seed of random inputs and of random initial weights.")
 ]
 Device = Annotated[
-    str,
-    typer.Option(metavar="DEVICE", help="Where to run models: cpu, cuda, cuda:1 or mps. Files are for every device."),
+    str | None,
+    typer.Option(
+        metavar="DEVICE",
+        help="Where to run models: cpu, cuda, cuda:1 or mps. Files are for every device. Otherwise SURGEON_DEVICE "
+        "counts, or `device` of [tool.surgeon] in pyproject.toml, or cpu.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of tables.")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Overwrite the output if it exists.")]
@@ -112,9 +120,10 @@ def _about_models(command: Callable[..., None]) -> Callable[..., None]:
         unsafe: Unsafe = False,
         shape: Input = None,
         seed: Seed = 0,
-        device: Device = "cpu",
+        device: Device = None,
         **rest: Any,
     ) -> None:
+        from surgeon.app import settings
         from surgeon.app.commands import Given
         from surgeon.files.pickles import Trust
         from surgeon.models import devices
@@ -123,10 +132,9 @@ def _about_models(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.BadParameter(
                 "--input is given twice; only verify takes several. Arguments of one call go together: --input 'a;b'"
             )
-        trust = Trust(allow=tuple(allow or ()), unsafe_pickle=unsafe)
-        command(
-            given=Given(arch, tuple(arch_arg or ()), trust, tuple(shape or ()), seed, devices.named(device)), **rest
-        )
+        trust = Trust(allow=settings.allowed(allow), unsafe_pickle=unsafe)
+        place = devices.named(settings.device(device))
+        command(given=Given(arch, tuple(arch_arg or ()), trust, tuple(shape or ()), seed, place), **rest)
 
     own = [p for p in inspect.signature(command).parameters.values() if p.name != "given"]
     shared = [p for p in inspect.signature(run).parameters.values() if p.name != "rest"]

@@ -86,7 +86,7 @@ def survey(name: str, given: Given, progress: Progress = silent) -> Survey:
 def plan(name: str, recipe: str, given: Given, progress: Progress = silent, *, overrides: Sequence[str] = ()) -> Plan:
     """Decide what a recipe makes of a model."""
     wanted = recipes.load(recipe, overrides)
-    network = _load_and_look(name, given, parts(progress, 0, 0.4))
+    network = _load_and_look(name, given, parts(progress, 0, 0.4), to_plan=True)
     progress("looking at the convs", 0.4)
     surveyed = sites.survey(network)
     progress("planning", 0.7)
@@ -110,7 +110,8 @@ def convert(
     progress(f"loading {name}", 0)
     loaded = _load(name, given)
     progress("looking for an input", 0.1)
-    network = _network(loaded.model, given, plan=wanted if isinstance(wanted, Plan) else None)
+    planned = wanted if isinstance(wanted, Plan) else None
+    network = _network(loaded.model, given, plan=planned, to_plan=planned is None)
     progress("looking at the convs", 0.2)
     surveyed = sites.survey(network)
     progress("planning", 0.3)
@@ -185,12 +186,12 @@ def write_plan(decided: Plan, path: Path, *, force: bool) -> None:
     write_atomically(path, lambda part: part.write_bytes(whole), force=force)
 
 
-def _load_and_look(name: str, given: Given, progress: Progress) -> Network:
+def _load_and_look(name: str, given: Given, progress: Progress, *, to_plan: bool = False) -> Network:
     """Load a model that stays as it is, and look at it."""
     progress(f"loading {name}", 0)
     model = _load(name, given).model
     progress("looking for an input", 0.6)
-    return _network(model, given)
+    return _network(model, given, to_plan=to_plan)
 
 
 def _load(name: str, given: Given, *, to_time: bool = False) -> Loaded:
@@ -214,8 +215,11 @@ def _save(loaded: Loaded, path: Path, *, force: bool) -> None:
         _log.info(needed)
 
 
-def _network(model: nn.Module, given: Given, *, plan: Plan | None = None) -> Network:
-    """Look at a model with the input that was given, or the one of a plan, or one that is found."""
+def _network(model: nn.Module, given: Given, *, plan: Plan | None = None, to_plan: bool = False) -> Network:
+    """Look at a model with the input that was given, or the one of a plan, or one that is found.
+
+    That it was found is said here, but not where a plan is made of it: that says so itself.
+    """
     example = examples.read(given.inputs[0], model, seed=given.seed) if given.inputs else None
     network = surgery.network_for(model, example, plan=plan, seed=given.seed)
     inputs = network.inputs
@@ -225,7 +229,7 @@ def _network(model: nn.Module, given: Given, *, plan: Plan | None = None) -> Net
     elif inputs is None:
         unknown = "no input is known that the model accepts, so shapes and costs are left out"
         _log.warning(f"{unknown}; pass one, for example --input 1,3,224,224")
-    elif inputs.is_guess:
+    elif inputs.is_guess and not to_plan:
         _log.info(f"no --input was given; surgeon uses {inputs}, which the model accepts")
     return network
 

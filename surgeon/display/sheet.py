@@ -58,7 +58,7 @@ class Sheet:
         beside, below, last = self._arranged(options.max_width)
         room = options.max_width - self._width(beside) - len(_GAP)
         title = [cell(self.columns[i].title) for i in last if cell_len(self.columns[i].title) <= room]
-        if len(beside) > 1 or last:
+        if len(beside) > 1 or title:
             yield _line(self._aligned([cell(column.title) for column in self.columns], beside, title), "bold")
         for row in self._rows:
             yield from self._row(row, beside, below, last, options.max_width)

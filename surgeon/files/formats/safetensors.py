@@ -46,6 +46,11 @@ class Safetensors(Format):
             save_file(tensors, path, metadata={"format": "pt", MANIFEST: manifest})
         except SafetensorError as error:
             raise _not_written(error) from error
+        except UnicodeEncodeError as error:
+            raise StoreError(
+                f"the name of a tensor holds half a character: {error.object!r}",
+                todo="Rename its module, or write a .pt file.",
+            ) from error
 
     def header(self, path: Path) -> Mapping[str, str]:
         try:
