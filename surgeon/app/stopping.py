@@ -35,14 +35,13 @@ def stoppable() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    has_stopped = False
+    came: list[int] = []
 
     def stop(number: int, frame: Any) -> None:
-        nonlocal has_stopped
-        if has_stopped:
+        came.append(number)
+        if len(came) > 1:
             remove_parts()
             os._exit(128 + number)
-        has_stopped = True
         raise Stopped(number)
 
     numbers = [getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)]
@@ -51,6 +50,13 @@ def stoppable() -> Iterator[None]:
         for number in before:
             signal.signal(number, stop)
         yield
+    except BaseException as error:
+        if came and not isinstance(error, Stopped):  # what was interrupted has made another error of it
+            raise Stopped(came[0]) from error
+        raise
+    else:
+        if came:  # or has caught it
+            raise Stopped(came[0])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -84,6 +84,8 @@ def write_atomically(path: Path, write: Callable[[Path], object], *, force: bool
             f"{path} exists by now: another program has written it", todo="Give another name with -o, or --force."
         ) from error
     except (OSError, RuntimeError) as error:  # torch says RuntimeError when the disk is full
+        if isinstance(interrupt := error.__context__, KeyboardInterrupt):  # and when it is interrupted
+            raise interrupt from error
         raise StoreError(f"cannot write {path}: {_reason(error)}", todo=_todo(error)) from error
 
 
