@@ -99,10 +99,10 @@ def show(result: RenderableType | dict[str, Any] | list[Any]) -> None:
     if isinstance(result, dict | list):
         write(_as_json(result) + "\n")
         return
-    console = _console(stderr=False, file=_stdout())
-    with console.capture() as printed:
-        console.print(result, crop=False)
-    write(printed.get())
+    screen, like = io.StringIO(), _console(stderr=False, file=_stdout())
+    console = Console(file=screen, width=like.width, force_terminal=like.is_terminal, legacy_windows=False)
+    console.print(result, crop=False)
+    write(screen.getvalue())
 
 
 def show_file(text: str) -> None:

@@ -57,7 +57,9 @@ class Sheet:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         beside, below, last = self._arranged(options.max_width)
         room = options.max_width - self._width(beside) - len(_GAP)
-        title = [cell(self.columns[i].title) for i in last if cell_len(self.columns[i].title) <= room]
+        wraps = [i for i in last if self.columns[i].is_prose and room >= _NARROW]
+        named = wraps or [i for i in last if any(0 < row.cells[i].cell_len <= room for row in self._rows)]
+        title = [cell(self.columns[i].title) for i in named if cell_len(self.columns[i].title) <= room]
         if len(beside) > 1 or title:
             yield _line(self._aligned([cell(column.title) for column in self.columns], beside, title), "bold")
         for row in self._rows:
