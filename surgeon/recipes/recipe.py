@@ -134,7 +134,7 @@ def from_dict(data: dict[str, Any], overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: every error, by its path alone.
     """
     try:
-        text = marks.dump({"surgeon": FORMAT, "title": "given from Python"} | data)
+        text = marks.dump({"surgeon": FORMAT, "title": "given from Python", **data} if isinstance(data, dict) else data)
     except (yaml.YAMLError, RecursionError) as error:
         what = f"a recipe is made of dicts, lists, text, numbers and booleans ({error})"
         raise RecipeError([Fault("", "", what)]) from error
