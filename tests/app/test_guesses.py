@@ -21,7 +21,8 @@ CASES = {
 
 
 def _net() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)).eval()
+    convs = [nn.Conv2d(c_in, 8, 3, padding=1) for c_in in (3, 8, 8, 8)]
+    return nn.Sequential(*(layer for conv in convs for layer in (conv, nn.ReLU()))).eval()
 
 
 def _warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -54,12 +55,8 @@ def test_the_command_line_says_it_once_on_standard_error(
     assert err.count("1×3×224×224") == 1
     assert err.startswith("warning: no --input was given; `min_size` of octave")
     assert "no --input" not in out
-    assert (
-        run_surgeon(
-            command, "m.pt", "-r", "octave", "-i", "1,3,32,32", "-o", "x.pt" if command == "convert" else "x.yaml"
-        )
-        == 0
-    )
+    output = "x.pt" if command == "convert" else "x.yaml"
+    assert run_surgeon(command, "m.pt", "-r", "octave", "-i", "1,3,32,32", "-o", output) == 0
     assert "--input" not in capsys.readouterr().err
     assert run_surgeon("survey", "m.pt") == 0
     assert capsys.readouterr().err.startswith("note: no --input was given; surgeon uses 1×3×224×224")
