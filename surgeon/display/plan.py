@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -15,13 +15,12 @@ if TYPE_CHECKING:
     from surgeon.surgery.plan import Entry, Plan
 
 _MOST_NAMES = 3  # of the convs that stay, where not every conv is shown
-_SHORT = 40  # columns that a note may take in every row
 
 
 def plan_view(plan: Plan, *, every_conv: bool = True) -> RenderableType:
     """Show the swaps, and by reason which convs stay: all of them, or the first of each kind."""
     parts: list[RenderableType] = []
-    common = _common_notes(plan)
+    common = words.shared((entry.note or "", entry.path) for entry in plan.swaps)
     if plan.swaps:
         table = words.table("conv", "geometry", "becomes", "parameters", "MACs", "activations", "remark")
         for entry in plan.swaps:
@@ -33,25 +32,19 @@ def plan_view(plan: Plan, *, every_conv: bool = True) -> RenderableType:
             parts.append(Line(f"all {words.convs(len(paths))} swapped: {note}"))
         else:
             parts.append(Listing(f"{words.convs(len(paths))} swapped: {note}", paths, most))
-    for reason, paths in _by(plan.convs, "skip").items():
+    for reason, paths in _stay(plan).items():
         says = f"{words.convs(len(paths))} {'stays' if len(paths) == 1 else 'stay'}: {reason}"
         parts.append(Listing(says, paths, most))
     lines = [*_option_lines(plan), *_stream_lines(plan), _cost_line(plan)]
     return Group(*parts, *map(Line, lines))
 
 
-def _common_notes(plan: Plan) -> dict[str, list[str]]:
-    """Find the sentences that hold for several swaps, to say them once."""
-    notes = _by(plan.swaps, "note")
-    return {note: paths for note, paths in notes.items() if len(paths) > 1 and len(note) > _SHORT}
-
-
-def _by(entries: Sequence[Entry], name: str) -> dict[str, list[str]]:
-    """Group the convs whose entries say something by what they say."""
+def _stay(plan: Plan) -> dict[str, list[str]]:
+    """Group the convs that stay by the reason."""
     found: dict[str, list[str]] = {}
-    for entry in entries:
-        if (said := getattr(entry, name)) is not None:
-            found.setdefault(said, []).append(entry.path)
+    for entry in plan.convs:
+        if entry.skip is not None:
+            found.setdefault(entry.skip, []).append(entry.path)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from surgeon.display.sheet import Column, Sheet
@@ -9,6 +10,7 @@ from surgeon.display.sheet import Column, Sheet
 if TYPE_CHECKING:
     from surgeon.surgery.plan import Change
 
+_SHORT = 40  # columns that a sentence may take in every row
 MOST_ROWS = 12  # of lists that could fill pages; JSON has all rows
 
 
@@ -27,6 +29,18 @@ def _column(title: str) -> Column:
     if title in _PROSE:
         return Column(title, "", is_text=True, is_prose=True)
     return Column(title, _TEXTS.get(title, f"{title} "), is_number=title in _NUMBERS, is_text=title in _TEXTS)
+
+
+def shared(said: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Find the sentences that are said of several convs, to say them once with the names; short ones may repeat.
+
+    >>> shared([("a sentence that would fill its column in every row", name) for name in ("one", "two")])
+    {'a sentence that would fill its column in every row': ['one', 'two']}
+    """
+    found: dict[str, list[str]] = {}
+    for sentence, name in said:
+        found.setdefault(sentence, []).append(name)
+    return {sentence: names for sentence, names in found.items() if len(names) > 1 and len(sentence) > _SHORT}
 
 
 def convs(count: int) -> str:

@@ -124,6 +124,17 @@ def test_skips_are_grouped_by_reason_and_nothing_is_said_twice(monkeypatch: pyte
     assert " ".join(" ".join(lines).split()).count(note) == 1
 
 
+def test_a_survey_says_once_what_holds_for_several_convs(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mine(nn.Conv2d):
+        pass
+
+    net = nn.Sequential(Mine(3, 3, 3), Mine(3, 3, 3), nn.Conv2d(3, 3, 3))
+    lines = _lines(surgeon.survey(net, (1, 3, 9, 9)).__rich__(), 180, monkeypatch)
+    (place,) = [i for i, line in enumerate(lines) if "is a subclass of Conv2d" in line]
+    assert lines[place].startswith("2 convs: ")
+    assert lines[place + 1] == "  0, 1"
+
+
 def test_other_names_of_a_conv_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     conv = nn.Conv2d(3, 3, 3, padding=1)
     net = nn.Sequential(conv, conv)
