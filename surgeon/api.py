@@ -25,6 +25,7 @@ from surgeon.analysis import sites
 from surgeon.analysis.example import Example
 from surgeon.analysis.network import Network
 from surgeon.analysis.sites import Survey
+from surgeon.blocks.two_streams import TwoStreamOptions
 from surgeon.errors import CaptureError, VerifyError
 from surgeon.files import load as source
 from surgeon.files.architectures import Architecture
@@ -96,8 +97,23 @@ def plan(
 
 
 def decide(recipe: Recipe, surveyed: Survey, *, seed: int) -> Plan:
-    """Make a plan, and add what it leads to."""
-    return foresee(make(recipe, surveyed, seed=seed), surveyed)
+    """Make a plan, and add what it leads to; that it rests on a guessed input is logged."""
+    decided = foresee(make(recipe, surveyed, seed=seed), surveyed)
+    if surveyed.inputs is not None and surveyed.inputs.is_guess:
+        _log.warning(_on_a_guess(recipe, surveyed.inputs))
+    return decided
+
+
+def _on_a_guess(recipe: Recipe, inputs: Inputs) -> str:
+    """Say what a plan takes from an input that nobody gave, and how to give it."""
+    sized = [f"`size` of {rule}" for rule in recipe.rules if rule.match.needs_size]
+    planned = {str(rule.swap) for rule in recipe.rules if isinstance(rule.options, TwoStreamOptions)}
+    sized += [f"`min_size` of {block}" for block in sorted(planned)]
+    what = " and ".join([*sized, "all costs"])
+    is_image = not inputs.kwargs and [len(shape) for shape in inputs.shapes] == [4]
+    like = f"{','.join(map(str, inputs.shapes[0][:2]))},H,W" if is_image else inputs.text
+    guess = f"{what} are for {inputs}, a guess that the model accepts"
+    return f"no --input was given; {guess}. If yours is another, pass --input {like} (from Python, example=)"
 
 
 def convert(

@@ -15,18 +15,53 @@ A refused conv is not an exception: the plan lists it as a skip, with the reason
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+_SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+_JOINERS = "\u200c\u200d"  # invisible, but part of how some languages are written
+
+
+def printable(text: str, *, keep: str = "") -> str:
+    r"""Write the characters of a text that steer a terminal, or hide how it reads, as Python escapes them.
+
+    Names and reasons come from files and users, and a terminal obeys what is in them. `keep` lists what may stay.
+
+    >>> printable("conv\x1b[2J\n") == r"conv\x1b[2J\n"
+    True
+    """
+    if text.isprintable():
+        return text
+    return "".join(letter if letter in keep or not _steers(letter) else _escaped(letter) for letter in text)
+
+
+def _steers(letter: str) -> bool:
+    """Whether a character is a control, a format (such as one that turns the direction) or half of a character."""
+    return unicodedata.category(letter) in ("Cc", "Cf", "Cs", "Zl", "Zp") and letter not in _JOINERS
+
+
+def _escaped(letter: str) -> str:
+    number = ord(letter)
+    wide = f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
+    return _SHORT.get(letter) or (f"\\x{number:02x}" if number < 0x100 else wide)
+
 
 class SurgeonError(Exception):
-    """What went wrong (`problem`), what to do next (`todo`), and the facts behind it (`facts`)."""
+    """What went wrong (`problem`), what to do next (`todo`), and the facts behind it (`facts`).
+
+    `details` stand below the problem, each on a line of its own. Printed, no text in it can steer a terminal.
+    """
 
     exit_code = 2
 
-    def __init__(self, problem: str, *, todo: str, **facts: Any) -> None:
-        super().__init__(f"{problem}. {todo}")
+    def __init__(self, problem: str, *, todo: str, details: Sequence[str] = (), **facts: Any) -> None:
+        if details:
+            lines = [f"{problem}:", *(f"  {one}" for one in details)]
+            super().__init__("\n".join(map(printable, [*lines[:-1], f"{lines[-1]}. {todo}"])))
+        else:
+            super().__init__(printable(f"{problem}. {todo}"))
         self.problem = problem
         self.todo = todo
         self.facts = facts
@@ -41,7 +76,7 @@ class Fault:
     what: str  # 1.5 is not in [0, 1]
 
     def __str__(self) -> str:
-        return ": ".join(part for part in (self.where, self.path, self.what) if part)
+        return printable(": ".join(part for part in (self.where, self.path, self.what) if part))
 
 
 class RecipeError(SurgeonError):
@@ -52,6 +87,7 @@ class RecipeError(SurgeonError):
         todo = todo or "`surgeon recipes acnet` prints one that works."
         count = [f"{len(self.faults)} errors"] * (len(self.faults) > 1)
         super().__init__("\n".join([*map(str, self.faults), *count]), todo=todo)
+        self.args = (f"{self.problem}. {printable(todo)}",)  # each error is on a line of its own
 
 
 class ModelError(SurgeonError):

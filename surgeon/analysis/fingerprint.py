@@ -78,7 +78,7 @@ def _shapes(model: nn.Module) -> dict[str, torch.Size]:
 
 
 def _short_hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:16]
 
 
 def _pair(pair: tuple[int, int]) -> str:

@@ -1,10 +1,10 @@
 """The command line: parse, call one function of `commands`, print, exit code. torch is imported only when needed."""
 
+import functools
 import inspect
+import io
 import logging
-import os
 import sys
-import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from surgeon._version import __version__
-from surgeon.app.terminal import bar, notes, show
-from surgeon.errors import PassError, SurgeonError
+from surgeon.app.stopping import Stopped, stoppable
+from surgeon.app.terminal import NobodyReads, bar, complain, notes, parsing, results_only, show, show_file
+from surgeon.errors import PassError, SurgeonError, printable
 
 if TYPE_CHECKING:
     from surgeon.app.commands import Given
@@ -49,7 +50,11 @@ ArchArg = Annotated[
 ]
 Allow = Annotated[
     list[str] | None,
-    typer.Option(metavar="PACKAGE", help="Let a pickled model name modules of this package; may be repeated."),
+    typer.Option(
+        metavar="PACKAGE",
+        help="Let a pickled model name modules of this package; may be repeated. Otherwise SURGEON_ALLOW counts, or "
+        "`allow` of [tool.surgeon] in pyproject.toml.",
+    ),
 ]
 Unsafe = Annotated[
     bool, typer.Option("--unsafe-pickle", help="Unpickle without limits: this RUNS what is in the file.")
@@ -69,8 +74,12 @@ Seed = Annotated[
     int, typer.Option(min=0, max=2**63 - 1, help="The seed of random inputs and of random initial weights.")
 ]
 Device = Annotated[
-    str,
-    typer.Option(metavar="DEVICE", help="Where to run models: cpu, cuda, cuda:1 or mps. Files are for every device."),
+    str | None,
+    typer.Option(
+        metavar="DEVICE",
+        help="Where to run models: cpu, cuda, cuda:1 or mps. Files are for every device. Otherwise SURGEON_DEVICE "
+        "counts, or `device` of [tool.surgeon] in pyproject.toml, or cpu.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of tables.")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Overwrite the output if it exists.")]
@@ -84,6 +93,23 @@ Sets = Annotated[
 ]
 
 
+_UsageError: Any = typer.BadParameter.__base__  # what typer raises for arguments that it does not understand
+
+
+def _command(epilog: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a function a command, whose epilog ends its help."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def run(*args: Any, **options: Any) -> None:
+            with results_only():
+                function(*args, **options)
+
+        return app.command(epilog=epilog)(run)
+
+    return register
+
+
 def _about_models(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options that say how models are read; it receives them as its argument `given`."""
 
@@ -94,9 +120,10 @@ def _about_models(command: Callable[..., None]) -> Callable[..., None]:
         unsafe: Unsafe = False,
         shape: Input = None,
         seed: Seed = 0,
-        device: Device = "cpu",
+        device: Device = None,
         **rest: Any,
     ) -> None:
+        from surgeon.app import settings
         from surgeon.app.commands import Given
         from surgeon.files.pickles import Trust
         from surgeon.models import devices
@@ -105,10 +132,9 @@ def _about_models(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.BadParameter(
                 "--input is given twice; only verify takes several. Arguments of one call go together: --input 'a;b'"
             )
-        trust = Trust(allow=tuple(allow or ()), unsafe_pickle=unsafe)
-        command(
-            given=Given(arch, tuple(arch_arg or ()), trust, tuple(shape or ()), seed, devices.named(device)), **rest
-        )
+        trust = Trust(allow=settings.allowed(allow), unsafe_pickle=unsafe)
+        place = devices.named(settings.device(device))
+        command(given=Given(arch, tuple(arch_arg or ()), trust, tuple(shape or ()), seed, place), **rest)
 
     own = [p for p in inspect.signature(command).parameters.values() if p.name != "given"]
     shared = [p for p in inspect.signature(run).parameters.values() if p.name != "rest"]
@@ -121,7 +147,7 @@ def _about_models(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-@app.command(epilog="Example: surgeon convert model.pt --recipe acnet.yaml   writes model.acnet.pt")
+@_command("Example: surgeon convert model.pt --recipe acnet.yaml   writes model.acnet.pt")
 @_about_models
 def convert(
     model: Model,
@@ -150,7 +176,7 @@ def convert(
     show(converted_data(done) if json else converted_view(done))
 
 
-@app.command(epilog="Example: surgeon fuse model.acnet.pt   writes model.acnet.fused.pt")
+@_command("Example: surgeon fuse model.acnet.pt   writes model.acnet.fused.pt")
 @_about_models
 def fuse(
     model: Model,
@@ -171,7 +197,7 @@ def fuse(
     show(fused_data(done) if json else fused_view(done))
 
 
-@app.command(epilog="Example: surgeon verify model.acnet.pt model.acnet.fused.pt   exits 0 if they are equivalent")
+@_command("Example: surgeon verify model.acnet.pt model.acnet.fused.pt   exits 0 if they are equivalent")
 @_about_models
 def verify(
     a: Annotated[str, typer.Argument(metavar="A", help="The reference model.", show_default=False)],
@@ -192,7 +218,7 @@ def verify(
     raise typer.Exit({"equivalent": 0, "different": 1, "approximate": 3}[found.verdict])
 
 
-@app.command(epilog="Example: surgeon survey torchvision:resnet50")
+@_command("Example: surgeon survey torchvision:resnet50")
 @_about_models
 def survey(
     model: Model,
@@ -208,9 +234,7 @@ def survey(
     show(survey_data(found) if json else survey_view(found))
 
 
-@app.command(
-    epilog="Example: surgeon plan model.pt --recipe acnet -o plan.yaml   then edit it, and convert --plan plan.yaml"
-)
+@_command("Example: surgeon plan model.pt --recipe acnet -o plan.yaml   then edit it, and convert --plan plan.yaml")
 @_about_models
 def plan(
     model: Model,
@@ -229,6 +253,8 @@ def plan(
         from surgeon.app import commands
         from surgeon.display.plan import plan_view
 
+        if output is not None:
+            commands.claim_plan(output, model, recipe, given, force=force)
         decided = commands.plan(model, recipe, given, progress, overrides=sets or ())
         if output is not None:
             commands.write_plan(decided, output, force=force)
@@ -236,7 +262,7 @@ def plan(
     show(decided.to_dict() if json else plan_view(decided, every_conv=output is None))
 
 
-@app.command(epilog="Example: surgeon bench model.pt model.hetconv-p4.pt --batch 8 --channels-last")
+@_command("Example: surgeon bench model.pt model.hetconv-p4.pt --batch 8 --channels-last")
 @_about_models
 def bench(
     models: Annotated[
@@ -269,7 +295,7 @@ def bench(
     show(bench_data(timings) if json else bench_view(timings))
 
 
-@app.command(epilog="Example: surgeon recipes acnet > mine.yaml")
+@_command("Example: surgeon recipes acnet > mine.yaml")
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this bundled recipe.", show_default=False)] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of recipes, for editors.")] = False,
@@ -284,13 +310,13 @@ def recipes(
         show(schemas.json_schema())
     elif name is not None:
         found = recipe.load(name)
-        show(recipes_data([found])[0]) if json else sys.stdout.write(found.text)
+        show(recipes_data([found])[0]) if json else show_file(found.text)
     else:
         known = [recipe.load(each) for each in recipe.bundled()]
         show(recipes_data(known) if json else recipes_view(known))
 
 
-@app.command(epilog="Example: surgeon blocks --json")
+@_command("Example: surgeon blocks --json")
 def blocks(json: Json = False) -> None:
     """List the blocks that a recipe can swap in, with their options."""
     from surgeon.blocks import registry
@@ -299,7 +325,7 @@ def blocks(json: Json = False) -> None:
     show(blocks_data(registry()) if json else blocks_view(registry()))
 
 
-@app.command(epilog="Example: surgeon demo --seconds 20")
+@_command("Example: surgeon demo --seconds 20")
 def demo(
     seconds: Annotated[float, typer.Option(min=1, help="How long to train the converted network.")] = 10,
     folder: Annotated[
@@ -330,20 +356,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; an error that surgeon raises becomes one message and an exit code."""
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch's, and nothing here needs NumPy
     try:
-        with notes():
-            app(arguments)
+        with stoppable(), notes():
+            code = _run(arguments)
     except SurgeonError as error:
-        if isinstance(error, PassError):
-            traceback.print_exc()
-        print(f"surgeon: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("surgeon: stopped; nothing was written", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # `surgeon survey … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        complain(error, because=error if isinstance(error, PassError) else None)
+        code = error.exit_code
+    except Stopped as stopped:
+        complain(f"stopped by {stopped}; no file is left half-written")
+        code = stopped.exit_code
+    except NobodyReads:
+        code = 141
     except Exception as error:
-        traceback.print_exc()
-        print(f"surgeon: {PassError('command line', repr(error))}", file=sys.stderr)
-        sys.exit(PassError.exit_code)
+        complain(PassError("command line", repr(error)), because=error)
+        code = PassError.exit_code
+    sys.exit(code)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    """Parse the arguments and run a command; its exit code."""
+    with parsing():
+        try:
+            code = app(arguments, standalone_mode=False)
+        except _UsageError as error:
+            usage = io.StringIO()
+            error.show(usage)
+            print(printable(usage.getvalue(), keep="\n"), end="", file=sys.stderr)
+            code = error.exit_code
+    return int(code or 0)

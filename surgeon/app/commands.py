@@ -24,7 +24,7 @@ from surgeon.app import bench as benching
 from surgeon.app.bench import Timing, Trials
 from surgeon.blocks import Foldable
 from surgeon.errors import CaptureError
-from surgeon.files import formats
+from surgeon.files import architectures, formats
 from surgeon.files import load as source
 from surgeon.files.atomic import claim, write_atomically
 from surgeon.files.load import Loaded
@@ -86,7 +86,7 @@ def survey(name: str, given: Given, progress: Progress = silent) -> Survey:
 def plan(name: str, recipe: str, given: Given, progress: Progress = silent, *, overrides: Sequence[str] = ()) -> Plan:
     """Decide what a recipe makes of a model."""
     wanted = recipes.load(recipe, overrides)
-    network = _load_and_look(name, given, parts(progress, 0, 0.4))
+    network = _load_and_look(name, given, parts(progress, 0, 0.4), to_plan=True)
     progress("looking at the convs", 0.4)
     surveyed = sites.survey(network)
     progress("planning", 0.7)
@@ -106,11 +106,12 @@ def convert(
     """Convert with a recipe (its name or path), or with a plan that was read from a file."""
     wanted = how if isinstance(how, Plan) else recipes.load(how, overrides)
     label = wanted.recipe.name if isinstance(wanted, Plan) else wanted.name
-    path = claim(output or _beside(name, label), force=force, suffixes=formats.suffixes(), origin=name)
+    path = _claim(output, name, label, given, how, force=force)
     progress(f"loading {name}", 0)
     loaded = _load(name, given)
     progress("looking for an input", 0.1)
-    network = _network(loaded.model, given, plan=wanted if isinstance(wanted, Plan) else None)
+    planned = wanted if isinstance(wanted, Plan) else None
+    network = _network(loaded.model, given, plan=planned, to_plan=planned is None)
     progress("looking at the convs", 0.2)
     surveyed = sites.survey(network)
     progress("planning", 0.3)
@@ -133,7 +134,7 @@ def fuse(
     force: bool = False,
 ) -> Fused:
     """Fold the blocks of a model, and write it."""
-    path = claim(output or _beside(name, "fused"), force=force, suffixes=formats.suffixes(), origin=name)
+    path = _claim(output, name, "fused", given, force=force)
     progress(f"loading {name}", 0)
     loaded = _load(name, given)
     model, params = loaded.model, _count(loaded.model)
@@ -173,19 +174,24 @@ def bench(names: Sequence[str], given: Given, trials: Trials, progress: Progress
     return benching.run(models, inputs, trials.settings, rounds=trials.rounds, progress=parts(progress, 0.1, 1))
 
 
+def claim_plan(path: Path, name: str, recipe: str, given: Given, *, force: bool) -> None:
+    """Make sure, before a plan is made, that it can be written."""
+    claim(path, force=force, suffixes=(".yaml", ".yml", ".json"), origins=_read_for(name, given, recipe))
+
+
 def write_plan(decided: Plan, path: Path, *, force: bool) -> None:
     """Write a plan file: JSON if its name ends in .json, else YAML."""
-    claim(path, force=force, suffixes=(".yaml", ".yml", ".json"))
     text = decided.dump(as_json=path.suffix == ".json")
-    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+    whole = text.encode("utf-8", "backslashreplace")  # half characters, as JSON writes them
+    write_atomically(path, lambda part: part.write_bytes(whole), force=force)
 
 
-def _load_and_look(name: str, given: Given, progress: Progress) -> Network:
+def _load_and_look(name: str, given: Given, progress: Progress, *, to_plan: bool = False) -> Network:
     """Load a model that stays as it is, and look at it."""
     progress(f"loading {name}", 0)
     model = _load(name, given).model
     progress("looking for an input", 0.6)
-    return _network(model, given)
+    return _network(model, given, to_plan=to_plan)
 
 
 def _load(name: str, given: Given, *, to_time: bool = False) -> Loaded:
@@ -209,8 +215,11 @@ def _save(loaded: Loaded, path: Path, *, force: bool) -> None:
         _log.info(needed)
 
 
-def _network(model: nn.Module, given: Given, *, plan: Plan | None = None) -> Network:
-    """Look at a model with the input that was given, or the one of a plan, or one that is found."""
+def _network(model: nn.Module, given: Given, *, plan: Plan | None = None, to_plan: bool = False) -> Network:
+    """Look at a model with the input that was given, or the one of a plan, or one that is found.
+
+    That it was found is said here, but not where a plan is made of it: that says so itself.
+    """
     example = examples.read(given.inputs[0], model, seed=given.seed) if given.inputs else None
     network = surgery.network_for(model, example, plan=plan, seed=given.seed)
     inputs = network.inputs
@@ -220,7 +229,7 @@ def _network(model: nn.Module, given: Given, *, plan: Plan | None = None) -> Net
     elif inputs is None:
         unknown = "no input is known that the model accepts, so shapes and costs are left out"
         _log.warning(f"{unknown}; pass one, for example --input 1,3,224,224")
-    elif inputs.is_guess:
+    elif inputs.is_guess and not to_plan:
         _log.info(f"no --input was given; surgeon uses {inputs}, which the model accepts")
     return network
 
@@ -235,11 +244,24 @@ def _count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def _claim(output: Path | None, name: str, label: str, given: Given, how: object = None, *, force: bool) -> Path:
+    """Choose where the model goes, and make sure before any work is done that it can be written there."""
+    path = output or _beside(name, label)
+    if output is None and not architectures.is_factory(name) and not Path(name).exists():
+        return path  # loading says that there is no such file, and which one may be meant
+    return claim(path, force=force, suffixes=formats.suffixes(), origins=_read_for(name, given, how))
+
+
+def _read_for(name: str, given: Given, how: object = None) -> list[str]:
+    """List what is read to make a file, and must not be overwritten by it."""
+    return [one for one in (name, given.arch, how, *given.inputs) if isinstance(one, str)]
+
+
 def _beside(name: str, label: str) -> Path:
     """Name the result after its origin: model.pt → model.acnet.pt, torchvision:resnet18 → resnet18.acnet.pt."""
     path = Path(name)
     if path.suffix in formats.suffixes():
         return path.with_name(f"{path.stem}.{label}{path.suffix}")
-    if path.exists():
+    if path.name and path.exists():
         return path.with_name(f"{path.stem}.{label}.pt")
     return Path(f"{name.rpartition(':')[2]}.{label}.pt")

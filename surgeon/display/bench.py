@@ -8,9 +8,9 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
-from rich.text import Text
 
 from surgeon.display import words
+from surgeon.display.sheet import Line
 
 if TYPE_CHECKING:
     from surgeon.app.bench import Timing
@@ -37,13 +37,13 @@ def bench_view(timings: Sequence[Timing]) -> RenderableType:
                 f"{low:.3f} … {high:.3f}",
                 words.amount(one.peak_bytes, "B"),
             )
-        parts += [Text(str(setting), style="bold"), table]
+        parts += [Line(str(setting), "bold"), table]
     if doubtful := [one for one in timings if not one.is_believable]:
         names = ", ".join(dict.fromkeys(one.model for one in doubtful))
         line = f"? the spread is too wide to be reliable ({names}): close other programs, or pass more --rounds"
-        parts.append(Text(line, style="yellow"))
+        parts.append(Line(line, "yellow"))
     note = "× compares with the first model in the same form; peak memory is what one run needs beyond the model"
-    return Group(*parts, Text(note, style="dim"))
+    return Group(*parts, Line(note, "dim"))
 
 
 def bench_data(timings: Sequence[Timing]) -> list[dict[str, Any]]:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
-from rich.text import Text
 
 from surgeon.display import words
+from surgeon.display.sheet import Line
 
 if TYPE_CHECKING:
     from surgeon.blocks import Block
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def blocks_view(blocks: Mapping[str, type[Block]]) -> RenderableType:
     parts: list[RenderableType] = []
     for name, block in blocks.items():
-        parts.append(Text.assemble((name, "bold"), f": {block.title}\n  {block.paper}"))
+        parts += [Line(block.title, "", f"{name}: ", "bold"), Line(f"  {block.paper}")]
         table = words.table("  option", "default", "meaning")
         for option, field in block.Options.model_fields.items():
             table.add_row(f"  {option}", str(field.default), field.description or "")

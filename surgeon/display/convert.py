@@ -6,10 +6,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
-from rich.text import Text
 
 from surgeon.display import words
 from surgeon.display.plan import plan_view
+from surgeon.display.sheet import Line
 
 if TYPE_CHECKING:
     from surgeon.app.commands import Converted, Fused
@@ -34,7 +34,7 @@ def converted_view(converted: Converted) -> RenderableType:
     if check.whole is not None:
         lines.append(f"whole network, before and after, in its own dtype: relative L2 {check.whole:.1e}")
     lines.append(f"written: {converted.path}")
-    return Group(plan_view(converted.plan, every_conv=False), *map(Text, lines))
+    return Group(plan_view(converted.plan, every_conv=False), *map(Line, lines))
 
 
 def converted_data(converted: Converted) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def fused_view(fused: Fused) -> RenderableType:
     lines = [f"folded: {len(fused.folded)} blocks, {words.amount(before)} → {words.amount(after)} parameters"]
     if fused.distance is not None:
         lines.append(f"whole network, before and after, in its own dtype: relative L2 {fused.distance:.1e}")
-    return Group(*map(Text, [*lines, f"written: {fused.path}"]))
+    return Group(*map(Line, [*lines, f"written: {fused.path}"]))
 
 
 def fused_data(fused: Fused) -> dict[str, Any]:

@@ -6,10 +6,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
-from rich.text import Text
 
 from surgeon.display import words
 from surgeon.display.report import report_view
+from surgeon.display.sheet import Line
 
 if TYPE_CHECKING:
     from surgeon.app.demo.run import Demo
@@ -23,8 +23,8 @@ def demo_view(demo: Demo) -> RenderableType:
     note = (
         f"Fashion-MNIST: {train} training images, {test} test images. This shows the workflow; it does not rank methods"
     )
-    heading = Text("\nthe folded network compared with the trained one:")
-    return Group(table, Text(note, style="dim"), heading, report_view(demo.report))
+    heading = Line("the folded network compared with the trained one:")
+    return Group(table, Line(note, "dim"), Line(""), heading, report_view(demo.report))
 
 
 def demo_data(demo: Demo) -> dict[str, Any]:

@@ -3,44 +3,65 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from itertools import groupby
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
-from rich.text import Text
 
 from surgeon.display import words
+from surgeon.display.sheet import Line, Listing
 
 if TYPE_CHECKING:
     from surgeon.surgery.plan import Entry, Plan
 
+_MOST_NAMES = 3  # of the convs that stay, where not every conv is shown
+
 
 def plan_view(plan: Plan, *, every_conv: bool = True) -> RenderableType:
-    """List what happens to every conv; or only the swaps, with the skips counted by reason."""
-    table = words.table("conv", "geometry", "becomes", "parameters", "MACs", "activations", "why, and what to know")
-    for entry in plan.convs if every_conv else plan.swaps:
-        table.add_row(*_plan_row(entry))
-    skips = sorted((entry.skip or "", entry.path) for entry in plan.convs if entry.skip)
-    for reason, group in groupby(() if every_conv else skips, key=lambda skip: skip[0]):
-        paths = [path for _, path in group]
-        shown = ", ".join(paths[:2]) + (", …" if len(paths) > 2 else "")
-        table.add_row(shown, words.convs(len(paths)), "stays", "", "", "", reason, style="dim")
-    return Group(table, *map(Text, [*_option_lines(plan), *_stream_lines(plan), _cost_line(plan)]))
+    """Show the swaps, and by reason which convs stay: all of them, or the first of each kind."""
+    parts: list[RenderableType] = []
+    common = words.shared((entry.note or "", entry.path) for entry in plan.swaps)
+    if plan.swaps:
+        table = words.table("conv", "geometry", "becomes", "parameters", "MACs", "activations", "remark")
+        for entry in plan.swaps:
+            table.add_row(*_plan_row(entry, common))
+        parts.append(table)
+    most = None if every_conv else _MOST_NAMES
+    for note, paths in common.items():
+        if len(paths) == len(plan.swaps):
+            parts.append(Line(f"all {words.convs(len(paths))} swapped: {note}"))
+        else:
+            parts.append(Listing(f"{words.convs(len(paths))} swapped: {note}", paths, most))
+    for reason, paths in _stay(plan).items():
+        says = f"{words.convs(len(paths))} {'stays' if len(paths) == 1 else 'stay'}: {reason}"
+        parts.append(Listing(says, paths, most))
+    lines = [*_option_lines(plan), *_stream_lines(plan), _cost_line(plan)]
+    return Group(*parts, *map(Line, lines))
 
 
-def _plan_row(entry: Entry) -> tuple[str, ...]:
-    remarks = [f"takes over {_beside(entry.path, entry.takes_norm[0])}"] if entry.takes_norm else []
-    if entry.functional is not None and entry.swap:
+def _stay(plan: Plan) -> dict[str, list[str]]:
+    """Group the convs that stay by the reason."""
+    found: dict[str, list[str]] = {}
+    for entry in plan.convs:
+        if entry.skip is not None:
+            found.setdefault(entry.skip, []).append(entry.path)
+    return found
+
+
+def _plan_row(entry: Entry, common: Mapping[str, object]) -> tuple[str, ...]:
+    remarks = [f"also named {', '.join(entry.aliases)}"] if entry.aliases else []
+    remarks += [f"takes over {_beside(entry.path, entry.takes_norm[0])}"] if entry.takes_norm else []
+    if entry.functional is not None:
         island = entry.functional.island or "the model itself"
         remarks.append(
             f"F.conv2d with {entry.functional.weight}; swapping it turns the forward of {island} into a graph"
         )
-    remarks += [text for text in (entry.note, _kept(entry), entry.skip) if text]
+    note = None if entry.note in common else entry.note
+    remarks += [said for said in (note, _kept(entry)) if said]
     return (
-        "\n".join(entry.paths),
+        entry.path,
         entry.conv,
-        entry.swap or "stays",
+        entry.swap or "",
         words.change(entry.params, entry.swap),
         words.change(entry.macs, entry.swap) + _ideal(entry.ideal_macs),
         words.change(entry.activations, entry.swap, "B"),
@@ -63,10 +84,18 @@ def _beside(path: str, other: str) -> str:
 
 
 def _option_lines(plan: Plan) -> Iterator[str]:
-    """Say once how each kind of swap is done."""
-    ways = Counter((entry.swap, ", ".join(f"{k}: {v}" for k, v in entry.options.items())) for entry in plan.swaps)
-    for (block, options), count in ways.items():
-        yield f"{block}{f' ({options})' if options else ''}: {words.convs(count)}"
+    """Say once how each kind of swap is done, and which options are not the same everywhere."""
+    for block in dict.fromkeys(entry.swap for entry in plan.swaps):
+        options = [entry.options for entry in plan.swaps if entry.swap == block]
+        shared = {key: value for key, value in options[0].items() if all(one.get(key) == value for one in options)}
+        yield f"{block}{f' ({_written(shared)})' if shared else ''}: {words.convs(len(options))}"
+        ways = Counter(_written({key: one[key] for key in one if key not in shared}) for one in options)
+        if len(ways) > 1:
+            yield from (f"  {way or 'without more options'}: {words.convs(count)}" for way, count in ways.items())
+
+
+def _written(options: Mapping[str, object]) -> str:
+    return ", ".join(f"{key}: {value}" for key, value in options.items())
 
 
 def _stream_lines(plan: Plan) -> Iterator[str]:

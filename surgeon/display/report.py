@@ -7,10 +7,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from surgeon.display import words
+from surgeon.display.sheet import Line, Sheet, cell
 
 if TYPE_CHECKING:
     from surgeon.proof.report import Report, SiteDistance
@@ -25,21 +24,21 @@ _VERDICTS = {
 def report_view(report: Report, *, verdict_first: bool = False) -> RenderableType:
     """Show the checks, the distances and the sites; the verdict last, where a terminal stops, or first."""
     parts: list[RenderableType] = [
-        Text.assemble(("  ok  ", "green") if check.passed else (" FAIL ", "bold red"), f"{check.name}: {check.says}")
+        Line(f"{check.name}: {check.says}", "", *(("  ok  ", "green") if check.passed else (" FAIL ", "bold red")))
         for check in report.checks
     ]
     parts += [_distances(report)] if report.distances else []
     if rows := list(_telling(report.sites)):
         parts.append(_sites(rows, len(report.sites)))
     if report.first_to_diverge:
-        parts.append(Text(f"first to diverge: {report.first_to_diverge}", style="red"))
-    parts += [Text(remark, style="red") for remark in report.remarks]
+        parts.append(Line(f"first to diverge: {report.first_to_diverge}", "red"))
+    parts += [Line(remark, "red") for remark in report.remarks]
     style, said = _VERDICTS[report.verdict]
-    verdict = Text(said, style=style)
+    verdict = Line(said, style)
     return Group(verdict, *parts) if verdict_first else Group(*parts, verdict)
 
 
-def _distances(report: Report) -> Table:
+def _distances(report: Report) -> Sheet:
     table = words.table("input", "float64", report.dtype, "max abs", "max rel", "SQNR dB", "cosine", "top-1 same")
     for row in report.distances:
         top1 = "" if row.top1 is None else f"{row.top1:.1%}"
@@ -57,14 +56,14 @@ def _telling(sites: Sequence[SiteDistance]) -> Iterator[SiteDistance]:
             yield site
 
 
-def _sites(rows: Sequence[SiteDistance], count: int) -> Table:
+def _sites(rows: Sequence[SiteDistance], count: int) -> Sheet:
     table = words.table("site", "A", "B", "isolated", "propagated", "stored, ulp", "")
     diverging = [site for site in rows if site.diverges]
     shown = (diverging or rows)[: words.MOST_ROWS]
     for site in shown:
         ulps = "" if site.ulps is None else f"{site.ulps:.3g}"
         distances = ["—" if far is None else f"{far:.1e}" for far in (site.isolated, site.propagated)]
-        mark = Text("diverges", style="red") if site.diverges else ""
+        mark = cell("diverges", "red") if site.diverges else ""
         table.add_row(site.path, site.kind_a, site.kind_b, *distances, ulps, mark)
     if len(shown) < len(rows):
         table.caption = f"{len(shown)} of {len(rows)} sites; --json lists all {count}"

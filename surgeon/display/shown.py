@@ -36,7 +36,7 @@ def as_text(view: RenderableType) -> str:
     is_terminal = "COLUMNS" in os.environ or (sys.stdout is not None and sys.stdout.isatty())
     console = _console(shutil.get_terminal_size().columns if is_terminal else WIDE)
     with console.capture() as captured:
-        console.print(view)
+        console.print(view, crop=False)
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
@@ -44,7 +44,7 @@ def as_html(view: RenderableType) -> str:
     """Write a view as one element of HTML with its colours, as wide as it needs to be, and at most `WIDE`."""
     console = _console(WIDE, record=True)
     wanted = Measurement.get(console, console.options, view).maximum
-    console.print(view, width=max(wanted, 1))
+    console.print(view, width=max(wanted, 1), crop=False)
     return console.export_html(inline_styles=True, code_format=_PRE)
 
 
@@ -58,4 +58,6 @@ def _console(width: int, *, record: bool = False) -> Console:
         force_terminal=False,
         force_jupyter=False,
         highlight=False,
+        markup=False,
+        emoji=False,
     )

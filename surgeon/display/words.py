@@ -2,35 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from rich.console import RenderableType
-from rich.style import StyleType
-from rich.table import Table
-from rich.text import Text
+from surgeon.display.sheet import Column, Sheet
 
 if TYPE_CHECKING:
     from surgeon.surgery.plan import Change
 
+_SHORT = 40  # columns that a sentence may take in every row
 MOST_ROWS = 12  # of lists that could fill pages; JSON has all rows
 
 
-class _Rows(Table):
-    """A table that shows text as it is; rich would read text in brackets as colours."""
-
-    def add_row(self, *cells: RenderableType | None, style: StyleType | None = None, end_section: bool = False) -> None:
-        shown = (Text(cell) if isinstance(cell, str) else cell for cell in cells)
-        super().add_row(*shown, style=style, end_section=end_section)
+_NUMBERS = {"parameters", "MACs", "activations", "calls", "isolated", "propagated", "stored, ulp", "max abs"}
+_NUMBERS |= {"max rel", "SQNR dB", "ms", "± %", "per second", "× MACs", "× time", "peak memory"}
+_TEXTS = {"geometry": "", "read by": "read by ", "remark": ""}  # and what they begin with below their row
+_PROSE = {"meaning", "what it does"}
 
 
-def table(*columns: str) -> Table:
+def table(*columns: str) -> Sheet:
     """Make an empty table, whose columns of numbers are aligned on the right."""
-    numbers = {"parameters", "MACs", "activations", "calls", "isolated", "propagated", "stored, ulp", "max abs"}
-    numbers |= {"max rel", "SQNR dB", "ms", "± %", "per second", "× MACs", "× time", "peak memory"}
-    made = _Rows(box=None, pad_edge=False, header_style="bold", caption_justify="left")
-    for column in columns:
-        made.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
-    return made
+    return Sheet([_column(title) for title in columns])
+
+
+def _column(title: str) -> Column:
+    if title in _PROSE:
+        return Column(title, "", is_text=True, is_prose=True)
+    return Column(title, _TEXTS.get(title, f"{title} "), is_number=title in _NUMBERS, is_text=title in _TEXTS)
+
+
+def shared(said: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Find the sentences that are said of several convs, to say them once with the names; short ones may repeat.
+
+    >>> shared([("a sentence that would fill its column in every row", name) for name in ("one", "two")])
+    {'a sentence that would fill its column in every row': ['one', 'two']}
+    """
+    found: dict[str, list[str]] = {}
+    for sentence, name in said:
+        found.setdefault(sentence, []).append(name)
+    return {sentence: names for sentence, names in found.items() if len(names) > 1 and len(sentence) > _SHORT}
 
 
 def convs(count: int) -> str:

@@ -21,7 +21,7 @@ def save(model: nn.Module, path: Path, *, manifest: str, force: bool = False) ->
     """
     claim(path, force=force, suffixes=formats.suffixes())
     stored = devices.on(model, devices.CPU)
-    write_atomically(path, lambda part: formats.of_suffix(path).write(stored, part, manifest))
+    write_atomically(path, lambda part: formats.of_suffix(path).write(stored, part, manifest), force=force)
 
 
 def to_open_again(model: nn.Module, path: Path, architecture: Architecture | None) -> str | None:

@@ -156,8 +156,9 @@ class Recorder:
         for path in trail.order:
             source = trail.source(path)
             if path not in moved:
-                steps = [source, path] if source in heads else [path]
-                heads.discard(source or "")
+                is_head = source in heads and len(self.recordings[source or ""]) == len(self.recordings[path])
+                steps = [source, path] if is_head else [path]
+                heads -= {source} if is_head else set()
                 self._add(path, [step for step in steps if step is not None])
                 owner[path] = path
             elif source in owner and self._goes_on(self.stretches[owner[source]], path):

@@ -125,13 +125,16 @@ def parse(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def from_dict(data: dict[str, Any], overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe from plain data; its text is that data as YAML.
+    """Read a recipe from plain data, which needs neither a format nor a title; its text is that data as YAML.
+
+    >>> from_dict({"rules": [{"swap": "acblock"}]}).title
+    'given from Python'
 
     Raises:
         RecipeError: every error, by its path alone.
     """
     try:
-        text = marks.dump(data)
+        text = marks.dump({"surgeon": FORMAT, "title": "given from Python", **data} if isinstance(data, dict) else data)
     except (yaml.YAMLError, RecursionError) as error:
         what = f"a recipe is made of dicts, lists, text, numbers and booleans ({error})"
         raise RecipeError([Fault("", "", what)]) from error

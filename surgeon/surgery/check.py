@@ -34,7 +34,8 @@ def check(plan: Plan, survey: Survey) -> None:
     misfits += [f"{path}: it is in the plan twice" for path in sorted({p for p in seen if seen.count(p) > 1})]
     if misfits:
         raise PlanError(
-            "the plan cannot be carried out as it stands:\n  " + "\n  ".join(misfits),
+            "the plan cannot be carried out as it stands",
+            details=misfits,
             todo="Give these convs `skip: reason` instead of `swap`, or take them out of the plan.",
         )
 

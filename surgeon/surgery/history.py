@@ -134,9 +134,9 @@ def content_hash(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for key, value in model.state_dict().items():
         if not isinstance(value, Tensor):  # a module's own extra state
-            digest.update(f"{key} {value!r}\n".encode())
+            digest.update(f"{key} {value!r}\n".encode(errors="backslashreplace"))
             continue
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode(errors="backslashreplace"))
         if not value.is_meta:
             _feed(digest, value)
     return digest.hexdigest()

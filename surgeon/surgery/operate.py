@@ -121,5 +121,5 @@ def _set_(model: nn.Module, paths: Sequence[str], module: nn.Module) -> None:
 
 def _generator(seed: int, path: str) -> torch.Generator:
     """Give each conv its own random stream, so that taking one out of a plan does not change the others."""
-    digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}:{path}".encode(errors="backslashreplace")).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)

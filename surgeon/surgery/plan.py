@@ -240,7 +240,8 @@ class Plan(Shown, Form):
     def dump(self, *, as_json: bool = False) -> str:
         """Write the plan as YAML, or as JSON; `read` reads both."""
         if as_json:
-            return json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
+            text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
+            return "".join(one if one.isprintable() or one == "\n" else json.dumps(one)[1:-1] for one in text)
         return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -151,7 +153,8 @@ def test_a_bar_on_a_terminal_says_what_is_done_and_runs_forward(
     assert list(shares) == sorted(shares)
     assert 0 <= shares[0] < shares[-1] <= 1
     assert words[-1] in screen.getvalue()
-    is_told = "note: no --input was given" in screen.getvalue()
+    kind = "warning" if arguments[0] in ("plan", "convert") else "note"  # there it decides what is done
+    is_told = f"{kind}: no --input was given" in screen.getvalue()
     assert is_told == (arguments[0] not in ("verify", "demo"))
 
 
@@ -282,6 +285,43 @@ def test_colours_only_on_a_terminal_and_never_with_no_color(run, monkeypatch: py
     monkeypatch.setenv("TERM", "xterm")
     assert "\x1b[3" in printed("")
     assert "\x1b[3" not in printed("1")
+
+
+def test_the_demo_overwrites_nothing(run) -> None:
+    before = Path("net.pt").read_bytes()
+    result = run("demo", "--seconds", "1", "--keep", ".")
+    assert result.code == 2
+    assert "net.pt exists. Name another folder" in result.err
+    assert Path("net.pt").read_bytes() == before
+    assert run("demo", "--keep", "net.pt/folder").code == 2
+
+
+def test_a_signal_ends_a_command_with_its_exit_code(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("surgeon.files.formats.pt.torch.save", interrupted)
+    result = run("convert", "net.pt", "-r", "acnet")
+    assert result.code == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM; no file is left half-written" in result.err
+    assert {path.name for path in Path().iterdir()} == {"net.pt"}
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("way", ["swallowed", "turned into another error"])
+def test_code_that_catches_a_signal_does_not_keep_it(run, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    def stubborn(*_: object, **__: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+        except BaseException:
+            if way != "swallowed":
+                raise RuntimeError("torch cannot close its archive") from None
+
+    monkeypatch.setattr("surgeon.files.formats.pt.torch.save", stubborn)
+    assert run("convert", "net.pt", "-r", "acnet").code == 128 + signal.SIGINT
 
 
 def test_the_demo_tells_each_step(run) -> None:

@@ -366,6 +366,20 @@ def test_a_dict_is_a_recipe_too():
     assert recipe.parse(read.text, "a.yaml").rules[0].match == read.rules[0].match
 
 
+def test_a_dict_needs_neither_a_format_nor_a_title_but_a_file_does():
+    rules = [{"swap": "acblock"}]
+    read = recipe.from_dict({"rules": rules})
+    assert recipe.parse(read.text, "a.yaml").title == read.title == "given from Python"
+    assert recipe.from_dict({"title": "mine", "rules": rules}).title == "mine"
+    assert recipe.from_dict({"rules": rules}, ["rules[0].with.init=split"]).overrides
+    for wrong in ({"surgeon": 2, "rules": rules}, {"title": "", "rules": rules}, {}):
+        with pytest.raises(RecipeError):
+            recipe.from_dict(wrong)
+    with pytest.raises(RecipeError) as caught:
+        recipe.parse("rules: [{swap: acblock}]", "a.yaml")
+    assert [fault.path for fault in caught.value.faults] == ["surgeon", "title"]
+
+
 def test_faults_of_a_dict_have_a_path_and_no_place():
     bad = {"surgeon": 1, "title": "t", "rules": [{"swap": "acblok", "match": {"kernel": (3, 0)}}]}
     with pytest.raises(RecipeError) as caught:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -140,8 +141,9 @@ def test_a_full_disk_leaves_the_old_file_and_no_other(
     path = tmp_path / f"net.{suffix}"
     path.write_bytes(b"precious")
 
-    def full(model: object, part: Path, **rest: object) -> None:
-        Path(part).write_bytes(b"half of it")
+    def full(model: object, part: Path | BinaryIO, **rest: object) -> None:
+        with part.open("wb") if isinstance(part, Path) else contextlib.nullcontext(part) as file:
+            file.write(b"half of it")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("surgeon.files.formats.safetensors.save_file", full)

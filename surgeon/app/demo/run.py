@@ -17,6 +17,7 @@ from surgeon.app import commands as pipeline
 from surgeon.app.commands import Given
 from surgeon.app.demo import data
 from surgeon.app.demo.net import SmallResNet
+from surgeon.errors import StoreError
 from surgeon.models.cost import measure
 from surgeon.models.progress import Progress, parts, silent
 from surgeon.models.sandbox import random_states_kept
@@ -54,8 +55,7 @@ def demo(progress: Progress = silent, *, seconds: float, folder: Path | None, se
     given = Given(inputs=(_INPUT,), seed=seed)
     made = nullcontext(folder) if folder else tempfile.TemporaryDirectory()
     with random_states_kept(seed), made as place:
-        home = Path(place)
-        home.mkdir(parents=True, exist_ok=True)
+        home = _made(Path(place))
 
         def step(name: str, path: Path) -> Snapshot:
             model = surgery.load(path)
@@ -64,17 +64,29 @@ def demo(progress: Progress = silent, *, seconds: float, folder: Path | None, se
             return Snapshot(name, path.name, accuracy(model, images.test_x, images.test_y), cost.params, cost.macs)
 
         start, trained = home / "net.pt", home / "net.acnet.trained.pt"
-        surgery.save(_trained_net(), start, force=True)
-        converted = pipeline.convert(str(start), "acnet", given, parts(progress, 0, 0.1), output=None, force=True).path
+        surgery.save(_trained_net(), start)
+        converted = pipeline.convert(str(start), "acnet", given, parts(progress, 0, 0.1), output=None, force=False).path
         steps = [step("trained network", start), step("converted to ACBlocks", converted)]
         model = surgery.load(converted)
         train_(model, images, seconds, parts(progress, 0.1, 0.8))
-        surgery.save(model, trained, force=True)
+        surgery.save(model, trained)
         steps.append(step(f"trained {seconds:g} s more", trained))
-        fused = pipeline.fuse(str(trained), given, parts(progress, 0.8, 0.9), output=None, force=True).path
+        fused = pipeline.fuse(str(trained), given, parts(progress, 0.8, 0.9), output=None, force=False).path
         steps.append(step("folded back", fused))
         report = pipeline.verify(str(trained), str(fused), given, parts(progress, 0.9, 1))
     return Demo(tuple(steps), report, (len(images.train_y), len(images.test_y)), seconds)
+
+
+def _made(home: Path) -> Path:
+    """Make the folder that the models go into; one that holds models already is left alone."""
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        taken = sorted(home.glob("net.*"))
+    except OSError as error:
+        raise StoreError(f"cannot make the folder {home}: {error.strerror}", todo="Name another one.") from error
+    if taken:
+        raise StoreError(f"{taken[0]} exists", todo="Name another folder, or remove it first.")
+    return home
 
 
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:

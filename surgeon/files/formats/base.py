@@ -47,6 +47,7 @@ class Format(abc.ABC):
 
         Raises:
             StoreError: the model holds something that the format cannot hold.
+            OSError: the system does not let it be written, for example because the disk is full.
         """
 
     def header(self, path: Path) -> Mapping[str, str]:

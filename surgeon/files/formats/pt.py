@@ -41,7 +41,8 @@ class Pt(Format):
         return pickles.read(path, trust)
 
     def write(self, model: nn.Module, path: Path, manifest: str) -> None:
-        torch.save(model, path)
+        with path.open("wb") as file:  # with a path alone, torch hides why it could not write
+            torch.save(model, file)
 
     def runs_unchecked(self, trust: Trust) -> bool:
         return trust.unsafe_pickle

@@ -5,6 +5,8 @@ The first eight bytes are the length of the header, which is JSON.
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,16 @@ class Safetensors(Format):
             raise damaged(path, error) from error
 
     def write(self, model: nn.Module, path: Path, manifest: str) -> None:
-        save_file(_untied(model.state_dict()), path, metadata={"format": "pt", MANIFEST: manifest})
+        tensors = _untied(model.state_dict())
+        try:
+            save_file(tensors, path, metadata={"format": "pt", MANIFEST: manifest})
+        except SafetensorError as error:
+            raise _not_written(error) from error
+        except UnicodeEncodeError as error:
+            raise StoreError(
+                f"the name of a tensor holds half a character: {error.object!r}",
+                todo="Rename its module, or write a .pt file.",
+            ) from error
 
     def header(self, path: Path) -> Mapping[str, str]:
         try:
@@ -47,6 +58,12 @@ class Safetensors(Format):
                 return dict(file.metadata() or {})
         except SafetensorError as error:
             raise damaged(path, error) from error
+
+
+def _not_written(error: SafetensorError) -> OSError:
+    """Say as the system does why a file could not be written; the library has it as text only."""
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))
 
 
 def _untied(state: dict[str, Tensor]) -> dict[str, Tensor]:
