@@ -35,9 +35,9 @@ _OPERATORS = (
 )
 _TORCH = (
     "abs adaptive_avg_pool1d add addmm arange avg_pool1d bmm cat chunk clamp concat conv2d cos cumsum div einsum "
-    "eq exp flatten floor ge gt hardshrink index_select le log lt matmul max maximum mean min minimum mul ne neg "
-    "norm permute pow prelu relu relu_ repeat_interleave reshape roll rsqrt selu sigmoid sin softmax split sqrt "
-    "square squeeze stack std sub sum swapaxes tanh transpose unbind unflatten unsqueeze var where zeros_like "
+    "eq exp flatten floor ge gt hardshrink index_select le log lt matmul max max_pool2d maximum mean min minimum "
+    "mul ne neg norm permute pow prelu relu relu_ repeat_interleave reshape roll rsqrt selu sigmoid sin softmax split "
+    "sqrt square squeeze stack std sub sum swapaxes tanh transpose unbind unflatten unsqueeze var where zeros_like "
     "ones_like _assert"
 )
 _FUNCTIONAL = (

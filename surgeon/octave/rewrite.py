@@ -175,5 +175,7 @@ def _lead_through_(graph: StreamGraph, node: fx.Node) -> None:
         made = rule.rewrite(step, graph)
     if made is not None:
         graph.replace_(node, made)
+        if step.is_in_place and step.operand is not None:
+            graph.renew_(step.operand, made)
         graph.fired[rule.name] += 1
         graph.has_gained |= rule.carries
