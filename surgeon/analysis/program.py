@@ -116,6 +116,16 @@ class Rewritten(Stored, nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._run(self, *args, **kwargs)
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            was = vars(self).get("origin", "a module")
+            raise AttributeError(
+                f"'{name}' is not there: this was a {was}, and its graph has been rewritten, which keeps attributes "
+                "and submodules, but no methods. To keep them, set `seams: keep` among the options of the recipe."
+            ) from error
+
     @property
     def graph(self) -> fx.Graph:
         """The graph, rebuilt from its data."""

@@ -53,7 +53,9 @@ def stream_(model: nn.Module, plan: Plan, network: Network, *, only_low_pass: bo
     if not plan.has_streams:
         return Outcome()
     low_passes = [LowPass(one.island, one.step, one.operand) for one in plan.low_passed]
-    return seams.remove_(model, network.islands_after_swaps(model), low_passes, only_low_pass=only_low_pass)
+    left = {one.island: one.reason for one in plan.seams if one.kind == "local"}
+    islands = network.islands_after_swaps(model)
+    return seams.remove_(model, islands, low_passes, left=left, only_low_pass=only_low_pass)
 
 
 def prepare(model: nn.Module, plan: Plan) -> tuple[Swap, ...]:
