@@ -207,6 +207,9 @@ class HetConv(base.Foldable[HetConvOptions]):
             ):
                 yield Trial(spec, HetConvOptions.model_validate(options))
 
+    def role(self) -> str:
+        return f"a HetConv with p {self.p} and layout {self.layout}"
+
     def forward(self, input: Tensor) -> Tensor:
         spec = self.spec
         x = self._sorted(input)
