@@ -23,6 +23,7 @@ _ITERATORS = frozenset({"enumerate", "iter", "len", "list", "reversed", "tuple",
 _QUESTIONS = frozenset({"isinstance", "issubclass", "type"})
 _NOISE = frozenset({"CACHE", "COPY_FREE_VARS", "EXTENDED_ARG", "NOP", "PRECALL", "PUSH_NULL", "RESUME"})
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OF_CONTAINERS = frozenset(dir(nn.Sequential)) | frozenset(dir(nn.ModuleDict))
 _ONCE = ("__init__", "__new__", "extra_repr", "__repr__")  # the model is built before anything is rewritten
 
 
@@ -36,7 +37,7 @@ def used_of_its_class(model: nn.Module, path: str) -> str | None:
         if parts is not None and not words & {part for part in parts if not part.isdigit()}:
             continue  # it does not know the module
         for code in codes:
-            if found := _use(code, parts[-1] if parts else "", own, kinds):
+            if found := _use(code, path.rpartition(".")[2], own, kinds):
                 return f"{place} {found}, which a rewritten graph would not have"
     return None
 
@@ -95,13 +96,18 @@ def _words(code: CodeType) -> set[str]:
 
 
 def _use(code: CodeType, last: str, own: Collection[str], kinds: Collection[str]) -> str | None:
-    """Find what code uses of the class of a module; `last` is the last part of its name, if it has one here."""
+    """Find what code uses of the class of a module; `last` is the last part of the module's name.
+
+    A list has an `append`, too, so what a container of torch's has counts only where it is read from that name.
+    """
     known = _words(code)
     steps = [step for step in dis.get_instructions(code) if step.opname not in _NOISE]
     for before, step in pairwise(steps):
-        if _loads(step) in own and (_loads(before) == last or not _is_self(code, before)):
-            return f"reads its '{_loads(step)}'"
-    if "getattr" in known and (named := sorted(known & {*own})):
+        name, is_named = _loads(step), bool(last) and _loads(before) == last
+        if name in own and (is_named or (name not in _OF_CONTAINERS and not _is_self(code, before))):
+            return f"reads its '{name}'"
+    texts = {part for part in code.co_consts if isinstance(part, str)}
+    if "getattr" in known and (named := sorted(texts & {*own})):
         return f"reads its '{named[0]}'"
     if known & _QUESTIONS and (named := sorted({*code.co_names, *code.co_freevars} & {*kinds})):
         return f"asks whether it is a {named[0]}"

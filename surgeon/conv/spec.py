@@ -6,6 +6,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import nn
 
+from surgeon.conv.numbers import cast
 from surgeon.nn import FORMAT_KEY, known_format
 
 Pair = tuple[int, int]
@@ -93,12 +94,15 @@ class ConvSpec:
         >>> conv = ConvSpec(1, 1, (1, 1)).build_with(torch.ones(1, 1, 1, 1).double(), None, like=torch.empty(0))
         >>> conv.weight.dtype, conv.bias
         (torch.float32, None)
+
+        Raises:
+            PlanError: the dtype does not hold one of them.
         """
         conv = self.change(bias=bias is not None).build(like=like)
         with torch.no_grad():
-            conv.weight.copy_(kernel)
+            conv.weight.copy_(cast(kernel, like.dtype, "weight"))
             if conv.bias is not None and bias is not None:
-                conv.bias.copy_(bias)
+                conv.bias.copy_(cast(bias, like.dtype, "bias"))
         return conv
 
     def change(self, **fields: Any) -> Self:

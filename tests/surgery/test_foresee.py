@@ -117,6 +117,15 @@ class CallsASubmodule(Net):
         return self.back.c(self.back.b(self.back.a(torch.randn(SHAPE, device=y.device)))).mean()
 
 
+class AppendsToAList(Net):
+    """A list has an `append`, as the sequence has that is called."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = []
+        made.append(self.back(x))
+        return super().forward(x) + made[0].mean()
+
+
 class HasItsOwn(Net):
     """Its own method has the name of one of the other class."""
 
@@ -133,7 +142,7 @@ def sequence() -> nn.Module:
 
 def net_of(kind: type[Net]) -> Net:
     torch.manual_seed(0)
-    return kind(torch.clone, sequence() if kind in (Iterates, TakesOne) else None).eval()
+    return kind(torch.clone, sequence() if kind in (Iterates, TakesOne, AppendsToAList) else None).eval()
 
 
 NEEDED = {
@@ -162,7 +171,7 @@ def test_a_module_whose_class_is_needed_in_training_stays_what_it_is(kind: type[
     assert surgeon.verify(converted, surgeon.fuse(converted), SHAPE).equivalent
 
 
-@pytest.mark.parametrize("kind", [Net, ReadsAnAttribute, CallsASubmodule, HasItsOwn])
+@pytest.mark.parametrize("kind", [Net, ReadsAnAttribute, CallsASubmodule, AppendsToAList, HasItsOwn])
 def test_what_a_graph_keeps_stands_in_nobodys_way(kind: type[Net]) -> None:
     converted = surgeon.convert(net_of(kind), "octave", SHAPE)
     assert type(converted.back) is Rewritten
