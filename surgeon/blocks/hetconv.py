@@ -207,8 +207,8 @@ class HetConv(base.Foldable[HetConvOptions]):
             ):
                 yield Trial(spec, HetConvOptions.model_validate(options))
 
-    def role(self) -> str:
-        return f"a HetConv with p {self.p} and layout {self.layout}"
+    def role(self) -> base.Role:
+        return {"p": self.p, "layout": self.layout}
 
     def forward(self, input: Tensor) -> Tensor:
         spec = self.spec

@@ -42,28 +42,27 @@ KINDS: dict[str, tuple[Callable[..., nn.Module], Callable[..., nn.Module], str]]
     "octave, other low channels": (
         lambda seed=0: made("octave", seed, alpha=0.5),
         lambda seed=0: made("octave", seed, alpha=0.25),
-        "0: these weights are for an octave conv with low channels none → 6:8, and here it is an octave conv with low "
-        "channels none → 4:8",
+        "0: these weights are for low_out 6:8, and here it is low_out 4:8; convert",
     ),
     "octave, other strides": (
         lambda seed=0: made("octave", seed),
         lambda seed=0: made("octave", seed, downsample="pool-both"),
-        "3: these weights are for an octave conv with low channels 4:8 → 4:8, downsample pool-both, and here",
+        "3: these weights are for downsample pool-both, and here it is downsample paper",
     ),
     "octave, fused": (
         lambda seed=0: surgeon.fuse(made("octave", seed)),
         lambda seed=0: surgeon.fuse(made("octave", seed, downsample="pool-both")),
-        "downsample pool-both, and here it is an octave conv with low channels 4:8 → 4:8, downsample paper",
+        "3: these weights are for downsample pool-both, and here it is downsample paper",
     ),
     "hetconv, another layout": (
         lambda seed=0: made("hetconv", seed, p=2, layout="block"),
         lambda seed=0: made("hetconv", seed, p=2, layout="interleaved"),
-        "0: these weights are for a HetConv with p 2 and layout interleaved, and here it is a HetConv with p 2 and",
+        "0: these weights are for layout interleaved, and here it is layout block",
     ),
     "acblock, another placement": (
         lambda seed=0: made("acblock", seed),
         lambda seed=0: made("acblock", seed, placement="border"),
-        "0: these weights are for an ACBlock with its strips on the border, and here it is an ACBlock with its strips",
+        "0: these weights are for placement border, and here it is placement skeleton",
     ),
 }
 
@@ -136,7 +135,7 @@ def test_the_command_refuses_them_with_a_sentence(tmp_path: Path, capsys: pytest
     torch.save(made("octave", 1).state_dict(), tmp_path / "weights.pt")
     code = run_surgeon("fuse", tmp_path / "weights.pt", "--arch", tmp_path / "net.pt", "-o", tmp_path / "fused.pt")
     assert code == 2
-    assert "these weights are for an octave conv with low channels" in " ".join(capsys.readouterr().err.split())
+    assert "6: these weights are for low_in 4:8, and here it is low_in 6:8" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "fused.pt").exists()
     torch.save(made("octave", 1, alpha=0.25).state_dict(), tmp_path / "weights.pt")
     code = run_surgeon("fuse", tmp_path / "weights.pt", "--arch", tmp_path / "net.pt", "-o", tmp_path / "fused.pt")
@@ -157,3 +156,17 @@ def test_roles_do_not_excuse_a_network_from_being_verified() -> None:
 
 def _recipe(alpha: float) -> dict[str, Any]:
     return {"surgeon": 1, "title": "T", "rules": [{"swap": "octave", "with": {"min_size": 1, "alpha": alpha}}]}
+
+
+def test_what_a_state_dict_says_of_roles_is_plain_data_whose_names_stay() -> None:
+    held = made("octave").state_dict()._metadata
+    assert held["0"]["surgeon.role"] == {"low_in": "none", "low_out": "4:8"}
+    assert held["3"]["surgeon.role"] == {"low_in": "4:8", "low_out": "4:8", "downsample": "paper"}
+    assert made("hetconv", p=2).state_dict()._metadata["0"]["surgeon.role"] == {"p": 2, "layout": "block"}
+    assert made("acblock").state_dict()._metadata["0"]["surgeon.role"] == {"placement": "skeleton"}
+
+
+def test_fields_that_a_later_version_adds_are_ignored() -> None:
+    state = made("acblock").state_dict()
+    state._metadata["0"]["surgeon.role"]["later"] = 1
+    made("acblock", 1).load_state_dict(state)
