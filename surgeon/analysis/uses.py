@@ -123,11 +123,15 @@ def _use_as_sequence(steps: Sequence[dis.Instruction], last: str, own: Collectio
             is_asked = {
                 "__iter__": after == "GET_ITER" or (called in _ITERATORS - {"len"} and after.startswith("CALL")),
                 "__len__": called == "len" and after.startswith("CALL"),
-                "__getitem__": any(one.opname.startswith("BINARY_S") for one in steps[i + 2 : i + 4]),
+                "__getitem__": any(map(_takes_an_item, steps[i + 2 : i + 4])),
             }
             if method in own and is_asked[method]:
                 return what
     return None
+
+
+def _takes_an_item(step: dis.Instruction) -> bool:
+    return step.opname.startswith("BINARY_S") or (step.opname == "BINARY_OP" and step.argrepr == "[]")
 
 
 def _loads(step: dis.Instruction) -> str | None:

@@ -132,8 +132,12 @@ def add_into(x: Tensor, y: Tensor) -> Tensor:
 
 
 def writes_in_place() -> bool:
-    """Whether writing into a tensor of one's own is allowed and pays: autograd keeps tensors, a compiler fuses sums."""
-    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    """Whether writing into a tensor of one's own is allowed and pays: autograd keeps tensors, a compiler fuses sums.
+
+    A trace would hold for the shapes that it was made with only.
+    """
+    is_traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_traced)
 
 
 def add_up(high: Tensor, low: Tensor) -> Tensor:
