@@ -35,11 +35,10 @@ def foresee(plan: Plan, survey: Survey) -> Plan:
         return plan
     paths = [island.path for island in survey.network.islands]
     left = {path: why for path in paths if (why := used_of_its_class(survey.model, path))}
-    trains = next((cast for cast in (to_meta, torch.clone) if _error_in_training(survey, cast, None) is None), None)
     try:
-        outcome, after = _tried(plan, survey, left, trains)
+        outcome, after = _tried(plan, survey, left)
     except Exception as error:
-        outcome, after = _tried_without_culprit(plan, survey, left, trains, error)
+        outcome, after = _tried_without_culprit(plan, survey, left, error)
     seams = tuple(dict.fromkeys(SeamLeft(island=one.island, kind=one.kind, reason=one.reason) for one in outcome.seams))
     changes = {name: getattr(after, name) for name in ("params", "macs", "activations")}
     total = plan.total.model_copy(
@@ -52,11 +51,8 @@ def foresee(plan: Plan, survey: Survey) -> Plan:
     return plan.model_copy(update={"rewritten": outcome.rewritten, "seams": seams, "total": total})
 
 
-def _tried(plan: Plan, survey: Survey, left: Mapping[str, str], trains: Cast | None) -> tuple[Outcome, Cost]:
-    """Carry a plan out on a copy, with the islands that are `left` as they are, and run the copy.
-
-    `trains`: how the network as it is was copied to run in train mode, so that it has to run so afterwards.
-    """
+def _tried(plan: Plan, survey: Survey, left: Mapping[str, str]) -> tuple[Outcome, Cost]:
+    """Carry a plan out on a copy, with the islands that are `left` as they are, and run the copy in both modes."""
     seams = tuple(SeamLeft(island=path, kind="local", reason=why) for path, why in left.items())
     plan = plan.model_copy(update={"seams": seams})
     try:
@@ -67,25 +63,38 @@ def _tried(plan: Plan, survey: Survey, left: Mapping[str, str], trains: Cast | N
         model = shadow(survey.model)
         outcome = operate_(model, plan, survey.network)
         after = measure(model, survey.inputs)
-    if trains is not None and outcome.rewritten and (error := _error_in_training(survey, trains, plan)) is not None:
+    if outcome.rewritten and (error := _untrainable(survey, plan)) is not None:
         raise error
     return outcome, after
 
 
 def _tried_without_culprit(
-    plan: Plan, survey: Survey, left: Mapping[str, str], trains: Cast | None, error: Exception
+    plan: Plan, survey: Survey, left: Mapping[str, str], error: Exception
 ) -> tuple[Outcome, Cost]:
     """Find the island whose graph does not run, and leave it as it is; all of them, if it is not one alone."""
     why = f"as a graph it does not run: {where(error)}"
     paths = [island.path for island in survey.network.islands if island.path not in left]
     for found in (*([path] for path in paths), paths):
         try:
-            return _tried(plan, survey, {**left, **dict.fromkeys(found, why)}, trains)
+            return _tried(plan, survey, {**left, **dict.fromkeys(found, why)})
         except Exception:  # it is another one
             continue
     raise CaptureError(
         f"the network does not run when streams go from conv to conv: {where(error)}", todo=keep_seams(plan)
     ) from error
+
+
+def _untrainable(survey: Survey, plan: Plan) -> Exception | None:
+    """Give the error of a run in train mode that the network as it was does not raise; one that it does says nothing.
+
+    It is run without numbers, and with them where it does not run without.
+    """
+    for cast in (to_meta, torch.clone):
+        if (error := _error_in_training(survey, cast, plan)) is None:
+            return None
+        if _error_in_training(survey, cast, None) is None:
+            return error
+    return None
 
 
 def _error_in_training(survey: Survey, cast: Cast, plan: Plan | None) -> Exception | None:
