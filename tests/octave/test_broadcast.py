@@ -215,3 +215,23 @@ def test_it_trains_as_it_would_by_hand(name: str) -> None:
     for (key, parameter), other in zip(local.named_parameters(), converted.parameters(), strict=True):
         if parameter.grad is not None:
             assert relative(other.grad, parameter.grad) < 1e-4, key
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (torch.ones(2, 3, 4, 4), torch.ones(2, 3, 4, 4)),
+        (torch.ones(2, 1, 4, 4), torch.ones(2, 3, 4, 4)),
+        (torch.ones(1, 3, 4, 4), torch.ones(2, 3, 4, 4)),
+        (torch.ones(2, 3, 4, 1), torch.ones(3, 1, 4)),
+        (torch.ones(2, 3, 4, 4), torch.ones(2, 3, 4, 4, dtype=torch.float64)),
+        (torch.ones(2, 3, 4, 4, dtype=torch.float16), torch.ones(2, 3, 4, 4)),
+        (torch.ones(2, 3, 4, 4, dtype=torch.bfloat16), torch.ones(())),
+    ],
+    ids=lambda one: f"{tuple(one.shape)} {one.dtype}",
+)
+def test_a_sum_that_may_be_in_place_has_the_shape_and_dtype_of_the_sum(one: Tensor, other: Tensor) -> None:
+    with torch.no_grad():
+        made, expected = streams.add_into(one.clone(), other), one + other
+    assert (made.shape, made.dtype) == (expected.shape, expected.dtype)
+    assert torch.equal(made, expected)
