@@ -13,8 +13,10 @@ from surgeon.errors import PlanError
 Made = TypeVar("Made", bound=nn.Module | None)
 
 
-def finite(path: str, how: str, make: Callable[[], Made], *sources: nn.Module) -> Made:
+def finite(path: str, how: str, make: Callable[[], Made], *sources: nn.Module, keeps_nan: bool = False) -> Made:
     """Make something out of modules, and make sure that their numbers and those of the result are finite.
+
+    `keeps_nan`: numbers that are not finite already may stay what they are.
 
     Raises:
         PlanError: they are not; the conv at `path` is named, and `how` says what cannot be done with it.
@@ -22,8 +24,11 @@ def finite(path: str, how: str, make: Callable[[], Made], *sources: nn.Module) -
     named = path or "the model"
     held = [(name, t) for source in sources for name, t in (*source.named_parameters(), *source.named_buffers())]
     if why := numbers.fault(held):
+        if keeps_nan:
+            return make()
         raise PlanError(f"{named} cannot be {how}: {why}", todo=numbers.MEND)
-    if any(name.endswith("running_var") and not t.is_meta and bool((t < 0).any()) for name, t in held):
+    variances = [t for name, t in held if name.endswith("running_var") and not t.is_meta]
+    if not keeps_nan and any(bool((t < 0).any()) for t in variances):
         raise PlanError(f"{named} cannot be {how}: a running variance is negative", todo=numbers.MEND)
     try:
         made = make()

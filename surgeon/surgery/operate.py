@@ -108,7 +108,7 @@ def _prepare(model: nn.Module, entry: Entry, seed: int) -> Swap:
     if not isinstance(conv, nn.Conv2d) or not isinstance(norm, BatchNorm | None):
         raise PassError("operate", f"{entry.path} or the norm behind it is not what the plan says")
     sources = [conv] if norm is None else [conv, norm]
-    block = finite(entry.path, "swapped", partial(build, entry, conv, norm, seed), *sources)
+    block = finite(entry.path, "swapped", partial(build, entry, conv, norm, seed), *sources, keeps_nan=True)
     swap = Swap(entry, conv, norm, block)
     give_back_after(conv.weight)
     return swap

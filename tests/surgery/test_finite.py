@@ -110,14 +110,19 @@ def test_what_is_none_of_numbers_is_not_folded(block: str, what: str) -> None:
 
 @pytest.mark.parametrize("block", RECIPES)
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_what_is_none_of_numbers_is_not_converted(block: str, number: float) -> None:
+def test_what_is_none_of_numbers_stays_so_when_it_is_converted(block: str, number: float) -> None:
     net = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)).eval()
     with torch.no_grad():
-        net[0].weight[1, 2, 1, 1] = number
-    before = copied(net)
-    with pytest.raises(PlanError, match="0 cannot be swapped: its weight holds"):
-        surgeon.convert_(net, {"surgeon": 1, "title": "T", "rules": [RECIPES[block]]}, SHAPE)
-    assert unchanged(net, before)
+        net[0].weight[1, 1, 1, 1] = number
+    converted = surgeon.convert(net, {"surgeon": 1, "title": "T", "rules": [RECIPES[block]]}, SHAPE)
+    assert isinstance(converted[0] if block != "octave" else converted.get_submodule("0"), surgeon.Block)
+    assert sum(int((~p.isfinite()).sum()) for p in converted.parameters()) == 1
+
+
+def test_a_negative_variance_stays_so_when_it_is_converted() -> None:
+    net = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)).eval()
+    net[1].running_var[3] = -1
+    assert surgeon.convert(net, "acnet", SHAPE)[0].square_bn.running_var[3] == -1
 
 
 def test_a_conversion_beyond_its_dtype_names_the_conv() -> None:
