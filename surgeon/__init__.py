@@ -21,7 +21,7 @@ from surgeon._version import __version__
 if TYPE_CHECKING:
     from surgeon.analysis.example import Example
     from surgeon.analysis.sites import Survey
-    from surgeon.api import convert, convert_, fuse, fuse_, history, load, plan, save, survey, verify
+    from surgeon.api import convert, convert_, fuse, fuse_, history, load, new_parameters, plan, save, survey, verify
     from surgeon.blocks.acblock import ACBlock
     from surgeon.blocks.base import Block, BlockOptions, Deployable, Foldable, Trial
     from surgeon.blocks.hetconv import HetConv
@@ -49,9 +49,8 @@ _HOMES = {
     "Recipe": "surgeon.recipes.recipe",
     "Survey": "surgeon.analysis.sites",
     "SurgeonError": "surgeon.errors",
-    **dict.fromkeys(
-        ("convert", "convert_", "fuse", "fuse_", "history", "load", "plan", "save", "survey", "verify"), "surgeon.api"
-    ),
+    **dict.fromkeys(("convert", "convert_", "fuse", "fuse_", "history", "load"), "surgeon.api"),
+    **dict.fromkeys(("new_parameters", "plan", "save", "survey", "verify"), "surgeon.api"),
 }
 
 __all__ = [
@@ -81,6 +80,7 @@ __all__ = [
     "fuse_",
     "history",
     "load",
+    "new_parameters",
     "plan",
     "save",
     "survey",

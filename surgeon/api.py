@@ -18,6 +18,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from surgeon.analysis import example as examples
@@ -25,6 +26,7 @@ from surgeon.analysis import sites
 from surgeon.analysis.example import Example
 from surgeon.analysis.network import Network
 from surgeon.analysis.sites import Survey
+from surgeon.blocks import Block
 from surgeon.blocks.two_streams import TwoStreamOptions
 from surgeon.errors import CaptureError, VerifyError
 from surgeon.files import load as source
@@ -146,7 +148,10 @@ def convert_(
     seed: int = 0,
     progress: Progress = silent,
 ) -> Model:
-    """Swap the convs of `model` itself, and return it; if something goes wrong, it stays as it was."""
+    """Swap the convs of `model` itself, and return it; if something goes wrong, it stays as it was.
+
+    An optimizer that was made before does not know the parameters that are new; `new_parameters` gives them.
+    """
     with ordinary():
         progress("looking at the network", 0)
         surveyed = sites.survey(network_for(model, example, plan=how if isinstance(how, Plan) else None, seed=seed))
@@ -156,6 +161,24 @@ def convert_(
         decided = how if isinstance(how, Plan) else decide(_recipe(how, overrides), surveyed, seed=seed)
         carry_out_(decided, surveyed.network, parts(progress, 0.3, 1))
     return model
+
+
+def new_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """Give the trainable parameters of a model's blocks that an optimizer, made before `convert_`, does not train.
+
+    Add them with `optimizer.add_param_group({"params": surgeon.new_parameters(model, optimizer)})`, with a learning
+    rate of their own if they need one. What a block has taken over from its conv is trained as before; parameters that
+    are no longer in the model get no gradient, so the optimizer leaves them alone.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8))
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> len(new_parameters(convert_(model, "acnet"), optimizer))
+    6
+    """
+    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    held = {id(one): one for block in blocks for one in block.parameters() if one.requires_grad}
+    return [parameter for key, parameter in held.items() if key not in known]
 
 
 def fuse(

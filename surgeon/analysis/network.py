@@ -7,7 +7,7 @@ answer is found when it is first asked for, and kept. An edit of the module make
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -16,6 +16,7 @@ from torch import nn
 from surgeon.analysis.islands import Capture, Island, capture
 from surgeon.analysis.program import Rewritten
 from surgeon.analysis.run import Run, observe
+from surgeon.analysis.shapes import Shapes, shapes_in
 from surgeon.models.call import Inputs
 from surgeon.models.copies import kept_aside, names
 from surgeon.models.cost import Cost, stored
@@ -70,6 +71,16 @@ class Network:
         if self.inputs is None:
             return capture(self.model, self._called_with)
         return capture(self.model, self.inputs, self.run)
+
+    @cached_property
+    def shapes(self) -> Mapping[str, Shapes]:
+        """The shapes of what the steps of islands give, by the path of the island; of all that is known of them."""
+        if self.inputs is None:
+            return {}
+        try:
+            return shapes_in(self.model, self.inputs, self.islands)
+        except Exception:  # its graphs do not run as they stand, which other checks find and report
+            return {}
 
     @property
     def islands(self) -> Sequence[Island]:

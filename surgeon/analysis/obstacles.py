@@ -120,6 +120,8 @@ def _judge_norm(facts: Facts, graph: Graph, conv: nn.Module, norm: nn.Module) ->
         return None, custom
     if any(facts.owners[id(p)] != {norm} for p in norm.parameters()):
         return None, f"{name} shares its parameters"
+    if any(facts.owners[id(buffer)] != {norm} for buffer in norm.buffers()):
+        return None, f"{name} shares its statistics"
     if norm in facts.read_directly:
         return None, f"the network also reads the parameters of {name} directly"
     if norm in facts.kept_aside:

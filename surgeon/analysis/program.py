@@ -35,9 +35,9 @@ _OPERATORS = (
 )
 _TORCH = (
     "abs adaptive_avg_pool1d add addmm arange avg_pool1d bmm cat chunk clamp concat conv2d cos cumsum div einsum "
-    "eq exp flatten floor ge gt hardshrink index_select le log lt matmul max maximum mean min minimum mul ne neg "
-    "norm permute pow prelu relu relu_ repeat_interleave reshape roll rsqrt selu sigmoid sin softmax split sqrt "
-    "square squeeze stack std sub sum swapaxes tanh transpose unbind unflatten unsqueeze var where zeros_like "
+    "eq exp flatten floor ge gt hardshrink index_select le log lt matmul max max_pool2d maximum mean min minimum "
+    "mul ne neg norm permute pow prelu relu relu_ repeat_interleave reshape roll rsqrt selu sigmoid sin softmax split "
+    "sqrt square squeeze stack std sub sum swapaxes tanh transpose unbind unflatten unsqueeze var where zeros_like "
     "ones_like _assert"
 )
 _FUNCTIONAL = (
@@ -115,6 +115,16 @@ class Rewritten(Stored, nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._run(self, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            was = vars(self).get("origin", "a module")
+            raise AttributeError(
+                f"'{name}' is not there: this was a {was}, and its graph has been rewritten, which keeps attributes "
+                "and submodules, but no methods. To keep them, set `seams: keep` among the options of the recipe."
+            ) from error
 
     @property
     def graph(self) -> fx.Graph:

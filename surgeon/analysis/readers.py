@@ -84,11 +84,11 @@ def reader_name(graph: Graph, node: fx.Node) -> str:
 
 
 def owners(model: nn.Module) -> dict[int, set[nn.Module]]:
-    """Give the modules that hold each parameter, by its id."""
+    """Give the modules that hold each parameter and each buffer, by its id."""
     owners: dict[int, set[nn.Module]] = {}
     for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), set()).add(module)
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            owners.setdefault(id(tensor), set()).add(module)
     return owners
 
 

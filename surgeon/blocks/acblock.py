@@ -162,6 +162,9 @@ class ACBlock(base.Foldable[ACBlockOptions]):
         hor = self.hor_bn(self.hor_conv(x if self.hor_shift is None else kernels.shift(x, self.hor_shift, mode)))
         return square + ver + hor  # type: ignore[no-any-return]
 
+    def role(self) -> base.Role:
+        return {"placement": self.placement}
+
     def fold(self) -> nn.Conv2d:
         size = self.spec.kernel
         with torch.no_grad():

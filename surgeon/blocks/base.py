@@ -29,6 +29,8 @@ class BlockOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+Role = dict[str, int | str]
+_ROLE = "surgeon.role"  # in the metadata of a state dict
 Opts = TypeVar("Opts", bound=BlockOptions, default=Any)  # the options of a block
 
 
@@ -62,6 +64,42 @@ class Operator(Stored, nn.Module):
     """One step of a graph: tracing does not look into it."""
 
     spec: ConvSpec  # of the conv that it replaces
+
+    def role(self) -> Role:
+        """Say what its tensors mean beyond their names and shapes, where they have the same ones in another role.
+
+        A state dict holds it beside the tensors, in the metadata that torch keeps of every module, and a block in
+        another role refuses it. Weights without it, such as those of the network that was converted, are loaded.
+        The fields are part of the format of files: what they are called, and what they mean, stays.
+        """
+        return {}
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if (role := self.role()) and hasattr(destination, "_metadata"):
+            destination._metadata.setdefault(prefix[:-1], {})[_ROLE] = role
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        stored, own = local_metadata.get(_ROLE, {}), self.role()
+        if apart := [name for name in own if name in stored and stored[name] != own[name]]:
+            theirs, ours = (", ".join(f"{name} {one[name]}" for name in apart) for one in (stored, own))
+            error_msgs.append(
+                f"{prefix[:-1] or 'the block'}: these weights are for {theirs}, and here it is {ours}; convert the "
+                "network with the plan that theirs was converted with (surgeon.history(model)[0].plan, or plan.yaml)"
+            )
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def __setstate__(self, state: Any) -> None:
         if not isinstance(state.get("spec"), ConvSpec):

@@ -207,6 +207,9 @@ class HetConv(base.Foldable[HetConvOptions]):
             ):
                 yield Trial(spec, HetConvOptions.model_validate(options))
 
+    def role(self) -> base.Role:
+        return {"p": self.p, "layout": self.layout}
+
     def forward(self, input: Tensor) -> Tensor:
         spec = self.spec
         x = self._sorted(input)

@@ -104,6 +104,10 @@ class TwoStreams(base.Operator):
     def core(self, high: Tensor, low: Tensor | None) -> Streams:
         """Convolve the two streams: (n, high, h, w) and (n, low, ⌈h/2⌉, ⌈w/2⌉) or None, to the like."""
 
+    def role(self) -> base.Role:
+        low: base.Role = {"low_in": in_words(self.low_in), "low_out": in_words(self.low_out)}
+        return low | {"downsample": self.downsample} if self.spec.stride == (2, 2) else low
+
     def extra_repr(self) -> str:
         words = [str(self.spec), f"low {in_words(self.low_in)} → {in_words(self.low_out)}"]
         return ", ".join([*words, *[f"downsample={self.downsample}"] * (self.spec.stride == (2, 2))])

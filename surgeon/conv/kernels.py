@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from surgeon._torch_compat import BatchNorm
+from surgeon.conv.numbers import cast
 from surgeon.conv.spec import ConvSpec, Pads, is_channels_last
 from surgeon.conv.streams import writes_in_place
 
@@ -66,7 +67,7 @@ def with_norm(weight: Tensor, bias: Tensor | None, norm: BatchNorm) -> tuple[Ten
     """Fold a norm into the tensors of the conv before it, in float64, cast once to their dtype."""
     bias64 = None if bias is None else bias.detach().double()
     made = fold_bn(weight.detach().double(), bias64, Norm.of(norm).double())
-    return made[0].to(weight.dtype), made[1].to(weight.dtype)
+    return cast(made[0], weight.dtype, "weight"), cast(made[1], weight.dtype, "bias")
 
 
 def embed(strip: Tensor, kernel: tuple[int, int], *, row: int = 0, column: int = 0) -> Tensor:

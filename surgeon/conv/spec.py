@@ -1,14 +1,18 @@
 """A conv without its weights: read one from an `nn.Conv2d`, build one, compare two."""
 
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
 import torch
+from pydantic import Field
 from torch import nn
 
+from surgeon.conv.numbers import cast
 from surgeon.nn import FORMAT_KEY, known_format
 
 Pair = tuple[int, int]
+_Count = Annotated[int, Field(strict=True, ge=0)]  # as a plan may say it: `true` is no number
+_Size = Annotated[int, Field(strict=True, ge=1)]
 
 
 class Pads(NamedTuple):
@@ -39,15 +43,15 @@ class ConvSpec:
     FORMAT: ClassVar[int] = 2  # 1 was the list of its fields
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # in plans
 
-    c_in: int
-    c_out: int
-    kernel: Pair
-    stride: Pair = (1, 1)
-    padding: Pair | str = (0, 0)
-    dilation: Pair = (1, 1)
-    groups: int = 1
-    bias: bool = True
-    padding_mode: str = "zeros"
+    c_in: _Count
+    c_out: _Count
+    kernel: tuple[_Size, _Size]
+    stride: tuple[_Size, _Size] = (1, 1)
+    padding: tuple[_Count, _Count] | Annotated[str, Field(pattern="^(same|valid)$")] = (0, 0)
+    dilation: tuple[_Size, _Size] = (1, 1)
+    groups: _Size = 1
+    bias: Annotated[bool, Field(strict=True)] = True
+    padding_mode: Annotated[str, Field(pattern="^(zeros|reflect|replicate|circular)$")] = "zeros"
 
     @classmethod
     def of(cls, conv: nn.Conv2d) -> Self:
@@ -93,12 +97,15 @@ class ConvSpec:
         >>> conv = ConvSpec(1, 1, (1, 1)).build_with(torch.ones(1, 1, 1, 1).double(), None, like=torch.empty(0))
         >>> conv.weight.dtype, conv.bias
         (torch.float32, None)
+
+        Raises:
+            PlanError: the dtype does not hold one of them.
         """
         conv = self.change(bias=bias is not None).build(like=like)
         with torch.no_grad():
-            conv.weight.copy_(kernel)
+            conv.weight.copy_(cast(kernel, like.dtype, "weight"))
             if conv.bias is not None and bias is not None:
-                conv.bias.copy_(bias)
+                conv.bias.copy_(cast(bias, like.dtype, "bias"))
         return conv
 
     def change(self, **fields: Any) -> Self:

@@ -102,6 +102,8 @@ def up(x: Tensor, size: Sequence[int]) -> Tensor:
               [1., 1., 2.]]]])
     """
     h, w = size
+    if x.dim() == 3:
+        return up(x[None], size)[0]
     return nn.functional.interpolate(x, scale_factor=2, mode="nearest")[..., :h, :w]
 
 
@@ -122,13 +124,20 @@ def crop_to(fine: Tensor, high: Tensor) -> Tensor:
 
 
 def add_into(x: Tensor, y: Tensor) -> Tensor:
-    """x + y; in place where no gradient is asked for, so only for an x that nothing else reads."""
-    return x.add_(y) if writes_in_place() else x + y
+    """x + y; in place where no gradient is asked for, so only for an x that nothing else reads.
+
+    A sum that broadcasts, or that has another dtype than x, does not fit into x.
+    """
+    return x.add_(y) if writes_in_place() and (x.shape, x.dtype) == (y.shape, y.dtype) else x + y
 
 
 def writes_in_place() -> bool:
-    """Whether writing into a tensor of one's own is allowed and pays: autograd keeps tensors, a compiler fuses sums."""
-    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    """Whether writing into a tensor of one's own is allowed and pays: autograd keeps tensors, a compiler fuses sums.
+
+    A trace would hold for the shapes that it was made with only.
+    """
+    is_traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_traced)
 
 
 def add_up(high: Tensor, low: Tensor) -> Tensor:
@@ -151,8 +160,8 @@ def add_up(high: Tensor, low: Tensor) -> Tensor:
 
 
 def split(x: Tensor, low: Sequence[Sequence[int]]) -> Pair:
-    """(n, c, h, w) → (n, high, h, w) and (n, low, ⌈h/2⌉, ⌈w/2⌉)."""
-    high, rest = part(x, low)
+    """(n, c, h, w) → (n, high, h, w) and (n, low, ⌈h/2⌉, ⌈w/2⌉); the same without n."""
+    high, rest = part(x, low, _channel_axis(x))
     assert rest is not None
     return high, pool(rest)
 
@@ -170,16 +179,22 @@ def join(high: Tensor, low: Tensor, ranges: Sequence[Sequence[int]]) -> Tensor:
 
 def interleave(high: Tensor, low: Tensor, ranges: Sequence[Sequence[int]]) -> Tensor:
     """Put channels of the same resolution into their order; `low` are those in the ranges."""
-    channels = high.shape[1] + low.shape[1]
-    if tuple(ranges[0]) == (high.shape[1], channels):
-        return torch.cat([high, low], 1)
+    axis = _channel_axis(high)
+    channels = high.shape[axis] + low.shape[axis]
+    if tuple(ranges[0]) == (high.shape[axis], channels):
+        return torch.cat([high, low], axis)
     sources = {False: high, True: low}
     places = sorted([(start, stop, True) for start, stop in ranges] + [(*r, False) for r in others(ranges, channels)])
     done, parts = {True: 0, False: 0}, []
     for start, stop, is_low in places:
-        parts.append(sources[is_low].narrow(1, done[is_low], stop - start))
+        parts.append(sources[is_low].narrow(axis, done[is_low], stop - start))
         done[is_low] += stop - start
-    return torch.cat(parts, 1)
+    return torch.cat(parts, axis)
+
+
+def _channel_axis(x: Tensor) -> int:
+    """Where the channels are: a map (c, h, w) has no batch, such as positions that are added to every image."""
+    return 0 if x.dim() == 3 else 1
 
 
 def low_pass(x: Tensor, low: Sequence[Sequence[int]]) -> Tensor:

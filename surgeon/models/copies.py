@@ -22,6 +22,7 @@ from torch.nn.parameter import is_lazy
 
 from surgeon.conv.spec import ConvSpec
 from surgeon.errors import CaptureError
+from surgeon.models.aliases import copied_together
 from surgeon.nn import Stored
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -85,6 +86,8 @@ def kept_aside(model: nn.Module) -> dict[nn.Module, str]:
 def shadow(model: Model, cast: Callable[[Tensor], Tensor] | None = None) -> Model:
     """Copy a model's structure; share its parameters and clone its buffers, or `cast` each of them once.
 
+    Tensors that lie in the same memory do so in the copy, too; but a clone of a buffer shares none with a parameter.
+
     Raises:
         CaptureError: the model holds something that Python cannot copy.
     """
@@ -92,15 +95,18 @@ def shadow(model: Model, cast: Callable[[Tensor], Tensor] | None = None) -> Mode
     def stand_in(tensor: Tensor) -> Tensor:
         is_parameter = isinstance(tensor, nn.Parameter)
         if cast is None:
-            return tensor if is_parameter else tensor.detach().clone()
-        made = cast(tensor.detach())
+            return tensor if is_parameter else together.get(id(tensor), tensor.detach().clone())
+        made = together[id(tensor)] if id(tensor) in together else cast(tensor.detach())
         if made.is_inference():  # the user made it in inference mode, and it could not be trained
             made = made.clone()
         return nn.Parameter(made, tensor.requires_grad) if is_parameter else made
 
     _check_copyable(model)
     held = [t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor)]
-    memo: dict[int, Any] = {id(t): stand_in(t) for t in (*model.parameters(), *model.buffers(), *held)}
+    tensors = [*model.parameters(), *model.buffers(), *held]
+    own = tensors if cast is not None else [one for one in tensors if not isinstance(one, nn.Parameter)]
+    together = copied_together(own, torch.clone if cast is None else cast)
+    memo: dict[int, Any] = {id(t): stand_in(t) for t in tensors}
     groups = [m.process_group for m in model.modules() if isinstance(m, nn.SyncBatchNorm)]
     memo |= {id(group): group for group in groups}  # a connection to other processes has no copy
     try:

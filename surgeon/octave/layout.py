@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,8 @@ class Layout:
     """How the channels of a value are laid out: how many there are, which are low, and at which resolution.
 
     `low` is empty for a plain map. `is_fine`: a step of the network has pooled both, and the low channels have the
-    resolution of the high ones. `is_point`: it is one pixel, so it can be combined with maps of any size.
+    resolution of the high ones. `is_point`: it is one pixel, so it can be combined with maps of any size; a number is
+    a point of one channel.
     """
 
     channels: int | None = None
@@ -35,6 +36,19 @@ class Layout:
     @property
     def plain(self) -> Layout:
         return replace(self, low=(), is_fine=False)
+
+    def scales(self, other: Layout) -> bool:
+        """Whether this is one number for all of another map, or one for each of its channels."""
+        return self.is_point and (self.channels == 1 or (self.channels is not None and self.channels == other.channels))
+
+
+def broadcast(layouts: Iterable[Layout]) -> Layout:
+    """The layout of what plain values give together: one with a single channel stretches to the channels of another."""
+    found = list(layouts)
+    counts = {one.channels for one in found}
+    wide = counts - {None, 1}
+    channels = wide.pop() if len(wide) == 1 else (1 if counts == {1} else None)
+    return Layout(channels, is_point=bool(found) and all(one.is_point for one in found))
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +93,28 @@ class Step:
     @property
     def operand(self) -> fx.Node | None:
         """The feature map that the step works on: its first argument, or the one it is given by name."""
-        return self.given[0] if self.given and isinstance(self.given[0], fx.Node) else None
+        first = self.operands[0]
+        return first if isinstance(first, fx.Node) else None
 
     @property
     def operands(self) -> list[Any]:
-        """The two operands of a step such as a sum."""
-        return self.given[:2]
+        """The two operands of a step such as a sum, of which the second may be None."""
+        by_name = self.node.kwargs
+        return [self.argument(0, "input", next(iter(by_name.values()), None)), self.argument(1, "other")]
+
+    @property
+    def others(self) -> list[fx.Node]:
+        """The values that it reads besides its operand."""
+        return [value for value in self.node.all_input_nodes if value is not self.operand]
+
+    def is_read_later(self, value: fx.Node) -> bool:
+        """Whether a step after this one reads a value."""
+        later = self.node.next
+        while later.op != "root":
+            if later in value.users:
+                return True
+            later = later.next
+        return False
 
     def calls(
         self,

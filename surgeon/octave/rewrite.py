@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -55,11 +55,17 @@ class Outcome:
 
 
 def remove_(
-    model: nn.Module, islands: Sequence[Island], low_passes: Sequence[LowPass] = (), *, only_low_pass: bool = False
+    model: nn.Module,
+    islands: Sequence[Island],
+    low_passes: Sequence[LowPass] = (),
+    *,
+    left: Mapping[str, str] | None = None,
+    only_low_pass: bool = False,
 ) -> Outcome:
     """Rewrite those of a model's islands that hold octave convs.
 
-    `low_passes` come from the plan. With `only_low_pass` nothing else is done, and every conv still splits and joins.
+    `low_passes` come from the plan, and so do the islands that are `left` as they are, with reasons. With
+    `only_low_pass` nothing else is done, and every conv still splits and joins.
     """
     outcome = Outcome()
     for island in islands:
@@ -74,7 +80,7 @@ def remove_(
             _walk_(made)
         if not (own or made.has_gained):
             continue
-        if why := _obstacle(root, island, made):
+        if why := (left or {}).get(island.path) or _obstacle(root, island, made):
             outcome.seams.append(Seam(island.path, "local", why))
             continue
         outcome.undos += [make_pair_norm_(root.get_submodule(path), low) for path, low in made.norms.items()]
@@ -175,5 +181,7 @@ def _lead_through_(graph: StreamGraph, node: fx.Node) -> None:
         made = rule.rewrite(step, graph)
     if made is not None:
         graph.replace_(node, made)
+        if step.is_in_place and step.operand is not None:
+            graph.renew_(step.operand, made)
         graph.fired[rule.name] += 1
         graph.has_gained |= rule.carries

@@ -52,7 +52,7 @@ def assign(survey: Survey, wanted: Mapping[str, Wanted[TwoStreamOptions]]) -> Ro
     while True:
         roles = Roles(skips=dict(refused))
         left = {path: one.options for path, one in wanted.items() if path not in refused}
-        regions = [_Region(survey.model, one, known, left, roles, open_ended) for one in survey.network.islands]
+        regions = [_Region(survey, one, known, left, roles, open_ended) for one in survey.network.islands]
         for region in regions:
             region.assign()
         if added := {path for region in regions for path in region.added_to_streams()} - open_ended:
@@ -82,14 +82,16 @@ class _Region:
 
     def __init__(
         self,
-        model: nn.Module,
+        survey: Survey,
         island: Island,
         sites: Mapping[str, Site],
         wanted: Mapping[str, TwoStreamOptions],
         roles: Roles,
         open_ended: set[str],
     ) -> None:
+        model = survey.model
         root = model.get_submodule(island.path)
+        self.survey = survey
         self.island, self.roles, self.wanted, self.open_ended = island, roles, wanted, open_ended
         self.low_passed: list[fx.Node] = []
         self.modules = dict(root.named_modules(remove_duplicate=False))
@@ -105,9 +107,21 @@ class _Region:
             return
         for node in self.island.graph.nodes:
             flow = self._octave(node) if node in self.paths else self._plain(node)
+            if flow.low_pass and (flow.seam or not self._has_channels(flow.low_pass[0], flow.layout.channels)):
+                flow = Flow(flow.layout.plain)
             self.layouts[node] = flow.layout
             self.low_passed += flow.low_pass
             self.roles.low_passes += [LowPass(self.island.path, node.name, one.name) for one in flow.low_pass]
+
+    def _has_channels(self, node: fx.Node, count: int | None) -> bool:
+        """Whether a value is a map of so many channels: its layout says so, a conv that reads it, or a run."""
+        known = {self.layouts[node].channels} - {None}
+        readers = [self.modules[str(user.target)] for user in node.users if user.op == "call_module"]
+        known |= {conv.in_channels for conv in readers if isinstance(conv, nn.Conv2d)}
+        if not known:
+            shape = self.survey.network.shapes.get(self.island.path, {}).get(node.name, ())
+            known = {shape[-3]} if len(shape) in (3, 4) else set()
+        return known == {count}
 
     def _plain(self, node: fx.Node) -> Flow:
         step = self._step(node)

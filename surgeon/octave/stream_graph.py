@@ -90,6 +90,14 @@ class StreamGraph:
             self.seams.append(Seam(self.path, "split", reason))
         return self.parts(both, is_view=True)
 
+    def parted(self, value: fx.Node, layout: Layout) -> tuple[fx.Node, fx.Node]:
+        """Give what the high and the low channels of a map get of a number, or of one number for every channel."""
+        whole = self.whole(value, "a step needs all its channels")
+        if self.layouts[value].channels == 1:
+            return whole, whole
+        rest = streams.others(layout.low, layout.channels or 0)
+        return self.call(streams.take, whole, listed(rest), -3), self.call(streams.take, whole, listed(layout.low), -3)
+
     def call(self, function: Callable[..., Any], *args: Any) -> fx.Node:
         return self.graph.call_function(function, args)
 
@@ -107,6 +115,12 @@ class StreamGraph:
         if not (pair.is_view and step.is_in_place):
             return pair
         return StreamNodes(self.graph.call_method("clone", (pair.high,)), self.graph.call_method("clone", (pair.low,)))
+
+    def renew_(self, node: fx.Node, made: StreamNodes) -> None:
+        """Let steps that read a value later see that a step has changed it in place."""
+        if node in self.streams:
+            self.streams[node] = made
+            self._joined.pop(node, None)
 
     def replace_(self, node: fx.Node, made: StreamNodes | fx.Node) -> None:
         """Replace a value by two streams, or by another plain map."""

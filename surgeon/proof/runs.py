@@ -334,7 +334,7 @@ def _with_tensors_of(b: nn.Module, replay: nn.Module) -> nn.Module | None:
     in_own = None if dtype == torch.float64 else lambda t: t.to(dtype) if t.is_floating_point() else t.clone()
     twin = shadow(replay, in_own)
     try:
-        twin.load_state_dict(b.state_dict(), assign=True)
+        twin.load_state_dict(dict(b.state_dict()), assign=True)  # without what says that B has other roles
     except RuntimeError:
         return None
     return twin

@@ -106,6 +106,8 @@ _WORDS = _BOUNDS | {
     **dict.fromkeys(("tuple_type", "list_type"), "{value} is not a list"),
     **dict.fromkeys(("dict_type", "model_type", "model_attributes_type", "dataclass_type"), "{value} is not a mapping"),
     "string_type": "{value} is not text",
+    "too_long": "a list of {actual_length} is longer than {max_length}",
+    "string_pattern_mismatch": "{value} is not one of {choices}",
     "string_too_short": "{value} is empty",
     "value_error": "{error}",
     "missing": "missing",
@@ -124,6 +126,9 @@ def _in_words(details: ErrorDetails, fields: Mapping[str, FieldInfo]) -> tuple[s
         return "fault", f"{value} is not one of {', '.join(words)}{did_you_mean(details['input'], words)}"
     if kind in _BOUNDS and len(loc) == 1 and (interval := _interval(loc[0], fields)):
         return "fault", f"{value} is not in {interval}"
+    if kind == "string_pattern_mismatch":  # all patterns here are lists of words
+        choices = str(context["pattern"]).strip("^()$").split("|")
+        context = context | {"choices": f"{', '.join(choices)}{did_you_mean(details['input'], choices)}"}
     words_of_kind = _WORDS.get(kind, "{value} does not fit: {msg}")
     return "missing" if kind == "missing" else "fault", words_of_kind.format(value=value, msg=details["msg"], **context)
 

@@ -8,6 +8,7 @@ from surgeon.analysis import fingerprint as fingerprints
 from surgeon.analysis.sites import Site, Survey
 from surgeon.blocks import contract
 from surgeon.errors import PlanError
+from surgeon.recipes.forms import plain_words
 from surgeon.surgery.plan import Entry, FunctionalStep, Plan
 
 
@@ -52,7 +53,8 @@ def _misfit(entry: Entry, site: Site | None) -> str | None:
     if set(entry.paths) != set(site.paths):
         return f"the model names it {', '.join(site.paths)}"
     try:
-        options = entry.block_options
+        with plain_words(entry.block.Options):
+            options = entry.block_options
     except ValidationError as error:
         return "; ".join(f"with.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
     if entry.takes_norm and set(entry.takes_norm) != set(site.norm):

@@ -6,6 +6,8 @@ under all its names. A block that no single conv can replace first takes in the 
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import nn
 
 from surgeon._torch_compat import BatchNorm
@@ -17,6 +19,7 @@ from surgeon.conv.spec import ConvSpec
 from surgeon.errors import PlanError
 from surgeon.models.memory import give_back_after
 from surgeon.octave import rewrite as seams
+from surgeon.surgery.finite import finite
 
 _TODO = "Undo what was changed since it was converted, or train and deploy it unfolded."
 
@@ -39,7 +42,9 @@ def fold_blocks_(network: Network, *, dense: bool = False) -> tuple[str, ...]:
         alone = "it is the whole model; call its fold() to make the conv" if "" in paths else None
         if why := alone or _customised(block) or block.unfoldable():
             raise PlanError(f"{paths[0] or 'the model'} cannot be folded: {why}", todo=_TODO)
-    folded: dict[tuple[str, ...], nn.Module] = {paths: _fold(block) for paths, block in blocks}
+    folded: dict[tuple[str, ...], nn.Module] = {
+        paths: finite(paths[0], "folded", partial(_fold, block), block) for paths, block in blocks
+    }
     deployed, norms = _deployed(network)
     for paths, made in (folded | deployed).items():  # all of them are built, so nothing can fail half-way
         for path in paths:
@@ -60,10 +65,13 @@ def _deployed(network: Network) -> tuple[dict[tuple[str, ...], nn.Module], list[
     norms: list[str] = []
     for paths, norm_paths in norms_behind(network) if blocks else ():
         norm = network.model.get_submodule(norm_paths[0])
-        if paths in blocks and isinstance(norm, BatchNorm) and (made := blocks[paths].with_norm(norm)) is not None:
+        if paths not in blocks or not isinstance(norm, BatchNorm):
+            continue
+        block, how = blocks[paths], f"folded with {norm_paths[0]}"
+        if (made := finite(paths[0], how, partial(block.with_norm, norm), block, norm)) is not None:
             blocks[paths] = made
             norms += norm_paths
-    return {paths: block.deploy() for paths, block in blocks.items()}, norms
+    return {paths: finite(paths[0], "folded", block.deploy, block) for paths, block in blocks.items()}, norms
 
 
 def fold_norms_(network: Network) -> tuple[str, ...]:
@@ -75,8 +83,8 @@ def fold_norms_(network: Network) -> tuple[str, ...]:
     for paths, norm_paths in norms_behind(network):
         module, norm = model.get_submodule(paths[0]), model.get_submodule(norm_paths[0])
         assert isinstance(norm, BatchNorm)
-        made = module.with_norm(norm) if isinstance(module, Block) else _with_norm(module, norm)
-        if made is not None:
+        make = partial(module.with_norm, norm) if isinstance(module, Block) else partial(_with_norm, module, norm)
+        if (made := finite(paths[0], f"folded with {norm_paths[0]}", make, module, norm)) is not None:
             folded[norm_paths] = (paths, made)
     for norm_paths, (paths, made) in folded.items():
         for path in paths:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from torch import nn
+
 from surgeon.analysis.network import Network
 from surgeon.errors import PassError
 from surgeon.models.progress import Progress, silent
@@ -20,21 +24,44 @@ def fold_all_(
     """Fold, record it in the model's history, and return the names of what was folded and how far the output moved.
 
     Raises:
-        PassError: it moved the output by more than rounding can; the model is left modified.
+        PassError: it moved the output by more than rounding can. The model is as it was.
     """
     model, inputs = network.model, network.inputs
     progress("running the network as it was", 0)
     parent, before = content_hash(model), outputs_of(model, inputs)
     planned = planned_inputs(history(model))  # verify will look at the network with these, too
     progress("folding, and running the network as it is then", 0.5)
+    restore = _snapshot(model)
     is_planned = inputs is not None and planned is not None and inputs.text == planned.text
-    folded = fold_blocks_(network if is_planned else Network(model, called_with=planned), dense=dense)
     distance = None
-    if before is not None and inputs is not None:
-        distance = worst(runs.outputs(model, inputs), before)
-        if is_far(model, inputs, distance):
-            raise PassError("fuse", f"the network is {distance:.1e} from what it was before its blocks were folded")
+    try:
+        folded = fold_blocks_(network if is_planned else Network(model, called_with=planned), dense=dense)
+        if before is not None and inputs is not None:
+            distance = worst(runs.outputs(model, inputs), before)
+            if is_far(model, inputs, distance):
+                raise PassError("fuse", f"the network is {distance:.1e} from what it was before its blocks were folded")
+    except BaseException:
+        restore()
+        raise
     if folded:
         measured = {"folded": len(folded)} | ({} if distance is None else {"whole": distance})
         record_(model, Operation("fuse", parent, content_hash(model), None, versions(), dense, measured))
     return folded, distance
+
+
+def _snapshot(model: nn.Module) -> Callable[[], None]:
+    """Remember which modules a model holds, and what they are; returns a function that puts them back.
+
+    Folding changes no tensor, so none is copied.
+    """
+    held = [(module, type(module), dict(vars(module)), dict(module._modules)) for module in model.modules()]
+
+    def restore() -> None:
+        for module, kind, state, children in held:
+            module.__class__ = kind
+            vars(module).clear()
+            vars(module).update(state)
+            module._modules.clear()
+            module._modules.update(children)
+
+    return restore

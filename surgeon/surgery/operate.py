@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ from surgeon.errors import PassError
 from surgeon.models.memory import give_back_after
 from surgeon.octave import rewrite as seams
 from surgeon.octave.rewrite import LowPass, Outcome
+from surgeon.surgery.finite import finite
 from surgeon.surgery.plan import Entry, Plan
 
 
@@ -53,7 +55,9 @@ def stream_(model: nn.Module, plan: Plan, network: Network, *, only_low_pass: bo
     if not plan.has_streams:
         return Outcome()
     low_passes = [LowPass(one.island, one.step, one.operand) for one in plan.low_passed]
-    return seams.remove_(model, network.islands_after_swaps(model), low_passes, only_low_pass=only_low_pass)
+    left = {one.island: one.reason for one in plan.seams if one.kind == "local"}
+    islands = network.islands_after_swaps(model)
+    return seams.remove_(model, islands, low_passes, left=left, only_low_pass=only_low_pass)
 
 
 def prepare(model: nn.Module, plan: Plan) -> tuple[Swap, ...]:
@@ -103,7 +107,9 @@ def _prepare(model: nn.Module, entry: Entry, seed: int) -> Swap:
     norm = model.get_submodule(entry.takes_norm[0]) if entry.takes_norm else None
     if not isinstance(conv, nn.Conv2d) or not isinstance(norm, BatchNorm | None):
         raise PassError("operate", f"{entry.path} or the norm behind it is not what the plan says")
-    swap = Swap(entry, conv, norm, build(entry, conv, norm, seed))
+    sources = [conv] if norm is None else [conv, norm]
+    block = finite(entry.path, "swapped", partial(build, entry, conv, norm, seed), *sources, keeps_nan=True)
+    swap = Swap(entry, conv, norm, block)
     give_back_after(conv.weight)
     return swap
 

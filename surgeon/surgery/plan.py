@@ -27,16 +27,21 @@ from surgeon.models.call import Inputs
 from surgeon.recipes import forms
 from surgeon.recipes import marks as yamlmarks
 from surgeon.recipes.forms import Form
+from surgeon.recipes.marks import quoted
 from surgeon.recipes.recipe import text_of
 
 _HOW_TO_PLAN = "`surgeon plan MODEL --recipe acnet -o plan.yaml` writes one that works."
 
 
+_Whole = Annotated[int, Field(strict=True)]  # `true` and '1' are no numbers
+_Count = Annotated[int, Field(strict=True, ge=0)]
+
+
 class Change(Form):
     """A number before and after; for a conv over all its calls, with its norm where the block takes that over."""
 
-    before: int
-    after: int
+    before: _Count
+    after: _Count
 
 
 class FunctionalStep(Form):
@@ -80,8 +85,8 @@ class Entry(Form):
     aliases: tuple[str, ...] = ()  # further names of the same module
     spec: Annotated[ConvSpec | str, FieldsOrWords()] = Field(alias="conv")  # a plan fits only a conv that has the same
     functional: FunctionalStep | None = None
-    calls: int | None = None
-    size: tuple[int, int] | None = None  # of the input
+    calls: _Count | None = None
+    size: tuple[_Count, _Count] | None = None  # of the input
     rule: str | None = None
     swap: str | None = None
     options: dict[str, Any] = Field(default_factory=dict, alias="with")
@@ -91,7 +96,9 @@ class Entry(Form):
     params: Change | None = None
     macs: Change | None = None
     activations: Change | None = None  # bytes that are written
-    ideal_macs: int | None = None  # after the swap, as the block's paper counts them, where that is less than executed
+    ideal_macs: _Count | None = (
+        None  # after the swap, as the block's paper counts them, where that is less than executed
+    )
     kept_energy: dict[str, float] | None = None  # for a block that thins a conv out, by each way of doing so
 
     @model_validator(mode="after")
@@ -159,7 +166,7 @@ class Total(Form):
     params: Change
     macs: Change | None = None
     activations: Change | None = None
-    ideal_macs: int | None = None
+    ideal_macs: _Count | None = None
 
 
 class LowPassed(Form):
@@ -183,8 +190,10 @@ class Plan(Shown, Form):
 
     format: Literal[1, 2] = Field(alias="surgeon-plan")
     model: str  # fingerprint of the architecture
-    input: tuple[tuple[int, ...], ...] | str | None = None  # shapes of positional tensors, or text as --input takes it
-    seed: int = 0
+    input: tuple[tuple[_Count, ...], ...] | str | None = (
+        None  # shapes of positional tensors, or text as --input takes it
+    )
+    seed: _Whole = 0
     recipe: RecipeText
     total: Total
     rewritten: tuple[str, ...] = ()  # islands that become graphs, so that octave streams go from conv to conv
@@ -195,6 +204,8 @@ class Plan(Shown, Form):
     @field_validator("format", mode="before")
     @classmethod
     def _is_known(cls, value: object) -> object:
+        if isinstance(value, bool | float):
+            raise ValueError(f"{quoted(value)} is not one of 1 or 2")
         if type(value) is int and value > 2:
             raise ValueError(f"format {value} was written by a later version of surgeon: pip install -U conv-surgeon")
         return value

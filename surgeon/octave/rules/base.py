@@ -31,8 +31,6 @@ class StreamRule(abc.ABC):
 
     def obstacle(self, step: Step, flow: Flow, graph: StreamGraph) -> str | None:
         """Say why the streams cannot go through this step of a graph."""
-        if flow.low_pass:
-            return flow.seam or f"'{step.name}' adds a plain map"
         return None if flow.layout.low else flow.seam or f"'{step.name}' needs the whole map"
 
     def rewrite(self, step: Step, graph: StreamGraph) -> StreamNodes | None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import operator
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.nn import functional as F
 
-from surgeon.octave.layout import Flow, Layouts, Step
+from surgeon.octave.layout import Flow, Layouts, Step, broadcast
 from surgeon.octave.rules.base import StreamRule, whole_map
 from surgeon.octave.stream_graph import StreamGraph, StreamNodes
 
@@ -41,14 +41,19 @@ class Elementwise(StreamRule):
         return has_one_slope or step.calls(MODULES, FUNCTIONS, METHODS)
 
     def flow(self, step: Step, layouts: Layouts) -> Flow:
+        """Let a map through; a bound may be a number for all of it or for each channel, not a map of its own."""
         source = step.operand
-        others = [value for value in step.given[1:] if value is not source]
-        if source is None or any(isinstance(value, fx.Node) and layouts[value].low for value in others):
+        if source is None or any(layouts[value].low for value in step.others):
             return whole_map(step, layouts)
-        return Flow(layouts[source])
+        if all(layouts[value].scales(layouts[source]) for value in step.others):
+            return Flow(layouts[source])
+        joined = broadcast(layouts[value].plain for value in step.node.all_input_nodes)
+        return whole_map(step, layouts, joined)
 
     def rewrite(self, step: Step, graph: StreamGraph) -> StreamNodes:
         source = step.operand
         assert source is not None
         pair = graph.own(graph.streams[source], step)
-        return StreamNodes(graph.again(step, {source: pair.high}), graph.again(step, {source: pair.low}))
+        parts = {value: graph.parted(value, graph.layouts[source]) for value in step.others}
+        highs, lows = ({value: part[i] for value, part in parts.items()} for i in (0, 1))
+        return StreamNodes(graph.again(step, {source: pair.high} | highs), graph.again(step, {source: pair.low} | lows))

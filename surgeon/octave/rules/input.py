@@ -9,7 +9,7 @@ from surgeon.octave.rules.base import StreamRule
 
 
 class Input(StreamRule):
-    """x is a plain map; a tensor (…, c, 1, 1) that the network holds is one number for every channel."""
+    """x is a plain map; what the network holds is a map, one number for every channel (…, c, 1, 1), or a number."""
 
     name = "input"
     carries = False
@@ -22,6 +22,9 @@ class Input(StreamRule):
             return Flow(Layout())
         path, _, name = str(step.node.target).rpartition(".")
         value = getattr(step.modules.get(path), name, None)
-        if isinstance(value, torch.Tensor) and value.dim() >= 3 and value.shape[-2:] == (1, 1):
-            return Flow(Layout(value.shape[-3], is_point=True))
-        return Flow(Layout())
+        if isinstance(value, bool | int | float):
+            return Flow(Layout(1, is_point=True))
+        if not isinstance(value, torch.Tensor) or value.dim() > 4:
+            return Flow(Layout())
+        c, h, w = (1, 1, 1, *value.shape)[-3:]  # as it broadcasts
+        return Flow(Layout(c, is_point=(h, w) == (1, 1)))

@@ -33,7 +33,8 @@ class Spatial(StreamRule):
         if step.operand is None:
             return whole_map(step, layouts)
         before = layouts[step.operand]
-        return Flow(replace(before, is_fine=bool(before.low), is_point=_to_a_point(step)))
+        channels = before.channels if _gives_maps(step) else None
+        return Flow(replace(before, channels=channels, is_fine=bool(before.low), is_point=_to_a_point(step)))
 
     def rewrite(self, step: Step, graph: StreamGraph) -> StreamNodes:
         source = step.operand
@@ -79,5 +80,9 @@ def _to_a_point(step: Step) -> bool:
         return isinstance(pool, nn.AdaptiveAvgPool2d | nn.AdaptiveMaxPool2d) and pool.output_size in (1, (1, 1))
     if step.calls((), {F.adaptive_avg_pool2d, F.adaptive_max_pool2d}):
         return step.given[1:2] in ([1], [(1, 1)], [[1, 1]])
-    is_mean = step.calls((), {torch.mean}, {"mean"})
-    return is_mean and bool(step.node.kwargs.get("keepdim", False) or True in step.node.args[2:])
+    return step.calls((), {torch.mean}, {"mean"}) and _gives_maps(step)
+
+
+def _gives_maps(step: Step) -> bool:
+    """Whether height and width are left, if only one pixel of them; a mean over pixels gives vectors otherwise."""
+    return not step.calls((), {torch.mean}, {"mean"}) or bool(step.argument(2, "keepdim", False))

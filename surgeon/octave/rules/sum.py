@@ -7,8 +7,9 @@ import operator
 import torch
 from torch import fx
 
-from surgeon.octave.layout import Flow, Layouts, Step
+from surgeon.octave.layout import Flow, Layout, Layouts, Step
 from surgeon.octave.rules.product import Product
+from surgeon.octave.stream_graph import StreamGraph
 
 FUNCTIONS = {operator.add, operator.iadd, operator.sub, operator.isub, torch.add, torch.sub}
 METHODS = {"add", "add_", "sub", "sub_"}
@@ -24,11 +25,28 @@ class Sum(Product):
 
     def flow(self, step: Step, layouts: Layouts) -> Flow:
         """Let a sum of two octave maps be an octave map; a plain map that is added to one has to be low-passed."""
-        nodes = [value for value in step.operands if isinstance(value, fx.Node)]
-        maps = [value for value in nodes if not layouts[value].is_point]
-        octave = [value for value in maps if layouts[value].is_octave]
-        if len(maps) == 2 and len(octave) == 1 and len(nodes) == 2:
-            plain = next(value for value in maps if value not in octave)
-            if not layouts[plain].low:
-                return Flow(layouts[octave[0]], low_pass=(plain,))
+        nodes = step.node.all_input_nodes
+        octave = [value for value in nodes if layouts[value].is_octave and not layouts[value].is_point]
+        plain = (
+            [value for value in nodes if value not in octave and not layouts[value].scales(layouts[octave[0]])]
+            if octave
+            else []
+        )
+        if len(octave) == len(plain) == 1 and not layouts[plain[0]].low:
+            why = _unlike(step, plain[0], layouts[plain[0]], layouts[octave[0]])
+            return Flow(layouts[octave[0]], why, (plain[0],))
         return super().flow(step, layouts)
+
+    def obstacle(self, step: Step, flow: Flow, graph: StreamGraph) -> str | None:
+        if flow.low_pass:
+            return flow.seam or f"'{step.name}' adds a plain map"
+        return super().obstacle(step, flow, graph)
+
+
+def _unlike(step: Step, plain: fx.Node, one: Layout, other: Layout) -> str | None:
+    """Say why a plain map cannot be low-passed where it is added to an octave map."""
+    if step.is_in_place and plain is step.operand and (plain.op == "placeholder" or step.is_read_later(plain)):
+        return f"'{step.name}' writes its sum into a plain map that is read elsewhere, too"
+    if one.channels not in (None, other.channels):
+        return f"'{step.name}' adds a map of {one.channels} to one of {other.channels} channels"
+    return None
