@@ -150,7 +150,7 @@ def verdict(a: nn.Module, b: nn.Module, shape: tuple[int, ...], seed: int, repor
     try:
         found = surgeon.verify(a, b, shape, seed=seed)
     except surgeon.errors.SurgeonError as error:
-        return {"verdict": "refused", "first": getattr(error, "site", None), "says": [str(error)], "diverging": []}
+        return {"verdict": "refused", "first": error.facts.get("site"), "says": [str(error)], "diverging": []}
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         said = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"

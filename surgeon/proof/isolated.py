@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from surgeon._torch_compat import pytree
 from surgeon.models.copies import shadow
 from surgeon.proof.distance import Apart, apart
-from surgeon.proof.recorder import Recorder, Recording, Stretch, modules_of, run
+from surgeon.proof.recorder import Recorder, Recording, Stretch, leaves, modules_of, run
 from surgeon.proof.ulps import Jitter
 
 FEW_UNITS = 4.0  # a float32 fold rounds γ/σ, its product with the weight, and every sum of branches
@@ -167,7 +167,7 @@ def measure(recorder: Recorder, stretch: Stretch) -> Gap:
 
 def spread(out: Any, expected: Any) -> list[Spread] | None:
     """Compare two results leaf by leaf; None if they do not match."""
-    ours, theirs = pytree.tree_leaves(out), pytree.tree_leaves(expected)
+    ours, theirs = leaves(out), leaves(expected)
     if len(ours) != len(theirs) or [type(one) is Tensor for one in ours] != [type(one) is Tensor for one in theirs]:
         return None
     both = [(b, a) for b, a in zip(ours, theirs, strict=True) if isinstance(a, Tensor)]
@@ -210,7 +210,7 @@ def _scaled(one: Recording, by: float) -> Recording:
 
 
 def _far(out: Any, expected: Any) -> float:
-    ours, theirs = pytree.tree_leaves(out), pytree.tree_leaves(expected)
+    ours, theirs = leaves(out), leaves(expected)
     if len(ours) != len(theirs):
         return math.inf
     pairs = [(b, a) for b, a in zip(ours, theirs, strict=True) if isinstance(a, Tensor)]

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from surgeon._torch_compat import pytree
+from surgeon.errors import VerifyError
 from surgeon.models.sandbox import quietly
 from surgeon.proof.distance import apart, as_double
 from surgeon.proof.pairing import Pairing
@@ -33,13 +34,14 @@ class Recording:
 class Stretch:
     """Modules that are compared as one, called one after the other: a conv, and the norm that B has folded into it.
 
-    `path` names it. `steps` are all of them; each model runs those that it has.
+    `path` names it. `steps` are all of them; each model runs those that it has, and calls.
     """
 
     path: str
     steps: list[str]
     in_a: list[str]
     in_b: list[str]
+    is_idle: bool = False  # B has nothing but an Identity there, and does not call it
 
 
 class Recorder:
@@ -52,6 +54,7 @@ class Recorder:
         self.recordings: dict[str, list[Recording]] = {}
         self.stretches: dict[str, Stretch] = {}
         self.propagated: dict[str, list[float]] = defaultdict(list)
+        self.stopped_in: str | None = None  # the stretch of B that raised
         self.first_other: str | None = None  # the first stretch of B whose result has another shape than A's
 
     @contextlib.contextmanager
@@ -70,20 +73,32 @@ class Recorder:
     @contextlib.contextmanager
     def comparing(self) -> Iterator[None]:
         """Measure how far B's stretches are from A's while it runs."""
+        steps = {step: stretch.path for stretch in self.stretches.values() for step in stretch.in_b}
         ends = {stretch.in_b[-1]: stretch.path for stretch in self.stretches.values()}
         only_b = [path for path in self.pairing.moved if path not in self.names_a]
         trail = _Trail()
 
         def compare(path: str, given: tuple[Any, Any], out: Any) -> None:
-            name = ends.get(path)
-            if name is not None:
-                expected, done = self._ends(self.stretches[name]), self.propagated[name]
-                if len(done) < len(expected) and _shapes(out) != _shapes(expected[len(done)]):
-                    self.first_other = self.first_other or name
-                done.append(_apart(out, expected[len(done)]) if len(done) < len(expected) else math.inf)
+            name = steps.get(path)
+            if name is None:
+                return
+            expected, done = self._ends(self.stretches[name]), self.propagated[name]
+            if path != self.stretches[name].in_b[0] and done:
+                done.pop()  # of the step before, which was not the last one
+            if len(done) < len(expected) and _shapes(out) != _shapes(expected[len(done)]):
+                self.first_other = self.first_other or name
+            done.append(_apart(out, expected[len(done)]) if len(done) < len(expected) else math.inf)
 
-        with _watched(self.b, [*ends, *only_b], trail, compare):
-            yield
+        try:
+            with _watched(self.b, [*steps, *only_b], trail, compare):
+                yield
+        except VerifyError:
+            self.stopped_in = steps.get(trail.open[-1]) if trail.open else None
+            raise
+        for stretch in self.stretches.values():  # a graph need not call what does nothing
+            idle = [step for step in stretch.in_b if step not in trail.order and self._does_nothing(step)]
+            stretch.in_b = [step for step in stretch.in_b if step not in idle] or stretch.in_b
+            stretch.is_idle = set(stretch.in_b) <= set(idle)
         for path in only_b:
             if (owner := ends.get(trail.source(path) or "")) is not None:
                 stretch = self.stretches[owner]
@@ -109,7 +124,7 @@ class Recorder:
     @contextlib.contextmanager
     def forcing(self, found: dict[str, float]) -> Iterator[None]:
         """While B runs, give A's result for every stretch, and note in `found` how far what reached it is from A's."""
-        outer = [one for one in self.stretches.values() if one.path not in self.pairing.inner]
+        outer = [one for one in self.outer() if not one.is_idle]
         first, last = {one.in_b[0]: one for one in outer}, {one.in_b[-1]: one for one in outer}
         calls: dict[str, int] = defaultdict(int)
 
@@ -121,7 +136,7 @@ class Recorder:
         def after(path: str, out: Any) -> Any:
             ends, i = self._ends(last[path]), calls[last[path].path]
             calls[last[path].path] += 1
-            return _clones(ends[i]) if i < len(ends) else out
+            return _as(out, _clones(ends[i])) if i < len(ends) else out
 
         with contextlib.ExitStack() as stack:
             for path in first:
@@ -135,6 +150,13 @@ class Recorder:
         for one in outer:
             if calls[one.path] != len(self.recordings[one.in_a[0]]):
                 found[one.path] = math.inf
+
+    def outer(self) -> list[Stretch]:
+        """List the stretches that lie in no other."""
+        return [one for one in self.stretches.values() if one.path not in self.pairing.inner]
+
+    def _does_nothing(self, path: str) -> bool:
+        return type(self.b.get_submodule(path)) is nn.Identity
 
     def blocks_apart(self, a: nn.Module, b: nn.Module) -> float:
         """Give the worst relative L2 between the stretches of two float64 models, each on what A's was given."""
@@ -205,15 +227,18 @@ class _Trail:
 
     def __init__(self) -> None:
         self.order: list[str] = []
+        self.open: list[str] = []  # those that run now, the innermost last
         self.sources: dict[str, set[str | None]] = defaultdict(set)
         self.made: dict[int, tuple[str, int, Tensor]] = {}  # id of a tensor → whose result it is, its version, itself
 
     def enter(self, path: str, given: Any) -> None:
+        self.open.append(path)
         first = _first(given)
         path_of, version, _ = self.made.get(id(first), (None, 0, None))
         self.sources[path].add(path_of if first is not None and first._version == version else None)
 
     def leave(self, path: str, out: Any) -> None:
+        self.open.pop()
         if path not in self.order:
             self.order.append(path)
         if (first := _first(out)) is not None:
@@ -232,14 +257,14 @@ def _watched(
     model: nn.Module, paths: Iterable[str], trail: _Trail, note: Callable[[str, tuple[Any, Any], Any], None]
 ) -> Iterator[None]:
     """Follow modules in a run; `note` gets copies of what each was given, which it may have overwritten."""
-    open_: list[tuple[Any, Any]] = []
+    given: list[tuple[Any, Any]] = []
 
     def before(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         trail.enter(path, (args, kwargs))
-        open_.append(_clones((args, kwargs)))
+        given.append(_clones((args, kwargs)))
 
     def after(path: str, out: Any) -> None:
-        note(path, open_.pop(), out)
+        note(path, given.pop(), out)
         trail.leave(path, out)
 
     with contextlib.ExitStack() as stack:
@@ -258,7 +283,7 @@ def _first(values: Any) -> Any:
 
 def _apart(out: Any, expected: Any) -> float:
     """Give the relative L2 of a result; for a pair, that of the stream which is further apart."""
-    ours, theirs = pytree.tree_leaves(out), pytree.tree_leaves(expected)
+    ours, theirs = leaves(out), leaves(expected)
     if len(ours) != len(theirs):
         return math.inf
     found = 0.0
@@ -267,6 +292,18 @@ def _apart(out: Any, expected: Any) -> float:
             both = isinstance(one, Tensor) and isinstance(other, Tensor)
             found = max(found, apart(one, other) if both else math.inf)
     return found
+
+
+def leaves(values: Any) -> list[Any]:
+    """List what is in a result; a low stream that is not there is nothing."""
+    return [leaf for leaf in pytree.tree_leaves(values) if leaf is not None]
+
+
+def _as(out: Any, given: Any) -> Any:
+    """Give a stream that comes alone in the form that `out` has: as a tensor, or in a pair."""
+    alone = _alone(given)
+    is_pair = isinstance(alone, Tensor) and isinstance(out, tuple) and len(out) == 2 and out[1] is None
+    return (alone, None) if is_pair else alone if isinstance(out, Tensor) else given
 
 
 def _alone(out: Any) -> Any:

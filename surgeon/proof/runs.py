@@ -10,6 +10,7 @@ from its own float64 result.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -117,7 +118,7 @@ class Models:
             exact=None if self.replay is None else self._exactness(self.replay, inputs, truth, recorder, bool(flat)),
             modules=None if self.twin is None else worst(out_b, self._call(self.twin, inputs, self.exact)),
             storage=self._storage(outs_b, truths, draws) if self._needs_outputs else [],
-            rounding=list(zip(pooled(owns[1], outs_b), pooled(owns[0], truths), strict=True)) if is_rounded else [],
+            rounding=self._rounding(owns, outs_b, truths, draws) if is_rounded else [],
             draws=len(draws),
             gaps=self._gaps(recorder),
             merged=recorder.merged,
@@ -143,6 +144,8 @@ class Models:
             problem = error.problem.replace("a model does not run", "A runs, and B does not,")
             if (site := recorder.first_other) is not None:
                 problem += f"; in B the result of {site} is the first that has another shape than in A"
+            elif (site := recorder.stopped_in) is not None:
+                problem += f"; it stops in {site}"
             todo = error.todo if problem == error.problem else "Make B from A again, or compare it with another model."
             raise VerifyError(problem, todo=todo, site=site) from error
         return out
@@ -239,6 +242,20 @@ class Models:
             flipped = any(one.flips > most.flips for one, most in zip(found, noise, strict=True))
             if worst_of > _HOPELESS or (worst_of <= 1 and not flipped):
                 break
+        return list(zip(found, noise, strict=True))
+
+    def _rounding(
+        self, owns: Sequence[Sequence[Any]], outs_b: Sequence[Any], truths: Sequence[Any], draws: Sequence[Inputs]
+    ) -> list[tuple[Apart, Apart]]:
+        """Compare each model with itself in float64; what flips in B may flip as often if its weights are rounded."""
+        found, noise = pooled(owns[1], outs_b), pooled(owns[0], truths)
+        for i in range(_SHAKES):
+            if all(one.flips <= most.flips_allowed(self.margin) for one, most in zip(found, noise, strict=True)):
+                break
+            moved = _evaluating(self.own_b, Jitter(self.seed + i, units=1.0))
+            outs = pooled([self._call(moved, one, self.exact) for one in draws], outs_b)
+            pairs = zip(noise, outs, strict=True)
+            noise = [replace(one, flips=max(one.flips, other.flips)) for one, other in pairs]
         return list(zip(found, noise, strict=True))
 
     def _gaps(self, recorder: Recorder) -> dict[str, Gap]:

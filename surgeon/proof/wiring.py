@@ -40,8 +40,7 @@ def wiring(recorder: Recorder, run_b: Callable[[], Any], truth: Any) -> dict[str
 
 def _covers(recorder: Recorder) -> bool:
     """Whether every tensor of B lies in a stretch whose result is replaced, or is A's own."""
-    outer = [one for one in recorder.stretches.values() if one.path not in recorder.pairing.inner]
-    roots = {path for one in outer for path in one.in_b}
+    roots = {path for one in recorder.outer() for path in one.in_b}
     if not roots:
         return False
     theirs = dict(recorder.a.named_modules(remove_duplicate=False))
