@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from surgeon.errors import ModelError
-from surgeon.files import architectures, checkpoints, formats
+from surgeon.files import architectures, checkpoints, formats, whole
 from surgeon.files.architectures import FETCHING, LIBRARIES, Architecture, is_factory
 from surgeon.files.checkpoints import State
 from surgeon.files.formats.base import MANIFEST
@@ -126,6 +126,7 @@ def _load_file(
     content, notices = _read(path, _trusting(architecture, trust))
     header = metadata(path)
     if isinstance(content, nn.Module):
+        whole.check(content, name)
         if architecture is not None:
             notices.append(f"{name} holds a whole network, which is used as it is; --arch is ignored")
         return Loaded(content, None, name, header, tuple(notices))

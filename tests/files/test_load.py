@@ -645,7 +645,7 @@ def write_garbled(path: Path) -> None:
         ("m.h5", lambda p: p.write_bytes(b"\x89HDF\r\n\x1a\n"), "m.h5 is not a model file that surgeon knows"),
         ("m.pt", lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\n"), "Run `git lfs pull`."),
         ("m.npz", lambda p: zipfile.ZipFile(p, "w").writestr("a", "b"), "m.npz is a zip that torch.save did not write"),
-        ("m.pt", lambda p: p.mkdir(), "m.pt cannot be read: Is a directory"),
+        ("m.pt", lambda p: p.mkdir(), "m.pt is a folder without a model file. Name a file ending in"),
         ("m.pt", lambda p: torch.save([1, 2], p), "m.pt holds a list. Save an nn.Module, or its state_dict."),
         ("m.pt", lambda p: torch.save({"epoch": 1}, p), "m.pt holds neither a model nor weights, but epoch"),
         ("m.pt", lambda p: torch.save({}, p), "but nothing"),
@@ -673,6 +673,7 @@ def test_a_file_that_may_not_be_read(here: Path, monkeypatch: pytest.MonkeyPatch
     def forbid(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
+    Path("m.pt").touch()
     monkeypatch.setattr(Path, "open", forbid)
     assert refusal("m.pt") == "m.pt cannot be read: Permission denied. Name a file that you may read."
 
