@@ -282,7 +282,7 @@ def network_for(model: nn.Module, example: Example | None, *, plan: Plan | None 
     if example is not None:
         return Network(model, examples.make(example, seed=seed))
     records = [plan.input] if plan is not None else []
-    records += [step.plan.get("input") for step in reversed(histories.history(model)) if step.plan]
+    records += [step.plan.get("input") for step in reversed(histories.history(model)) if step.plan][:3]
     return examples.look(model, records, seed=seed)
 
 

@@ -20,6 +20,7 @@ from torch import nn
 from surgeon.errors import ModelError
 from surgeon.files import architectures, checkpoints, formats, whole
 from surgeon.files.architectures import FETCHING, LIBRARIES, Architecture, is_factory
+from surgeon.files.budget import Budget, is_modest
 from surgeon.files.checkpoints import State
 from surgeon.files.formats.base import MANIFEST
 from surgeon.files.pickles import Trust
@@ -36,7 +37,7 @@ class Loaded:
     notices: tuple[str, ...]  # sentences for stderr: what was stripped, unwrapped, run
 
 
-Rebuild = Callable[[str, Architecture | None], nn.Module]
+Rebuild = Callable[[str, Architecture | None, int], nn.Module]  # manifest, --arch, bytes of the weights
 
 
 def load(
@@ -90,10 +91,17 @@ def build(architecture: Architecture, *, trust: Trust = Trust(), seed: int = 0) 
     return load(architecture.name, trust=trust, seed=seed).model
 
 
-def build_named_in_file(architecture: Architecture, *, trust: Trust = Trust(), seed: int = 0) -> nn.Module:  # noqa: B008
+def build_named_in_file(
+    architecture: Architecture,
+    stored: int = 0,
+    *,
+    trust: Trust = Trust(),  # noqa: B008 - frozen
+    seed: int = 0,
+) -> nn.Module:
     """Build a network that a file, not the user, names: its manifest could say `os:system`.
 
-    Only torchvision and timm are called, nothing is fetched, and another file is read as a safe one.
+    Only torchvision and timm are called, nothing is fetched, another file is read as a safe one, and no network is
+    built that is out of proportion to the bytes of weights that the file holds (`stored`).
     """
     source = architecture.name.rpartition(":")[0]
     if ":" in architecture.name and source not in LIBRARIES:
@@ -102,7 +110,18 @@ def build_named_in_file(architecture: Architecture, *, trust: Trust = Trust(), s
             todo=f"If you trust that code, name it yourself: --arch {architecture.name}",
         )
     args = {key: value for key, value in architecture.args.items() if key not in FETCHING}
-    return build(replace(architecture, args=args), trust=replace(trust, unsafe_pickle=False), seed=seed)
+    named = f"the network that the file says it was made from, {architecture.name},"
+    todo = f"If it is right, name it yourself: --arch {architecture.name}, with --arch-arg."
+    if strange := [name for name, value in args.items() if not is_modest(value)]:
+        raise ModelError(f"{named} takes a {strange[0][:50]!a} that no network has", todo=todo)
+    budget = Budget(stored)
+    try:
+        with budget:
+            return build(replace(architecture, args=args), trust=replace(trust, unsafe_pickle=False), seed=seed)
+    except ModelError as error:
+        if not budget.is_spent:
+            raise
+        raise ModelError(f"{named} is much larger than the weights in it", todo=todo) from error
 
 
 def read_tensors(path: Path, *, trust: Trust = Trust()) -> tuple[State, list[str]]:  # noqa: B008 - frozen
@@ -132,7 +151,7 @@ def _load_file(
         return Loaded(content, None, name, header, tuple(notices))
     state = content
     if rebuild is not None and MANIFEST in header:
-        model = rebuild(header[MANIFEST], architecture)
+        model = rebuild(header[MANIFEST], architecture, sum(t.numel() * t.element_size() for t in state.values()))
     elif architecture is not None:
         model = build(architecture, trust=trust, seed=seed)
     else:

@@ -498,7 +498,7 @@ def test_a_manifest_is_handed_to_who_can_read_it(here: Path) -> None:
     model = net()
     safetensors.torch.save_file(model.state_dict(), "w.safetensors", metadata={"surgeon": '{"a": 1}'})
     assert source.metadata(Path("w.safetensors")) == {"surgeon": '{"a": 1}'}
-    loaded = source.load("w.safetensors", rebuild=lambda text, _: net() if json.loads(text)["a"] else nn.Identity())
+    loaded = source.load("w.safetensors", rebuild=lambda text, *_: net() if json.loads(text)["a"] else nn.Identity())
     assert loaded.metadata["surgeon"] == '{"a": 1}'
     assert same(loaded.model, model)
     assert "weights only" in refusal("w.safetensors")
