@@ -47,6 +47,10 @@ Arch = Annotated[
 ArchArg = Annotated[
     list[str] | None, typer.Option(metavar="NAME=VALUE", help="An argument for building the network; may be repeated.")
 ]
+Weights = Annotated[
+    str | None,
+    typer.Option(metavar="KEY", help="Which weights of a checkpoint to take: a key (ema), or a prefix (student)."),
+]
 Allow = Annotated[
     list[str] | None,
     typer.Option(metavar="PACKAGE", help="Let a pickled model name modules of this package; may be repeated."),
@@ -90,6 +94,7 @@ def _about_models(command: Callable[..., None]) -> Callable[..., None]:
     def run(
         arch: Arch = None,
         arch_arg: ArchArg = None,
+        weights: Weights = None,
         allow: Allow = None,
         unsafe: Unsafe = False,
         shape: Input = None,
@@ -107,7 +112,8 @@ def _about_models(command: Callable[..., None]) -> Callable[..., None]:
             )
         trust = Trust(allow=tuple(allow or ()), unsafe_pickle=unsafe)
         command(
-            given=Given(arch, tuple(arch_arg or ()), trust, tuple(shape or ()), seed, devices.named(device)), **rest
+            given=Given(arch, tuple(arch_arg or ()), trust, tuple(shape or ()), seed, devices.named(device), weights),
+            **rest,
         )
 
     own = [p for p in inspect.signature(command).parameters.values() if p.name != "given"]

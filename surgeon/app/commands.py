@@ -55,6 +55,7 @@ class Given:
     inputs: tuple[str, ...] = ()  # examples, as `--input` takes them
     seed: int = 0
     device: torch.device = devices.CPU  # where models are run
+    weights: str | None = None  # which weights of a checkpoint to take
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +193,13 @@ def _load(name: str, given: Given, *, to_time: bool = False) -> Loaded:
     """Load a model, and move it to the device where it will run; a model that is only timed needs no float64 there."""
     again = functools.partial(rebuild, trust=given.trust, seed=given.seed)
     loaded = source.load(
-        name, arch=given.arch, arch_args=given.arch_args, trust=given.trust, seed=given.seed, rebuild=again
+        name,
+        arch=given.arch,
+        arch_args=given.arch_args,
+        key=given.weights,
+        trust=given.trust,
+        seed=given.seed,
+        rebuild=again,
     )
     for notice in loaded.notices:
         _log.info(notice)

@@ -35,7 +35,8 @@ def records(path: Path) -> dict[str, int]:
             _refuse_others(path, {entry.filename.partition("/")[2] or entry.filename for entry in entries})
             if why := _oddity(archive, entries, path.stat().st_size, file):
                 raise ModelError(
-                    f"{path} is a zip that torch.save did not write: {why}", todo="Load it, and save it with torch.save."
+                    f"{path} is a zip that torch.save did not write: {why}",
+                    todo="Load it, and save it with torch.save.",
                 )
             for entry in sorted(entries, key=lambda one: one.header_offset):
                 _check_sum(path, file, entry)

@@ -39,7 +39,9 @@ def folder(path: Path) -> ModelError:
         likely = next((name for name in weights if name in ("model.safetensors", "pytorch_model.bin")), weights[0])
         arch = ", and its network with --arch" if "config.json" in files else ""
         return ModelError(f"{path} is {what}", todo=f"Name the file of weights in it{arch}: {path / likely}")
-    return ModelError(f"{path} is {what} without a model file", todo=f"Name a file ending in {', '.join(_MODEL_FILES)}.")
+    return ModelError(
+        f"{path} is {what} without a model file", todo=f"Name a file ending in {', '.join(_MODEL_FILES)}."
+    )
 
 
 def no_file(path: Path, mode: int) -> ModelError:

@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from surgeon.errors import ModelError
-from surgeon.files import architectures, checkpoints, formats, whole
+from surgeon.files import architectures, checkpoints, formats, weights, whole
 from surgeon.files.architectures import FETCHING, LIBRARIES, Architecture, is_factory
 from surgeon.files.budget import Budget, is_modest
 from surgeon.files.checkpoints import State
@@ -45,6 +45,7 @@ def load(
     *,
     arch: str | None = None,
     arch_args: Mapping[str, Any] | Sequence[str] = (),
+    key: str | None = None,
     trust: Trust = Trust(),  # noqa: B008 - frozen
     seed: int = 0,
     rebuild: Rebuild | None = None,
@@ -55,6 +56,7 @@ def load(
         name: a file, or a factory such as `torchvision:resnet50`.
         arch: for a file of weights, the network that they belong to: a factory, or a file that holds such a network.
         arch_args: arguments of the factory; as text, `name=value` each, the value as JSON or Python writes it.
+        key: which of several weights in a checkpoint to take, as `--weights` names them.
         trust: what a pickle may name beyond torch, torchvision, timm and surgeon.
         seed: of the initial weights of a network that is built.
         rebuild: makes the network from surgeon's own manifest in a safetensors file, and from `arch` if given.
@@ -68,6 +70,8 @@ def load(
     args = architectures.parse(arch_args)
     if not name:
         raise ModelError("the name of the model is empty", todo="Name a file, or a network: torchvision:resnet50.")
+    if is_factory(name) and key is not None and arch is None:
+        raise ModelError(f"{name} is no file of weights", todo=f"Leave out --weights {key}.")
     if is_factory(name) and arch is None:
         architecture = Architecture(name, args)
         model, notices = checkpoints.bare(architectures.make(architecture, seed), name)
@@ -78,7 +82,7 @@ def load(
         raise ModelError(f"--arch-arg needs --arch: {name} is a file", todo="Name the network with --arch.")
     if args and arch is not None and not is_factory(arch):
         raise ModelError(f"{arch} is a file and takes no arguments", todo="Leave out --arch-arg.")
-    return _load_file(name, None if arch is None else Architecture(arch, args), trust, seed, rebuild)
+    return _load_file(name, None if arch is None else Architecture(arch, args), key, trust, seed, rebuild)
 
 
 def build(architecture: Architecture, *, trust: Trust = Trust(), seed: int = 0) -> nn.Module:  # noqa: B008 - frozen
@@ -139,10 +143,10 @@ def metadata(path: Path) -> Mapping[str, str]:
 
 
 def _load_file(
-    name: str, architecture: Architecture | None, trust: Trust, seed: int, rebuild: Rebuild | None
+    name: str, architecture: Architecture | None, key: str | None, trust: Trust, seed: int, rebuild: Rebuild | None
 ) -> Loaded:
     path = Path(name)
-    content, notices = _read(path, _trusting(architecture, trust))
+    content, notices = _read(path, _trusting(architecture, trust), key)
     header = metadata(path)
     if isinstance(content, nn.Module):
         whole.check(content, name)
@@ -158,9 +162,10 @@ def _load_file(
         raise ModelError(
             f"{name} holds weights only", todo="Name their network: --arch torchvision:resnet50, for example."
         )
-    checkpoints.cast_(model, state)
-    checkpoints.load_weights(model, state, name)
-    return Loaded(model, architecture, name, header, tuple(notices))
+    state, more = weights.fitted(model, state, name)
+    weights.cast_(model, state)
+    weights.load_weights(model, state, name)
+    return Loaded(model, architecture, name, header, (*notices, *more))
 
 
 def _trusting(architecture: Architecture | None, trust: Trust) -> Trust:
@@ -172,12 +177,12 @@ def _trusting(architecture: Architecture | None, trust: Trust) -> Trust:
     return replace(trust, allow=(*trust.allow, module))
 
 
-def _read(path: Path, trust: Trust) -> tuple[nn.Module | State, list[str]]:
+def _read(path: Path, trust: Trust, key: str | None = None) -> tuple[nn.Module | State, list[str]]:
     """Read a file of any kind that surgeon reads, and take off what is around the model or its weights."""
     notices = []
     kind = formats.of_file(path)
     found = kind.read(path, trust)
     if kind.runs_unchecked(trust):
         notices.append(f"unpickled {path} without checks (--unsafe-pickle): any code in it has run")
-    content, more = checkpoints.content_of(found, str(path))
+    content, more = checkpoints.content_of(found, str(path), key)
     return content, notices + more

@@ -122,7 +122,9 @@ def _of_operator(block: Operator) -> str | None:
         of_kernel = [dilation * (kernel - 1) for kernel, dilation in zip(spec.kernel, spec.dilation, strict=True)]
         sides = [side + 2 * sum(spec.pads) + 16 for side in of_kernel]
         with torch.no_grad():
-            made = shadow(block, to_meta)(torch.empty(1, spec.c_in, *sides, dtype=devices.dtype_of(block), device="meta"))
+            made = shadow(block, to_meta)(
+                torch.empty(1, spec.c_in, *sides, dtype=devices.dtype_of(block), device="meta")
+            )
     except Exception as error:  # whatever its parts are in place of what they should be
         return f"that cannot be run: {(str(error).splitlines() or [type(error).__name__])[0]}"
     return None if made.shape[1] == spec.c_out else f"that makes {made.shape[1]} channels in place of {spec.c_out}"

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 import surgeon
 from surgeon.conv.spec import ConvSpec, Pads
 from surgeon.errors import ModelError
-from surgeon.files import architectures, checkpoints, pickles
+from surgeon.files import architectures, names, weights
 from surgeon.files import load as source
 from surgeon.files.architectures import Architecture
 from surgeon.files.pickles import Trust
@@ -150,7 +150,7 @@ def test_harmless_attributes_come_along(name: str, value: object, here: Path) ->
     assert getattr(source.load("m.pt").model, name) == value
 
 
-@pytest.mark.parametrize("name", sorted(pickles.HARMLESS))
+@pytest.mark.parametrize("name", sorted(names.HARMLESS))
 def test_harmless_names_all_exist_and_are_admitted(name: str, here: Path) -> None:
     module, _, attribute = name.rpartition(".")
     message = refusal(write_pickle(here / "name.pt", f"c{module}\n{attribute}\n".encode()))
@@ -483,14 +483,14 @@ def test_unaligned_safetensors_are_copied(here: Path) -> None:
     save_state({"a": torch.ones(1, dtype=torch.uint8), **model.state_dict()}, "w.safetensors")
     state, _ = source.read_tensors(Path("w.safetensors"))
     del state["a"]
-    checkpoints.load_weights(model, state, "w")
+    weights.load_weights(model, state, "w")
     assert all(p.data_ptr() % 16 == 0 for p in model.parameters())
 
 
 def test_tied_tensors_are_stored_once(here: Path) -> None:
     model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU())
     model.append(model[0])
-    checkpoints.load_weights(model, {"0.weight": torch.ones(3, 3, 1, 1), "0.bias": torch.ones(3)}, "w")
+    weights.load_weights(model, {"0.weight": torch.ones(3, 3, 1, 1), "0.bias": torch.ones(3)}, "w")
     assert (model[2].weight == 1).all()  # type: ignore[union-attr]
 
 
