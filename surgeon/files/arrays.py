@@ -83,6 +83,8 @@ def _width(dtype: Value) -> int | None:
 
 def _length(encoded: Value) -> int | None:
     """Say how many bytes a text stands for that was written as latin1."""
+    if encoded.made_by == "builtins.bytes":
+        return 0
     if encoded.made_by != "_codecs.encode" or encoded.parts[1].parts[1].literal == "ascii":
         return None
     return len(encoded.parts[1].parts[0].literal)

@@ -1,4 +1,4 @@
-"""How much a network may take that a file, not the user, asks for: its manifest can name any size of any architecture."""
+"""How much a network may take that a file, not the user, asks for: a manifest can name any size of a network."""
 
 from __future__ import annotations
 

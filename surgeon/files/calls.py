@@ -1,4 +1,4 @@
-"""What a pickle may call, and with which arguments: an explicit list, for a call is the only way in which a file can act.
+"""What a pickle may call, and with which arguments: an explicit list, since a file acts by calls only.
 
 torch's weights-only reader calls whatever a file may name, with arguments of the file's choice: a class among them is
 constructed, `bytearray` fills as much memory as it is told to, and a tensor is made of memory that is not its own.
@@ -152,6 +152,7 @@ RULES: dict[str, Rule] = {
     "torch.serialization._get_layout": lambda args: bool(args) and _literals(str)(args),
     "_codecs.encode": _is_encoded,
     "builtins.bytearray": _holds_bytes,
+    "builtins.bytes": lambda args: not args,
     "builtins.set": _lists,
     "builtins.frozenset": _lists,
     "builtins.complex": _literals((int, float), (int, float)),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present as strip_prefix_
 
 from surgeon.errors import ModelError
+from surgeon.files import whole
 from surgeon.files.faults import compiled, few
 from surgeon.models.wrappers import inner_of
 
@@ -43,6 +44,8 @@ def content_of(found: object, origin: str, wanted: str | None = None) -> tuple[n
         notices = notices + more
     if isinstance(found, Mapping):
         _refuse_quantised(origin, found)
+    if isinstance(found, nn.Module):
+        whole.check(found, origin)
     content, more = bare(found, origin) if isinstance(found, nn.Module) else _without_prefix(origin, found)
     return content, notices + more
 

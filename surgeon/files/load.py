@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from surgeon.errors import ModelError
-from surgeon.files import architectures, checkpoints, formats, weights, whole
+from surgeon.files import architectures, checkpoints, formats, weights
 from surgeon.files.architectures import FETCHING, LIBRARIES, Architecture, is_factory
 from surgeon.files.budget import Budget, is_modest
 from surgeon.files.checkpoints import State
@@ -149,7 +149,6 @@ def _load_file(
     content, notices = _read(path, _trusting(architecture, trust), key)
     header = metadata(path)
     if isinstance(content, nn.Module):
-        whole.check(content, name)
         if architecture is not None:
             notices.append(f"{name} holds a whole network, which is used as it is; --arch is ignored")
         return Loaded(content, None, name, header, tuple(notices))
@@ -174,6 +173,8 @@ def _trusting(architecture: Architecture | None, trust: Trust) -> Trust:
     if source in ("", *LIBRARIES):
         return trust
     module = architectures.module_of(source).__name__
+    if architectures.is_in_package(source):  # its parts lie in other files of the package
+        module = module.partition(".")[0]
     return replace(trust, allow=(*trust.allow, module))
 
 

@@ -39,6 +39,7 @@ PROGRAMS = (torch.fx.GraphModule, torch.jit.ScriptModule)
 HARMLESS = frozenset(
     {
         "argparse.Namespace",  # the options of a training run
+        "builtins.bytes",  # none
         "builtins.frozenset",
         "functools.partial",  # of what else is admitted; it is made, not called
         "pathlib.PosixPath",
@@ -66,6 +67,7 @@ HARMLESS = frozenset(
 )
 # Names that are found without an import: standard library only, and the same objects under any version's name for them.
 _STANDARD: dict[str, object] = {
+    "builtins.bytes": bytes,
     "builtins.frozenset": frozenset,
     "functools.partial": functools.partial,
     "types.SimpleNamespace": types.SimpleNamespace,
@@ -82,6 +84,14 @@ NUMPY = frozenset(
     {"numpy.dtype", "numpy.ndarray"}
     | {f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")}
 )
+# Wrappers for training whose files cannot be opened, or not without the wrapper's package, and where they keep the model.
+_WRAPPERS = {
+    "torch.optim.swa_utils.AveragedModel": "module",
+    "torch.nn.parallel.distributed.DistributedDataParallel": "module",
+    "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
+    "lightning.fabric.wrappers._FabricModule": "module",
+    "lightning_fabric.wrappers._FabricModule": "module",
+}
 _SCRIPT = "defined in a script"
 _PROGRAM = "a program that runs when it is opened"
 _OUTSIDE = "outside the admitted packages"
@@ -124,6 +134,12 @@ def admitted(path: Path, names: Sequence[str], trust: Trust) -> dict[str, object
     Raises:
         ModelError: names that are not admitted, each with the reason.
     """
+    if wrapper := next((name for name in names if name in _WRAPPERS), None):
+        kind, inner = wrapper.rpartition(".")[2], _WRAPPERS[wrapper]
+        raise ModelError(
+            f"{path} holds a model that is wrapped in {kind}",
+            todo=f"Save what is inside: torch.save(model.{inner}, …).",
+        )
     refused = {name: why for name in names if (why := _refusal(name, trust))}
     found: dict[str, object] = {}
     for name in () if refused else names:

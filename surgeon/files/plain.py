@@ -22,7 +22,7 @@ def is_enum(found: object) -> TypeGuard[type[enum.Enum]]:
 
 
 def is_named_tuple(kind: object) -> TypeGuard[type[tuple[object, ...]]]:
-    """Whether a class is what `namedtuple` or `NamedTuple` has made, or a subclass that makes its objects the same way."""
+    """Whether a class is what `namedtuple` or `NamedTuple` has made, or makes its objects in the same way."""
     is_tuple = isinstance(kind, type) and issubclass(kind, tuple) and hasattr(kind, "_fields")
     return is_tuple and str(getattr(kind.__new__, "__module__", "")).startswith("namedtuple_")
 

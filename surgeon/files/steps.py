@@ -1,7 +1,7 @@
 """Follow the program of a pickle without executing it, and say what it does that no file of `torch.save` does.
 
-A pickle is a program of a stack machine. An honest one makes its modules blank, fills each one once, hides none of their
-methods, changes nothing that a module has looked through while it was filled, calls only what `calls` lists, makes no
+A pickle is a program of a stack machine. An honest one makes its modules blank, fills each one once, hides none of
+their methods, changes nothing that a module has looked through while it was filled, calls only what `calls` lists, makes no
 tensor that is larger than its storage, and holds no class that could be dangerous to call. So nothing else is allowed.
 """
 
@@ -63,9 +63,7 @@ class _Walk:
         self.memo: dict[Any, Value] = {}
 
     def objection(self, steps: Iterable[tuple[pickletools.OpcodeInfo, Any]]) -> str | None:
-        count = 0
-        for opcode, argument in steps:
-            count += 1
+        for count, (opcode, argument) in enumerate(steps, 1):
             if opcode.name in ("BINPUT", "LONG_BINPUT"):
                 self.memo[argument] = self.stack[-1]
             elif opcode.name in ("BINGET", "LONG_BINGET"):

@@ -10,18 +10,19 @@ from typing import Any
 import torch
 
 DEEPEST = 200  # levels of lists, dicts and modules within each other; an honest network has a few dozen
-_LITERALS = frozenset("BINUNICODE BININT BININT1 BININT2 LONG1 BINFLOAT SHORT_BINSTRING".split())
+_LITERALS = frozenset(["BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "SHORT_BINSTRING"])
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_TUPLES = frozenset("EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 TUPLE".split())
+_TUPLES = frozenset(["EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "TUPLE"])
 _CONTAINERS = _TUPLES | {"EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET"}
-_STORAGES = {  # bytes in a number of each kind of storage that torch.save names
-    **dict.fromkeys(("torch.UntypedStorage", "torch.storage.UntypedStorage"), 1),
-    **dict.fromkeys((f"torch.{kind}Storage" for kind in "Byte Char Bool QInt8 QUInt8 QUInt4x2 QUInt2x4".split()), 1),
-    **dict.fromkeys((f"torch.{kind}Storage" for kind in "Half BFloat16 Short".split()), 2),
-    **dict.fromkeys((f"torch.{kind}Storage" for kind in "Float Int QInt32".split()), 4),
-    **dict.fromkeys((f"torch.{kind}Storage" for kind in "Double Long ComplexFloat".split()), 8),
-    "torch.ComplexDoubleStorage": 16,
+_WIDTHS = {  # bytes in a number of each kind of storage that torch.save names
+    1: ("Byte", "Char", "Bool", "QInt8", "QUInt8", "QUInt4x2", "QUInt2x4", "Untyped"),
+    2: ("Half", "BFloat16", "Short"),
+    4: ("Float", "Int", "QInt32"),
+    8: ("Double", "Long", "ComplexFloat"),
+    16: ("ComplexDouble",),
 }
+_STORAGES = {f"torch.{kind}Storage": width for width, kinds in _WIDTHS.items() for kind in kinds}
+_STORAGES["torch.storage.UntypedStorage"] = 1
 UNKNOWN: Any = object()  # what is no plain value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -111,7 +112,7 @@ def _of_kind(module: nn.Module) -> str | None:
 
 def _of_operator(block: Operator) -> str | None:
     """Say why a block does not compute what its spec says; it is run once, without numbers."""
-    declared = [one.__dict__.get("__annotations__", {}) for one in type(block).__mro__ if issubclass(one, Operator)]
+    declared = [inspect.get_annotations(one) for one in type(block).__mro__ if issubclass(one, Operator)]
     names = [name for names in declared for name, kind in names.items() if not str(kind).startswith("ClassVar")]
     if missing := [name for name in names if not hasattr(block, name)]:
         return f"without {missing[0]}"

@@ -111,8 +111,7 @@ def foreign(where: str) -> StoreError:
     is_attribute = where.startswith("the attribute")
     return StoreError(
         f"{where} is not a history that surgeon {__version__} can read",
-        todo=f"{'Delete that attribute, or save' if is_attribute else 'Save'} the weights alone, and name their network "
-        "with --arch.",
+        todo=f"{'Delete it, or save' if is_attribute else 'Save'} the weights alone and name their network with --arch.",
     )
 
 

@@ -5,12 +5,14 @@ What the pickle may do is checked in `pickles`, the archive around it in `archiv
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from surgeon.errors import StoreError
 from surgeon.files import archives, pickles
 from surgeon.files.formats.base import Format
 from surgeon.files.pickles import Trust
@@ -37,7 +39,13 @@ class Pt(Format):
         return pickles.read(path, trust, archives.records(path))
 
     def write(self, model: nn.Module, path: Path, manifest: str) -> None:
-        torch.save(model, path)
+        try:
+            torch.save(model, path)
+        except (pickle.PicklingError, AttributeError, TypeError, RecursionError) as error:
+            raise StoreError(
+                f"the model cannot be written to {path.name}: {(str(error).splitlines() or [''])[0].rstrip('.')}",
+                todo="Take what Python cannot pickle, such as a lambda, off the model; or write a .safetensors file.",
+            ) from error
 
     def runs_unchecked(self, trust: Trust) -> bool:
         return trust.unsafe_pickle
