@@ -375,7 +375,7 @@ def test_every_byte_of_an_archive_counts(here: Path) -> None:
         except ModelError as error:
             assert "\n" not in str(error)
         else:
-            assert all(torch.equal(found[key], before[key]) for key in before | found), place
+        assert all(torch.equal(found[key], before[key]) for key in before | found), place
 
 
 def test_an_archive_cut_anywhere_is_refused(here: Path) -> None:
