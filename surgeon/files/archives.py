@@ -68,9 +68,9 @@ def _oddity(archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo], size: int,
         return "names are given twice"
     if len({name.partition("/")[0] for name in names}) != 1 or not all("/" in name for name in names):
         return "not all entries are in one folder"
-    if entries and min(entry.header_offset for entry in entries):
+    if entries and min(one.header_offset for one in entries):
         return "something comes before the archive"
-    end = 0
+    end: int = 0
     for entry in sorted(entries, key=lambda one: one.header_offset):
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size or entry.flag_bits & 1:
             return f"{entry.filename!a} is compressed or encrypted"

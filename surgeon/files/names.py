@@ -84,7 +84,7 @@ NUMPY = frozenset(
     {"numpy.dtype", "numpy.ndarray"}
     | {f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")}
 )
-# Wrappers for training whose files cannot be opened, or not without the wrapper's package, and where they keep the model.
+# Wrappers for training that a file cannot be opened with, and where they keep the model.
 _WRAPPERS = {
     "torch.optim.swa_utils.AveragedModel": "module",
     "torch.nn.parallel.distributed.DistributedDataParallel": "module",

@@ -1,8 +1,9 @@
 """Follow the program of a pickle without executing it, and say what it does that no file of `torch.save` does.
 
 A pickle is a program of a stack machine. An honest one makes its modules blank, fills each one once, hides none of
-their methods, changes nothing that a module has looked through while it was filled, calls only what `calls` lists, makes no
-tensor that is larger than its storage, and holds no class that could be dangerous to call. So nothing else is allowed.
+their methods, changes nothing that a module has looked through while it was filled, calls only what `calls` lists,
+makes no tensor that is larger than its storage, and holds no class that could be dangerous to call. So nothing else is
+allowed.
 """
 
 from __future__ import annotations

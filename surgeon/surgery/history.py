@@ -108,10 +108,10 @@ def check_format(data: Any, where: str) -> None:
 
 def foreign(where: str) -> StoreError:
     """Make the error for data that is not a history or a manifest."""
-    is_attribute = where.startswith("the attribute")
+    start = "Delete it, or save" if where.startswith("the attribute") else "Save"
     return StoreError(
         f"{where} is not a history that surgeon {__version__} can read",
-        todo=f"{'Delete it, or save' if is_attribute else 'Save'} the weights alone and name their network with --arch.",
+        todo=f"{start} the weights alone, and name their network with --arch.",
     )
 
 
