@@ -30,7 +30,8 @@ from surgeon._torch_compat import pytree
 from surgeon.analysis.network import Network
 from surgeon.analysis.run import Run, observe
 from surgeon.errors import CaptureError, ModelError
-from surgeon.files import architectures
+from surgeon.files import architectures, formats
+from surgeon.files.names import Trust
 from surgeon.models import call as calls
 from surgeon.models import notation
 from surgeon.models.call import Inputs
@@ -183,6 +184,8 @@ def _value(text: str, model: nn.Module, seed: int) -> Any:
     except ImportError as error:
         package = {"PIL": "pillow"}.get(str(error.name), error.name)
         raise CaptureError(f"{text} cannot be read without {package}", todo=f"pip install {package}") from error
+    except ModelError as error:
+        raise CaptureError(f"--input: {error.problem}", todo=error.todo) from error
     except Exception as error:
         raise CaptureError(f"{text} cannot be read as input: {where(error)}", todo=_READ) from error
 
@@ -203,7 +206,7 @@ def _returned(name: str, seed: int) -> Any:
 
 
 def _tensors(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return formats.of_file(path).read(path, Trust())
 
 
 def _safetensors(path: Path) -> Any:

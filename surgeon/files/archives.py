@@ -68,7 +68,7 @@ def _oddity(archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo], size: int,
         return "names are given twice"
     if len({name.partition("/")[0] for name in names}) != 1 or not all("/" in name for name in names):
         return "not all entries are in one folder"
-    if entries and min(one.header_offset for one in entries):
+    if all(one.header_offset for one in entries):
         return "something comes before the archive"
     end: int = 0
     for entry in sorted(entries, key=lambda one: one.header_offset):

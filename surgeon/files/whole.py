@@ -100,14 +100,29 @@ def _of_kind(module: nn.Module) -> str | None:
     """Say what a conv or a norm of torch lacks of what surgeon reads from it."""
     if isinstance(module, ConvNd):
         missing = [name for name in _OF_CONV if not hasattr(module, name)]
+        missing += [f"a {name} of whole numbers" for name in _OF_CONV[:-1] if not _is_whole(getattr(module, name, 1))]
+        if not isinstance(getattr(module, "padding_mode", ""), str):
+            missing.append("a padding_mode that is text")
         if not isinstance(getattr(module, "weight", None), Tensor) or not hasattr(module, "bias"):
             missing.append("weight and bias")
     elif isinstance(module, NormBase):
         missing = [name for name in _OF_NORM if not hasattr(module, name)]
+        missing += [f"a number as its {name}" for name in ("eps", "num_features") if not _is_number(module, name)]
         missing += [name for name in ("weight", "bias", "running_mean", "running_var") if not hasattr(module, name)]
     else:
         return None
     return f"without {missing[0]}" if missing else None
+
+
+def _is_whole(value: object) -> bool:
+    """Whether something is a whole number or a tuple of one for each axis, or a padding by name."""
+    if isinstance(value, tuple | list) and 1 <= len(value) <= 3:
+        return all(type(one) is int for one in value)
+    return type(value) is int or value in ("same", "valid")
+
+
+def _is_number(module: nn.Module, name: str) -> bool:
+    return isinstance(getattr(module, name, 0), int | float)
 
 
 def _of_operator(block: Operator) -> str | None:

@@ -26,10 +26,12 @@ from helpers import write_pickle
 from torch import nn
 
 import surgeon
+from surgeon.analysis import example as examples
 from surgeon.errors import ModelError, StoreError, SurgeonError
 from surgeon.files import load as source
 from surgeon.files.names import Trust
 from surgeon.nn import Rewritten
+from surgeon.recipes import recipe as recipes
 
 CODE = """
 import dataclasses, enum, functools, os, pathlib
@@ -666,3 +668,13 @@ def test_what_is_needed_to_open_a_file_is_all_named(theirs: Any) -> None:
     assert "theirs.Kind" in str(unreadable(Path("m.pt"), Trust()))
     assert dataclasses.is_dataclass(theirs.Frozen)
     assert issubclass(theirs.Kind, enum.Enum)
+
+
+def test_inputs_and_recipes_are_read_as_carefully_as_models(here: Path) -> None:
+    write_storage(_view(5, b"K\x00", b"K\x05\x85", b"K\x01\x85"))
+    with pytest.raises(SurgeonError, match="names a storage that it does not hold"):
+        examples.read("m.pt", net())
+    torch.save(torch.ones(1, 3, 8, 8), "x.pt")
+    assert examples.read("x.pt", net()).shapes == ((1, 3, 8, 8),)
+    with pytest.raises(SurgeonError, match="larger than 64 MB"):
+        recipes.load("/dev/zero")
