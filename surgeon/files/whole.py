@@ -111,7 +111,13 @@ def _of_kind(module: nn.Module) -> str | None:
         missing += [name for name in ("weight", "bias", "running_mean", "running_var") if not hasattr(module, name)]
     else:
         return None
-    return f"without {missing[0]}" if missing else None
+    if missing:
+        return f"without {missing[0]}"
+    try:
+        module.extra_repr()
+    except Exception as error:  # whatever it holds in place of numbers
+        return f"that cannot be described: {error}"
+    return None
 
 
 def _is_whole(value: object) -> bool:

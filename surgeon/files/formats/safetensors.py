@@ -8,6 +8,8 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,7 +53,15 @@ class Safetensors(Format):
 
     def write(self, model: nn.Module, path: Path, manifest: str) -> None:
         tensors, header = _untied(model.state_dict()), {"format": "pt", MANIFEST: manifest}
-        save_file(tensors, path, metadata=header | {_HASH: _hashed(tensors, header)})
+        try:
+            save_file(tensors, path, metadata=header | {_HASH: _hashed(tensors, header)})
+        except SafetensorError as error:
+            raise _not_written(error) from error
+        except UnicodeEncodeError as error:
+            raise StoreError(
+                f"the name of a tensor holds half a character: {error.object!r}",
+                todo="Rename its module, or write a .pt file.",
+            ) from error
 
     def header(self, path: Path) -> Mapping[str, str]:
         with _opened(path) as file:
@@ -79,6 +89,12 @@ def _hashed(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
     said = sorted((key, value) for key, value in header.items() if key != _HASH)
     digest.update(json.dumps(said).encode())
     return digest.hexdigest()
+
+
+def _not_written(error: SafetensorError) -> OSError:
+    """Say as the system does why a file could not be written; the library has it as text only."""
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))
 
 
 def _untied(state: dict[str, Tensor]) -> dict[str, Tensor]:
