@@ -114,7 +114,7 @@ def _of_kind(module: nn.Module) -> str | None:
     if missing:
         return f"without {missing[0]}"
     try:
-        module.extra_repr()
+        module.extra_repr()  # type: ignore[no-untyped-call]
     except Exception as error:  # whatever it holds in place of numbers
         return f"that cannot be described: {error}"
     return None

@@ -40,8 +40,7 @@ class Pt(Format):
 
     def write(self, model: nn.Module, path: Path, manifest: str) -> None:
         try:
-            with path.open("wb") as file:  # with a path alone, torch hides why it could not write
-                torch.save(model, file)
+            torch.save(model, path)
         except (pickle.PicklingError, AttributeError, TypeError, RecursionError) as error:
             raise StoreError(
                 f"the model cannot be written to {path.name}: {(str(error).splitlines() or [''])[0].rstrip('.')}",
