@@ -70,12 +70,8 @@ def load(
     args = architectures.parse(arch_args)
     if not name:
         raise ModelError("the name of the model is empty", todo="Name a file, or a network: torchvision:resnet50.")
-    if is_factory(name) and key is not None and arch is None:
-        raise ModelError(f"{name} is no file of weights", todo=f"Leave out --weights {key}.")
     if is_factory(name) and arch is None:
-        architecture = Architecture(name, args)
-        model, notices = checkpoints.bare(architectures.make(architecture, seed), name)
-        return Loaded(model, architecture, name, {}, tuple(notices))
+        return _called(Architecture(name, args), key, seed)
     if is_factory(name):
         raise ModelError(f"{name} is a network already", todo=f"Leave out --arch {arch}.")
     if args and arch is None:
@@ -140,6 +136,14 @@ def read_tensors(path: Path, *, trust: Trust = Trust()) -> tuple[State, list[str
 def metadata(path: Path) -> Mapping[str, str]:
     """Read what a file says about itself besides its content, as the header of a safetensors file does."""
     return formats.of_file(path).header(path)
+
+
+def _called(architecture: Architecture, key: str | None, seed: int) -> Loaded:
+    """Build what the user names."""
+    if key is not None:
+        raise ModelError(f"{architecture.name} is no file of weights", todo=f"Leave out --weights {key}.")
+    model, notices = checkpoints.bare(architectures.make(architecture, seed), architecture.name)
+    return Loaded(model, architecture, architecture.name, {}, tuple(notices))
 
 
 def _load_file(
