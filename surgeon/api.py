@@ -269,13 +269,15 @@ def load(
     *,
     arch: str | None = None,
     arch_args: Mapping[str, Any] | None = None,
+    weights: str | None = None,
     allow: Sequence[str] = (),
     unsafe_pickle: bool = False,
     seed: int = 0,
 ) -> nn.Module:
     """Load a model file without running what is in it, or build a network that is named.
 
-    `arch` is the network that a file of weights belongs to; `allow` names packages whose modules a pickle may hold.
+    `arch` is the network that a file of weights belongs to, and `weights` a key or prefix that chooses among several in
+    the file; `allow` names packages whose modules a pickle may hold.
 
     >>> type(load("torchvision:resnet18")).__name__
     'ResNet'
@@ -286,7 +288,9 @@ def load(
     trust = Trust(allow=tuple(allow), unsafe_pickle=unsafe_pickle)
     again = functools.partial(replay.rebuild, trust=trust, seed=seed)
     with ordinary():
-        loaded = source.load(fspath(name), arch=arch, arch_args=arch_args or {}, trust=trust, seed=seed, rebuild=again)
+        loaded = source.load(
+            fspath(name), arch=arch, arch_args=arch_args or {}, key=weights, trust=trust, seed=seed, rebuild=again
+        )
     for notice in loaded.notices:
         _log.info(notice)
     return loaded.model
@@ -323,7 +327,7 @@ def network_for(model: nn.Module, example: Example | None, *, plan: Plan | None 
     if example is not None:
         return Network(model, examples.make(example, seed=seed))
     records = [plan.input] if plan is not None else []
-    records += [step.plan.get("input") for step in reversed(histories.history(model)) if step.plan]
+    records += [step.plan.get("input") for step in reversed(histories.history(model)) if step.plan][:3]
     return examples.look(model, records, seed=seed)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from os.path import isfile  # unlike Path.is_file, it accepts names that are too long
@@ -29,7 +30,8 @@ from surgeon._torch_compat import pytree
 from surgeon.analysis.network import Network
 from surgeon.analysis.run import Run, observe
 from surgeon.errors import CaptureError, ModelError
-from surgeon.files import architectures
+from surgeon.files import architectures, formats
+from surgeon.files.names import Trust
 from surgeon.models import call as calls
 from surgeon.models import notation
 from surgeon.models.call import Inputs
@@ -50,6 +52,7 @@ _TORCHVISION = {
     "torchvision.models.video": "1,3,16,224,224",
 }
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of the channels
+_MOST = 2**24  # numbers in an input that a file or a model, not the user, asks for
 _PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 _SHAPE = re.compile(r"\(.*|[-\d][-\d\s,x×]*(:.*)?")
 _FUNCTION = re.compile(r"[^;=\[\]{}()<>]+:[^\W\d][\w.]*")
@@ -128,6 +131,12 @@ def _recalled(
     for record in records:
         try:
             call = calls.recall(record)
+            if call is not None and call.numel > _MOST:
+                _log.warning(
+                    f"a plan or history in the file asks for an input of {call.numel:,} numbers, which is not run "
+                    f"unless you ask for it: --input '{call.text[:100]}'"
+                )
+                continue
             inputs = None if call is None else call.drawn(seed)
             run = observe(model, inputs) if inputs is not None and inputs.tensors else None
         except CaptureError:
@@ -138,6 +147,11 @@ def _recalled(
 
 def _is_shape(part: object) -> TypeGuard[Sequence[int]]:
     return isinstance(part, tuple | list) and bool(part) and all(type(side) is int and side > 0 for side in part)
+
+
+def _is_modest(shape: object) -> bool:
+    """Whether something is a shape, and not one that takes all memory: a file may have said so."""
+    return _is_shape(shape) and math.prod(shape) <= _MOST
 
 
 def _asked(example: Any) -> Any:
@@ -170,6 +184,8 @@ def _value(text: str, model: nn.Module, seed: int) -> Any:
     except ImportError as error:
         package = {"PIL": "pillow"}.get(str(error.name), error.name)
         raise CaptureError(f"{text} cannot be read without {package}", todo=f"pip install {package}") from error
+    except ModelError as error:
+        raise CaptureError(f"--input: {error.problem}", todo=error.todo) from error
     except Exception as error:
         raise CaptureError(f"{text} cannot be read as input: {where(error)}", todo=_READ) from error
 
@@ -190,7 +206,7 @@ def _returned(name: str, seed: int) -> Any:
 
 
 def _tensors(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return formats.of_file(path).read(path, Trust())
 
 
 def _safetensors(path: Path) -> Any:
@@ -260,7 +276,7 @@ def _normalised(image: Tensor, config: object) -> tuple[Tensor, list[str]]:
 def _candidates(model: nn.Module) -> Iterator[tuple[Inputs, bool]]:
     """Give calls to try, and whether to try them with real values: those listed for torchvision are known to work."""
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    for channels, *sides in filter(_is_shape, _known_sizes(model)):
+    for channels, *sides in filter(_is_modest, _known_sizes(model)):
         for depth in dict.fromkeys([channels, first.in_channels if first is not None else channels]):
             yield Inputs((Draw((1, depth, *sides)),)), False
     homes = [kind.__module__ for kind in type(model).__mro__]

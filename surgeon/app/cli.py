@@ -48,6 +48,10 @@ Arch = Annotated[
 ArchArg = Annotated[
     list[str] | None, typer.Option(metavar="NAME=VALUE", help="An argument for building the network; may be repeated.")
 ]
+Weights = Annotated[
+    str | None,
+    typer.Option(metavar="KEY", help="Which weights of a checkpoint to take: a key (ema), or a prefix (student)."),
+]
 Allow = Annotated[
     list[str] | None,
     typer.Option(
@@ -116,6 +120,7 @@ def _about_models(command: Callable[..., None]) -> Callable[..., None]:
     def run(
         arch: Arch = None,
         arch_arg: ArchArg = None,
+        weights: Weights = None,
         allow: Allow = None,
         unsafe: Unsafe = False,
         shape: Input = None,
@@ -134,7 +139,10 @@ def _about_models(command: Callable[..., None]) -> Callable[..., None]:
             )
         trust = Trust(allow=settings.allowed(allow), unsafe_pickle=unsafe)
         place = devices.named(settings.device(device))
-        command(given=Given(arch, tuple(arch_arg or ()), trust, tuple(shape or ()), seed, place), **rest)
+        command(
+            given=Given(arch, tuple(arch_arg or ()), trust, tuple(shape or ()), seed, place, weights),
+            **rest,
+        )
 
     own = [p for p in inspect.signature(command).parameters.values() if p.name != "given"]
     shared = [p for p in inspect.signature(run).parameters.values() if p.name != "rest"]

@@ -30,6 +30,7 @@ from surgeon.files.atomic import claim, write_atomically
 from surgeon.files.load import Loaded
 from surgeon.files.pickles import Trust
 from surgeon.files.save import save, to_open_again
+from surgeon.files.written import check_writable, packages, unreadable
 from surgeon.models import devices
 from surgeon.models.progress import Progress, parts, silent
 from surgeon.proof.report import Report
@@ -55,6 +56,7 @@ class Given:
     inputs: tuple[str, ...] = ()  # examples, as `--input` takes them
     seed: int = 0
     device: torch.device = devices.CPU  # where models are run
+    weights: str | None = None  # which weights of a checkpoint to take
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,8 @@ def convert(
     path = _claim(output, name, label, given, how, force=force)
     progress(f"loading {name}", 0)
     loaded = _load(name, given)
+    if formats.of_suffix(path).holds_modules:
+        check_writable(loaded.model)
     progress("looking for an input", 0.1)
     planned = wanted if isinstance(wanted, Plan) else None
     network = _network(loaded.model, given, plan=planned, to_plan=planned is None)
@@ -120,7 +124,7 @@ def convert(
     decided = wanted if isinstance(wanted, Plan) else surgery.decide(wanted, surveyed, seed=given.seed)
     check = carry_out_(decided, network, parts(progress, 0.4, 0.9))
     progress(f"writing {path}", 0.9)
-    _save(loaded, path, force=force)
+    _save(loaded, path, given.trust, force=force)
     return Converted(decided, check, path)
 
 
@@ -138,6 +142,8 @@ def fuse(
     progress(f"loading {name}", 0)
     loaded = _load(name, given)
     model, params = loaded.model, _count(loaded.model)
+    if formats.of_suffix(path).holds_modules:
+        check_writable(model)
     progress("looking for an input", 0.3)
     network = _network(model, given)
     folded, distance = fold_all_(network, dense=dense, progress=parts(progress, 0.4, 0.9))
@@ -148,7 +154,7 @@ def fuse(
     elif not folded:
         _log.info("the model has no block that can be folded; it is written unchanged")
     progress(f"writing {path}", 0.9)
-    _save(loaded, path, force=force)
+    _save(loaded, path, given.trust, force=force)
     return Fused(folded, (params, _count(model)), distance, path)
 
 
@@ -198,7 +204,13 @@ def _load(name: str, given: Given, *, to_time: bool = False) -> Loaded:
     """Load a model, and move it to the device where it will run; a model that is only timed needs no float64 there."""
     again = functools.partial(rebuild, trust=given.trust, seed=given.seed)
     loaded = source.load(
-        name, arch=given.arch, arch_args=given.arch_args, trust=given.trust, seed=given.seed, rebuild=again
+        name,
+        arch=given.arch,
+        arch_args=given.arch_args,
+        key=given.weights,
+        trust=given.trust,
+        seed=given.seed,
+        rebuild=again,
     )
     for notice in loaded.notices:
         _log.info(notice)
@@ -208,10 +220,13 @@ def _load(name: str, given: Given, *, to_time: bool = False) -> Loaded:
     return replace(loaded, model=devices.moved(loaded.model, given.device))
 
 
-def _save(loaded: Loaded, path: Path, *, force: bool) -> None:
+def _save(loaded: Loaded, path: Path, trust: Trust, *, force: bool) -> None:
     architecture = manifests.architecture_of(loaded)
     save(loaded.model, path, manifest=manifests.manifest(loaded.model, architecture), force=force)
-    if needed := to_open_again(loaded.model, path, architecture):
+    own = packages(loaded.model) if formats.of_suffix(path).holds_modules else ()
+    if why := unreadable(path, Trust((*trust.allow, *own))):
+        _log.warning(f"{path} was written, but surgeon cannot open it again: {why}")
+    elif needed := to_open_again(loaded.model, path, architecture):
         _log.info(needed)
 
 

@@ -194,7 +194,9 @@ def is_channels_last(tensor: torch.Tensor) -> bool:
     return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
 
-def _pair(value: tuple[int, ...]) -> Pair:
+def _pair(value: int | tuple[int, ...]) -> Pair:
+    if isinstance(value, int):  # set by hand: torch takes it for both axes
+        return (value, value)
     return (int(value[0]), int(value[1]))
 
 

@@ -166,6 +166,8 @@ def _run_file(path: Path) -> ModuleType:
     """Import a Python file under its own name, so that what it defines can be pickled and found again."""
     if not path.is_file():
         raise missing(path)
+    if (path.parent / "__init__.py").is_file():
+        return _run_in_package(path)
     known = sys.modules.get(path.stem)
     if known is not None:
         if Path(getattr(known, "__file__", None) or "").resolve() == path.resolve():
@@ -183,6 +185,26 @@ def _run_file(path: Path) -> ModuleType:
         del sys.modules[path.stem]
         raise
     return module
+
+
+def _run_in_package(path: Path) -> ModuleType:
+    """Import a Python file that lies in a package under its name there, so that its relative imports work."""
+    parts, folder = [path.stem] * (path.stem != "__init__"), path.resolve().parent
+    while (folder / "__init__.py").is_file():
+        parts, folder = [folder.name, *parts], folder.parent
+    files_run[parts[0]] = path
+    with on_path(folder, first=True):
+        module = importlib.import_module(".".join(parts))
+    if Path(getattr(module, "__file__", None) or "").resolve() != path.resolve():
+        raise ModelError(
+            f"'{parts[0]}' is the name of another package in use", todo=f"Rename the folder that {path} lies in."
+        )
+    return module
+
+
+def is_in_package(source: str) -> bool:
+    """Whether a Python file lies in a package."""
+    return source.endswith(".py") and (Path(source).parent / "__init__.py").is_file()
 
 
 def _failed(what: str, error: BaseException, todo: str) -> ModelError:

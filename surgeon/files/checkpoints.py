@@ -1,7 +1,8 @@
-"""What lies around a model or its weights in a checkpoint, and how weights are put into a network.
+"""What lies around a model or its weights in a checkpoint.
 
 Training code stores weights under a key (`state_dict`), beside an average of them, with a prefix before every name
-(`module.`), or inside a wrapper (`DataParallel`). Everything that is taken off is reported in a sentence.
+(`module.`), or inside a wrapper (`DataParallel`). Everything that is taken off is reported in a sentence. `--weights`
+names a key, or a prefix, where the usual one is not wanted.
 """
 
 from __future__ import annotations
@@ -15,25 +16,36 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present as strip_prefix_
 
 from surgeon.errors import ModelError
+from surgeon.files import whole
 from surgeon.files.faults import compiled, few
 from surgeon.models.wrappers import inner_of
 
 WEIGHT_KEYS = ("state_dict", "model_state_dict", "model", "net")
 AVERAGE_KEYS = ("model_ema", "state_dict_ema", "ema_state_dict", "ema")
 PREFIXES = ("module.", "_orig_mod.")
+_QUANTISED = ("._packed_params", ".qweight", ".qzeros", ".SCB", ".quant_state")  # ends of keys, of several libraries
+_DEEPEST = 3  # mappings within each other
 
 State = dict[str, Tensor]
 
 
-def content_of(found: object, origin: str) -> tuple[nn.Module | State, list[str]]:
+def content_of(found: object, origin: str, wanted: str | None = None) -> tuple[nn.Module | State, list[str]]:
     """Find the model, or its weights, in what a file holds, and say what was around it.
 
     Raises:
-        ModelError: it holds neither.
+        ModelError: it holds neither, or not what is `wanted`.
     """
     notices: list[str] = []
-    if isinstance(found, Mapping) and not is_state(found):
-        found, notices = _under_key(origin, found)
+    if wanted is not None:
+        found, notices = _wanted(origin, found, wanted)
+    while isinstance(found := _as_tensors(found), Mapping) and not is_state(found):
+        _refuse_quantised(origin, found)
+        found, more = _under_key(origin, found)
+        notices = notices + more
+    if isinstance(found, Mapping):
+        _refuse_quantised(origin, found)
+    if isinstance(found, nn.Module):
+        whole.check(found, origin)
     content, more = bare(found, origin) if isinstance(found, nn.Module) else _without_prefix(origin, found)
     return content, notices + more
 
@@ -49,62 +61,93 @@ def bare(model: nn.Module, origin: str) -> tuple[nn.Module, list[str]]:
     return model, notices
 
 
-def load_weights(model: nn.Module, state: State, origin: str) -> None:
-    """Copy all of `state` into `model`; after a ModelError the model is left modified.
-
-    Tensors that the model holds under several names need to be there under one: safetensors files store them once.
-    """
-    own = model.state_dict()
-    for key, tensor in state.items():
-        if key in own and (loss := _loss(tensor.dtype, own[key].dtype)):
-            raise ModelError(
-                f"{key} in {origin} holds {loss}", todo="Save the weights in the dtype that the network has."
-            )
-    given = {_place(own[key]): tensor for key, tensor in state.items() if key in own}
-    tied = {key: given[_place(tensor)] for key, tensor in own.items() if key not in state and _place(tensor) in given}
-    if tied:
-        state = {**state, **tied}
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        problem, todo = _misfit(own, state)
-        what = problem or str(error).splitlines()[-1].strip()
-        raise ModelError(f"the weights in {origin} do not fit the network: {what}", todo=todo) from error
-
-
-def cast_(model: nn.Module, state: State) -> None:
-    """Give a newly built network the dtypes of its stored tensors; where all agree, it gets that dtype as a whole."""
-    dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
-    if len(dtypes) == 1:  # a model that was stored in half precision has to be verified as one
-        model.to(dtypes.pop())
-        return
-    for key, own in model.state_dict(keep_vars=True).items():
-        if key in state and own.is_floating_point() and state[key].is_floating_point():
-            own.data = own.data.to(state[key].dtype)
-
-
 def is_state(found: object) -> TypeGuard[State]:
     """Whether something is a mapping of names to tensors, and holds some."""
     return isinstance(found, Mapping) and bool(found) and all(isinstance(value, Tensor) for value in found.values())
 
 
+def _as_tensors(found: object) -> object:
+    """Turn the NumPy arrays in a mapping of weights into tensors."""
+    if not isinstance(found, Mapping) or not all(isinstance(v, Tensor) or _is_array(v) for v in found.values()):
+        return found
+    return {key: value if isinstance(value, Tensor) else torch.tensor(value) for key, value in found.items()}
+
+
+def _is_array(value: object) -> bool:
+    return type(value).__module__ == "numpy" and type(value).__name__ == "ndarray"
+
+
+def _wanted(origin: str, found: object, wanted: str) -> tuple[Any, list[str]]:
+    """Find what `--weights` names: a key of the checkpoint, keys of keys with dots between them, or a prefix."""
+    if isinstance(found, nn.Module):
+        return found, [f"{origin} holds a whole network; --weights is ignored"]
+    at, path = found, wanted.rstrip(".")
+    while isinstance(at, Mapping) and path and not any(isinstance(key, str) and _is_below(key, path) for key in at):
+        key = next((k for k in at if isinstance(k, str) and _is_below(path, k)), None)
+        if key is None:
+            break
+        at, path = at[key], path.removeprefix(key).removeprefix(".")
+    if isinstance(at, Mapping) and path in at and not isinstance(at[path], Tensor):
+        return at[path], [f"took what {origin} holds under '{wanted}'"]
+    if not path:
+        return at, [f"took what {origin} holds under '{wanted}'"]
+    inner = (
+        at
+        if is_state(at)
+        else next((at[k] for k in WEIGHT_KEYS if is_state(at.get(k))), {})
+        if isinstance(at, Mapping)
+        else {}
+    )
+    if below := {key[len(path) + 1 :]: t for key, t in inner.items() if key.startswith(f"{path}.")}:
+        return below, [f"took the {len(below)} of {len(inner)} tensors in {origin} whose names begin with '{path}.'"]
+    there = dict.fromkeys(str(key).partition(".")[0] for key in (*inner, *(at if isinstance(at, Mapping) else ())))
+    raise ModelError(f"{origin} holds nothing under '{wanted}'", todo=f"It holds {few(there) or 'no weights at all'}.")
+
+
+def _is_below(path: str, key: str) -> bool:
+    return path == key or path.startswith(f"{key}.")
+
+
 def _under_key(origin: str, checkpoint: Mapping[Any, Any]) -> tuple[Any, list[str]]:
     """Find the model or its weights in a checkpoint; the trained weights rather than their average."""
-    keys = [
-        key
-        for key in (*WEIGHT_KEYS, *AVERAGE_KEYS)
-        if isinstance(checkpoint.get(key), nn.Module) or is_state(checkpoint.get(key))
-    ]
+    keys = [key for key in (*WEIGHT_KEYS, *AVERAGE_KEYS) if _holds_model(checkpoint.get(key))]
     if not keys:
         held = few([str(key) for key in checkpoint]) or "nothing"
+        others = [str(key) for key, value in checkpoint.items() if _holds_model(value)]
+        todo = f"--weights {others[0]} would take what lies there." if others else ""
         raise ModelError(
-            f"{origin} holds neither a model nor weights, but {held}",
-            todo="Save the model's state_dict on its own, or under 'state_dict'.",
+            f"{origin} holds neither a model nor weights, but {held}"
+            if not others
+            else f"{origin} holds weights under {few(others)}, and under none of the usual keys",
+            todo=todo or "Save the model's state_dict on its own, or under 'state_dict'.",
         )
     notices = [f"took what {origin} holds under '{keys[0]}'"]
-    averages = [key for key in keys[1:] if key in AVERAGE_KEYS]
-    notices += [f"{origin} also holds an average of the weights, under '{key}'; it is not used" for key in averages]
+    for key in keys[1:]:
+        what = "an average of the weights" if key in AVERAGE_KEYS else "weights"
+        notices.append(f"{origin} also holds {what}, under '{key}', not used unless chosen with --weights {key}")
     return checkpoint[keys[0]], notices
+
+
+def _holds_model(value: object, depth: int = 0) -> bool:
+    """Whether something is a model, or weights, or a mapping that holds one of the two under a usual key."""
+    if isinstance(value, nn.Module) or is_state(value):
+        return True
+    if not isinstance(value, Mapping) or not value or depth == _DEEPEST:
+        return False
+    if all(isinstance(one, Tensor) or _is_array(one) for one in value.values()):
+        return True
+    return any(_holds_model(value.get(key), depth + 1) for key in (*WEIGHT_KEYS, *AVERAGE_KEYS))
+
+
+def _refuse_quantised(origin: str, found: Mapping[Any, Any]) -> None:
+    """Say that weights are those of a quantised network."""
+    named = [key for key, value in found.items() if getattr(value, "is_quantized", False) is True]
+    named += [key for key in found if isinstance(key, str) and key.endswith(_QUANTISED)]
+    if named:
+        raise ModelError(
+            f"{origin} holds quantised weights ({few(map(str, named[:1]))}), which no network of floating point takes",
+            todo="Give the weights from before they were quantised.",
+        )
 
 
 def _without_prefix(origin: str, state: object) -> tuple[State, list[str]]:
@@ -116,34 +159,3 @@ def _without_prefix(origin: str, state: object) -> tuple[State, list[str]]:
         strip_prefix_(state, prefix)
         notices.append(f"stripped the prefix '{prefix}' from {len(state)} keys of {origin}")
     return state, notices
-
-
-def _loss(stored: torch.dtype, own: torch.dtype) -> str | None:
-    """Say what a number would lose if it were copied into a tensor of another kind, beyond digits."""
-    if stored.is_complex and not own.is_complex:
-        return "complex numbers, but the network holds real ones"
-    if own.is_floating_point and not stored.is_floating_point:
-        return f"{str(stored).removeprefix('torch.')} numbers, but the network holds floating point ones"
-    return None
-
-
-def _place(tensor: Tensor) -> tuple[Any, ...]:
-    """Say where a tensor lies; an empty or a meta tensor lies nowhere, so it is its own place."""
-    return (tensor.data_ptr() or id(tensor), tensor.shape, tensor.stride())
-
-
-def _misfit(own: State, state: State) -> tuple[str, str]:
-    """Say how weights differ from those of the network, and what may help."""
-    missing = [key for key in own if key not in state]
-    unexpected = [key for key in state if key not in own]
-    reshaped = [key for key in own if key in state and own[key].shape != state[key].shape]
-    shapes = [f"{key} is {tuple(state[key].shape)}, not {tuple(own[key].shape)}" for key in reshaped]
-    lists = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    problem = "; ".join(f"{len(words)} {what} ({few(words)})" for what, words in lists.items() if words)
-    # A classifier of another size differs in its first axis only, from one number of classes to one other.
-    heads = {(len(own[key]), len(state[key]), own[key].shape[1:] == state[key].shape[1:]) for key in reshaped}
-    if not missing and not unexpected and len(heads) == 1:
-        _, classes, is_head = heads.pop()
-        if is_head:
-            return problem, f"If it has {classes} classes: --arch-arg num_classes={classes}"
-    return problem, "Give the network that was trained to --arch, and the arguments it was built with to --arch-arg."

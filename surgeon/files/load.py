@@ -18,8 +18,9 @@ from typing import Any
 from torch import nn
 
 from surgeon.errors import ModelError
-from surgeon.files import architectures, checkpoints, formats
+from surgeon.files import architectures, checkpoints, formats, weights
 from surgeon.files.architectures import FETCHING, LIBRARIES, Architecture, is_factory
+from surgeon.files.budget import Budget, is_modest
 from surgeon.files.checkpoints import State
 from surgeon.files.formats.base import MANIFEST
 from surgeon.files.pickles import Trust
@@ -36,7 +37,7 @@ class Loaded:
     notices: tuple[str, ...]  # sentences for stderr: what was stripped, unwrapped, run
 
 
-Rebuild = Callable[[str, Architecture | None], nn.Module]
+Rebuild = Callable[[str, Architecture | None, int], nn.Module]  # manifest, --arch, bytes of the weights
 
 
 def load(
@@ -44,6 +45,7 @@ def load(
     *,
     arch: str | None = None,
     arch_args: Mapping[str, Any] | Sequence[str] = (),
+    key: str | None = None,
     trust: Trust = Trust(),  # noqa: B008 - frozen
     seed: int = 0,
     rebuild: Rebuild | None = None,
@@ -54,6 +56,7 @@ def load(
         name: a file, or a factory such as `torchvision:resnet50`.
         arch: for a file of weights, the network that they belong to: a factory, or a file that holds such a network.
         arch_args: arguments of the factory; as text, `name=value` each, the value as JSON or Python writes it.
+        key: which of several weights in a checkpoint to take, as `--weights` names them.
         trust: what a pickle may name beyond torch, torchvision, timm and surgeon.
         seed: of the initial weights of a network that is built.
         rebuild: makes the network from surgeon's own manifest in a safetensors file, and from `arch` if given.
@@ -68,16 +71,14 @@ def load(
     if not name:
         raise ModelError("the name of the model is empty", todo="Name a file, or a network: torchvision:resnet50.")
     if is_factory(name) and arch is None:
-        architecture = Architecture(name, args)
-        model, notices = checkpoints.bare(architectures.make(architecture, seed), name)
-        return Loaded(model, architecture, name, {}, tuple(notices))
+        return _called(Architecture(name, args), key, seed)
     if is_factory(name):
         raise ModelError(f"{name} is a network already", todo=f"Leave out --arch {arch}.")
     if args and arch is None:
         raise ModelError(f"--arch-arg needs --arch: {name} is a file", todo="Name the network with --arch.")
     if args and arch is not None and not is_factory(arch):
         raise ModelError(f"{arch} is a file and takes no arguments", todo="Leave out --arch-arg.")
-    return _load_file(name, None if arch is None else Architecture(arch, args), trust, seed, rebuild)
+    return _load_file(name, None if arch is None else Architecture(arch, args), key, trust, seed, rebuild)
 
 
 def build(architecture: Architecture, *, trust: Trust = Trust(), seed: int = 0) -> nn.Module:  # noqa: B008 - frozen
@@ -90,10 +91,17 @@ def build(architecture: Architecture, *, trust: Trust = Trust(), seed: int = 0) 
     return load(architecture.name, trust=trust, seed=seed).model
 
 
-def build_named_in_file(architecture: Architecture, *, trust: Trust = Trust(), seed: int = 0) -> nn.Module:  # noqa: B008
+def build_named_in_file(
+    architecture: Architecture,
+    stored: int = 0,
+    *,
+    trust: Trust = Trust(),  # noqa: B008 - frozen
+    seed: int = 0,
+) -> nn.Module:
     """Build a network that a file, not the user, names: its manifest could say `os:system`.
 
-    Only torchvision and timm are called, nothing is fetched, and another file is read as a safe one.
+    Only torchvision and timm are called, nothing is fetched, another file is read as a safe one, and no network is
+    built that is out of proportion to the bytes of weights that the file holds (`stored`).
     """
     source = architecture.name.rpartition(":")[0]
     if ":" in architecture.name and source not in LIBRARIES:
@@ -102,7 +110,18 @@ def build_named_in_file(architecture: Architecture, *, trust: Trust = Trust(), s
             todo=f"If you trust that code, name it yourself: --arch {architecture.name}",
         )
     args = {key: value for key, value in architecture.args.items() if key not in FETCHING}
-    return build(replace(architecture, args=args), trust=replace(trust, unsafe_pickle=False), seed=seed)
+    named = f"the network that the file says it was made from, {architecture.name},"
+    todo = f"If it is right, name it yourself: --arch {architecture.name}, with --arch-arg."
+    if strange := [name for name, value in args.items() if not is_modest(value)]:
+        raise ModelError(f"{named} takes a {strange[0][:50]!a} that no network has", todo=todo)
+    budget = Budget(stored)
+    try:
+        with budget:
+            return build(replace(architecture, args=args), trust=replace(trust, unsafe_pickle=False), seed=seed)
+    except ModelError as error:
+        if not budget.is_spent:
+            raise
+        raise ModelError(f"{named} is much larger than the weights in it", todo=todo) from error
 
 
 def read_tensors(path: Path, *, trust: Trust = Trust()) -> tuple[State, list[str]]:  # noqa: B008 - frozen
@@ -119,11 +138,19 @@ def metadata(path: Path) -> Mapping[str, str]:
     return formats.of_file(path).header(path)
 
 
+def _called(architecture: Architecture, key: str | None, seed: int) -> Loaded:
+    """Build what the user names."""
+    if key is not None:
+        raise ModelError(f"{architecture.name} is no file of weights", todo=f"Leave out --weights {key}.")
+    model, notices = checkpoints.bare(architectures.make(architecture, seed), architecture.name)
+    return Loaded(model, architecture, architecture.name, {}, tuple(notices))
+
+
 def _load_file(
-    name: str, architecture: Architecture | None, trust: Trust, seed: int, rebuild: Rebuild | None
+    name: str, architecture: Architecture | None, key: str | None, trust: Trust, seed: int, rebuild: Rebuild | None
 ) -> Loaded:
     path = Path(name)
-    content, notices = _read(path, _trusting(architecture, trust))
+    content, notices = _read(path, _trusting(architecture, trust), key)
     header = metadata(path)
     if isinstance(content, nn.Module):
         if architecture is not None:
@@ -131,16 +158,17 @@ def _load_file(
         return Loaded(content, None, name, header, tuple(notices))
     state = content
     if rebuild is not None and MANIFEST in header:
-        model = rebuild(header[MANIFEST], architecture)
+        model = rebuild(header[MANIFEST], architecture, sum(t.numel() * t.element_size() for t in state.values()))
     elif architecture is not None:
         model = build(architecture, trust=trust, seed=seed)
     else:
         raise ModelError(
             f"{name} holds weights only", todo="Name their network: --arch torchvision:resnet50, for example."
         )
-    checkpoints.cast_(model, state)
-    checkpoints.load_weights(model, state, name)
-    return Loaded(model, architecture, name, header, tuple(notices))
+    state, more = weights.fitted(model, state, name)
+    weights.cast_(model, state)
+    weights.load_weights(model, state, name)
+    return Loaded(model, architecture, name, header, (*notices, *more))
 
 
 def _trusting(architecture: Architecture | None, trust: Trust) -> Trust:
@@ -149,15 +177,17 @@ def _trusting(architecture: Architecture | None, trust: Trust) -> Trust:
     if source in ("", *LIBRARIES):
         return trust
     module = architectures.module_of(source).__name__
+    if architectures.is_in_package(source):  # its parts lie in other files of the package
+        module = module.partition(".")[0]
     return replace(trust, allow=(*trust.allow, module))
 
 
-def _read(path: Path, trust: Trust) -> tuple[nn.Module | State, list[str]]:
+def _read(path: Path, trust: Trust, key: str | None = None) -> tuple[nn.Module | State, list[str]]:
     """Read a file of any kind that surgeon reads, and take off what is around the model or its weights."""
     notices = []
     kind = formats.of_file(path)
     found = kind.read(path, trust)
     if kind.runs_unchecked(trust):
         notices.append(f"unpickled {path} without checks (--unsafe-pickle): any code in it has run")
-    content, more = checkpoints.content_of(found, str(path))
+    content, more = checkpoints.content_of(found, str(path), key)
     return content, notices + more

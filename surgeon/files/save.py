@@ -10,6 +10,7 @@ from surgeon.files import formats
 from surgeon.files.architectures import Architecture, files_run
 from surgeon.files.atomic import claim, write_atomically
 from surgeon.files.pickles import PACKAGES, lies_in, offered_blocks
+from surgeon.files.written import packages
 from surgeon.models import devices
 
 
@@ -33,13 +34,15 @@ def to_open_again(model: nn.Module, path: Path, architecture: Architecture | Non
         for m in reversed(list(model.modules()))
         if not lies_in(m.__module__, PACKAGES) and type(m) not in offered_blocks().values()
     }
+    of_values = {package for package in packages(model) if package not in foreign}  # of an Enum, a function …
     flags = [_admission(module, kind) for module, kind in sorted(foreign.items())]
+    flags += [f"--allow {package}" for package in sorted(of_values)]
     return f"to open {path} again, give {' '.join(flags)}" if flags else None
 
 
 def _admission(module: str, kind: type[nn.Module]) -> str:
     """Name the option that lets a pickle hold the modules of a user's own code."""
     file = files_run.get(module)
-    if file is None or file.parent.resolve() == Path.cwd():
+    if file is None or (Path.cwd() / module).is_dir() or file.parent.resolve() == Path.cwd():
         return f"--allow {module}"
     return f"--arch {file}:{kind.__qualname__}"

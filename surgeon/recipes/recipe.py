@@ -150,10 +150,16 @@ def bundled() -> dict[str, Traversable]:
     return dict(sorted(files.items()))
 
 
+_MOST = 2**26  # bytes of a recipe or plan; a device has no end
+
+
 def text_of(file: Traversable) -> str:
     """Read a file of UTF-8 text."""
     try:
-        raw = file.read_bytes()
+        with file.open("rb") as opened:
+            raw = opened.read(_MOST + 1)
+        if len(raw) > _MOST:
+            raise RecipeError([Fault(file.name, "", f"larger than {_MOST >> 20} MB, which no recipe or plan is")])
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         before = error.object[: error.start].split(b"\n")

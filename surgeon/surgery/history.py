@@ -25,6 +25,7 @@ from surgeon.surgery.plan import Plan
 
 _ATTRIBUTE = "surgeon_provenance"
 FORMAT = 2  # of histories and manifests; 1 is read as well
+_MOST_STEPS = 64  # that are done again, when a file asks for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,47 +74,50 @@ def as_data(model: nn.Module) -> dict[str, Any]:
     return stored
 
 
-def steps_in(data: Any) -> tuple[Operation, ...]:
-    """Read a history as it is stored.
+def steps_in(data: Any, where: str = f"the attribute {_ATTRIBUTE} of the model") -> tuple[Operation, ...]:
+    """Read a history as it is stored; `where` that is, for messages.
 
     Raises:
         StoreError: it is not a history, or a later version has written it.
     """
     try:
-        check_format(data)
+        check_format(data, where)
+        if len(data["history"]) > _MOST_STEPS:
+            raise foreign(where)
         steps = _HISTORY.validate_python(data["history"])
         for step in steps:
             if (step.plan is None) != (step.operation == "fuse"):
-                raise foreign()
+                raise foreign(where)
             if step.plan is not None:
                 Plan.model_validate(step.plan)
     except ValidationError as error:
-        raise (_later() if _only_adds(error) else foreign()) from error
-    except (TypeError, KeyError, AttributeError) as error:
-        raise foreign() from error
+        raise (_later(where) if _only_adds(error) else foreign(where)) from error
+    except (TypeError, KeyError, AttributeError, ValueError, RecursionError) as error:
+        raise foreign(where) from error
     return steps
 
 
-def check_format(data: Any) -> None:
+def check_format(data: Any, where: str) -> None:
     """Refuse a history or manifest whose format number is of a later version, or is no valid number."""
     number = data.get("format", 1)
     if type(number) is not int or number < 1:
-        raise foreign()
+        raise foreign(where)
     if number > FORMAT:
-        raise _later()
+        raise _later(where)
 
 
-def foreign() -> StoreError:
+def foreign(where: str) -> StoreError:
     """Make the error for data that is not a history or a manifest."""
+    start = "Delete it, or save" if where.startswith("the attribute") else "Save"
     return StoreError(
-        f"the history in the file is not valid for surgeon {__version__}",
-        todo="Save the weights alone, and name their network with --arch.",
+        f"{where} is not a history that surgeon {__version__} can read",
+        todo=f"{start} the weights alone, and name their network with --arch.",
     )
 
 
-def _later() -> StoreError:
+def _later(where: str) -> StoreError:
     return StoreError(
-        f"the history in the file was written by a later version of surgeon than {__version__}",
+        f"{where} was written by a later version of surgeon than {__version__}",
         todo="Upgrade: pip install -U conv-surgeon.",
     )
 

@@ -18,6 +18,7 @@ from surgeon.files.load import Loaded
 from surgeon.surgery import history as histories
 from surgeon.surgery.history import Operation
 
+_HERE = "the manifest in the file"
 _ARCHITECTURE = TypeAdapter(Architecture | None)
 
 
@@ -25,7 +26,7 @@ def manifest(model: nn.Module, architecture: Architecture | None) -> str:
     """Write the manifest of a model that is to be saved."""
     named = None if architecture is None else asdict(architecture)
     if not isinstance(stored := histories.as_data(model), dict):
-        raise histories.foreign()
+        raise histories.foreign("the attribute surgeon_provenance of the model")
     return json.dumps({"architecture": named, **stored})
 
 
@@ -37,10 +38,10 @@ def read(text: str) -> tuple[Architecture | None, tuple[Operation, ...]]:
     """
     try:
         data: Any = json.loads(text)
-        steps = histories.steps_in(data)
+        steps = histories.steps_in(data, _HERE)
         return _ARCHITECTURE.validate_python(data["architecture"]), steps
     except (ValidationError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise histories.foreign() from error
+        raise histories.foreign(_HERE) from error
 
 
 def architecture_of(loaded: Loaded) -> Architecture | None:

@@ -48,8 +48,10 @@ def redo_rounding_(model: nn.Module, steps: Sequence[Operation]) -> nn.Module:
     return redo_(shadow(model, as_double), steps[-1:], steps[:-1])
 
 
-def rebuild(manifest: str, given: Architecture | None, *, trust: Trust, seed: int) -> nn.Module:
+def rebuild(manifest: str, given: Architecture | None, stored: int = 0, *, trust: Trust, seed: int) -> nn.Module:
     """Make the network that a safetensors file belongs to: build its architecture and repeat its history.
+
+    `stored` is how many bytes of weights the file holds.
 
     Raises:
         StoreError: the manifest is not surgeon's, or it names no architecture (pass one with --arch), or it names
@@ -64,7 +66,7 @@ def rebuild(manifest: str, given: Architecture | None, *, trust: Trust, seed: in
     if given is not None:
         model = build(given, trust=trust, seed=seed)
     elif named is not None:  # the file chose the name, so only networks of a library are allowed
-        model = build_named_in_file(named, trust=trust, seed=seed)
+        model = build_named_in_file(named, stored, trust=trust, seed=seed)
     known = len(history(model))
     for i, step in enumerate(steps[known:]):
         if step.plan is not None and not fingerprints.fits(step.plan["model"], model):

@@ -192,7 +192,7 @@ def test_a_history_that_is_not_ours_is_refused(converted: nn.Module, change: dic
     (step,) = converted.surgeon_provenance["history"]
     converted.surgeon_provenance = {"format": 1, "history": [{**step, **change}]}
     surgeon.save(converted, tmp_path / "net.pt")
-    with pytest.raises(StoreError, match="is not valid for surgeon"):
+    with pytest.raises(StoreError, match="is not a history that surgeon"):
         surgeon.verify(converted, surgeon.load(tmp_path / "net.pt"), INPUT)
 
 
@@ -242,7 +242,7 @@ def test_what_a_later_version_has_written_is_refused(
 @pytest.mark.parametrize("number", [0, -1, True, "2", None, [2]], ids=str)
 def test_a_format_that_is_no_number_is_refused(converted: nn.Module, number: object) -> None:
     converted.surgeon_provenance["format"] = number
-    with pytest.raises(StoreError, match="is not valid for surgeon"):
+    with pytest.raises(StoreError, match="is not a history that surgeon"):
         histories.history(converted)
 
 
@@ -316,14 +316,14 @@ def test_what_was_measured_does_not_tell_histories_apart(converted: nn.Module) -
 @pytest.mark.parametrize("change", [{"operation": "zap"}, {"plan": None}], ids=["another operation", "no plan"])
 def test_an_operation_that_cannot_be_one_is_refused(converted: nn.Module, change: dict[str, object]) -> None:
     converted.surgeon_provenance["history"][0] |= change
-    with pytest.raises(StoreError, match="the history in the file is not valid"):
+    with pytest.raises(StoreError, match="is not a history that surgeon"):
         surgeon.history(converted)
 
 
 @pytest.mark.parametrize("foreign", [5, None, "text", [1]])
 def test_what_is_no_history_is_not_written(converted: nn.Module, foreign: object, tmp_path: Path) -> None:
     converted.surgeon_provenance = foreign
-    with pytest.raises(StoreError, match="the history in the file"):
+    with pytest.raises(StoreError, match="attribute surgeon_provenance of the model is not a history"):
         surgeon.save(converted, tmp_path / "net.safetensors", arch=ARCH)
     assert not list(tmp_path.iterdir())
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import stat
 from functools import cache
 from pathlib import Path
 
 from surgeon.errors import ModelError
-from surgeon.files.faults import compiled, missing
+from surgeon.files.faults import compiled, folder, missing, no_file, part_of
 from surgeon.files.formats.base import Format
 
 __all__ = ["Format", "known", "of_file", "of_suffix", "suffixes"]
@@ -43,12 +44,20 @@ def of_file(path: Path) -> Format:
         ModelError: it is not there, cannot be read, or holds no module and no tensors that surgeon could read.
     """
     try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise folder(path)
+        if not stat.S_ISREG(mode):
+            raise no_file(path, mode)
         with path.open("rb") as file:
             head = file.read(_HEAD)
     except FileNotFoundError as error:
         raise missing(path) from error
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}", todo="Name a file that you may read.") from error
+    except (OSError, ValueError) as error:  # ValueError: a name with a null character
+        why = getattr(error, "strerror", None) or error
+        raise ModelError(f"{path} cannot be read: {why}", todo="Name a file that you may read.") from error
+    if part := part_of(path, head):
+        raise part
     if head.startswith(b"version https://git-lfs"):
         raise ModelError(f"{path} is a Git LFS pointer, not the file itself", todo="Run `git lfs pull`.")
     likely = (*(one for one in known() if one.knows(path, head)), *(one for one in known() if one.claims(path)))

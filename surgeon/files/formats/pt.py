@@ -1,20 +1,19 @@
 """Files of `torch.save`: a zip archive around a pickle, or the pickles in a row that torch < 1.6 wrote.
 
-What the pickle may do is checked in `pickles`. A zip that holds a compiled program is refused.
+What the pickle may do is checked in `pickles`, the archive around it in `archives`.
 """
 
 from __future__ import annotations
 
-import zipfile
+import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from surgeon.errors import ModelError
-from surgeon.files import pickles
-from surgeon.files.faults import compiled, damaged
+from surgeon.errors import StoreError
+from surgeon.files import archives, pickles
 from surgeon.files.formats.base import Format
 from surgeon.files.pickles import Trust
 
@@ -37,27 +36,17 @@ class Pt(Format):
             is_zip = file.read(len(_ZIP)) == _ZIP
         if not is_zip:
             return pickles.read_legacy(path, trust)
-        _check_zip(path)
-        return pickles.read(path, trust)
+        return pickles.read(path, trust, archives.records(path))
 
     def write(self, model: nn.Module, path: Path, manifest: str) -> None:
-        with path.open("wb") as file:  # with a path alone, torch hides why it could not write
-            torch.save(model, file)
+        try:
+            with path.open("wb") as file:  # with a path alone, torch hides why it could not write
+                torch.save(model, file)
+        except (pickle.PicklingError, AttributeError, TypeError, RecursionError) as error:
+            raise StoreError(
+                f"the model cannot be written to {path.name}: {(str(error).splitlines() or [''])[0].rstrip('.')}",
+                todo="Take what Python cannot pickle, such as a lambda, off the model; or write a .safetensors file.",
+            ) from error
 
     def runs_unchecked(self, trust: Trust) -> bool:
         return trust.unsafe_pickle
-
-
-def _check_zip(path: Path) -> None:
-    """Refuse an archive that torch.save did not write."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = {name.partition("/")[2] or name for name in archive.namelist()}
-    except zipfile.BadZipFile as error:
-        raise damaged(path, error) from error
-    if "constants.pkl" in names:
-        raise compiled(path, "a TorchScript program")
-    if names & {"archive_format", "serialized_exported_program.json"}:
-        raise compiled(path, "a torch.export program")
-    if "data.pkl" not in names:
-        raise ModelError(f"{path} is a zip that torch.save did not write", todo="Name the model file itself.")

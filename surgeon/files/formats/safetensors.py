@@ -5,9 +5,13 @@ The first eight bytes are the length of the header, which is JSON.
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
+import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +19,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from surgeon.errors import StoreError
+from surgeon.errors import ModelError, StoreError
 from surgeon.files.faults import damaged
 from surgeon.files.formats.base import MANIFEST, Format
 from surgeon.files.pickles import Trust
+
+_HASH = "surgeon.sha256"  # where the header keeps what the tensors and the rest of the header hash to
 
 
 class Safetensors(Format):
@@ -34,16 +40,21 @@ class Safetensors(Format):
         return path.suffix in self.suffixes
 
     def read(self, path: Path, trust: Trust) -> Any:
-        try:
-            with safe_open(path, framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-        except SafetensorError as error:
-            raise damaged(path, error) from error
+        with _opened(path) as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+            header = dict(file.metadata() or {})
+        if (written := header.get(_HASH)) and written != _hashed(tensors, header):
+            raise ModelError(
+                f"{path} is damaged, or was changed after surgeon wrote it: its tensors or its manifest are not those "
+                "that its checksum was made of",
+                todo=f"Copy it again; who changed it on purpose has to leave out '{_HASH}' in its metadata.",
+            )
+        return tensors
 
     def write(self, model: nn.Module, path: Path, manifest: str) -> None:
-        tensors = _untied(model.state_dict())
+        tensors, header = _untied(model.state_dict()), {"format": "pt", MANIFEST: manifest}
         try:
-            save_file(tensors, path, metadata={"format": "pt", MANIFEST: manifest})
+            save_file(tensors, path, metadata=header | {_HASH: _hashed(tensors, header)})
         except SafetensorError as error:
             raise _not_written(error) from error
         except UnicodeEncodeError as error:
@@ -53,11 +64,31 @@ class Safetensors(Format):
             ) from error
 
     def header(self, path: Path) -> Mapping[str, str]:
-        try:
-            with safe_open(path, framework="pt") as file:
-                return dict(file.metadata() or {})
-        except SafetensorError as error:
-            raise damaged(path, error) from error
+        with _opened(path) as file:
+            return dict(file.metadata() or {})
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a file; whatever is wrong with its header or its tensors is a ModelError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise damaged(path, error) from error
+
+
+def _hashed(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+    """Hash names, dtypes, shapes and bytes of all tensors, and what the header says besides."""
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        tensor = tensors[key].detach().contiguous()
+        digest.update(f"{key!r} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        if size := tensor.numel() * tensor.element_size():
+            digest.update((ctypes.c_char * size).from_address(tensor.data_ptr()))
+    said = sorted((key, value) for key, value in header.items() if key != _HASH)
+    digest.update(json.dumps(said).encode())
+    return digest.hexdigest()
 
 
 def _not_written(error: SafetensorError) -> OSError:
