@@ -7,6 +7,7 @@ names a key, or a prefix, where the usual one is not wanted.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -66,10 +67,36 @@ def is_state(found: object) -> TypeGuard[State]:
     return isinstance(found, Mapping) and bool(found) and all(isinstance(value, Tensor) for value in found.values())
 
 
+def below(state: Mapping[str, Tensor], prefix: str) -> State:
+    """Take the weights whose names begin with a prefix, without it, and what the state dict says of their modules."""
+    made = OrderedDict((key[len(prefix) :], tensor) for key, tensor in state.items() if key.startswith(prefix))
+    said = {f"{path}.": value for path, value in metadata_of(state).items()}
+    kept = {key[len(prefix) : -1]: value for key, value in said.items() if key.startswith(prefix)}
+    return with_metadata(made, kept)
+
+
+def metadata_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Give what a state dict says of its modules, as torch's own ones do: versions, and the roles of blocks."""
+    said = getattr(state, "_metadata", None)
+    return {
+        path: value
+        for path, value in (said.items() if isinstance(said, Mapping) else ())
+        if isinstance(path, str) and isinstance(value, dict) and isinstance(value.get("version"), int | None)
+    }
+
+
+def with_metadata(state: OrderedDict[str, Tensor], said: Mapping[str, Any]) -> State:
+    """Let a state dict say this of its modules."""
+    vars(state)["_metadata"] = dict(said)
+    return state
+
+
 def _as_tensors(found: object) -> object:
     """Turn the NumPy arrays in a mapping of weights into tensors."""
     if not isinstance(found, Mapping) or not all(isinstance(v, Tensor) or _is_array(v) for v in found.values()):
         return found
+    if all(isinstance(value, Tensor) for value in found.values()):
+        return found  # with what it says of its modules
     return {key: value if isinstance(value, Tensor) else torch.tensor(value) for key, value in found.items()}
 
 
@@ -98,8 +125,9 @@ def _wanted(origin: str, found: object, wanted: str) -> tuple[Any, list[str]]:
         if isinstance(at, Mapping)
         else {}
     )
-    if below := {key[len(path) + 1 :]: t for key, t in inner.items() if key.startswith(f"{path}.")}:
-        return below, [f"took the {len(below)} of {len(inner)} tensors in {origin} whose names begin with '{path}.'"]
+    if found_there := below(inner, f"{path}."):
+        count = f"{len(found_there)} of {len(inner)} tensors in {origin}"
+        return found_there, [f"took the {count} whose names begin with '{path}.'"]
     there = dict.fromkeys(str(key).partition(".")[0] for key in (*inner, *(at if isinstance(at, Mapping) else ())))
     raise ModelError(f"{origin} holds nothing under '{wanted}'", todo=f"It holds {few(there) or 'no weights at all'}.")
 

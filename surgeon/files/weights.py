@@ -7,13 +7,14 @@ the network has is known, so the prefix that gives them all is the one; if sever
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from surgeon.errors import ModelError
-from surgeon.files.checkpoints import State
+from surgeon.files.checkpoints import State, below, metadata_of, with_metadata
 from surgeon.files.faults import few
 
 _DEEPEST = 8  # parts of a prefix
@@ -29,7 +30,7 @@ def fitted(model: nn.Module, state: State, origin: str) -> tuple[State, list[str
         ModelError: several networks in the file fit.
     """
     own = model.state_dict()
-    found = {prefix: part for prefix in _prefixes(state) if _has_all(own, part := _below(state, prefix))}
+    found = {prefix: part for prefix in _prefixes(state) if _has_all(own, part := below(state, prefix))}
     if len(found) > 1:
         found = {prefix: part for prefix, part in found.items() if _same_shapes(own, part)} or found
     trained = [prefix for prefix in found if not _AVERAGE.search(prefix)]
@@ -62,7 +63,9 @@ def _without_rest(
 ) -> tuple[State, list[str]]:
     """Leave out what belongs to something else than the network, and say so; what is in a part of its stays."""
     parts = {name for name, _ in model.named_children()} | {key.partition(".")[0] for key in own}
-    kept = {key: t for key, t in _below(state, prefix).items() if key in own or key.partition(".")[0] in parts}
+    part = below(state, prefix)
+    taken = OrderedDict((key, t) for key, t in part.items() if key in own or key.partition(".")[0] in parts)
+    kept = with_metadata(taken, metadata_of(part))
     rest = [key for key in state if key.removeprefix(prefix) not in kept or not key.startswith(prefix)]
     if rest := [key for key in rest if not (averages and key.startswith(averages))]:
         notices = [*notices, f"left over in {origin}, and not used: {few(rest)}"]
@@ -76,10 +79,6 @@ def _prefixes(state: State) -> list[str]:
         parts = key.split(".")[:-1][:_DEEPEST]
         found |= dict.fromkeys(".".join(parts[: i + 1]) + "." for i in range(len(parts)))
     return list(found)
-
-
-def _below(state: State, prefix: str) -> State:
-    return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
 
 
 def _has_all(own: State, part: State) -> bool:
@@ -107,8 +106,7 @@ def load_weights(model: nn.Module, state: State, origin: str) -> None:
             )
     given = {_place(own[key]): tensor for key, tensor in state.items() if key in own}
     tied = {key: given[_place(tensor)] for key, tensor in own.items() if key not in state and _place(tensor) in given}
-    if tied:
-        state = {**state, **tied}
+    state = with_metadata(OrderedDict({**state, **tied}), metadata_of(state))
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

@@ -116,7 +116,8 @@ def shadow(model: Model, cast: Callable[[Tensor], Tensor] | None = None) -> Mode
             f"the model cannot be copied: {where(error)}", todo="Move what Python cannot copy out of the module."
         ) from error
     for (name, module), twin in zip(model.named_modules(), made.modules(), strict=False):
-        if kind_of(twin) is not kind_of(module):
+        is_own_graph = isinstance(module, fx.GraphModule) and kind_of(module) is not fx.GraphModule  # one for each mode
+        if kind_of(twin) is not kind_of(module) or is_own_graph:
             raise CaptureError(
                 f"{name or 'the model'} cannot be copied: copy.deepcopy gives it another class",
                 todo="Give the network that it was made from.",

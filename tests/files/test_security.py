@@ -10,6 +10,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import socket
 import sys
 import types
@@ -160,7 +161,7 @@ def test_values_of_an_admitted_package_come_along(make: Callable[[Any], object],
         {1, 2},
         2**70,
     ],
-    ids=repr,
+    ids=lambda value: re.sub(r" at 0x\w+", "", repr(value)),
 )
 def test_plain_values_come_along(value: Any, here: Path) -> None:
     torch.save(net(value=value), "m.pt")
@@ -257,7 +258,7 @@ def _blank(kind: Any, **state: object) -> Any:
         np.zeros(0),
         np.array(1),
     ],
-    ids=repr,
+    ids=lambda value: re.sub(r" at 0x\w+", "", repr(value)),
 )
 def test_numpy_numbers_are_data(value: Any, here: Path) -> None:
     torch.save({"state_dict": net().state_dict(), "best": value}, "w.pt")
