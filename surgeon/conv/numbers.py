@@ -13,7 +13,7 @@ from torch import Tensor
 
 from surgeon.errors import PlanError
 
-_WIDER = {
+WIDER = {
     torch.float16: "Convert the network to bfloat16 or float32 first: model.bfloat16() or model.float().",
     torch.bfloat16: "Convert the network to float64 first: model.double().",
     torch.float32: "Convert the network to float64 first: model.double().",
@@ -38,7 +38,7 @@ def beyond(what: str, dtype: torch.dtype) -> PlanError:
     name, most = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
     return PlanError(
         f"{what} would be beyond {most:.6g}, the largest number of {name}",
-        todo=_WIDER.get(dtype, "Make the weights of its norm smaller."),
+        todo=WIDER.get(dtype, "Make the weights of its norm smaller."),
     )
 
 

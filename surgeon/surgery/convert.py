@@ -46,6 +46,7 @@ def carry_out_(checked: Plan, network: Network, progress: Progress = silent) -> 
     progress("running the network as it was", 0.5)
     with calls_of([one.conv for one in swaps]) as called:
         before = outputs_of(model, inputs) if has_numbers else None
+    original = shadow(model)  # which shares its parameters
     progress("placing blocks", 0.65)
     undo = place_(model, swaps, network)
     split = shadow(model) if has_numbers and inputs is not None and checked.has_streams else None
@@ -58,7 +59,7 @@ def carry_out_(checked: Plan, network: Network, progress: Progress = silent) -> 
             with calls_of([one.block for one in swaps]) as called_now:
                 after = run_again(model, inputs)
             lost = [swaps[i].entry.path for i in sorted(called - called_now)]
-            whole = check_whole(model, inputs, before, after, lost, approximate=bool(check.approximate))
+            whole = check_whole(*(model, original, inputs, before, after, lost), approximate=bool(check.approximate))
             check = replace(check, whole=whole)
         progress("recording what was done", 0.95)
     except BaseException:

@@ -8,13 +8,14 @@ from torch import nn
 
 from surgeon.analysis.network import Network
 from surgeon.errors import PassError
+from surgeon.models.copies import shadow
 from surgeon.models.progress import Progress, silent
 from surgeon.models.sandbox import ordinary
 from surgeon.proof import runs
 from surgeon.proof.distance import worst
 from surgeon.surgery.fold import fold_blocks_
 from surgeon.surgery.history import Operation, content_hash, history, planned_inputs, record_, versions
-from surgeon.surgery.selfcheck import is_far, outputs_of
+from surgeon.surgery.selfcheck import check_finite, is_far, outputs_of
 
 
 @ordinary()
@@ -24,6 +25,7 @@ def fold_all_(
     """Fold, record it in the model's history, and return the names of what was folded and how far the output moved.
 
     Raises:
+        PlanError: the network overflows when its blocks are folded.
         PassError: it moved the output by more than rounding can. The model is as it was.
     """
     model, inputs = network.model, network.inputs
@@ -31,14 +33,16 @@ def fold_all_(
     parent, before = content_hash(model), outputs_of(model, inputs)
     planned = planned_inputs(history(model))  # verify will look at the network with these, too
     progress("folding, and running the network as it is then", 0.5)
-    restore = _snapshot(model)
+    restore, original = _snapshot(model), shadow(model)
     is_planned = inputs is not None and planned is not None and inputs.text == planned.text
     distance = None
     try:
         folded = fold_blocks_(network if is_planned else Network(model, called_with=planned), dense=dense)
         if before is not None and inputs is not None:
-            distance = worst(runs.outputs(model, inputs), before)
-            if is_far(model, inputs, distance):
+            after = runs.outputs(model, inputs)
+            check_finite(model, before, after, "folding")
+            distance = worst(after, before)
+            if is_far(model, original, inputs, before, after):
                 raise PassError("fuse", f"the network is {distance:.1e} from what it was before its blocks were folded")
     except BaseException:
         restore()

@@ -19,20 +19,32 @@ from torch import nn
 from surgeon.analysis import program as graph
 from surgeon.analysis.network import Network
 from surgeon.blocks.contract import broken
-from surgeon.errors import CaptureError, PassError, VerifyError
+from surgeon.conv import numbers
+from surgeon.errors import CaptureError, PassError, PlanError, VerifyError
 from surgeon.models.call import Inputs
 from surgeon.models.copies import shadow
 from surgeon.models.devices import dtype_of
 from surgeon.models.memory import give_back_after
 from surgeon.models.progress import Progress
 from surgeon.proof import runs
-from surgeon.proof.distance import EXACT, as_double, has_numbers, widened, worst
+from surgeon.proof.distance import (
+    EXACT,
+    as_double,
+    dtype_name,
+    has_numbers,
+    is_matched,
+    pooled,
+    tensors,
+    widened,
+    worst,
+)
 from surgeon.proof.ulps import Jitter, worst_ulps
 from surgeon.surgery.operate import Swap, build, keep_seams, stream_
 from surgeon.surgery.plan import Plan
 
 # Relative L2 that no rounding explains once every block is proved; a norm that is applied twice or never causes more.
 _GROSS = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 0.9, torch.bfloat16: 0.9}
+_SHAKES = 5  # times that weights are moved
 _UNSEEN = "the network uses a conv in a way that its graph does not show"
 _LEAVE = (
     "Leave out the convs that are used without being called: write a plan, `surgeon plan -o plan.yaml`, and edit it."
@@ -161,7 +173,14 @@ def run_again(model: nn.Module, inputs: Inputs) -> Any:
 
 
 def check_whole(
-    model: nn.Module, inputs: Inputs, before: Any, after: Any, lost: Sequence[str], *, approximate: bool
+    model: nn.Module,
+    original: nn.Module,
+    inputs: Inputs,
+    before: Any,
+    after: Any,
+    lost: Sequence[str],
+    *,
+    approximate: bool,
 ) -> float:
     """Compare the outputs. Every block has been proved, so a large distance or a `lost` block shows an unseen use."""
     if lost:
@@ -171,9 +190,27 @@ def check_whole(
         apart = worst(after, before)
     except VerifyError as error:
         raise CaptureError(f"{_UNSEEN}: {error.problem}", todo=_LEAVE) from error
-    if not approximate and is_far(model, inputs, apart):
-        raise CaptureError(f"{_UNSEEN}: after the swaps the output is {apart:.1e} from what it was", todo=_LEAVE)
+    if not approximate:
+        check_finite(model, before, after, "the swaps")
+        if is_far(model, original, inputs, before, after):
+            raise CaptureError(f"{_UNSEEN}: after the swaps the output is {apart:.1e} from what it was", todo=_LEAVE)
     return apart
+
+
+def check_finite(model: nn.Module, before: Any, after: Any, what: str) -> None:
+    """Refuse what makes a network overflow in its own dtype.
+
+    Raises:
+        PlanError: numbers are NaN or infinite after `what`, and none was before.
+    """
+    finite = [all(bool(t.isfinite().all()) for t in tensors(out) if t.is_floating_point()) for out in (before, after)]
+    if finite[0] and not finite[1]:
+        dtype = dtype_of(model)
+        raise PlanError(
+            f"after {what} the network gives NaN or infinite numbers, and it gave none before: in between, numbers go "
+            f"beyond the largest one of {dtype_name(dtype)}",
+            todo=numbers.WIDER.get(dtype, "Make the weights of its norms smaller."),
+        )
 
 
 def outputs_of(model: nn.Module, inputs: Inputs | None) -> Any:
@@ -184,19 +221,38 @@ def outputs_of(model: nn.Module, inputs: Inputs | None) -> Any:
     return out if has_numbers(out) else None
 
 
-def is_far(model: nn.Module, inputs: Inputs, apart: float) -> bool:
-    """Whether outputs are further apart than rounding explains, in a network whose blocks have been proved."""
-    return not apart <= _gross(model) and not apart <= 2 * _moved_by_rounding(model, inputs)
+def is_far(model: nn.Module, original: nn.Module, inputs: Inputs, before: Any, after: Any) -> bool:
+    """Whether outputs are further apart than rounding explains, in a network whose blocks have been proved.
+
+    One unit in the last place of every weight moves the outputs of a few networks by any amount; it is chance how far,
+    so that is tried several times. Labels and masks are counted. Where numbers overflow in its own dtype, which need
+    not show in labels, the network is compared with the `original` in float64.
+    """
+    if not _is_beyond(model, inputs, before, after, _gross(model), dtype_of(model)):
+        return False
+    try:
+        exact = [runs.outputs(shadow(net, as_double), inputs, dtype=torch.float64) for net in (original, model)]
+    except VerifyError:  # it does not run in float64
+        return True
+    is_comparable = is_matched(exact[1], exact[0])
+    return not is_comparable or _is_beyond(model, inputs, exact[0], exact[1], EXACT, torch.float64)
+
+
+def _is_beyond(model: nn.Module, inputs: Inputs, before: Any, after: Any, least: float, dtype: torch.dtype) -> bool:
+    """Compare outputs in a dtype with each other, and with what moving weights does there."""
+    found = pooled([after], [before])
+    most = [replace(one, l2=0.0, flips=0) for one in found]
+    for seed in range(_SHAKES):
+        pairs = list(zip(found, most, strict=True))
+        if all(one.l2 <= max(least, 2 * noise.l2) and one.flips <= noise.flips_allowed(2) for one, noise in pairs):
+            return False
+        jitter = Jitter(seed, units=1.0, keeps_dtype=dtype == dtype_of(model))
+        moved = runs.outputs(shadow(model, jitter), inputs, dtype=dtype)
+        if not is_matched(moved, after):  # the shapes of its outputs depend on rounding
+            return False
+        most = [one.furthest(other) for one, other in zip(most, pooled([moved], [after]), strict=True)]
+    return True
 
 
 def _gross(model: nn.Module) -> float:
     return _GROSS.get(dtype_of(model), math.inf)
-
-
-def _moved_by_rounding(model: nn.Module, inputs: Inputs) -> float:
-    """How far one unit in the last place of every weight moves the output; in a few networks by any amount."""
-    moved = shadow(model, Jitter(0, keeps_dtype=True))
-    try:
-        return worst(runs.outputs(moved, inputs), runs.outputs(model, inputs))
-    except VerifyError:  # the shapes of its outputs depend on rounding
-        return math.inf

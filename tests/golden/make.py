@@ -3,7 +3,8 @@
     python tests/golden/make.py tests/golden/format3
 
 `format1` was written before the code moved into packages, and `format2` when states, graphs, plans and histories got
-numbers of their own; neither is ever written again. When a format changes, this is run once more, into a new folder
+numbers of their own, `format2-checksums` when `.safetensors` files got a checksum and state dicts roles; none of them
+is ever written again. When a format changes, this is run once more, into a new folder
 and with the code as it is then. `tests/test_golden.py` opens all folders, for ever; docs/formats.md says why.
 Beside each model lie an input and the output for it, in `expected.safetensors`.
 """

@@ -146,3 +146,25 @@ def test_the_command_names_it_and_writes_nothing(tmp_path: Path, capsys: pytest.
     said = " ".join(capsys.readouterr().err.split())
     assert "0 cannot be folded: its weight would be beyond 65504, the largest number of float16. Convert" in said
     assert [*tmp_path.iterdir()] == [tmp_path / "net.pt"]
+
+
+def test_a_network_that_overflows_in_its_own_dtype_is_folded_by_what_it_does_in_float64() -> None:
+    """Numbers between two layers are infinite in float16, and labels tell nothing of it."""
+
+    class Labels(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.n = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+            self.b = nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(self.n(self.a(x))).argmax(1)
+
+    net = Labels().eval()
+    with torch.no_grad():
+        net.n.weight.copy_(torch.logspace(-2, 4.6, 8))
+    net = net.half()
+    converted = surgeon.convert(net, "acnet", (1, 3, 32, 32))
+    fused = surgeon.fuse(converted)
+    assert surgeon.verify(converted, fused, (1, 3, 32, 32)).verdict == "equivalent"
