@@ -4,10 +4,13 @@ For every output channel c of a stretch, in float64 as stored, both on what A's 
 
     ‖B(x)_c − A(x)_c‖ ≤ m · max over draws ‖jittered(x)_c − unmoved(x)_c‖ + arithmetic · ‖A(x)‖ / √channels
 
-A jittered stretch is A's or B's with every number moved by a few units in its last place. If both have the same classes
-it is one unit, as a cast may move a number; a fold that somebody did in float32 rounds several times. If both have the
-same tensors nothing may move but the order of arithmetic. B's own units count, too, since a folded weight may be a
-subnormal number, of which one unit is a large part.
+A jittered stretch is A's or B's with every number moved by a few units in its last place. If the tensors are A's to one
+unit it is one, as a cast may move a number; a fold that somebody did in float32 rounds several times. If both have the
+same tensors nothing is moved, and only the order of arithmetic may differ. B's own units count, too, since a folded
+weight may be a subnormal number, of which one unit is a large part.
+
+If a stretch is beyond its limit, and one after it has other tensors, too, and makes good for it to a thirtieth or less,
+they were rewritten together: channels in another order, a scale that was moved into the next layer. Then they are one.
 
 A network has inputs on which a fault does not show, such as a ReLU that clips at 100. So modules that are of another
 class in B, and hold no weights, are tried on larger numbers, too.
@@ -27,11 +30,14 @@ from surgeon._torch_compat import pytree
 from surgeon.models.copies import shadow
 from surgeon.proof.distance import Apart, apart
 from surgeon.proof.recorder import Recorder, Recording, Stretch, leaves, modules_of, run
-from surgeon.proof.ulps import Jitter
+from surgeon.proof.ulps import Jitter, off
 
 FEW_UNITS = 4.0  # a float32 fold rounds γ/σ, its product with the weight, and every sum of branches
 _DRAWS = 6  # each is one draw of chance; the largest of them is taken
 _HOPELESS = 30.0  # times a limit that some draws have set: no further draw makes up for it
+_MADE_GOOD = 30.0  # times smaller is the distance behind modules that make good for it
+_MOST_STEPS = 4  # modules that make good for each other, beyond those of a stretch
+_OTHER_CODE = 1e-6  # relative L2: another class may compute in float32 with the same tensors
 _LARGER = (1.0, 1e3)  # factors by which a module without weights is tried on what it is given
 
 
@@ -60,20 +66,43 @@ class Judge:
     seed: int
     keeps_dtype: bool
 
-    def gap(self, recorder: Recorder, stretch: Stretch) -> Gap:
+    def gaps(self, recorder: Recorder) -> dict[str, Gap]:
+        """Measure all stretches in order of execution, and judge them; some become one on the way."""
+        found: dict[str, Gap] = {}
+        for path in list(recorder.stretches):
+            if path in recorder.stretches:
+                found[path] = self._gap(recorder, recorder.stretches[path])
+        return excused(recorder, found)
+
+    def _gap(self, recorder: Recorder, stretch: Stretch) -> Gap:
         """Measure a stretch, and judge it; if it is beyond its limit, find the step of it that is."""
         gap = measure(recorder, stretch)
         excess = self._excess(recorder, stretch)
-        if excess <= 1 or len(stretch.steps) == 1:
-            return Gap(gap.isolated, gap.propagated, excess, stretch.path)
-        return Gap(gap.isolated, gap.propagated, excess, self._culprit(recorder, stretch))
+        if excess <= 1:
+            return replace(gap, excess=excess, culprit=stretch.path)
+        far, longer = math.inf if gap.isolated is None else gap.isolated, stretch
+        for _ in range(_MOST_STEPS):
+            if (further := recorder.longer(longer)) is None:
+                break
+            last, longer = further.in_a[len(longer.in_a) :], further
+            made = measure(recorder, longer)
+            is_good = made.isolated is not None and made.isolated * _MADE_GOOD <= far and far > 0
+            if is_good and self._is_rewritten(recorder, last) and (left := self._excess(recorder, longer)) <= 1:
+                recorder.merge(longer)
+                return replace(made, excess=left, culprit=stretch.path)
+        return replace(gap, excess=excess, culprit=self._culprit(recorder, stretch))
+
+    def _is_rewritten(self, recorder: Recorder, paths: Sequence[str]) -> bool:
+        """Whether modules have other tensors in B; what was not changed makes good for nothing, it only looks away."""
+        stretch = recorder.stretch("", paths)
+        sides = (modules_of(self.own_a, stretch.in_a), modules_of(self.own_b, stretch.in_b))
+        return _units(*sides) == FEW_UNITS
 
     def _culprit(self, recorder: Recorder, stretch: Stretch) -> str:
         """Name the step of a stretch that comes after the longest beginning that agrees."""
         for last in range(len(stretch.steps) - 1, 0, -1):
-            head = stretch.steps[:last]
-            in_a, in_b = ([one for one in side if one in head] for side in (stretch.in_a, stretch.in_b))
-            if in_a and in_b and self._excess(recorder, Stretch(stretch.path, head, in_a, in_b)) <= 1:
+            head = recorder.stretch(stretch.path, stretch.steps[:last])
+            if head.in_a and head.in_b and self._excess(recorder, head) <= 1:
                 return stretch.steps[last]
         return stretch.path
 
@@ -89,12 +118,14 @@ class Judge:
         apart_ = spread(found, expected)
         if apart_ is None:
             return 0.0 if expected is None and found is None else math.inf
-        plain = [leaf.limit(self.arithmetic, self.margin, []) for leaf in apart_]
-        if max(plain, default=0.0) <= 1:
-            return max(plain, default=0.0)
+        own = [modules_of(self.own_a, stretch.in_a), modules_of(self.own_b, stretch.in_b)]
+        units = _units(*own)
+        arithmetic = self.arithmetic if units or _is_same(*own) else max(self.arithmetic, _OTHER_CODE)
+        excess = max((leaf.limit(arithmetic, self.margin, []) for leaf in apart_), default=0.0)
+        if excess <= 1 or not units:
+            return excess
         noise: list[list[Spread]] = []
-        excess = math.inf
-        for moved in self._moved(sides, stretch, one, (expected, found)):
+        for moved in self._moved(own, units, one, (expected, found)):
             noise += [moved] if len(moved) == len(apart_) else []
             limits = [[draw[i] for draw in noise] for i in range(len(apart_))]
             pairs = zip(apart_, limits, strict=True)
@@ -104,11 +135,9 @@ class Judge:
         return excess
 
     def _moved(
-        self, sides: Sequence[Sequence[nn.Module]], stretch: Stretch, one: Recording, outs: Sequence[Any]
+        self, own: Sequence[Sequence[nn.Module]], units: float, one: Recording, outs: Sequence[Any]
     ) -> Iterator[list[Spread]]:
         """Measure what moving the numbers of each side does to it, again and again."""
-        units = 1.0 if _is_same(*sides) else FEW_UNITS
-        own = [modules_of(self.own_a, stretch.in_a), modules_of(self.own_b, stretch.in_b)]
         for draw in range(_DRAWS):
             for modules, out in zip(own, outs, strict=True):
                 jitter = Jitter(self.seed + draw, units=units, keeps_dtype=self.keeps_dtype)
@@ -118,7 +147,10 @@ class Judge:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """How far a result is from another one: by channel, and in numbers that are not finite or are whole."""
+    """How far a result is from another one: by channel, and in numbers that are not finite or are whole.
+
+    Which axis holds the channels is not known: it is the second one or the last, and both are looked at.
+    """
 
     by_channel: Tensor  # ‖b − a‖ of every channel, (channels,)
     size: float  # ‖a‖
@@ -184,18 +216,34 @@ def _spread(b: Tensor, a: Tensor) -> Spread:
     b, a = b.detach().double(), a.detach().double()
     is_odd = ~(a.isfinite() & b.isfinite())
     difference, a = (b - a).masked_fill(is_odd, 0.0), a.masked_fill(is_odd, 0.0)
-    return Spread(_channels(difference).norm(dim=1), a.norm().item(), counted)
-
-
-def _channels(tensor: Tensor) -> Tensor:
-    """Lay out as (channels, numbers); what has no axis of channels is one channel."""
-    return tensor.transpose(0, 1).reshape(tensor.shape[1], -1) if tensor.dim() > 1 else tensor.reshape(1, -1)
+    axes = {1, a.dim() - 1} if a.dim() > 1 else {0}
+    norms = [difference.transpose(0, axis).reshape(a.shape[axis], -1).norm(dim=1) for axis in sorted(axes)]
+    return Spread(torch.cat(norms) if a.dim() > 1 else difference.norm()[None], a.norm().item(), counted)
 
 
 def _is_same(ours: Sequence[nn.Module], theirs: Sequence[nn.Module]) -> bool:
     """Whether two stretches are of the same classes, throughout."""
     kinds = [[type(part) for module in side for part in module.modules()] for side in (ours, theirs)]
     return kinds[0] == kinds[1]
+
+
+def _units(ours: Sequence[nn.Module], theirs: Sequence[nn.Module]) -> float:
+    """By how many units rounding may have moved the numbers: none if they are equal, one, or a few."""
+    mine, other = ([dict(_named(module)) for module in side] for side in (ours, theirs))
+    if [held.keys() for held in mine] != [held.keys() for held in other]:
+        return FEW_UNITS
+    pairs = [(one[key], two[key]) for one, two in zip(mine, other, strict=True) for key in one]
+    if any(one.dtype != two.dtype for one, two in pairs):
+        return FEW_UNITS
+    furthest = max((off(two, one, {one.dtype}).ulps for one, two in pairs), default=0.0)
+    return 0.0 if furthest == 0 else 1.0 if furthest <= 1 and _is_same(ours, theirs) else FEW_UNITS
+
+
+def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Give a module's tensors, without counters, which decide nothing."""
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if not name.endswith("num_batches_tracked"):
+            yield name, tensor
 
 
 def _tensors(module: nn.Module) -> Sequence[Tensor]:

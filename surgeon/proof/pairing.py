@@ -1,14 +1,16 @@
 """Which modules of two models are compared with each other: those that both have under the same name.
 
-Names are walked down from the roots. A module without submodules, a conv and a block are compared as they are. A module
-whose submodules have other names in B (because somebody folded them into one) is compared as a whole, and the
-submodules that both have are compared, too. A module that one model has and the other replaced by an Identity, or left
-out, was merged into a neighbour: both are compared at the end of that stretch.
+Names are walked down from the roots; a wrapper around one of the models is looked through. A module without submodules,
+a conv and a block are compared as they are. Of a Sequential in which modules were left out, and the numbers of the
+others have changed, those that are left are compared in order. Any other module whose submodules have other names in B
+(because somebody folded them into one) is compared as a whole, and the submodules that both have are compared, too.
+A module that one model has and the other replaced by an Identity, or left out, was merged into a neighbour: both are
+compared at the end of that stretch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -16,33 +18,37 @@ from torch import nn
 from surgeon._torch_compat import NormBase
 from surgeon.analysis.run import is_conv
 from surgeon.blocks import Operator
+from surgeon.models.copies import names as names_of
 
 
 @dataclass(slots=True)
 class Pairing:
-    """Names of modules that are compared, in the order in which A registers them.
+    """Names of A's modules that are compared, in the order in which A registers them.
 
-    `moved`: those that are missing or an Identity in one of the models. `wholes`: those whose submodules have other
-    names in B. `inner`: those that lie in a whole.
+    `there`: their names in B. `moved`: those that are missing or an Identity in one of the models. `only_b`: B's names
+    of modules that A lacks. `wholes`: those whose submodules have other names in B. `inner`: those that lie in a whole.
     """
 
     paths: list[str] = field(default_factory=list)
+    there: dict[str, str] = field(default_factory=dict)
     moved: list[str] = field(default_factory=list)
+    only_b: list[str] = field(default_factory=list)
     wholes: list[str] = field(default_factory=list)
     inner: set[str] = field(default_factory=set)
 
 
 def pair(a: nn.Module, b: nn.Module) -> Pairing:
-    """Pair the modules of two models by their names."""
+    """Pair the modules of two models; modules that one model shares and the other does not are left out."""
     found = Pairing()
-    others = dict(b.named_modules(remove_duplicate=False))
-    names = {path for path, _ in a.named_modules()}  # each module once, under its first name
-    known = {path: module for path, module in a.named_modules() if path in others}
-    _walk("", a, b, found, is_inner=False)
-    only_b = [path for path, module in b.named_modules() if path not in names and _can_be_left_out(module)]
-    only_a = [path for path, module in a.named_modules() if path not in others and _can_be_left_out(module)]
-    found.paths = [path for path in found.paths if path in known]
-    found.moved += [path for path in (*only_a, *only_b) if not _is_below(path, found.paths)]
+    _walk(("", ""), a, b, found, is_inner=False)
+    first = {path for path, _ in a.named_modules()}  # each module once, under its first name
+    mine, other = _shared(a), _shared(b)
+    found.paths = [
+        path
+        for path in found.paths
+        if path in first and {found.there.get(one, one) for one in mine[path]} == set(other[found.there[path]])
+    ]
+    found.moved = [path for path in found.moved if path in first]
     return found
 
 
@@ -52,8 +58,25 @@ def sites(a: nn.Module, b: nn.Module) -> Pairing:
     both = [(path, module, others[path]) for path, module in a.named_modules() if path in others]
     return Pairing(
         [path for path, one, other in both if is_site(one) and is_site(other)],
+        {path: path for path, _, _ in both},
         [path for path, one, other in both if _is_moved(one, other) and isinstance(_other(one, other), NormBase)],
     )
+
+
+def unwrapped(model: nn.Module, other: nn.Module) -> nn.Module:
+    """Look through modules that hold nothing but one other, if that has the names that the other model has.
+
+    >>> net = nn.Sequential(nn.ReLU(), nn.ReLU())
+    >>> unwrapped(nn.ModuleDict({"module": net}), net) is net
+    True
+    """
+    wanted, inner = dict(other.named_children()).keys(), model
+    while not wanted <= dict(inner.named_children()).keys():
+        children = list(inner.children())
+        if len(children) != 1:
+            return model
+        inner = children[0]
+    return inner
 
 
 def is_site(module: nn.Module) -> bool:
@@ -61,30 +84,77 @@ def is_site(module: nn.Module) -> bool:
     return is_conv(module) or isinstance(module, Operator)
 
 
-def _walk(path: str, a: nn.Module, b: nn.Module, found: Pairing, *, is_inner: bool) -> None:
-    if path and _is_moved(a, b):
-        found.moved.append(path)
+def _walk(path: tuple[str, str], a: nn.Module, b: nn.Module, found: Pairing, *, is_inner: bool) -> None:
+    here, there = path
+    found.there[here] = there
+    if here and _is_moved(a, b):
+        found.moved.append(here)
         return
-    if path and (_is_leaf(a) or _is_leaf(b)):
-        if _can_be_called(a) and _can_be_called(b):
-            found.paths.append(path)
-            found.inner |= {path} if is_inner else set()
+    is_callable = bool(here) and _can_be_called(a) and _can_be_called(b)
+    if here and (_is_leaf(a) or _is_leaf(b)):
+        _add(here, found, is_inner=is_inner, is_callable=is_callable)
         return
     ours, theirs = dict(a.named_children()), dict(b.named_children())
-    alone = [module for name, module in (*ours.items(), *theirs.items()) if name not in ours.keys() & theirs.keys()]
-    is_whole = bool(path) and not all(map(_can_be_left_out, alone)) and _can_be_called(a) and _can_be_called(b)
-    if is_whole:
+    pairs = [(name, name) for name in ours if name in theirs]
+    alone = [[name for name in one if name not in other] for one, other in ((ours, theirs), (theirs, ours))]
+    is_whole = False
+    if any(alone) and isinstance(a, nn.Sequential) and (aligned := _aligned(ours, theirs)) is not None:
+        pairs, alone = aligned
+    folded = [
+        [name for name in names if _can_be_left_out(side[name])]
+        for side, names in zip((ours, theirs), alone, strict=True)
+    ]
+    if folded != alone:
+        is_whole = is_callable
+        found.wholes += [here] if is_callable else []
+        _add(here, found, is_inner=is_inner, is_callable=is_callable)
+    if not is_whole:
+        found.moved += [_join(here, name) for name in folded[0]]
+        found.only_b += [_join(there, name) for name in folded[1]]
+    for one, other in pairs:
+        inner = is_inner or is_whole
+        _walk((_join(here, one), _join(there, other)), ours[one], theirs[other], found, is_inner=inner)
+
+
+def _add(path: str, found: Pairing, *, is_inner: bool, is_callable: bool) -> None:
+    if is_callable:
         found.paths.append(path)
-        found.wholes.append(path)
         found.inner |= {path} if is_inner else set()
-    for name, module in ours.items():
-        if name in theirs:
-            _walk(f"{path}.{name}".lstrip("."), module, theirs[name], found, is_inner=is_inner or is_whole)
 
 
-def _is_below(path: str, others: Iterable[str]) -> bool:
-    """Whether a module lies in one that is compared as it is, or as a whole."""
-    return any(path.startswith(f"{other}.") for other in others)
+def _aligned(
+    ours: dict[str, nn.Module], theirs: dict[str, nn.Module]
+) -> tuple[list[tuple[str, str]], list[list[str]]] | None:
+    """Pair the modules of two Sequentials in order, and say which are left over; None if they do not follow.
+
+    Of two that are not alike, the one that folding takes away is left over: a norm or an Identity.
+    """
+    pairs: list[tuple[str, str]] = []
+    alone: list[list[str]] = [[], []]
+    left, right = list(ours), list(theirs)
+    while left or right:
+        if left and right and _are_alike(ours[left[0]], theirs[right[0]]):
+            pairs.append((left.pop(0), right.pop(0)))
+        elif left and _can_be_left_out(ours[left[0]]):
+            alone[0].append(left.pop(0))
+        elif right and _can_be_left_out(theirs[right[0]]):
+            alone[1].append(right.pop(0))
+        else:
+            return None
+    return pairs, alone
+
+
+def _are_alike(one: nn.Module, other: nn.Module) -> bool:
+    return type(one) is type(other) or (is_site(one) and is_site(other))
+
+
+def _shared(model: nn.Module) -> dict[str, Sequence[str]]:
+    """Give all names of the module that has this name."""
+    return {name: names for names in names_of(model).values() for name in names}
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 def _is_leaf(module: nn.Module) -> bool:
@@ -108,3 +178,8 @@ def _other(one: nn.Module, other: nn.Module) -> nn.Module:
 def _can_be_left_out(module: nn.Module) -> bool:
     """Whether folding takes a module of this kind away without renaming anything."""
     return isinstance(module, NormBase | nn.Identity)
+
+
+def is_below(path: str, others: Iterable[str]) -> bool:
+    """Whether a module lies in one of others, or is one of them."""
+    return any(path == other or path.startswith(f"{other}.") for other in others)

@@ -34,7 +34,7 @@ class Recording:
 class Stretch:
     """Modules that are compared as one, called one after the other: a conv, and the norm that B has folded into it.
 
-    `path` names it. `steps` are all of them; each model runs those that it has, and calls.
+    `path` names it. `steps` are all of them, by A's names; each model runs those that it has, and calls.
     """
 
     path: str
@@ -51,6 +51,7 @@ class Recorder:
         self.pairing, self.a, self.b = pairing, a, b
         self.names_a = {path for path, _ in a.named_modules()}
         self.names_b = {path for path, _ in b.named_modules(remove_duplicate=False)}
+        self.trail = _Trail()
         self.recordings: dict[str, list[Recording]] = {}
         self.stretches: dict[str, Stretch] = {}
         self.propagated: dict[str, list[float]] = defaultdict(list)
@@ -61,7 +62,7 @@ class Recorder:
     def recording(self) -> Iterator[None]:
         """Record the arguments and results of A's modules while it runs."""
         paths = [path for path in (*self.pairing.paths, *self.pairing.moved) if path in self.names_a]
-        trail = _Trail()
+        trail = self.trail = _Trail()
 
         def keep(path: str, given: tuple[Any, Any], out: Any) -> None:
             self.recordings.setdefault(path, []).append(Recording(*given, _clones(out)))
@@ -75,7 +76,7 @@ class Recorder:
         """Measure how far B's stretches are from A's while it runs."""
         steps = {step: stretch.path for stretch in self.stretches.values() for step in stretch.in_b}
         ends = {stretch.in_b[-1]: stretch.path for stretch in self.stretches.values()}
-        only_b = [path for path in self.pairing.moved if path not in self.names_a]
+        only_b = self.pairing.only_b
         trail = _Trail()
 
         def compare(path: str, given: tuple[Any, Any], out: Any) -> None:
@@ -189,7 +190,7 @@ class Recorder:
             else:
                 heads.add(path)
         for path in heads:
-            if path in self.names_b:
+            if self._there(path):
                 self._add(path, [path])
 
     def _goes_on(self, stretch: Stretch, path: str) -> bool:
@@ -201,8 +202,32 @@ class Recorder:
         return all(not _apart(out, one.out) for out, one in zip(outs, starts, strict=True))
 
     def _add(self, name: str, steps: list[str]) -> None:
-        in_a, in_b = ([step for step in steps if step in names] for names in (self.names_a, self.names_b))
-        self.stretches[name] = Stretch(name, steps, in_a, in_b)
+        self.stretches[name] = self.stretch(name, steps)
+
+    def stretch(self, name: str, steps: Sequence[str]) -> Stretch:
+        """Make a stretch of modules, by A's names."""
+        there = [place for step in steps if (place := self._there(step))]
+        return Stretch(name, list(steps), [step for step in steps if step in self.names_a], there)
+
+    def _there(self, path: str) -> str | None:
+        place = self.pairing.there.get(path)
+        return place if place in self.names_b else None
+
+    def longer(self, stretch: Stretch) -> Stretch | None:
+        """Give a stretch that goes on to the only one that is given its result; None if there are none or several."""
+        after = [
+            one
+            for one in self.stretches.values()
+            if one is not stretch and one.in_a and self.trail.source(one.in_a[0]) == stretch.in_a[-1]
+        ]
+        is_alone = len(after) == 1 and len(self.calls(after[0])) == len(self.calls(stretch))
+        return self.stretch(stretch.path, [*stretch.steps, *after[0].steps]) if is_alone else None
+
+    def merge(self, stretch: Stretch) -> None:
+        """Let a stretch take the place of those that it is made of."""
+        for path in [path for path, one in self.stretches.items() if set(one.steps) <= set(stretch.steps)]:
+            del self.stretches[path]
+        self.stretches[stretch.path] = stretch
 
 
 def modules_of(model: nn.Module, paths: Iterable[str]) -> list[nn.Module]:

@@ -40,11 +40,11 @@ from surgeon.proof.distance import (
 )
 from surgeon.proof.evidence import Exactness, Measured, Replay
 from surgeon.proof.figures import figures
-from surgeon.proof.isolated import FEW_UNITS, Gap, Judge, excused, measure
+from surgeon.proof.isolated import FEW_UNITS, Gap, Judge, measure
 from surgeon.proof.probes import probes
 from surgeon.proof.recorder import Recorder
 from surgeon.proof.report import Distance
-from surgeon.proof.ulps import Jitter, Off, off
+from surgeon.proof.ulps import Jitter, Off, off, same
 from surgeon.proof.wiring import own_tensors, wiring
 
 ENOUGH = 64  # numbers are needed to measure a rounding error; two correct ones then differ by m once in 50,000 cases
@@ -70,14 +70,19 @@ class Models:
         self.replay = _evaluating(replay.exact) if replay is not None else None
         self.twin = _with_tensors_of(self.b, self.replay) if self.replay is not None else None
         self.margin = 2.0 if self.dtype in (torch.float32, torch.float64) else 3.0
-        self.pairing = pairing.pair(a, b) if replay is None else pairing.sites(a, b)
-        others = dict(b.named_modules(remove_duplicate=False))
+        self.core_a, self.core_b = self.own_a, self.own_b
+        if replay is None:
+            self.core_a, self.core_b = (
+                pairing.unwrapped(one, two) for one, two in ((self.own_a, self.own_b), (self.own_b, self.own_a))
+            )
+        self.pairing = (pairing.pair if replay is None else pairing.sites)(self.core_a, self.core_b)
+        others = dict(self.core_b.named_modules(remove_duplicate=False))
         self.kinds = {
-            path: (kind_of(module).__name__, kind_of(others[path]).__name__)
-            for path, module in a.named_modules()
-            if path in others
+            path: (kind_of(module).__name__, kind_of(others[self.pairing.there[path]]).__name__)
+            for path, module in self.core_a.named_modules()
+            if self.pairing.there.get(path) in others
         }
-        self.sites = set(pairing.sites(a, b).paths)
+        self.sites = {path for path in self.kinds if pairing.is_site(self.core_a.get_submodule(path))}
 
     @property
     def arithmetic(self) -> float:
@@ -94,7 +99,7 @@ class Models:
         return (*runs, *self._probed(inputs[0]))
 
     def _run(self, inputs: Inputs) -> Measured:
-        recorder = Recorder(self.a, self.b, self.pairing)
+        recorder = self._recorder()
         with recorder.recording():
             truth = self._truth(inputs)
         out_b = self._compared(recorder, inputs, truth)
@@ -129,6 +134,11 @@ class Models:
             blank=sum(not t.isfinite().any() for t in _floats(truth)),
         )
 
+    def _recorder(self) -> Recorder:
+        if self.replay is not None:
+            return Recorder(self.a, self.b, self.pairing)
+        return Recorder(pairing.unwrapped(self.a, self.b), pairing.unwrapped(self.b, self.a), self.pairing)
+
     def _compared(self, recorder: Recorder, inputs: Inputs, truth: Any) -> Any:
         """Run B on what A has run on.
 
@@ -153,7 +163,7 @@ class Models:
     def _probed(self, inputs: Inputs) -> list[Measured]:
         """Run both on an input of another size, with larger numbers in it, if A takes one: only in float64."""
         for probe in probes(inputs, self.seed) if self.is_double else []:
-            recorder = Recorder(self.a, self.b, self.pairing)
+            recorder = self._recorder()
             try:
                 with recorder.recording():
                     truth = self._call(self.a, probe, self.exact)
@@ -228,8 +238,9 @@ class Models:
         found = pooled(outs_b, truths)
         if all(one.l2 <= self.arithmetic and not one.flips for one in found):
             return [(one, Apart(0.0, 0, one.count, one.is_whole)) for one in found]
-        kinds = [[type(module) for module in model.modules()] for model in (self.own_a, self.own_b)]
-        units = 1.0 if kinds[0] == kinds[1] else FEW_UNITS
+        units = self._units()
+        if not units:
+            return [(one, Apart(0.0, 0, one.count)) for one in found]
         noise = [Apart(0.0, 0, one.count, one.is_whole) for one in found]
         sides = [(self.own_a, truths), (self.own_b, outs_b), *[(self.own_a, truths)] * (_SHAKES - 1)]
         for i, (model, outs) in enumerate(sides):
@@ -258,29 +269,41 @@ class Models:
             noise = [replace(one, flips=max(one.flips, other.flips)) for one, other in pairs]
         return list(zip(found, noise, strict=True))
 
+    def _units(self) -> float:
+        """By how many units the numbers of B may be moved: none if both hold the same, one, or a few."""
+        kinds = [[type(module) for module in model.modules()] for model in (self.own_a, self.own_b)]
+        if kinds[0] != kinds[1]:
+            return FEW_UNITS
+        ours, theirs = self.own_b.state_dict(), self.own_a.state_dict()
+        keys = [key for key in theirs if not key.endswith("num_batches_tracked")]
+        pairs = [(ours.get(key), theirs[key]) for key in keys if isinstance(theirs[key], torch.Tensor)]
+        is_equal = all(one is not None and off(one, two, {two.dtype}).ulps == 0 for one, two in pairs)
+        return 0.0 if is_equal else 1.0
+
     def _gaps(self, recorder: Recorder) -> dict[str, Gap]:
         """Measure every stretch, in order of execution; judge it where no replay proves B."""
         if self.replay is not None:
             return {path: measure(recorder, one) for path, one in recorder.stretches.items()}
         judge = Judge(
-            *(self.own_a, self.own_b, self.margin, self.arithmetic, self.seed), keeps_dtype=not self.is_double
+            *(self.core_a, self.core_b, self.margin, self.arithmetic, self.seed), keeps_dtype=not self.is_double
         )
-        found = {path: judge.gap(recorder, one) for path, one in recorder.stretches.items()}
-        return excused(recorder, found)
+        return judge.gaps(recorder)
 
     def same_tensors(self, runs: Sequence[Measured]) -> dict[str, Off]:
         """Compare the tensors of modules that have the same class in both, and that nobody has folded."""
         skipped = {path for run in runs for path in run.merged}
-        others = dict(self.own_b.named_modules(remove_duplicate=False))
+        called = {path for run in runs for path in run.gaps}
+        others = dict(self.core_b.named_modules(remove_duplicate=False))
         found = {}
-        for path, module in self.own_a.named_modules():
-            other = others.get(path)
-            is_inner = any(path == one or path.startswith(f"{one}.") for one in self.pairing.wholes)
+        for path, module in self.core_a.named_modules():
+            other = others.get(self.pairing.there.get(path, path))
+            is_inner = pairing.is_below(path, self.pairing.wholes)
             if other is None or kind_of(other) is not kind_of(module) or path in skipped or is_inner:
                 continue
             ours, theirs = own_tensors(other), own_tensors(module)
             for name in ours.keys() & theirs.keys():
-                found[f"{path}.{name}".lstrip(".")] = off(ours[name], theirs[name], {theirs[name].dtype})
+                one = same(ours[name], theirs[name], is_judged=pairing.is_below(path, called))
+                found[f"{path}.{name}".lstrip(".")] = one
         return found
 
     def _wiring(self, recorder: Recorder, inputs: Inputs, truth: Any) -> dict[str, float] | None:

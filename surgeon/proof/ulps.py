@@ -63,9 +63,24 @@ def stored_off(b: nn.Module, replay: nn.Module, a: nn.Module) -> dict[str, Off]:
         if key in ours:
             known = given.get(key)
             dtypes = {known.dtype} if isinstance(known, Tensor) else {theirs[key].dtype} | kinds
+            plain = known if known is not None else torch.empty(0)
+            if isinstance(ours[key], Tensor) and isinstance(plain, Tensor) and type(ours[key]) is not type(plain):
+                found[key] = Off(math.inf)  # a class of its own, which may compute something else
+                continue
             is_float64 = known is None and ours[key].dtype == torch.float64 not in kinds  # as the replay has it
             found[key] = off(ours[key], theirs[key], set() if is_float64 else dtypes, is_once_rounded=True)
     return found | dict.fromkeys(ours.keys() ^ theirs.keys(), Off(math.inf))
+
+
+def same(stored: Tensor, exact: Tensor, *, is_judged: bool) -> Off:
+    """Compare a tensor with that of another model. If a run has judged what is computed with it, values may differ.
+
+    Its dtype and its class may not, and if it is nearly the same it may not be shifted as a whole.
+    """
+    if stored.dtype != exact.dtype or type(stored) is not type(exact):
+        return Off(math.inf)
+    found = off(stored, exact, {exact.dtype})
+    return Off(0.0) if is_judged and found.ulps > 1 else found
 
 
 def off(stored: Any, exact: Any, dtypes: Collection[torch.dtype], *, is_once_rounded: bool = False) -> Off:

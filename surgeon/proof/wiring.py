@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from surgeon.errors import VerifyError
 from surgeon.proof.distance import pooled
+from surgeon.proof.pairing import is_below
 from surgeon.proof.recorder import Recorder
 
 OUTPUT = ""  # stands for the outputs among the names of modules
@@ -43,10 +44,10 @@ def _covers(recorder: Recorder) -> bool:
     roots = {path for one in recorder.outer() for path in one.in_b}
     if not roots:
         return False
-    theirs = dict(recorder.a.named_modules(remove_duplicate=False))
+    modules = dict(recorder.a.named_modules(remove_duplicate=False))
+    theirs = {there: modules[path] for path, there in recorder.pairing.there.items() if path in modules}
     for path, module in recorder.b.named_modules():
-        is_inside = any(path == root or path.startswith(f"{root}.") for root in roots)
-        if not is_inside and not _holds_the_same(module, theirs.get(path)):
+        if not is_below(path, roots) and not _holds_the_same(module, theirs.get(path)):
             return False
     return True
 

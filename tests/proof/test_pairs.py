@@ -342,3 +342,189 @@ def _negate(weight: Tensor) -> None:
 
 def _exchange(weight: Tensor) -> None:
     weight[[3, 7]] = weight[[7, 3]].clone()
+
+
+class _Residual(nn.Module):
+    """Convs, norms and a functional sum; what pairs of other hands are made of below."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.c1, self.b1 = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.c2, self.b2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b1(self.c1(x)).relu()
+        return self.fc((self.b2(self.c2(y)) + y).relu().mean((2, 3)))
+
+
+class _Wrapped(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.module = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x)
+
+
+class _Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.fc = nn.Conv2d(3, 16, 1), nn.Linear(16, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.conv(x).flatten(2).transpose(1, 2))
+
+
+class _OwnLinear(nn.Linear):
+    pass
+
+
+def _residual() -> _Residual:
+    return shake_(_Residual(), 0, gently=True).eval()
+
+
+class TestFaultsThatHalfTypesHide:
+    @pytest.mark.parametrize(
+        "fault",
+        [
+            lambda net: setattr(net.b1, "eps", 1e-3),
+            lambda net: net.b1.register_forward_hook(lambda module, args, out: out * 1.004),
+            lambda net: setattr(net.c1, "padding_mode", "replicate"),
+        ],
+        ids=["eps", "hook", "padding mode"],
+    )
+    def test_the_same_tensors_compute_the_same(self, fault: Callable[[nn.Module], object]) -> None:
+        a = _residual().bfloat16()
+        b = copy.deepcopy(a)
+        assert surgeon.verify(a, b, SHAPE).equivalent
+        fault(b)
+        report = surgeon.verify(a, b, SHAPE)
+        assert report.verdict == "different"
+        assert report.first_to_diverge in ("b1", "c1")
+
+    def test_a_wrapper_is_looked_through(self) -> None:
+        a = _residual().bfloat16()
+        b = _Wrapped(copy.deepcopy(a))
+        for pair in ((a, b), (b, a)):
+            assert surgeon.verify(*pair, SHAPE).equivalent
+        with torch.no_grad():
+            b.module.c2.weight[3] *= -1
+        for pair in ((a, b), (b, a)):
+            report = surgeon.verify(*pair, SHAPE)
+            assert (report.verdict, report.first_to_diverge) == ("different", "c2")
+
+    def test_channels_may_lie_on_the_last_axis(self) -> None:
+        a = _Tokens().bfloat16().eval()
+        b = copy.deepcopy(a)
+        b.fc.__class__ = _OwnLinear
+        assert surgeon.verify(a, b, SHAPE).equivalent
+        with torch.no_grad():
+            b.fc.bias[5] *= -1
+        report = surgeon.verify(a, b, SHAPE)
+        assert (report.verdict, report.first_to_diverge) == ("different", "fc")
+
+    def test_a_tensor_of_another_class_is_another_tensor(self) -> None:
+        class Louder(Tensor):
+            @classmethod
+            def __torch_function__(cls, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+                out = super().__torch_function__(function, types, args, kwargs or {})
+                return out * 1.5 if function is F.conv2d else out
+
+        net = _residual()
+        for b in (copy.deepcopy(net), surgeon.fuse(surgeon.convert(net, "acnet", SHAPE))):
+            assert surgeon.verify(net, b, SHAPE).equivalent
+            b.c1.weight = nn.Parameter(b.c1.weight.detach().as_subclass(Louder), requires_grad=False)
+            report = surgeon.verify(net, b, SHAPE)
+            assert (report.verdict, report.first_to_diverge) == ("different", "c1")
+
+
+class TestFoldsByHand:
+    """They compute what A does, and some of their modules do not."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_a_sequential_whose_numbers_shift(self, dtype: torch.dtype) -> None:
+        net = _pooled()
+        b = nn.Sequential(
+            fuse_conv_bn_eval(net[0], net[1]),
+            nn.ReLU(),
+            fuse_conv_bn_eval(net[3], net[4]),
+            *map(copy.deepcopy, net[5:]),
+        ).eval()
+        a, b = copy.deepcopy(net).to(dtype), b.to(dtype)
+        for pair in ((a, b), (b, a)):
+            assert surgeon.verify(*pair, SHAPE).equivalent
+        with torch.no_grad():
+            b[2].weight[3] *= -1
+        report = surgeon.verify(a, b, SHAPE)
+        assert (report.verdict, report.first_to_diverge) == ("different", "3")
+
+    def test_a_conv_that_only_one_of_them_shares(self) -> None:
+        class Shares(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                torch.manual_seed(0)
+                self.stem, self.c = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+                self.c2 = self.c
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.c2(self.c(self.stem(x)).relu())
+
+        a = Shares().eval()
+        b = copy.deepcopy(a)
+        b.c2 = copy.deepcopy(b.c)
+        for pair in ((a, b), (b, a)):
+            assert surgeon.verify(*pair, SHAPE).equivalent
+        with torch.no_grad():
+            b.c2.weight[3] *= -1
+        for pair in ((a, b), (b, a)):
+            assert surgeon.verify(*pair, SHAPE).verdict == "different"
+
+    @staticmethod
+    def _bias_into_norm(net: _Residual) -> None:
+        net.b2.running_mean -= net.c2.bias
+        net.c2.bias = None
+
+    @staticmethod
+    def _norm_as_scale(net: _Residual) -> None:
+        scale = net.b1.weight * (net.b1.running_var + net.b1.eps).rsqrt()
+        shift = net.b1.bias - net.b1.running_mean * scale
+        net.b1.weight.copy_(scale), net.b1.bias.copy_(shift)
+        net.b1.running_mean.zero_(), net.b1.running_var.fill_(1.0 - net.b1.eps)
+
+    @staticmethod
+    def _permuted(net: nn.Module) -> None:
+        order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
+        for tensor in (net[0].weight, net[1].weight, net[1].bias, net[1].running_mean, net[1].running_var):
+            tensor.copy_(tensor[order].clone())
+        net[3].weight.copy_(net[3].weight[:, order].clone())
+
+    @staticmethod
+    def _equalised(net: nn.Module) -> None:
+        scale = 2.0 ** torch.arange(-4.0, 4.0)
+        net[1].weight.mul_(scale), net[1].bias.mul_(scale)
+        net[3].weight.div_(scale[:, None, None])
+
+    @pytest.mark.parametrize(
+        ("make", "change"),
+        [
+            (_residual, _bias_into_norm),
+            (_residual, _norm_as_scale),
+            (_pooled, _permuted),
+            (_pooled, _equalised),
+        ],
+        ids=["bias into the norm", "norm as a scale", "channels permuted", "scales moved"],
+    )
+    def test_modules_that_make_good_for_each_other(
+        self, make: Callable[[], nn.Module], change: Callable[[nn.Module], None]
+    ) -> None:
+        a = make()
+        b = copy.deepcopy(a)
+        with torch.no_grad():
+            change(b)
+        assert surgeon.verify(a, b, SHAPE).equivalent
+        with torch.no_grad():
+            next(b.parameters())[2] *= 1.01
+        assert surgeon.verify(a, b, SHAPE).verdict == "different"
