@@ -36,6 +36,22 @@ def _probes(given: Inputs, seed: int) -> Iterator[Inputs]:
     yield _larger(given.alike(1, seed)[0])
 
 
+def positive(given: Inputs, seed: int) -> list[Inputs]:
+    """Draw one more input like the given one: numbers from 0 to 255 times its spread, as pictures have them."""
+    if not any(t.is_floating_point() and t.numel() for t in given.tensors):
+        return []
+    generator = torch.Generator().manual_seed(seed + 4)
+
+    def draw(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point() or not tensor.numel():
+            return tensor
+        spread = tensor.double().std(correction=0).item() or 1.0
+        return (torch.rand(tensor.shape, generator=generator, dtype=torch.float64) * 255 * spread).to(tensor)
+
+    made = given.map(draw)
+    return [Inputs(made.args, made.kwargs)]
+
+
 def _other(side: int, steps: int) -> int:
     step = 32 if side >= 64 else 8
     return side - steps * step if side >= _LARGE else side + steps * step

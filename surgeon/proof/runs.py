@@ -9,25 +9,22 @@ from its own float64 result.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from surgeon.analysis.run import how_to_call
-from surgeon.conv.spec import ConvSpec
 from surgeon.errors import VerifyError
 from surgeon.models.call import Inputs
-from surgeon.models.copies import in_mode, kind_of, shadow, where
+from surgeon.models.copies import kind_of, shadow, where
 from surgeon.models.devices import dtype_of
-from surgeon.models.sandbox import one_thread, quietly
 from surgeon.proof import pairing
+from surgeon.proof.calls import call, evaluating
 from surgeon.proof.distance import (
     EXACT,
     Apart,
-    apart,
     as_double,
     dtype_name,
     excess,
@@ -41,7 +38,7 @@ from surgeon.proof.distance import (
 from surgeon.proof.evidence import Exactness, Measured, Replay
 from surgeon.proof.figures import figures
 from surgeon.proof.isolated import FEW_UNITS, Gap, Judge, measure
-from surgeon.proof.probes import probes
+from surgeon.proof.probes import positive, probes
 from surgeon.proof.recorder import Recorder
 from surgeon.proof.report import Distance
 from surgeon.proof.ulps import Jitter, Off, off, same
@@ -63,11 +60,12 @@ class Models:
 
     def __init__(self, a: nn.Module, b: nn.Module, replay: Replay | None, seed: int, exact: torch.dtype) -> None:
         self.dtype, self.exact, self.seed = dtype_of(a), exact, seed
-        self.own_a, self.own_b = _evaluating(a), _evaluating(b)
-        self.double_a = _evaluating(a, as_double)
+        self.own_a, self.own_b = evaluating(a), evaluating(b)
+        self.double_a = evaluating(a, as_double)
         self.is_double = exact == torch.float64
-        self.a, self.b = (self.double_a, _evaluating(b, as_double)) if self.is_double else (self.own_a, self.own_b)
-        self.replay = _evaluating(replay.exact) if replay is not None else None
+        self.a, self.b = (self.double_a, evaluating(b, as_double)) if self.is_double else (self.own_a, self.own_b)
+        self.replay = evaluating(replay.exact) if replay is not None else None
+        self.noise: list[Apart] = []  # what moving weights does to the outputs
         self.twin = _with_tensors_of(self.b, self.replay) if self.replay is not None else None
         self.margin = 2.0 if self.dtype in (torch.float32, torch.float64) else 3.0
         self.core_a, self.core_b = self.own_a, self.own_b
@@ -96,7 +94,7 @@ class Models:
             VerifyError: the outputs differ in structure, shape or dtype, or a model does not run.
         """
         runs = [self._run(one) for one in inputs]
-        return (*runs, *self._probed(inputs[0]))
+        return (*runs, *self._probed(inputs[0]), *self._of_pictures(inputs[0]))
 
     def _run(self, inputs: Inputs) -> Measured:
         recorder = self._recorder()
@@ -174,6 +172,25 @@ class Models:
             return [self._probe(probe, truth, recorder)]
         return []
 
+    def _of_pictures(self, inputs: Inputs) -> list[Measured]:
+        """Compare outputs for numbers that are not negative, and larger; what is replayed is compared in structure."""
+        for one in positive(inputs, self.seed) if self.is_double and self.replay is None else []:
+            try:
+                truth = self._call(self.a, one, self.exact)
+            except VerifyError:
+                continue
+            if not _floats(truth) or any(not t.isfinite().all() for t in _floats(truth)):
+                continue
+            label = f"{one} (drawn, not negative)"
+            try:
+                out = self._call(self.b, one, self.exact)
+                matched(out, truth)
+            except VerifyError as error:
+                return [Measured(label, is_probe=True, failed=error.problem)]
+            found = self._storage([out], [truth], [one])
+            return [Measured(label, is_probe=True, storage=found, outputs=len(_floats(truth)))]
+        return []
+
     def _probe(self, probe: Inputs, truth: Any, recorder: Recorder) -> Measured:
         label = f"{probe} (drawn)"
         try:
@@ -216,7 +233,7 @@ class Models:
                 blocks = recorder.blocks_apart(self.a, replay) if is_flat else None
                 return Exactness(max(one.l2 for one in found), blocks=blocks)
         blocks = recorder.blocks_apart(self.a, replay)
-        shaken = [_evaluating(self.a, Jitter(self.seed + i)) for i in range(_SHAKES)]
+        shaken = [evaluating(self.a, Jitter(self.seed + i)) for i in range(_SHAKES)]
         moved = [self._call(model, inputs, torch.float64) for model in shaken]
         if not all(is_matched(one, truth) for one in (out, *moved)):
             return Exactness(None, blocks=blocks)
@@ -241,19 +258,26 @@ class Models:
         units = self._units()
         if not units:
             return [(one, Apart(0.0, 0, one.count)) for one in found]
+        if len(self.noise) == len(found) and self._is_explained(found, self.noise):
+            return list(zip(found, self.noise, strict=True))  # as for the first input
         noise = [Apart(0.0, 0, one.count, one.is_whole) for one in found]
         sides = [(self.own_a, truths), (self.own_b, outs_b), *[(self.own_a, truths)] * (_SHAKES - 1)]
         for i, (model, outs) in enumerate(sides):
-            moved = _evaluating(model, Jitter(self.seed + i, units=units, keeps_dtype=not self.is_double))
+            moved = evaluating(model, Jitter(self.seed + i, units=units, keeps_dtype=not self.is_double))
             noise = _largest([noise, pooled([self._call(moved, one, self.exact) for one in draws], outs)])
             if not i:
                 continue
             limits = [self.margin * most.l2 + self.arithmetic for most in noise]
             worst_of = max(excess(one.l2, limit) for one, limit in zip(found, limits, strict=True))
-            flipped = any(one.flips > most.flips for one, most in zip(found, noise, strict=True))
-            if worst_of > _HOPELESS or (worst_of <= 1 and not flipped):
+            if worst_of > _HOPELESS or self._is_explained(found, noise):
                 break
+        self.noise = noise
         return list(zip(found, noise, strict=True))
+
+    def _is_explained(self, found: Sequence[Apart], noise: Sequence[Apart]) -> bool:
+        pairs = list(zip(found, noise, strict=True))
+        is_near = all(excess(one.l2, self.margin * most.l2 + self.arithmetic) <= 1 for one, most in pairs)
+        return is_near and all(one.flips <= most.flips for one, most in pairs)
 
     def _rounding(
         self, owns: Sequence[Sequence[Any]], outs_b: Sequence[Any], truths: Sequence[Any], draws: Sequence[Inputs]
@@ -263,7 +287,7 @@ class Models:
         for i in range(_SHAKES):
             if all(one.flips <= most.flips_allowed(self.margin) for one, most in zip(found, noise, strict=True)):
                 break
-            moved = _evaluating(self.own_b, Jitter(self.seed + i, units=1.0))
+            moved = evaluating(self.own_b, Jitter(self.seed + i, units=1.0))
             outs = pooled([self._call(moved, one, self.exact) for one in draws], outs_b)
             pairs = zip(noise, outs, strict=True)
             noise = [replace(one, flips=max(one.flips, other.flips)) for one, other in pairs]
@@ -288,6 +312,15 @@ class Models:
             *(self.core_a, self.core_b, self.margin, self.arithmetic, self.seed), keeps_dtype=not self.is_double
         )
         return judge.gaps(recorder)
+
+    def without_counterpart(self, runs: Sequence[Measured]) -> list[str]:
+        """Name B's modules with weights that no module of A was compared with."""
+        called = {path for run in runs for path in (*run.gaps, *run.merged)}
+        roots = {self.pairing.there.get(path, path) for path in called}
+        known = set(self.pairing.there.values())
+        modules = self.core_b.named_modules()
+        held = [path for path, module in modules if path and any(True for _ in module.parameters(recurse=False))]
+        return [path for path in held if path not in known and not pairing.is_below(path, roots)]
 
     def same_tensors(self, runs: Sequence[Measured]) -> dict[str, Off]:
         """Compare the tensors of modules that have the same class in both, and that nobody has folded."""
@@ -334,25 +367,7 @@ class Models:
         return inputs.alike(-(-ENOUGH // fewest) - 1, self.seed) if is_judged else []
 
     def _call(self, model: nn.Module, inputs: Inputs, dtype: torch.dtype) -> Any:
-        return _call(model, inputs, dtype, self.seed)
-
-
-def outputs(model: nn.Module, inputs: Inputs, *, seed: int = 0, dtype: torch.dtype | None = None) -> Any:
-    """Run a copy of the model in eval mode, on inputs in its own dtype if no other is given."""
-    return _call(_evaluating(model), inputs, dtype or dtype_of(model), seed)
-
-
-def local_distance(block: nn.Module, conv: nn.Conv2d, norm: nn.Module | None) -> float:
-    """Run a block, and the conv and norm that it replaces, on the same small random map, in float64 eval mode."""
-    spec = ConvSpec.of(conv)
-    top_left, bottom_right = spec.pads[::2], spec.pads[1::2]
-    geometry = zip(spec.dilation, spec.kernel, spec.stride, top_left, bottom_right, strict=True)
-    sides = [d * (k - 1) + s + 1 + max(before, after) for d, k, s, before, after in geometry]
-    x = torch.randn(2, spec.c_in, *sides, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    before = conv if norm is None else nn.Sequential(conv, norm)
-    with quietly(), one_thread():
-        outs = [in_mode(module, False)(x.to(conv.weight.device)) for module in (block, before)]
-    return apart(*outs)
+        return call(model, inputs, dtype, self.seed)
 
 
 def _largest(draws: Sequence[Sequence[Apart]]) -> list[Apart]:
@@ -378,18 +393,3 @@ def _with_tensors_of(b: nn.Module, replay: nn.Module) -> nn.Module | None:
     except RuntimeError:
         return None
     return twin
-
-
-def _evaluating(model: nn.Module, cast: Callable[[Tensor], Tensor] | None = None) -> nn.Module:
-    return in_mode(shadow(model, cast), False)
-
-
-def _call(model: nn.Module, inputs: Inputs, dtype: torch.dtype, seed: int) -> Any:
-    with quietly(seed):
-        try:
-            return inputs.cast_for(model, dtype).call(model)
-        except Exception as error:
-            raise VerifyError(
-                f"a model does not run on an input of {inputs} in {dtype}: {where(error)}",
-                todo=how_to_call(model, inputs),
-            ) from error

@@ -75,8 +75,17 @@ def verify(
         checks=tuple(found),
         distances=tuple(run.distance for run in runs if run.distance is not None),
         sites=site_table(evidence, models.kinds, models.sites),
-        remarks=(*remarks, *_remarks(evidence)),
+        remarks=(*remarks, *_remarks(evidence), *_alone(models, runs)),
     )
+
+
+def _alone(models: Models, runs: Sequence[Measured]) -> Iterator[str]:
+    """Say which modules of B were compared with none of A."""
+    if models.replay is None and any(run.gaps for run in runs) and (alone := models.without_counterpart(runs)):
+        named = ", ".join(alone[:3]) + ", …" * (len(alone) > 3)
+        words = ("module", "has", "its") if len(alone) == 1 else ("modules", "have", "their")
+        what = f"{len(alone)} {words[0]} of B with weights {words[1]} no counterpart in A: {named}"
+        yield f"{what}; only outputs show {words[2]} faults"
 
 
 def _evidence(

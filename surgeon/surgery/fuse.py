@@ -11,7 +11,7 @@ from surgeon.errors import PassError
 from surgeon.models.copies import shadow
 from surgeon.models.progress import Progress, silent
 from surgeon.models.sandbox import ordinary
-from surgeon.proof import runs
+from surgeon.proof import calls
 from surgeon.proof.distance import worst
 from surgeon.surgery.fold import fold_blocks_
 from surgeon.surgery.history import Operation, content_hash, history, planned_inputs, record_, versions
@@ -39,7 +39,7 @@ def fold_all_(
     try:
         folded = fold_blocks_(network if is_planned else Network(model, called_with=planned), dense=dense)
         if before is not None and inputs is not None:
-            after = runs.outputs(model, inputs)
+            after = calls.outputs(model, inputs)
             check_finite(model, before, after, "folding")
             distance = worst(after, before)
             if is_far(model, original, inputs, before, after):

@@ -26,7 +26,7 @@ from surgeon.models.copies import shadow
 from surgeon.models.devices import dtype_of
 from surgeon.models.memory import give_back_after
 from surgeon.models.progress import Progress
-from surgeon.proof import runs
+from surgeon.proof import calls
 from surgeon.proof.distance import (
     EXACT,
     as_double,
@@ -89,7 +89,7 @@ def check_sites(swaps: Sequence[Swap], seed: int, progress: Progress) -> SelfChe
                 type(one.block), f"{path} is stored {ulps:.3g} units in the last place away from its float64 twin"
             )
         if one.entry.keeps_function:
-            apart = runs.local_distance(twin, conv, norm)
+            apart = calls.local_distance(twin, conv, norm)
             if not apart <= EXACT:
                 raise broken(type(one.block), f"{path} is {apart:.1e} from the conv it replaces, in float64")
             if check.worst is None or apart > check.worst:
@@ -118,7 +118,7 @@ class _Way(NamedTuple):
     most: float
 
     def run(self, model: nn.Module, inputs: Inputs, *, seed: int = 0) -> Any:
-        return runs.outputs(self.copied(model), inputs, seed=seed, dtype=self.dtype)
+        return calls.outputs(self.copied(model), inputs, seed=seed, dtype=self.dtype)
 
 
 def _ways(model: nn.Module) -> tuple[_Way, ...]:
@@ -167,7 +167,7 @@ def _misread(model: nn.Module, plan: Plan, network: Network, way: _Way, inputs: 
 
 def run_again(model: nn.Module, inputs: Inputs) -> Any:
     try:
-        return runs.outputs(model, inputs)
+        return calls.outputs(model, inputs)
     except VerifyError as error:
         raise CaptureError(f"{_UNSEEN}: {error.problem}", todo=_LEAVE) from error
 
@@ -217,7 +217,7 @@ def outputs_of(model: nn.Module, inputs: Inputs | None) -> Any:
     """Run the model; None if no input is known, or if no number comes out."""
     if inputs is None or any(parameter.is_meta for parameter in model.parameters()):
         return None
-    out = runs.outputs(model, inputs)
+    out = calls.outputs(model, inputs)
     return out if has_numbers(out) else None
 
 
@@ -231,7 +231,7 @@ def is_far(model: nn.Module, original: nn.Module, inputs: Inputs, before: Any, a
     if not _is_beyond(model, inputs, before, after, _gross(model), dtype_of(model)):
         return False
     try:
-        exact = [runs.outputs(shadow(net, as_double), inputs, dtype=torch.float64) for net in (original, model)]
+        exact = [calls.outputs(shadow(net, as_double), inputs, dtype=torch.float64) for net in (original, model)]
     except VerifyError:  # it does not run in float64
         return True
     is_comparable = is_matched(exact[1], exact[0])
@@ -247,7 +247,7 @@ def _is_beyond(model: nn.Module, inputs: Inputs, before: Any, after: Any, least:
         if all(one.l2 <= max(least, 2 * noise.l2) and one.flips <= noise.flips_allowed(2) for one, noise in pairs):
             return False
         jitter = Jitter(seed, units=1.0, keeps_dtype=dtype == dtype_of(model))
-        moved = runs.outputs(shadow(model, jitter), inputs, dtype=dtype)
+        moved = calls.outputs(shadow(model, jitter), inputs, dtype=dtype)
         if not is_matched(moved, after):  # the shapes of its outputs depend on rounding
             return False
         most = [one.furthest(other) for one, other in zip(most, pooled([moved], [after]), strict=True)]

@@ -230,7 +230,7 @@ def test_exit_code_1_for_different_models(run) -> None:
 
 
 def test_a_fault_of_ours_is_70_and_keeps_the_traceback(run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("surgeon.proof.runs.local_distance", lambda *_: 1.0)
+    monkeypatch.setattr("surgeon.proof.calls.local_distance", lambda *_: 1.0)
     result = run("convert", "net.pt", "-r", "acnet")
     assert result.code == 70
     assert "Traceback" in result.err

@@ -261,7 +261,7 @@ class Number(Question):
     place = 35
 
     def ask(self, evidence):
-        found = min(len(run.gaps) for run in evidence.runs)
+        found = max(len(run.gaps) for run in evidence.runs)
         yield self.answer(-found, -2, f"{found} modules, at least 2")
 '''
 
@@ -281,7 +281,7 @@ def test_to_add_a_check_is_to_add_a_file(another: None) -> None:
     report = _rounding(False)
     assert report.equivalent, report
     assert [check.name for check in report.checks] == [
-        *("storage", "storage", "same tensors", "sites", "wiring", "number", "rounding")
+        *("storage", "storage", "storage", "same tensors", "sites", "wiring", "number", "rounding")
     ]
     assert "number: 4 modules, at least 2" in str(report)
     few = nn.Sequential(nn.Conv2d(3, 4, 3))

@@ -114,12 +114,12 @@ class TestPairsOfOtherHands:
 
     def test_a_dead_output_of_a_model_without_common_names_shows_nothing(self) -> None:
         class Other(nn.Module):
-            def __init__(self, net: nn.Module) -> None:
+            def __init__(self, net: nn.Sequential) -> None:
                 super().__init__()
-                self.net = net
+                self.body, self.tail = net[:3], net[3:]
 
             def forward(self, x: Tensor) -> Tensor:
-                return self.net(x)
+                return self.tail(self.body(x))
 
         a = _net(nn.Conv2d(8, 4, 1))
         nn.init.zeros_(a[6].weight)
@@ -158,6 +158,41 @@ class TestPairsOfOtherHands:
         b[2] = wrong
         report = surgeon.verify(a, b, SHAPE)
         assert (report.verdict, report.first_to_diverge) == ("different", "2")
+
+    @pytest.mark.parametrize(
+        "condition",
+        [
+            lambda x, y: y if x.min() < 0 else y * 2,
+            lambda x, y: y.clamp(-3.0, 3.0),
+            lambda x, y: y if len(x) < 2 or x.shape[2] == 12 else -y,
+        ],
+        ids=["numbers that are not negative", "large outputs", "two images of another size"],
+    )
+    def test_what_code_does_on_other_inputs_is_tried(self, condition: Callable[[Tensor, Tensor], Tensor]) -> None:
+        class Conditional(_Residual):
+            def forward(self, x: Tensor) -> Tensor:
+                return condition(x, super().forward(x))
+
+        a = _residual()
+        b = copy.deepcopy(a)
+        b.__class__ = Conditional
+        assert surgeon.verify(a, b, (1, 3, 12, 12)).verdict == "different"
+
+    def test_weights_without_a_counterpart_are_said(self) -> None:
+        class Renamed(nn.Module):
+            def __init__(self, net: _Residual) -> None:
+                super().__init__()
+                self.stem, self.b1, self.c2, self.b2, self.fc = net.c1, net.b1, net.c2, net.b2, net.fc
+
+            def forward(self, x: Tensor) -> Tensor:
+                y = self.b1(self.stem(x)).relu()
+                return self.fc((self.b2(self.c2(y)) + y).relu().mean((2, 3)))
+
+        report = surgeon.verify(_residual(), Renamed(_residual()), SHAPE)
+        assert report.equivalent, report
+        assert report.remarks == (
+            "1 module of B with weights has no counterpart in A: stem; only outputs show its faults",
+        )
 
     def test_a_conv_that_turns_the_batch_round_is_found_with_one_image(self) -> None:
         class Turned(nn.Conv2d):

@@ -1,0 +1,57 @@
+"""One call of a model: on a copy, in eval mode, with its own random state, in the dtype that is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgeon.analysis.run import how_to_call
+from surgeon.conv.spec import ConvSpec
+from surgeon.errors import VerifyError
+from surgeon.models.call import Inputs
+from surgeon.models.copies import in_mode, shadow, where
+from surgeon.models.devices import dtype_of
+from surgeon.models.sandbox import one_thread, quietly
+from surgeon.proof.distance import apart
+
+
+def outputs(model: nn.Module, inputs: Inputs, *, seed: int = 0, dtype: torch.dtype | None = None) -> Any:
+    """Run a copy of the model in eval mode, on inputs in its own dtype if no other is given."""
+    return call(evaluating(model), inputs, dtype or dtype_of(model), seed)
+
+
+def local_distance(block: nn.Module, conv: nn.Conv2d, norm: nn.Module | None) -> float:
+    """Run a block, and the conv and norm that it replaces, on the same small random map, in float64 eval mode."""
+    spec = ConvSpec.of(conv)
+    top_left, bottom_right = spec.pads[::2], spec.pads[1::2]
+    geometry = zip(spec.dilation, spec.kernel, spec.stride, top_left, bottom_right, strict=True)
+    sides = [d * (k - 1) + s + 1 + max(before, after) for d, k, s, before, after in geometry]
+    x = torch.randn(2, spec.c_in, *sides, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    before = conv if norm is None else nn.Sequential(conv, norm)
+    with quietly(), one_thread():
+        outs = [in_mode(module, False)(x.to(conv.weight.device)) for module in (block, before)]
+    return apart(*outs)
+
+
+def evaluating(model: nn.Module, cast: Callable[[Tensor], Tensor] | None = None) -> nn.Module:
+    """Copy a model, and put the copy into eval mode."""
+    return in_mode(shadow(model, cast), False)
+
+
+def call(model: nn.Module, inputs: Inputs, dtype: torch.dtype, seed: int) -> Any:
+    """Call a model.
+
+    Raises:
+        VerifyError: it does not run; the message says what it said, and where.
+    """
+    with quietly(seed):
+        try:
+            return inputs.cast_for(model, dtype).call(model)
+        except Exception as error:
+            raise VerifyError(
+                f"a model does not run on an input of {inputs} in {dtype}: {where(error)}",
+                todo=how_to_call(model, inputs),
+            ) from error
