@@ -80,5 +80,9 @@ STANDARD: dict[str, object] = {
     **{f"builtins.{kind.__name__}": kind for kind in (bool, dict, float, int, list, str, tuple)},
     **{f"builtins.{function.__name__}": function for function in (abs, len, max, min, round, sum)},
     **{f"math.{name}": getattr(math, name) for name in _MATH.split()},
-    **{f"{module}.{name}": getattr(operator, name) for name in _OPERATORS.split() for module in ("operator", "_operator")},
+    **{
+        f"{module}.{name}": getattr(operator, name)
+        for name in _OPERATORS.split()
+        for module in ("operator", "_operator")
+    },
 }
