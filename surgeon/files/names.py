@@ -35,8 +35,8 @@ PACKAGES = ("torch.nn", "torchvision", "timm", "surgeon")
 PROGRAMS = (torch.fx.GraphModule, torch.jit.ScriptModule)
 
 # What whole models (119 of torchvision's and 1340 of timm's were measured) and checkpoints hold besides modules and
-# tensors. A file may refer to these and make blank ones; what it may call is listed in `calls`. `builtins.getattr`, which
-# reaches everything, stands for a look-up in a list of torch's functions.
+# tensors. A file may refer to these and make blank ones; what it may call is listed in `calls`. `builtins.getattr`,
+# which reaches everything, stands for a look-up in a list of torch's functions.
 HARMLESS = frozenset(
     {
         "argparse.Namespace",  # the options of a training run

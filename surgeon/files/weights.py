@@ -96,7 +96,8 @@ def _same_shapes(own: State, part: State) -> bool:
 def load_weights(model: nn.Module, state: State, origin: str, classes: str | None = None) -> None:
     """Copy all of `state` into `model`; after a ModelError the model is left modified.
 
-    `classes` is the argument with which the network is told how many classes it has, if it takes one. Tensors that the model holds under several names need to be there under one: safetensors files store them once.
+    `classes` is the argument with which the network is told how many classes it has, if it takes one.
+    Tensors that the model holds under several names need to be there under one: safetensors files store them once.
     """
     own = model.state_dict()
     for key, tensor in state.items():

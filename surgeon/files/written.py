@@ -68,7 +68,8 @@ class _Probe(pickle.Pickler):
 
     def persistent_id(self, value: object) -> tuple[object, ...] | None:
         if isinstance(value, torch.storage.TypedStorage):
-            return "storage", getattr(torch, value._pickle_storage_type()), "0", "cpu", value._size()
+            kind = getattr(torch, value._pickle_storage_type())  # type: ignore[no-untyped-call]
+            return "storage", kind, "0", "cpu", value._size()  # type: ignore[no-untyped-call]
         if isinstance(value, torch.UntypedStorage):
             return "storage", torch.UntypedStorage, "0", "cpu", value.nbytes()
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copyreg
 import dataclasses
 import datetime
 import decimal
@@ -222,6 +223,8 @@ def test_every_listed_function_is_there_and_comes_back(here: Path) -> None:
         (lambda p: CallOf(decimal.Decimal, "1" * 1000), "calls decimal.Decimal with arguments"),
         (lambda p: CallOf(datetime.datetime, 2024, 1, 1), "calls datetime.datetime with arguments"),
         (lambda p: CallOf(datetime.datetime, b"0123456789"), "cannot be unpickled"),
+        (lambda p: Blank(datetime.timedelta), "calls datetime.timedelta"),
+        (lambda p: Blank(dict), "calls builtins.dict"),
         (lambda p: torch.hub.load, "torch.hub.load"),
         (lambda p: os.system, "system"),
         (lambda p: math.factorial, "math.factorial"),
@@ -302,6 +305,19 @@ class CallOf:
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.call[1])
+
+    def __call__(self) -> None:
+        """Be something that another call may pickle as its function."""
+
+
+class Blank:
+    """Pickles as a blank object of a class, which no constructor has filled."""
+
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return copyreg.__newobj__, (self.kind,)  # type: ignore[attr-defined]
 
 
 def _blank(kind: Any, **state: object) -> Any:
@@ -767,7 +783,7 @@ def test_a_user_class_that_runs_code_is_named_before_the_work(theirs: Any) -> No
     from surgeon.files.written import check_writable
 
     check_writable(net(value=theirs.Plain(), kind=theirs.Kind.A))
-    with pytest.raises(StoreError, match="value could be .* theirs.Filled .* in __setstate__"):
+    with pytest.raises(StoreError, match=r"value could be .* theirs.Filled .* in __setstate__"):
         check_writable(net(value=theirs.Filled()))
 
 
