@@ -112,7 +112,7 @@ def convert(
     progress(f"loading {name}", 0)
     loaded = _load(name, given)
     if formats.of_suffix(path).holds_modules:
-        check_writable(loaded.model)
+        check_writable(loaded.model, given.trust)
     progress("looking for an input", 0.1)
     planned = wanted if isinstance(wanted, Plan) else None
     network = _network(loaded.model, given, plan=planned, to_plan=planned is None)
@@ -143,7 +143,7 @@ def fuse(
     loaded = _load(name, given)
     model, params = loaded.model, _count(loaded.model)
     if formats.of_suffix(path).holds_modules:
-        check_writable(model)
+        check_writable(model, given.trust)
     progress("looking for an input", 0.3)
     network = _network(model, given)
     folded, distance = fold_all_(network, dense=dense, progress=parts(progress, 0.4, 0.9))

@@ -49,6 +49,9 @@ def find(name: str) -> Callable[[], object]:
     return _own(module, function, {})
 
 
+_FOR_CLASSES = ("num_classes", "n_classes", "nclasses", "classes", "num_labels", "n_class", "num_class")
+
+
 def is_factory(name: str) -> bool:
     """Whether a name stands for something to call, not for a file."""
     return ":" in name and not Path(name).exists()
@@ -70,6 +73,20 @@ def make(architecture: Architecture, seed: int) -> nn.Module:
             todo="Name a class or function that returns the model itself.",
         )
     return model
+
+
+def argument_for_classes(architecture: Architecture) -> str | None:
+    """Name the argument with which a factory is told how many classes a network has, if it takes one."""
+    source, _, name = architecture.name.rpartition(":")
+    if not is_factory(architecture.name):
+        return None
+    if source in LIBRARIES:
+        return _FOR_CLASSES[0]
+    try:
+        taken = inspect.signature(_own(source, name, {})).parameters
+    except (TypeError, ValueError):  # of a class that is not written in Python
+        return None
+    return next((argument for argument in _FOR_CLASSES if argument in taken), None)
 
 
 def parse(args: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from surgeon.files import arrays
+from surgeon.files import arrays, functions
 from surgeon.files.values import UNKNOWN, Value, bytes_per_number, fits
 
 Rule = Callable[[Sequence[Value]], bool]
@@ -139,7 +139,30 @@ def _is_counted(args: Sequence[Value]) -> bool:
 
 def _is_named(args: Sequence[Value]) -> bool:
     """Take one function or class; that it is an admitted one is asked where it is taken."""
-    return len(args) == 1 and args[0].opcode == "GLOBAL"
+    return len(args) == 1 and (args[0].opcode == "GLOBAL" or args[0].made_by == functions.GETATTR)
+
+
+def _is_function_of_torch(args: Sequence[Value]) -> bool:
+    """Take (the class that torch's functions hang on, the name of one that is listed)."""
+    is_pair = len(args) == 2 and args[0].name == functions.VARIABLE_FUNCTIONS
+    return is_pair and isinstance(args[1].literal, str) and args[1].literal in functions.OF_TORCH
+
+
+def _is_date(args: Sequence[Value]) -> bool:
+    """Take bytes, and perhaps a time zone."""
+    is_zoned = len(args) == 2 and args[1].made_by == "datetime.timezone"
+    return (len(args) == 1 or is_zoned) and args[0].made_by == "_codecs.encode"
+
+
+def _is_zone(args: Sequence[Value]) -> bool:
+    """Take how far a time zone is from UTC, and perhaps its name."""
+    is_named = len(args) == 2 and isinstance(args[1].literal, str)
+    return (len(args) == 1 or is_named) and args[0].made_by == "datetime.timedelta"
+
+
+def _is_number(args: Sequence[Value]) -> bool:
+    """Take the digits of a decimal number; with more of them, what is computed with it would take long."""
+    return len(args) == 1 and isinstance(args[0].literal, str) and len(args[0].literal) <= 100
 
 
 RULES: dict[str, Rule] = {
@@ -147,6 +170,13 @@ RULES: dict[str, Rule] = {
     "collections.Counter": _is_counted,
     "types.SimpleNamespace": lambda args: not args,
     "functools.partial": _is_named,
+    functions.GETATTR: _is_function_of_torch,
+    **{f"datetime.{kind}": _is_date for kind in ("date", "datetime", "time")},
+    "datetime.timedelta": _literals(int, int, int),
+    "datetime.timezone": _is_zone,
+    "decimal.Decimal": _is_number,
+    "builtins.range": _literals(int, int, int),
+    "builtins.slice": _literals((int, type(None)), (int, type(None)), (int, type(None))),
     "torch.Size": lambda args: len(args) == 1 and args[0].sizes is not None,
     "torch.device": lambda args: bool(args) and _literals(str, int)(args),
     "torch.serialization._get_layout": lambda args: bool(args) and _literals(str)(args),

@@ -8,7 +8,7 @@ names a key, or a prefix, where the usual one is not wanted.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -25,7 +25,8 @@ WEIGHT_KEYS = ("state_dict", "model_state_dict", "model", "net")
 AVERAGE_KEYS = ("model_ema", "state_dict_ema", "ema_state_dict", "ema")
 PREFIXES = ("module.", "_orig_mod.")
 _QUANTISED = ("._packed_params", ".qweight", ".qzeros", ".SCB", ".quant_state")  # ends of keys, of several libraries
-_DEEPEST = 3  # mappings within each other
+_DEEPEST = 3  # mappings within each other, each under a usual key
+_LOWEST = 5  # of them under any keys
 
 State = dict[str, Tensor]
 
@@ -141,7 +142,7 @@ def _under_key(origin: str, checkpoint: Mapping[Any, Any]) -> tuple[Any, list[st
     keys = [key for key in (*WEIGHT_KEYS, *AVERAGE_KEYS) if _holds_model(checkpoint.get(key))]
     if not keys:
         held = few([str(key) for key in checkpoint]) or "nothing"
-        others = [str(key) for key, value in checkpoint.items() if _holds_model(value)]
+        others = list(_paths(checkpoint))
         todo = f"--weights {others[0]} would take what lies there." if others else ""
         raise ModelError(
             f"{origin} holds neither a model nor weights, but {held}"
@@ -165,6 +166,22 @@ def _holds_model(value: object, depth: int = 0) -> bool:
     if all(isinstance(one, Tensor) or _is_array(one) for one in value.values()):
         return True
     return any(_holds_model(value.get(key), depth + 1) for key in (*WEIGHT_KEYS, *AVERAGE_KEYS))
+
+
+def _paths(checkpoint: Mapping[Any, Any]) -> Iterator[str]:
+    """Name the places, a few levels down, where models or weights lie, as `--weights` takes them."""
+    seen, level = {id(checkpoint)}, [("", checkpoint)]
+    for _ in range(_LOWEST):
+        level, above = [], level
+        for prefix, mapping in above:
+            for key, value in mapping.items():
+                if not isinstance(key, str) or id(value) in seen:
+                    continue
+                if _holds_model(value):
+                    yield f"{prefix}{key}"
+                elif isinstance(value, Mapping):
+                    seen.add(id(value))  # a checkpoint may hold itself
+                    level.append((f"{prefix}{key}.", value))
 
 
 def _refuse_quantised(origin: str, found: Mapping[Any, Any]) -> None:

@@ -167,7 +167,8 @@ def _load_file(
         )
     state, more = weights.fitted(model, state, name)
     weights.cast_(model, state)
-    weights.load_weights(model, state, name)
+    classes = None if architecture is None else architectures.argument_for_classes(architecture)
+    weights.load_weights(model, state, name, classes)
     return Loaded(model, architecture, name, header, (*notices, *more))
 
 

@@ -25,6 +25,7 @@ from torch import nn
 
 from surgeon import blocks
 from surgeon.errors import ModelError
+from surgeon.files import functions
 from surgeon.files.plain import is_enum, obstacle
 from surgeon.nn import HOMES, current_name
 
@@ -34,8 +35,8 @@ PACKAGES = ("torch.nn", "torchvision", "timm", "surgeon")
 PROGRAMS = (torch.fx.GraphModule, torch.jit.ScriptModule)
 
 # What whole models (119 of torchvision's and 1340 of timm's were measured) and checkpoints hold besides modules and
-# tensors. A file may refer to these and make blank ones; what it may call is listed in `steps`. Left out on purpose:
-# `builtins.getattr`, which six FasterNets need, since it reaches everything.
+# tensors. A file may refer to these and make blank ones; what it may call is listed in `calls`. `builtins.getattr`,
+# which reaches everything, stands for a look-up in a list of torch's functions.
 HARMLESS = frozenset(
     {
         "argparse.Namespace",  # the options of a training run
@@ -51,9 +52,6 @@ HARMLESS = frozenset(
         "timm.layers.activations.gelu",
         "timm.layers.format.Format",
         "timm.models._features.FeatureInfo",
-        "torch._C._nn.gelu",
-        "torch.nn.functional.relu",
-        "torch.nn.functional.silu",
         "torchvision.models.detection._utils.BalancedPositiveNegativeSampler",
         "torchvision.models.detection._utils.BoxCoder",
         "torchvision.models.detection._utils.BoxLinearCoder",
@@ -64,6 +62,8 @@ HARMLESS = frozenset(
         "torchvision.ops.poolers.LevelMapper",  # a detector that has run once holds one
         "types.SimpleNamespace",
     }
+    | functions.NAMES
+    | set(functions.STANDARD)
 )
 # Names that are found without an import: standard library only, and the same objects under any version's name for them.
 _STANDARD: dict[str, object] = {
@@ -71,6 +71,7 @@ _STANDARD: dict[str, object] = {
     "builtins.frozenset": frozenset,
     "functools.partial": functools.partial,
     "types.SimpleNamespace": types.SimpleNamespace,
+    **functions.STANDARD,
     **{f"pathlib.{kind.__name__}": kind for kind in (pathlib.PurePosixPath, pathlib.PureWindowsPath)},
     **{f"pathlib.{kind.__name__}": kind for kind in (pathlib.PosixPath, pathlib.WindowsPath)},
 }

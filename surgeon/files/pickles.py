@@ -119,8 +119,8 @@ def _load(path: Path, file: IO[bytes], found: Mapping[str, object]) -> Any:
 
 def _distrusted(path: Path, culprit: str) -> ModelError:
     return ModelError(
-        f"{path} {culprit}, which no file written by torch.save does",
-        todo="Do not trust it; ask whoever made it for the state_dict.",
+        f"{path} {culprit}, which no file may do",
+        todo="If you made it, save the state_dict and use --arch. If not, do not trust it; ask for the state_dict.",
     )
 
 

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from torch import nn
 
-from surgeon.files import arrays, calls
+from surgeon.files import arrays, calls, functions
 from surgeon.files.names import HARMLESS, STORED, Trust, lies_in
 from surgeon.files.plain import is_named_tuple, keeps_hash, slots_of
 from surgeon.files.values import UNKNOWN, Value, bytes_per_number, excess
@@ -127,6 +127,8 @@ class _Walk:
         """Say what is wrong with one step of the program; `taken` is what it pops."""
         for value in taken[1:] if opcode in ("REDUCE", "NEWOBJ") else taken:
             kind = self.admitted.get(value.name)
+            if value.name == functions.GETATTR:
+                return "stores builtins.getattr"
             if isinstance(kind, type) and issubclass(kind, nn.Module) and not _may_be_stored(value.name, self.trust):
                 return f"stores the class {value.name}, which another module could call with arguments from the file"
         if opcode == "REDUCE":
@@ -151,7 +153,7 @@ class _Walk:
             return f"calls {called.name or 'what it has made'}"
         if not calls.is_allowed(called.name, arguments):
             return f"calls {called.name} with {self._found_in(arguments)}"
-        if called.name == "functools.partial" and not self._may_be_called(arguments.parts[0].name):
+        if called.name == "functools.partial" and not self._may_be_called(arguments.parts[0]):
             return f"calls {called.name} with {arguments.parts[0].name}"
         if called.name in ("builtins.set", "builtins.frozenset") and arguments.parts:
             return self._objection_to_keys(arguments.parts[0].parts)
@@ -162,14 +164,16 @@ class _Walk:
         names = [value.name for value in arguments.all_parts() if value.name in self.admitted]
         return names[0] if names else "arguments that torch.save does not write"
 
-    def _may_be_called(self, name: str) -> bool:
+    def _may_be_called(self, value: Value) -> bool:
         """Whether a function or class may wait in a partial for a forward to call it."""
-        kind = self.admitted.get(name)
-        return kind is not None and callable(kind) and name not in ("functools.partial", "pathlib.PosixPath")
+        if value.made_by == functions.GETATTR:  # it has been looked at, and is one of torch's
+            return True
+        kind = self.admitted.get(value.name)
+        return kind is not None and callable(kind) and value.name not in ("functools.partial", "pathlib.PosixPath")
 
     def _objection_to_blank(self, called: Value, arguments: Value) -> str | None:
         kind = self.admitted.get(called.name)
-        if not isinstance(kind, type) or issubclass(kind, enum.Enum):
+        if not isinstance(kind, type) or issubclass(kind, enum.Enum) or called.name in functions.STANDARD:
             return f"calls {called.name or 'what it has made'}"
         count = len(arguments.parts) if arguments.is_tuple else -1
         if is_named_tuple(kind):

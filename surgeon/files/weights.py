@@ -93,13 +93,16 @@ def _same_shapes(own: State, part: State) -> bool:
     return all(part[key].shape == tensor.shape for key, tensor in own.items() if key in part)
 
 
-def load_weights(model: nn.Module, state: State, origin: str) -> None:
+def load_weights(model: nn.Module, state: State, origin: str, classes: str | None = None) -> None:
     """Copy all of `state` into `model`; after a ModelError the model is left modified.
 
+    `classes` is the argument with which the network is told how many classes it has, if it takes one.
     Tensors that the model holds under several names need to be there under one: safetensors files store them once.
     """
     own = model.state_dict()
     for key, tensor in state.items():
+        if key in own and (obstacle := _obstacle(tensor)):
+            raise ModelError(f"{key} in {origin} {obstacle[0]}", todo=obstacle[1])
         if key in own and (loss := _loss(tensor.dtype, own[key].dtype)):
             raise ModelError(
                 f"{key} in {origin} holds {loss}", todo="Save the weights in the dtype that the network has."
@@ -110,7 +113,7 @@ def load_weights(model: nn.Module, state: State, origin: str) -> None:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        problem, todo = _misfit(own, state)
+        problem, todo = _misfit(own, state, classes)
         what = problem or str(error).splitlines()[-1].strip()
         raise ModelError(f"the weights in {origin} do not fit the network: {what}", todo=todo) from error
 
@@ -124,6 +127,16 @@ def cast_(model: nn.Module, state: State) -> None:
     for key, own in model.state_dict(keep_vars=True).items():
         if key in state and own.is_floating_point() and state[key].is_floating_point():
             own.data = own.data.to(state[key].dtype)
+
+
+def _obstacle(tensor: Tensor) -> tuple[str, str] | None:
+    """Say why the numbers of a tensor cannot be copied into a network, and what to do."""
+    if tensor.is_meta:
+        return "has no numbers: it lies on the meta device", "Save the weights from where they have been loaded."
+    if tensor.layout is not torch.strided:
+        layout = str(tensor.layout).removeprefix("torch.")
+        return f"is stored as {layout}, and a network takes dense weights", "Save it as tensor.to_dense()."
+    return None
 
 
 def _loss(stored: torch.dtype, own: torch.dtype) -> str | None:
@@ -140,7 +153,7 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
     return (tensor.data_ptr() or id(tensor), tensor.shape, tensor.stride())
 
 
-def _misfit(own: State, state: State) -> tuple[str, str]:
+def _misfit(own: State, state: State, classes: str | None) -> tuple[str, str]:
     """Say how weights differ from those of the network, and what may help."""
     missing = [key for key in own if key not in state]
     unexpected = [key for key in state if key not in own]
@@ -148,10 +161,19 @@ def _misfit(own: State, state: State) -> tuple[str, str]:
     shapes = [f"{key} is {tuple(state[key].shape)}, not {tuple(own[key].shape)}" for key in reshaped]
     lists = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
     problem = "; ".join(f"{len(words)} {what} ({few(words)})" for what, words in lists.items() if words)
-    # A classifier of another size differs in its first axis only, from one number of classes to one other.
-    heads = {(len(own[key]), len(state[key]), own[key].shape[1:] == state[key].shape[1:]) for key in reshaped}
-    if not missing and not unexpected and len(heads) == 1:
-        _, classes, is_head = heads.pop()
-        if is_head:
-            return problem, f"If it has {classes} classes: --arch-arg num_classes={classes}"
+    if classes and not missing and not unexpected and (count := _classes(own, state, reshaped)):
+        return problem, f"If it has {count} classes: --arch-arg {classes}={count}"
     return problem, "Give the network that was trained to --arch, and the arguments it was built with to --arch-arg."
+
+
+def _classes(own: State, state: State, reshaped: list[str]) -> int | None:
+    """Count the classes of weights that differ from the network in the size of the classifier only.
+
+    Such weights have all of the last layer in another size, and differ in their first axis, from one number of classes
+    to one other.
+    """
+    last = next(reversed(own)).rpartition(".")[0] if own else ""
+    sizes = {own[key].shape[:1] + state[key].shape[:1] for key in reshaped}
+    is_whole = all(key in reshaped for key in own if key.rpartition(".")[0] == last)
+    is_first_axis = all(own[key].dim() and own[key].shape[1:] == state[key].shape[1:] for key in reshaped)
+    return state[reshaped[0]].shape[0] if reshaped and is_whole and is_first_axis and len(sizes) == 1 else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 
 from surgeon.errors import ModelError, StoreError
 from surgeon.files import calls, formats, whole
-from surgeon.files.names import HARMLESS, NUMPY, PACKAGES, Trust, lies_in, offered_blocks
+from surgeon.files.names import HARMLESS, NUMPY, PACKAGES, Trust, admitted, lies_in, offered_blocks
 from surgeon.files.steps import Program
 from surgeon.nn import current_name
 
@@ -21,13 +22,14 @@ _HOOKS = "hooks"
 _REGISTERS = ("_parameters", "_buffers", "_modules")
 
 
-def check_writable(model: nn.Module) -> None:
-    """Make sure that a model can be pickled; its tensors are not looked at.
+def check_writable(model: nn.Module, trust: Trust = Trust()) -> None:  # noqa: B008 - frozen
+    """Make sure that a model can be pickled, and read again; its numbers are not looked at.
 
     Raises:
         StoreError: the attribute that cannot be, and what to do.
     """
     if (error := _failure(model)) is None:
+        _check_attributes(model, trust)
         return
     where, what = next(_culprits(model), ("the model", str(error)))
     raise StoreError(
@@ -64,9 +66,69 @@ def _needs_admission(name: str) -> bool:
 class _Probe(pickle.Pickler):
     """Pickles as torch.save does, without the numbers."""
 
-    def persistent_id(self, value: object) -> str | None:
-        is_storage = isinstance(value, torch.storage.TypedStorage) or torch.is_storage(value)
-        return "storage" if is_storage else None
+    def persistent_id(self, value: object) -> tuple[object, ...] | None:
+        if isinstance(value, torch.storage.TypedStorage):
+            kind = getattr(torch, value._pickle_storage_type())  # type: ignore[no-untyped-call]
+            return "storage", kind, "0", "cpu", value._size()  # type: ignore[no-untyped-call]
+        if isinstance(value, torch.UntypedStorage):
+            return "storage", torch.UntypedStorage, "0", "cpu", value.nbytes()
+        return None
+
+
+def _check_attributes(model: nn.Module, trust: Trust) -> None:
+    """Refuse attributes that a file of the model would hold and that no file may."""
+    if _objection(model, trust) is None:
+        return
+    for path, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute in _REGISTERS or (why := _objection(value, trust)) is None:
+                continue
+            where = _place(path, attribute)
+            raise StoreError(
+                f"{where} could be written to a file, but not read again: it is {_kind(value)}; {why}",
+                todo="Take it off the model, for example by making it in a function that forward calls; "
+                "or write only the weights, -o NAME.safetensors.",
+            )
+
+
+def _objection(value: object, trust: Trust) -> str | None:
+    """Say why a file with this value would be refused, if every package that it names were admitted."""
+    file = io.BytesIO()
+    _Probe(file, protocol=2).dump(value)
+    program = Program(file.getvalue())
+    try:
+        names = _names(file.getvalue())
+    except Exception:  # whatever torch's reader makes of it
+        return "its pickle has steps that torch's safe reader does not take"
+    if any(name.startswith("__main__.") for name in names):
+        return None  # what is to be done about those is said when the file is written
+    own = [name.partition(".")[0] for name in names if _needs_admission(current_name(name))]
+    trust = Trust((*trust.allow, *own))
+    try:
+        why = program.objection(admitted(Path("its pickle"), names, trust), trust, lambda _, size: size)
+    except ModelError as error:
+        return error.problem
+    return why and f"its pickle {why}"
+
+
+def _names(program: bytes) -> list[str]:
+    """List what a pickle names beyond torch's own tensors and containers; torch tells this of whole files."""
+    with zipfile.ZipFile(archive := io.BytesIO(), "w") as records:
+        records.writestr("probe/data.pkl", program)
+        records.writestr("probe/version", "3")
+    archive.seek(0)
+    return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(archive))
+
+
+def _kind(value: object) -> str:
+    """Say what a value is: a function by its name, everything else by its class."""
+    name = getattr(value, "__qualname__", None)
+    return str(name) if callable(value) and name else f"a {type(value).__name__}"
+
+
+def _place(path: str, attribute: str) -> str:
+    """Name an attribute as a user writes it, and a hook by its module."""
+    return f"a hook of {path or 'the model'}" if attribute.endswith(_HOOKS) else f"{path}.{attribute}".removeprefix(".")
 
 
 def _failure(value: object) -> Exception | None:
@@ -87,8 +149,7 @@ def _culprits(model: nn.Module) -> Iterator[tuple[str, str]]:
         for attribute, value in vars(module).items():
             if attribute in _REGISTERS or (error := _failure(value)) is None:
                 continue
-            what = f"a hook of {name}" if attribute.endswith(_HOOKS) else f"{path}.{attribute}".removeprefix(".")
-            yield what, _described(value, error)
+            yield _place(path, attribute), _described(value, error)
 
 
 def _described(value: Any, error: Exception) -> str:

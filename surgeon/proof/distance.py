@@ -28,8 +28,7 @@ def relative_l2(b: Tensor, a: Tensor) -> float:
     >>> relative_l2(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0]))
     0.1
     """
-    a, b = (torch.view_as_real(t) if t.is_complex() else t for t in (a.detach(), b.detach()))
-    a, b = a.double(), b.double()
+    a, b = real(a).double(), real(b).double()
     odd = ~(a.isfinite() & b.isfinite())
     if odd.any():
         if not torch.equal(a[odd].nan_to_num(nan=0.5), b[odd].nan_to_num(nan=0.5)):
@@ -40,6 +39,28 @@ def relative_l2(b: Tensor, a: Tensor) -> float:
     scale = 2.0 ** min(-math.frexp(largest)[1], 1000)
     apart, size = ((b - a) * scale).norm().item(), (a * scale).norm().item()
     return apart / size if size else (math.inf if apart else 0.0)
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """Give the numbers of a tensor without gradients and one by one, however they are stored.
+
+    Sparse layouts and quantised numbers are written out; a conjugate or a negation that torch has put off is computed.
+    """
+    tensor = tensor.detach()
+    if tensor.is_quantized:
+        return tensor.dequantize()
+    whole = tensor if tensor.layout is torch.strided else tensor.to_dense()
+    return whole.resolve_conj().resolve_neg()
+
+
+def real(tensor: Tensor) -> Tensor:
+    """Give the numbers of a tensor, complex ones as pairs.
+
+    >>> real(torch.tensor([1 + 2j]).conj())
+    tensor([[ 1., -2.]])
+    """
+    tensor = dense(tensor)
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def apart(out: Tensor, expected: Tensor) -> float:
@@ -78,7 +99,7 @@ class Apart:
         >>> Apart.between(torch.tensor([3.0, 4.5, math.nan]), torch.tensor([3.0, 4.0, 1.0]))
         Apart(l2=0.1, flips=1, count=3, is_whole=False)
         """
-        a, b = (torch.view_as_real(t) if t.is_complex() else t for t in (a.detach(), b.detach()))
+        a, b = real(a), real(b)
         if not (a.is_floating_point() or b.is_floating_point()):
             return cls(0.0, int((a != b).sum()), a.numel(), is_whole=True)
         a, b = a.double(), b.double()
@@ -190,7 +211,9 @@ def _opened(out: Any) -> Any:
 
 
 def _number(leaf: Any) -> Any:
-    """Turn a float into a tensor: beside tensors it is an output like them."""
+    """Turn a float into a tensor, since beside tensors it is an output like them, and write out other layouts."""
+    if isinstance(leaf, Tensor):
+        return leaf if leaf.layout is torch.strided and not leaf.is_quantized else dense(leaf)
     return torch.tensor(leaf, dtype=torch.float64) if isinstance(leaf, float) else leaf
 
 

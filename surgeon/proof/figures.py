@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgeon.proof.distance import matched, relative_l2, worst
+from surgeon.proof.distance import matched, real, relative_l2, worst
 from surgeon.proof.report import Distance
 
 
@@ -22,8 +22,8 @@ def figures(label: str, exact: tuple[Any, Any] | None, own: tuple[Any, Any]) -> 
         VerifyError: the outputs differ in structure, shape or dtype.
     """
     outs = matched(*own)
-    rows = [_row(_real(b), _real(a)) for b, a in outs]
-    scores = [(b, a) for b, a in outs if a.dim() == 2 and a.shape[1] > 1 and not a.is_complex()]
+    rows = [_row(real(b).double(), real(a).double()) for b, a in outs]
+    scores = [(b, a) for b, a in outs if _is_scores(a)]
     return Distance(
         input=label,
         float64=None if exact is None else worst(*exact),
@@ -36,9 +36,10 @@ def figures(label: str, exact: tuple[Any, Any] | None, own: tuple[Any, Any]) -> 
     )
 
 
-def _real(tensor: Tensor) -> Tensor:
-    """Cast to float64; complex numbers become pairs."""
-    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).double()
+def _is_scores(tensor: Tensor) -> bool:
+    """Whether a tensor can hold scores of classes: masks have no largest entry, and complex numbers no order."""
+    is_ordered = tensor.dtype is not torch.bool and not tensor.is_complex()
+    return is_ordered and tensor.dim() == 2 and tensor.shape[1] > 1
 
 
 def _row(b: Tensor, a: Tensor) -> tuple[float, float, float, float]:
@@ -51,4 +52,4 @@ def _row(b: Tensor, a: Tensor) -> tuple[float, float, float, float]:
 
 
 def _top1(b: Tensor, a: Tensor) -> float:
-    return (b.argmax(1) == a.argmax(1)).double().mean().item()
+    return (b.double().argmax(1) == a.double().argmax(1)).double().mean().item()

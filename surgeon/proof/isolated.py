@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from surgeon._torch_compat import pytree
 from surgeon.models.copies import shadow
-from surgeon.proof.distance import Apart, apart
+from surgeon.proof.distance import Apart, apart, real
 from surgeon.proof.recorder import Recorder, Recording, Stretch, leaves, modules_of, run
 from surgeon.proof.ulps import Jitter, off
 
@@ -210,10 +210,10 @@ def spread(out: Any, expected: Any) -> list[Spread] | None:
 
 def _spread(b: Tensor, a: Tensor) -> Spread:
     counted = Apart.between(b, a)
-    b, a = (torch.view_as_real(t) if t.is_complex() else t for t in (b, a))
+    b, a = real(b), real(a)
     if counted.is_whole:
         return Spread(torch.zeros(1, dtype=torch.float64), 0.0, counted)
-    b, a = b.detach().double(), a.detach().double()
+    b, a = b.double(), a.double()
     is_odd = ~(a.isfinite() & b.isfinite())
     difference, a = (b - a).masked_fill(is_odd, 0.0), a.masked_fill(is_odd, 0.0)
     axes = {1, a.dim() - 1} if a.dim() > 1 else {0}

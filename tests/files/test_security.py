@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import collections
+import copyreg
 import dataclasses
+import datetime
+import decimal
 import enum
 import functools
 import io
 import json
+import logging
+import math
+import operator
 import os
 import pathlib
 import re
@@ -23,12 +29,14 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from helpers import write_pickle
+from helpers import run_surgeon, write_pickle
 from torch import nn
+from torch.nn import functional
 
 import surgeon
 from surgeon.analysis import example as examples
 from surgeon.errors import ModelError, StoreError, SurgeonError
+from surgeon.files import functions
 from surgeon.files import load as source
 from surgeon.files.names import Trust
 from surgeon.nn import Rewritten
@@ -158,6 +166,24 @@ def test_values_of_an_admitted_package_come_along(make: Callable[[Any], object],
         torch.Size([1, 2]),
         torch.device("cpu"),
         torch.float16,
+        torch.relu,
+        torch.sigmoid,
+        torch.special.expit,
+        functional.softplus,
+        functional.threshold,
+        functools.partial(functional.leaky_relu, negative_slope=0.1),
+        functools.partial(torch.clamp, min=0),
+        nn.init.zeros_,
+        math.sqrt,
+        operator.add,
+        max,
+        [bool, dict, float, int, list, str, tuple, range],
+        range(1, 9, 2),
+        slice(1, None),
+        datetime.timedelta(days=1),
+        {datetime.date(2024, 2, 29): datetime.time(12)},
+        datetime.datetime(2024, 2, 29, tzinfo=datetime.timezone(datetime.timedelta(hours=1), "here")),
+        decimal.Decimal("0.1"),
         {1, 2},
         2**70,
     ],
@@ -170,6 +196,49 @@ def test_plain_values_come_along(value: Any, here: Path) -> None:
         assert (found.func, found.args, found.keywords) == (value.func, value.args, value.keywords)
     else:
         assert found == value
+
+
+def test_every_listed_function_is_there_and_comes_back(here: Path) -> None:
+    listed = [getattr(torch, name) for name in sorted(functions.OF_TORCH)]
+    for name in sorted(functions.NAMES):
+        where, _, attribute = name.rpartition(".")
+        listed.append(getattr(sys.modules[where], attribute))
+    torch.save(net(value=listed), "m.pt")
+    assert all(a is b or a == b for a, b in zip(source.load("m.pt").model.value, listed, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda p: CallOf(getattr, torch._C._VariableFunctionsClass, "from_file"), "calls builtins.getattr"),
+        (lambda p: CallOf(getattr, torch._C._VariableFunctionsClass, "__init_subclass__"), "calls builtins.getattr"),
+        (lambda p: CallOf(getattr, nn.ReLU, "forward"), "calls builtins.getattr with torch.nn.modules.activation.ReLU"),
+        (lambda p: CallOf(CallOf(getattr, torch._C._VariableFunctionsClass, "relu"), 1), "calls what it has made"),
+        (lambda p: getattr, "stores builtins.getattr"),
+        (lambda p: functools.partial(getattr, 1), "stores builtins.getattr"),
+        (lambda p: CallOf(math.sqrt, 4), "calls math.sqrt"),
+        (lambda p: CallOf(list, "ab"), "calls builtins.list"),
+        (lambda p: CallOf(int, "9"), "calls builtins.int"),
+        (lambda p: CallOf(nn.init.zeros_, torch.ones(1)), "calls torch.nn.init.zeros_"),
+        (lambda p: CallOf(decimal.Decimal, "1" * 1000), "calls decimal.Decimal with arguments"),
+        (lambda p: CallOf(datetime.datetime, 2024, 1, 1), "calls datetime.datetime with arguments"),
+        (lambda p: CallOf(datetime.datetime, b"0123456789"), "cannot be unpickled"),
+        (lambda p: Blank(datetime.timedelta), "calls datetime.timedelta"),
+        (lambda p: Blank(dict), "calls builtins.dict"),
+        (lambda p: torch.hub.load, "torch.hub.load"),
+        (lambda p: os.system, "system"),
+        (lambda p: math.factorial, "math.factorial"),
+    ],
+)
+def test_listed_functions_reach_nothing_else(make: Callable[[Path], object], why: str, here: Path) -> None:
+    torch.save(net(value=make(here)), "m.pt")
+    assert why in refusal("m.pt")
+
+
+def test_getattr_of_a_file_looks_up_listed_functions_only() -> None:
+    assert functions.function_of_torch(object, "relu") is torch.relu
+    with pytest.raises(AttributeError, match="no function that a file may hold"):
+        functions.function_of_torch(object, "from_file")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, about quantised and sparse tensors
@@ -236,6 +305,19 @@ class CallOf:
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.call[1])
+
+    def __call__(self) -> None:
+        """Be something that another call may pickle as its function."""
+
+
+class Blank:
+    """Pickles as a blank object of a class, which no constructor has filled."""
+
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return copyreg.__newobj__, (self.kind,)  # type: ignore[attr-defined]
 
 
 def _blank(kind: Any, **state: object) -> Any:
@@ -655,6 +737,54 @@ def test_what_cannot_be_written_is_named(attributes: dict[str, object], what: st
     with pytest.raises(StoreError, match="cannot be written"):
         surgeon.save(net(**attributes), "m.pt")
     assert not Path("m.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        (re.compile("a"), r"value .* not read again: it is a Pattern; its pickle calls re._compile"),
+        (logging.getLogger("x"), "value .*: it is a Logger; its pickle calls logging.getLogger"),
+        ([{"a": collections.deque([1])}], r"value .*: it is a list; .*collections.deque"),
+        (collections.defaultdict(list), "value .*: it is a defaultdict"),
+        (torch.Generator(), "value .*: it is a Generator"),
+        (torch.Tensor.relu, "value .*: it is TensorBase.relu"),
+        (nn.ReLU().forward, "value .*: it is ReLU.forward"),
+        (torch.hub.load, "value .*: it is load; .*torch.hub.load"),
+    ],
+    ids=repr,
+)
+def test_what_could_not_be_read_again_is_named_before_the_work(value: object, why: str, here: Path) -> None:
+    from surgeon.files.written import check_writable
+
+    check_writable(net(value=torch.ones(3), half=torch.ones(3).half(), act=torch.relu))
+    with pytest.raises(StoreError, match=f"^0.{why}"):
+        check_writable(nn.Sequential(net(value=value)))
+    torch.save(nn.Sequential(net(value=value)), "m.pt")
+    refusal("m.pt")
+
+
+def test_convert_refuses_such_a_network_before_it_writes(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("logs.py").write_text(
+        "import logging, torch\nfrom torch import nn\nclass Net(nn.Sequential):\n"
+        "    def __init__(self, log=True):\n        super().__init__(nn.Conv2d(3, 4, 3))\n"
+        "        self.log = logging.getLogger('x') if log else torch.relu\n"
+    )
+    convert = ["convert", "logs.py:Net", "--recipe", "acnet", "--input", "1,3,8,8", "-o", "n.pt"]
+    assert run_surgeon(*convert) == 2
+    assert "log could be written to a file, but not read again: it is a Logger" in capsys.readouterr().err
+    assert not Path("n.pt").exists()
+    assert run_surgeon(*convert, "--arch-arg", "log=false") == 0
+    assert "cannot open" not in capsys.readouterr().err
+    assert source.load("n.pt", trust=Trust(allow=("logs",))).model.log is torch.relu
+    sys.modules.pop("logs")
+
+
+def test_a_user_class_that_runs_code_is_named_before_the_work(theirs: Any) -> None:
+    from surgeon.files.written import check_writable
+
+    check_writable(net(value=theirs.Plain(), kind=theirs.Kind.A))
+    with pytest.raises(StoreError, match=r"value could be .* theirs.Filled .* in __setstate__"):
+        check_writable(net(value=theirs.Filled()))
 
 
 def test_what_is_needed_to_open_a_file_is_all_named(theirs: Any) -> None:

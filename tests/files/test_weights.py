@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,6 +95,58 @@ def test_what_lies_in_a_part_of_the_network_is_not_left_over(state: dict[str, to
     del state["0.bias"]
     torch.save(_under("model.", state), "w.ckpt")
     assert "missing" in refusal("w.ckpt", arch="weighed.py:Net")
+
+
+def test_weights_some_levels_down_are_named_by_their_path(state: dict[str, torch.Tensor]) -> None:
+    around: dict[str, Any] = {"epoch": 3, "itself": {}}
+    around["itself"] = around
+    for checkpoint, path in (
+        ({"ema": {"module": state}, "model": None}, "ema.module"),
+        ({"a": {"b": {"state_dict": state}}}, "a.b"),
+        ({"a": {"b": {"c": {"d": state}}}}, "a.b.c.d"),
+    ):
+        torch.save(checkpoint | around, "w.ckpt")
+        message = refusal("w.ckpt", arch="weighed.py:Net")
+        assert f"holds weights under {path}, and under none of the usual keys. --weights {path} would" in message
+        assert _first(key=path)[0] == float(state["0.bias"][0])
+    torch.save(around, "w.ckpt")
+    assert "holds neither a model nor weights, but epoch, itself" in refusal("w.ckpt", arch="weighed.py:Net")
+
+
+def test_dates_beside_weights_are_data(state: dict[str, torch.Tensor]) -> None:
+    at = datetime.datetime(2024, 2, 29, tzinfo=datetime.UTC)
+    torch.save({"state_dict": state, "at": at, "took": datetime.timedelta(hours=1)}, "w.ckpt")
+    assert _first()[0] == float(state["0.bias"][0])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_weights_without_numbers_or_not_dense_are_named(state: dict[str, torch.Tensor]) -> None:
+    key = "0.bias"
+    for tensor, why in (
+        (state[key].to("meta"), f"{key} in w.ckpt has no numbers: it lies on the meta device"),
+        (state[key].to_sparse(), f"{key} in w.ckpt is stored as sparse_coo, and a network takes dense weights"),
+    ):
+        torch.save({**state, key: tensor}, "w.ckpt")
+        message = refusal("w.ckpt", arch="weighed.py:Net")
+        assert why in message
+        assert "\n" not in message
+        assert "exception" not in message
+
+
+def test_a_number_of_classes_is_advised_only_where_it_can_be_given(here: Path) -> None:
+    Path("heads.py").write_text(
+        "from torch import nn\n"
+        "class Fixed(nn.Sequential):\n"
+        "    def __init__(self, classes=10): super().__init__(nn.Conv2d(3, 8, 1), nn.Linear(8, classes))\n"
+        "def fixed(): return Fixed()\n"
+    )
+    convs = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Linear(8, 10)).state_dict()
+    torch.save(convs, "w.ckpt")
+    assert "classes" not in refusal("w.ckpt", arch="heads.py:Fixed")
+    torch.save(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Linear(8, 4)).state_dict(), "w.ckpt")
+    assert refusal("w.ckpt", arch="heads.py:Fixed").endswith("If it has 4 classes: --arch-arg classes=4")
+    assert "classes" not in refusal("w.ckpt", arch="heads.py:fixed")
+    sys.modules.pop("heads")
 
 
 def test_whole_networks_and_factories_have_no_choice(state: dict[str, torch.Tensor]) -> None:
