@@ -751,7 +751,7 @@ def test_what_cannot_be_written_is_named(attributes: dict[str, object], what: st
         (nn.ReLU().forward, "value .*: it is ReLU.forward"),
         (torch.hub.load, "value .*: it is load; .*torch.hub.load"),
     ],
-    ids=repr,
+    ids=lambda value: re.sub(r" at 0x\w+", "", repr(value)),
 )
 def test_what_could_not_be_read_again_is_named_before_the_work(value: object, why: str, here: Path) -> None:
     from surgeon.files.written import check_writable
