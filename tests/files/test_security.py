@@ -316,6 +316,10 @@ class Blank:
     def __init__(self, kind: type) -> None:
         self.kind = kind
 
+    @property
+    def __class__(self) -> Any:  # which pickle asks for
+        return self.kind
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return copyreg.__newobj__, (self.kind,)  # type: ignore[attr-defined]
 

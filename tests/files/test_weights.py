@@ -98,19 +98,19 @@ def test_what_lies_in_a_part_of_the_network_is_not_left_over(state: dict[str, to
 
 
 def test_weights_some_levels_down_are_named_by_their_path(state: dict[str, torch.Tensor]) -> None:
-    around: dict[str, Any] = {"epoch": 3, "itself": {}}
-    around["itself"] = around
-    for checkpoint, path in (
+    checkpoints: tuple[tuple[dict[str, Any], str], ...] = (
         ({"ema": {"module": state}, "model": None}, "ema.module"),
         ({"a": {"b": {"state_dict": state}}}, "a.b"),
         ({"a": {"b": {"c": {"d": state}}}}, "a.b.c.d"),
-    ):
-        torch.save(checkpoint | around, "w.ckpt")
+    )
+    for checkpoint, path in checkpoints:
+        checkpoint["itself"] = checkpoint
+        torch.save(checkpoint, "w.ckpt")
         message = refusal("w.ckpt", arch="weighed.py:Net")
         assert f"holds weights under {path}, and under none of the usual keys. --weights {path} would" in message
         assert _first(key=path)[0] == float(state["0.bias"][0])
-    torch.save(around, "w.ckpt")
-    assert "holds neither a model nor weights, but epoch, itself" in refusal("w.ckpt", arch="weighed.py:Net")
+    torch.save({"epoch": 3, "log": {"loss": 1.0}}, "w.ckpt")
+    assert "holds neither a model nor weights, but epoch, log" in refusal("w.ckpt", arch="weighed.py:Net")
 
 
 def test_dates_beside_weights_are_data(state: dict[str, torch.Tensor]) -> None:
