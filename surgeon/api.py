@@ -50,7 +50,7 @@ from surgeon.surgery.convert import carry_out_
 from surgeon.surgery.foresee import foresee
 from surgeon.surgery.fuse import fold_all_
 from surgeon.surgery.history import Operation
-from surgeon.surgery.make import make
+from surgeon.surgery.make import make, recount
 from surgeon.surgery.manifest import manifest
 from surgeon.surgery.plan import Plan
 
@@ -106,6 +106,12 @@ def decide(recipe: Recipe, surveyed: Survey, *, seed: int) -> Plan:
     return decided
 
 
+def settle(plan: Plan, surveyed: Survey) -> Plan:
+    """Make sure that a plan can be carried out on a model, and count anew what it leads to: it may have been edited."""
+    checks.check(plan, surveyed)
+    return foresee(recount(plan, surveyed), surveyed)
+
+
 def _on_a_guess(recipe: Recipe, inputs: Inputs) -> str:
     """Say what a plan takes from an input that nobody gave, and how to give it."""
     sized = [f"`size` of {rule}" for rule in recipe.rules if rule.match.needs_size]
@@ -157,8 +163,9 @@ def convert_(
         surveyed = sites.survey(network_for(model, example, plan=how if isinstance(how, Plan) else None, seed=seed))
         progress("planning", 0.2)
         if isinstance(how, Plan):
-            checks.check(how, surveyed)
-        decided = how if isinstance(how, Plan) else decide(_recipe(how, overrides), surveyed, seed=seed)
+            decided = settle(how, surveyed)
+        else:
+            decided = decide(_recipe(how, overrides), surveyed, seed=seed)
         carry_out_(decided, surveyed.network, parts(progress, 0.3, 1))
     return model
 
