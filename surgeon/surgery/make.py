@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from surgeon.analysis.example import PASS_ONE
 from surgeon.analysis.sites import Site, Survey, measure_calls
 from surgeon.blocks import BlockOptions, Together, Wanted, contract, registry
 from surgeon.errors import BlockError, PlanError
@@ -37,7 +38,7 @@ def make(recipe: Recipe, survey: Survey, *, seed: int = 0) -> Plan:
     if survey.inputs is None and (sized := [rule for rule in recipe.rules if rule.match.needs_size]):
         raise PlanError(
             f"{sized[0]} asks for the size of feature maps, but no input is known",
-            todo="Pass one: --input 1,3,224,224.",
+            todo=PASS_ONE,
         )
     claims = [next((rule for rule in recipe.rules if _claims(rule, site)), None) for site in survey.sites]
     for rule in recipe.rules:

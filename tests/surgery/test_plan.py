@@ -269,6 +269,71 @@ def test_every_field_of_a_conv_has_to_fit(field: str, value: object, says: str):
     assert says in said
 
 
+SKIP = "`skip: reason`"
+
+
+@pytest.mark.parametrize(
+    ("edit", "says", "todo"),
+    [
+        (
+            lambda entry: entry.update(path="stem.cnov"),
+            "stem.cnov: there is no such conv; the nearest names are stem.conv",
+            "`surgeon survey MODEL` lists the names",
+        ),
+        (
+            lambda entry: entry["with"].update(inti="split"),
+            "with.inti: unknown key 'inti'; there are gamma, init, placement (did you mean 'init'?)",
+            "`surgeon blocks` lists the options",
+        ),
+        (
+            lambda entry: entry["with"].update(init="splt"),
+            "with.init: 'splt' is not one of takeover, split, scratch (did you mean 'split'?)",
+            "`surgeon blocks` lists the options",
+        ),
+        (
+            lambda entry: entry.update(takes_norm=["stem.bn9"]),
+            "it cannot take over stem.bn9: there is no such module; its norm is stem.bn",
+            "Write `takes_norm: [stem.bn]`.",
+        ),
+        (
+            lambda entry: entry.update(takes_norm=["body.0.bn"]),
+            "it cannot take over body.0.bn; its norm is stem.bn",
+            "Write `takes_norm: [stem.bn]`.",
+        ),
+        (lambda entry: entry.update(conv="4→4, 5x5"), "the plan says 4→4, 5x5", "describes the convs as they are now"),
+    ],
+)
+def test_the_advice_fits_the_misfit(edit: Callable[[dict[str, Any]], object], says: str, todo: str):
+    said = misfit(net := own(), edited(split(net), lambda data: edit(data["convs"][0])))
+    assert says in said
+    assert todo in said
+    assert SKIP not in said
+
+
+def test_a_conv_that_cannot_be_swapped_is_to_be_skipped():
+    net = tiny.Own()
+    plan = surgeon.plan(net, "acnet", SHAPE)
+    net.stem.conv.register_forward_hook(print)
+    assert SKIP in misfit(net, plan)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("  swap: acblock", "  swap: acblok", "convs[0].swap (conv): no block called 'acblok'"),
+        ("  swap: acblock", "  swap: acblok", "(did you mean 'acblock'?)"),
+        ("  swap: acblock", "  swap: acblock\n  skip: both", "convs[0] (conv): has both swap and skip; delete one"),
+        ("  swap: acblock\n", "", "convs[0] (conv): needs either swap (a block) or skip (a reason)"),
+        ("  swap: acblock", "  swap: acblock\n  swap: octave", " (conv): "),
+    ],
+)
+def test_a_fault_of_an_entry_names_its_conv(old: str, new: str, says: str):
+    text = surgeon.plan(ConvNorm(), "acnet", SHAPE).dump()
+    with pytest.raises(RecipeError) as caught:
+        plans.parse(text.replace(old, new, 1), "plan.yaml")
+    assert says in str(caught.value)
+
+
 def in_format_1(plan: Plan, words: str) -> Plan:
     def edit(data: dict[str, Any]) -> None:
         data["surgeon-plan"] = 1
@@ -418,8 +483,8 @@ def test_a_fault_of_a_plan_file_has_its_place(old: str, new: str, says: str):
 
 def test_a_fault_of_a_whole_entry_stands_where_the_entry_does():
     text = surgeon.plan(ConvNorm(), "acnet", SHAPE).dump()
-    with pytest.raises(RecipeError, match=r"convs\[0\]: no block called 'acblok'; there are .*acblock") as caught:
-        plans.parse(text.replace("swap: acblock\n  with", "swap: acblok\n  with"), "plan.yaml")
+    with pytest.raises(RecipeError, match=r"convs\[0\] \(conv\): has both swap and skip") as caught:
+        plans.parse(text.replace("swap: acblock\n  with", "swap: acblock\n  skip: why\n  with"), "plan.yaml")
     assert caught.value.faults[0].where == f"plan.yaml:{line_of(text, 'path: conv')}:3"
 
 
