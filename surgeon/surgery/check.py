@@ -58,7 +58,7 @@ def _misfits(plan: Plan, survey: Survey) -> Iterator[_Misfit]:
     for entry in plan.convs:
         if (site := sites.get(entry.path)) is None:
             near = difflib.get_close_matches(entry.path, sites, n=3, cutoff=0.5)
-            nearest = f"; the nearest names are {', '.join(near)}" if near else ""
+            nearest = f"; the nearest {'name is' if len(near) == 1 else 'names are'} {', '.join(near)}" if near else ""
             yield _Misfit(entry.path, f"there is no such conv{nearest}", _SURVEY)
         elif entry.swap is not None and (found := _misfit(entry, site, survey)) is not None:
             yield _Misfit(entry.path, *found)

@@ -80,7 +80,9 @@ def _refuse_idle_rule(rule: Rule, survey: Survey) -> None:
         todo = "Move the rule up, or set `optional: true`."
     else:
         near = _nearest(rule, [path for site in survey.sites for path in site.paths])
-        problem = f"{rule} claims no conv" + (f"; the nearest names are {', '.join(near)}" if near else "")
+        problem = f"{rule} claims no conv" + (
+            f"; the nearest {'name is' if len(near) == 1 else 'names are'} {', '.join(near)}" if near else ""
+        )
         convs = "the one conv" if len(survey.sites) == 1 else f"all {len(survey.sites)} convs"
         todo = f"`surgeon survey MODEL` lists {convs}; with `optional: true` the rule may claim none."
     raise PlanError(problem, todo=todo, rule=rule)

@@ -290,4 +290,6 @@ def _with_conv(fault: Fault, data: Any) -> Fault:
     entry = re.match(r"convs\[(\d+)\]", fault.path)
     found = data["convs"][int(entry[1])] if entry else None
     path = found.get("path") if isinstance(found, dict) else None
-    return replace(fault, path=f"{fault.path} ({path})") if isinstance(path, str) else fault
+    if entry is None or not isinstance(path, str):
+        return fault
+    return replace(fault, path=f"{entry[0]} ({path}){fault.path[entry.end() :]}")

@@ -277,7 +277,7 @@ SKIP = "`skip: reason`"
     [
         (
             lambda entry: entry.update(path="stem.cnov"),
-            "stem.cnov: there is no such conv; the nearest names are stem.conv",
+            "stem.cnov: there is no such conv; the nearest name is stem.conv",
             "`surgeon survey MODEL` lists the names",
         ),
         (
@@ -320,11 +320,11 @@ def test_a_conv_that_cannot_be_swapped_is_to_be_skipped():
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
-        ("  swap: acblock", "  swap: acblok", "convs[0].swap (conv): no block called 'acblok'"),
+        ("  swap: acblock", "  swap: acblok", "convs[0] (conv).swap: no block called 'acblok'"),
         ("  swap: acblock", "  swap: acblok", "(did you mean 'acblock'?)"),
         ("  swap: acblock", "  swap: acblock\n  skip: both", "convs[0] (conv): has both swap and skip; delete one"),
         ("  swap: acblock\n", "", "convs[0] (conv): needs either swap (a block) or skip (a reason)"),
-        ("  swap: acblock", "  swap: acblock\n  swap: octave", " (conv): "),
+        ("  swap: acblock", "  swap: acblock\n  swap: octave", "convs[0] (conv)"),
     ],
 )
 def test_a_fault_of_an_entry_names_its_conv(old: str, new: str, says: str):
