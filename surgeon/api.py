@@ -28,7 +28,7 @@ from surgeon.analysis.network import Network
 from surgeon.analysis.sites import Survey
 from surgeon.blocks import Block
 from surgeon.blocks.two_streams import TwoStreamOptions
-from surgeon.errors import CaptureError, VerifyError
+from surgeon.errors import CaptureError, Fault, ModelError, RecipeError, VerifyError
 from surgeon.files import load as source
 from surgeon.files.architectures import Architecture
 from surgeon.files.pickles import Trust
@@ -38,7 +38,7 @@ from surgeon.models.call import Inputs
 from surgeon.models.copies import Model, duplicate
 from surgeon.models.progress import Progress, parts, silent
 from surgeon.models.sandbox import ordinary
-from surgeon.models.wrappers import checked
+from surgeon.models.wrappers import checked, not_a_model
 from surgeon.proof import verify as equivalence
 from surgeon.proof.report import Report
 from surgeon.recipes import recipe as recipes
@@ -50,7 +50,7 @@ from surgeon.surgery.convert import carry_out_
 from surgeon.surgery.foresee import foresee
 from surgeon.surgery.fuse import fold_all_
 from surgeon.surgery.history import Operation
-from surgeon.surgery.make import make
+from surgeon.surgery.make import make, recount
 from surgeon.surgery.manifest import manifest
 from surgeon.surgery.plan import Plan
 
@@ -106,6 +106,12 @@ def decide(recipe: Recipe, surveyed: Survey, *, seed: int) -> Plan:
     return decided
 
 
+def settle(plan: Plan, surveyed: Survey) -> Plan:
+    """Make sure that a plan can be carried out on a model, and count anew what it leads to: it may have been edited."""
+    checks.check(plan, surveyed)
+    return foresee(recount(plan, surveyed), surveyed)
+
+
 def _on_a_guess(recipe: Recipe, inputs: Inputs) -> str:
     """Say what a plan takes from an input that nobody gave, and how to give it."""
     sized = [f"`size` of {rule}" for rule in recipe.rules if rule.match.needs_size]
@@ -157,8 +163,9 @@ def convert_(
         surveyed = sites.survey(network_for(model, example, plan=how if isinstance(how, Plan) else None, seed=seed))
         progress("planning", 0.2)
         if isinstance(how, Plan):
-            checks.check(how, surveyed)
-        decided = how if isinstance(how, Plan) else decide(_recipe(how, overrides), surveyed, seed=seed)
+            decided = settle(how, surveyed)
+        else:
+            decided = decide(_recipe(how, overrides), surveyed, seed=seed)
         carry_out_(decided, surveyed.network, parts(progress, 0.3, 1))
     return model
 
@@ -250,7 +257,7 @@ def _verify(a: nn.Module, b: nn.Module, example: Any, seed: int, progress: Progr
     inputs = [inputs_for(b if one is None and steps else a, one, seed=seed) for one in given]
     known = [one for one in inputs if one is not None]
     if not known:
-        raise CaptureError("no input is known that the model accepts", todo="Pass one: --input 1,3,224,224.")
+        raise CaptureError("no input is known that the model accepts", todo=examples.PASS_ONE)
     progress("repeating the operations in float64", 0.1)
     again = replay.done_again(a, steps) if steps else None
     progress("comparing", 0.4)
@@ -285,6 +292,10 @@ def load(
     Raises:
         ModelError, StoreError: it cannot be read; the message says what to do.
     """
+    if not isinstance(name, str | PathLike):
+        raise ModelError(
+            f"{type(name).__name__} is given as the name of a file or network", todo="Give a path or text."
+        )
     trust = Trust(allow=tuple(allow), unsafe_pickle=unsafe_pickle)
     again = functools.partial(replay.rebuild, trust=trust, seed=seed)
     with ordinary():
@@ -313,6 +324,8 @@ def history(model: nn.Module) -> tuple[Operation, ...]:
     >>> [step.operation for step in history(convert(nn.Sequential(nn.Conv2d(3, 8, 3)), "acnet"))]
     ['convert']
     """
+    if not isinstance(model, nn.Module):
+        raise not_a_model(model)
     return histories.history(model)
 
 
@@ -332,6 +345,10 @@ def network_for(model: nn.Module, example: Example | None, *, plan: Plan | None 
 
 
 def _recipe(recipe: RecipeLike, overrides: Sequence[str]) -> Recipe:
+    if not isinstance(recipe, str | PathLike | Mapping | Recipe):
+        what = f"{type(recipe).__name__} is given as a recipe, which is a name, a path, a dict or a Recipe"
+        is_plan = isinstance(recipe, Plan)
+        raise RecipeError([Fault("", "", what)], todo="`convert` carries out a plan." if is_plan else "")
     if isinstance(recipe, Recipe):
         settings = (*recipe.overrides, *overrides)
         return recipes.parse(recipe.text, f"{recipe.name}.yaml", settings) if overrides else recipe

@@ -57,6 +57,7 @@ _PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 _SHAPE = re.compile(r"\(.*|[-\d][-\d\s,x×]*(:.*)?")
 _FUNCTION = re.compile(r"[^;=\[\]{}()<>]+:[^\W\d][\w.]*")
 _READ = "surgeon reads .pt, .safetensors, .npz, .npy and pictures."
+PASS_ONE = "Pass one: --input 1,3,224,224 (from Python, example=(1, 3, 224, 224))."
 _TODO = "Give a shape, --input 1,3,224,224, a file, or file.py:make_inputs."
 
 
@@ -115,14 +116,30 @@ def look(model: nn.Module, records: Sequence[Sequence[Shape] | str | None] = (),
 
 
 def _guessed(model: nn.Module, seed: int) -> Iterator[tuple[Inputs, Run]]:
-    """Give inputs that the model accepts, and what the run with each has shown."""
+    """Give inputs that the model accepts, and what the run with each has shown.
+
+    They are run without values; where the model looks at values, so that this says nothing, one of them is run with.
+    """
+    was_run = False
     for call, needs_values in _candidates(model):
         try:
             inputs = call.drawn(seed)
             run = observe(model, inputs, meta_only=not needs_values)
-        except CaptureError:
-            continue
+        except CaptureError as error:
+            if was_run or needs_values or call.numel > _MOST or not _asks_for_values(error.__cause__):
+                continue
+            was_run = True
+            try:
+                run = observe(model, inputs)
+            except CaptureError:
+                continue
         yield Inputs(inputs.args, inputs.kwargs, is_guess=True), run
+
+
+def _asks_for_values(error: BaseException | None) -> bool:
+    """Whether a run on the meta device ended because the model, or torch, wanted to know a value."""
+    said = str(error).lower()
+    return isinstance(error, NotImplementedError) or "meta tensor" in said or "meta device" in said
 
 
 def _recalled(

@@ -84,10 +84,16 @@ def how_to_call(model: nn.Module, given: Inputs) -> str:
         words = ";".join(n if named[n].kind is inspect.Parameter.POSITIONAL_ONLY else f"{n}=1,3,8,8" for n in needed)
         takes = " and ".join(needed) or "no required input"
         optional = ", ".join(name for name in named if name not in needed)
-        return f"It takes {takes}{f' (and may take {optional})' * bool(optional)}, for example --input '{words}'."
+        also = f" (and may take {optional})" if optional else ""
+        example = dict.fromkeys(needed, (1, 3, 8, 8))
+        such = f", for example --input '{words}' (from Python, example={example})" if needed else ""
+        return f"It takes {takes}{also}{such}."
     if len(dtypes := {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()}) > 1:
         return f"Its parameters are {' and '.join(sorted(dtypes))}; if that is why, save it in one dtype."
-    return "Give the input that it was made for: --input 1,3,224,224, or a file, or file.py:make_inputs."
+    return (
+        "Give the input that it was made for: --input 1,3,224,224, or a file, or file.py:make_inputs "
+        "(from Python, example=(1, 3, 224, 224))."
+    )
 
 
 def _observe(model: nn.Module, inputs: Inputs) -> Run:

@@ -169,7 +169,7 @@ def convert(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Swap the convs of a model as a recipe or a plan says, check what was done, and save the result."""
+    """Swap the convs of a model as a recipe or a plan says. What was done is checked, and the result saved."""
     if (recipe is None) == (plan is None):
         raise typer.BadParameter("give either --recipe or --plan, for example --recipe acnet")
     if plan is not None and sets:
@@ -196,7 +196,7 @@ def fuse(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Fold every block that can be folded into one plain conv, and save the result."""
+    """Fold every block that can be folded into one plain conv. The result is saved."""
     with bar() as progress:
         from surgeon.app import commands
         from surgeon.display.convert import fused_data, fused_view
@@ -213,7 +213,7 @@ def verify(
     given: "Given",
     json: Json = False,
 ) -> None:
-    """Say whether B computes what A does, how far apart they are, and where they diverge.
+    """Say whether B computes what A does, and where they diverge. Distances are shown as well.
 
     Exit code: 0 equivalent, 1 different, 2 could not be compared, 3 approximate by design.
     """
@@ -233,7 +233,10 @@ def survey(
     given: "Given",
     json: Json = False,
 ) -> None:
-    """List every conv of a model: names, geometry, sizes, calls, what reads it, and why it cannot be swapped."""
+    """List every conv of a model, and why it cannot be swapped.
+
+    Shown are names, geometry, sizes, calls, and what reads its output.
+    """
     with bar() as progress:
         from surgeon.app import commands
         from surgeon.display.survey import survey_data, survey_view
@@ -256,7 +259,7 @@ def plan(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Show what a recipe would do to every conv of a model, and why; nothing is changed."""
+    """Show what a recipe would do to every conv of a model. Nothing is changed."""
     with bar() as progress:
         from surgeon.app import commands
         from surgeon.display.plan import plan_view
@@ -266,8 +269,12 @@ def plan(
         decided = commands.plan(model, recipe, given, progress, overrides=sets or ())
         if output is not None:
             commands.write_plan(decided, output, force=force)
-            _log.info(f"written: {output}")
-    show(decided.to_dict() if json else plan_view(decided, every_conv=output is None))
+            if json:
+                _log.info(f"written: {output}")
+    if json:
+        show(decided.to_dict())
+    else:
+        show(plan_view(decided, every_conv=output is None, written=output))
 
 
 @_command("Example: surgeon bench model.pt model.hetconv-p4.pt --batch 8 --channels-last")
@@ -292,7 +299,7 @@ def bench(
     train: Annotated[bool, typer.Option("--train", help="Time a training step: forward and backward.")] = False,
     json: Json = False,
 ) -> None:
-    """Time models against each other in one run, taking turns, as they are and with their norms folded."""
+    """Time models against each other in one run. They take turns, as they are and with their norms folded."""
     with bar() as progress:
         from surgeon.app import commands
         from surgeon.app.bench import Trials
@@ -342,7 +349,7 @@ def demo(
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
-    """Convert, train, fold and verify a small network on Fashion-MNIST; works offline."""
+    """Convert, train, fold and verify a small network, offline. Its images are from Fashion-MNIST."""
     from surgeon.app.demo import run
     from surgeon.display.demo import demo_data, demo_view
 

@@ -35,7 +35,6 @@ from surgeon.models import devices
 from surgeon.models.progress import Progress, parts, silent
 from surgeon.proof.report import Report
 from surgeon.recipes import recipe as recipes
-from surgeon.surgery import check as checks
 from surgeon.surgery import manifest as manifests
 from surgeon.surgery.convert import carry_out_
 from surgeon.surgery.fuse import fold_all_
@@ -120,8 +119,9 @@ def convert(
     surveyed = sites.survey(network)
     progress("planning", 0.3)
     if isinstance(wanted, Plan):
-        checks.check(wanted, surveyed)
-    decided = wanted if isinstance(wanted, Plan) else surgery.decide(wanted, surveyed, seed=given.seed)
+        decided = surgery.settle(wanted, surveyed)
+    else:
+        decided = surgery.decide(wanted, surveyed, seed=given.seed)
     check = carry_out_(decided, network, parts(progress, 0.4, 0.9))
     progress(f"writing {path}", 0.9)
     _save(loaded, path, given.trust, force=force)

@@ -21,7 +21,7 @@ def converted_view(converted: Converted) -> RenderableType:
     if check.worst is not None:
         kept = check.sites - check.approximate
         lines.append(
-            f"self-check: {kept} swapped convs against the originals, in float64: worst relative L2 "
+            f"self-check: {words.counted(kept, 'swapped conv')} against the originals, in float64: worst relative L2 "
             f"{check.worst:.1e} ({check.worst_path})"
         )
     if check.approximate:
@@ -47,7 +47,8 @@ def converted_data(converted: Converted) -> dict[str, Any]:
 
 def fused_view(fused: Fused) -> RenderableType:
     before, after = fused.params
-    lines = [f"folded: {len(fused.folded)} blocks, {words.amount(before)} → {words.amount(after)} parameters"]
+    folded = words.counted(len(fused.folded), "block")
+    lines = [f"folded: {folded}, {words.amount(before)} → {words.amount(after)} parameters"]
     if fused.distance is not None:
         lines.append(f"whole network, before and after, in its own dtype: relative L2 {fused.distance:.1e}")
     return Group(*map(Line, [*lines, f"written: {fused.path}"]))

@@ -12,13 +12,15 @@ from surgeon.display import words
 from surgeon.display.sheet import Line, Listing
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from surgeon.surgery.plan import Entry, Plan
 
 _MOST_NAMES = 3  # of the convs that stay, where not every conv is shown
 
 
-def plan_view(plan: Plan, *, every_conv: bool = True) -> RenderableType:
-    """Show the swaps, and by reason which convs stay: all of them, or the first of each kind."""
+def plan_view(plan: Plan, *, every_conv: bool = True, written: Path | None = None) -> RenderableType:
+    """Show the swaps, and by reason which convs stay: all of them, or the first of each kind; and where it lies."""
     parts: list[RenderableType] = []
     common = words.shared((entry.note or "", entry.path) for entry in plan.swaps)
     if plan.swaps:
@@ -36,6 +38,7 @@ def plan_view(plan: Plan, *, every_conv: bool = True) -> RenderableType:
         says = f"{words.convs(len(paths))} {'stays' if len(paths) == 1 else 'stay'}: {reason}"
         parts.append(Listing(says, paths, most))
     lines = [*_option_lines(plan), *_stream_lines(plan), _cost_line(plan)]
+    lines += [f"written: {written}"] if written is not None else []
     return Group(*parts, *map(Line, lines))
 
 
@@ -91,7 +94,7 @@ def _option_lines(plan: Plan) -> Iterator[str]:
         yield f"{block}{f' ({_written(shared)})' if shared else ''}: {words.convs(len(options))}"
         ways = Counter(_written({key: one[key] for key in one if key not in shared}) for one in options)
         if len(ways) > 1:
-            yield from (f"  {way or 'without more options'}: {words.convs(count)}" for way, count in ways.items())
+            yield from (f"  {way or 'no other option'}: {words.convs(count)}" for way, count in ways.items())
 
 
 def _written(options: Mapping[str, object]) -> str:

@@ -59,12 +59,14 @@ def _telling(sites: Sequence[SiteDistance]) -> Iterator[SiteDistance]:
 def _sites(rows: Sequence[SiteDistance], count: int) -> Sheet:
     table = words.table("site", "A", "B", "isolated", "propagated", "stored, ulp", "")
     diverging = [site for site in rows if site.diverges]
-    shown = (diverging or rows)[: words.MOST_ROWS]
+    chosen = diverging or rows
+    shown = chosen[: words.MOST_ROWS]
     for site in shown:
         ulps = "" if site.ulps is None else f"{site.ulps:.3g}"
         distances = ["—" if far is None else f"{far:.1e}" for far in (site.isolated, site.propagated)]
         mark = cell("diverges", "red") if site.diverges else ""
         table.add_row(site.path, site.kind_a, site.kind_b, *distances, ulps, mark)
     if len(shown) < len(rows):
-        table.caption = f"{len(shown)} of {len(rows)} sites; --json lists all {count}"
+        kind = "sites that diverge" if diverging else "changed sites"
+        table.caption = f"{len(shown)} of {len(chosen)} {kind}; --json lists all {count} sites"
     return table

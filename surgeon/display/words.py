@@ -45,7 +45,16 @@ def shared(said: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
 
 def convs(count: int) -> str:
     """Write how many convs."""
-    return "1 conv" if count == 1 else f"{count} convs"
+    return counted(count, "conv")
+
+
+def counted(count: int, thing: str) -> str:
+    """Write how many of a thing.
+
+    >>> counted(1, "block"), counted(2, "block")
+    ('1 block', '2 blocks')
+    """
+    return f"1 {thing}" if count == 1 else f"{count} {thing}s"
 
 
 def size(of: tuple[int, int] | None) -> str:

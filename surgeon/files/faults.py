@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import re
 import stat
@@ -21,7 +22,7 @@ def missing(path: Path) -> ModelError:
         names = [other.name for other in path.parent.iterdir()]
     except OSError:
         names = []
-    if near := difflib.get_close_matches(path.name, names):
+    if near := difflib.get_close_matches(path.name, names, cutoff=0.75):  # at 0.6 any two .pt files are alike
         return ModelError(f"there is no file {path}", todo=f"Did you mean {path.parent / near[0]}?")
     return ModelError(
         f"there is no file {path}", todo="A network of a library is named like this: torchvision:resnet50"
@@ -66,6 +67,19 @@ def damaged(path: Path, error: Exception) -> ModelError:
     """Say that a file cannot be read to its end."""
     why = str(error).removeprefix("Error while deserializing header: ").rstrip(".")
     return ModelError(f"{path} is damaged or cut short: {why}", todo="Copy or download it again.")
+
+
+def source_code(path: Path) -> ModelError:
+    """Say that a file is Python, and how the network in it is named."""
+    try:
+        found = [one.name for one in ast.parse(path.read_bytes()).body if isinstance(one, ast.ClassDef)]
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
+        found = []
+    named = [f"{path}:{name}" for name in found] or [f"{path}:Net"]
+    return ModelError(
+        f"{path} is Python code, which may hold several networks",
+        todo=f"Name the class, or a function that returns the network: {' or '.join(named[:3])}",
+    )
 
 
 def compiled(path: Path, what: str) -> ModelError:

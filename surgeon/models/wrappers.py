@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from os import PathLike
 
 import torch
@@ -59,8 +60,20 @@ def checked(model: Model) -> Model:
                     todo=f"Give {path}, and wrap the result.",
                 )
         return model
-    todo = f"surgeon.load({model!r}) opens a file." if isinstance(model, str | PathLike) else "Give an nn.Module."
-    raise ModelError(f"a {type(model).__name__} is not a model", todo=todo)
+    raise not_a_model(model)
+
+
+def not_a_model(given: object) -> ModelError:
+    """Say that something is not a model, and how to get one from it."""
+    kind, todo = type(given).__name__, "Give an nn.Module."
+    if isinstance(given, str | PathLike):
+        todo = f"surgeon.load({given!r}) opens a file."
+    elif isinstance(given, Mapping):
+        todo = "If it holds weights, build the network and load_state_dict first, and give the network."
+    elif isinstance(given, type) and issubclass(given, nn.Module):
+        return ModelError(f"{given.__name__} is a class, not a model", todo=f"Build it: {given.__name__}(…).")
+    article = "an" if kind[:1].lower() in "aeiou" else "a"
+    return ModelError(f"{article} {kind} is not a model", todo=todo)
 
 
 def _kept_to(module: nn.Module) -> str | None:

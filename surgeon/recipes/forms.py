@@ -89,8 +89,19 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
     >>> did_you_mean("acblok", ["acblock", "octave"])
     " (did you mean 'acblock'?)"
     """
-    near = difflib.get_close_matches(str(word), list(known), n=1)
-    return f" (did you mean '{near[0]}'?)" if near else ""
+    near = nearest(str(word), known)
+    return f" (did you mean '{near}'?)" if near is not None else ""
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """Find the known word that is nearest to another, however its letters are cased; None if none is near.
+
+    >>> nearest("P", ["p", "layout"]), nearest("q", ["p", "layout"])
+    ('p', None)
+    """
+    plain = {one.casefold(): one for one in known}
+    near = difflib.get_close_matches(word.casefold(), plain, n=1)
+    return plain[near[0]] if near else None
 
 
 _BOUNDS = {
@@ -137,8 +148,8 @@ def _keys_near(key: str | int, fields: Mapping[str, FieldInfo]) -> str:
     """List the known keys, and the one that may have been meant, by its own name or by the field's."""
     aliases = {name: info.alias or name for name, info in fields.items()}
     names = aliases | {alias: alias for alias in aliases.values()}
-    near = difflib.get_close_matches(str(key), names, n=1)
-    hint = f" (did you mean '{names[near[0]]}'?)" if near else ""
+    near = nearest(str(key), names)
+    hint = f" (did you mean '{names[near]}'?)" if near is not None else ""
     return f"; there are {', '.join(sorted(aliases.values()))}{hint}" if fields else ""
 
 

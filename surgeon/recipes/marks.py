@@ -265,7 +265,8 @@ def _holder_of(path: Path, marked: Marked, place: Place) -> Any:
 def _refusal(holder: Any, step: str | int) -> str | None:
     """Say why a step leads nowhere, or None if it leads to a value or to a place for one."""
     if isinstance(step, int) and isinstance(holder, list):
-        return f"has {len(holder)} entries, counted from 0" if step >= len(holder) else None
+        entries = "1 entry" if len(holder) == 1 else f"{len(holder)} entries"
+        return f"has {entries}, counted from 0" if step >= len(holder) else None
     if isinstance(step, str) and isinstance(holder, dict):
         return None
     return f"is {quoted(holder)} and has no {path_text((step,))}"

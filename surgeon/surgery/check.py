@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 from pydantic import ValidationError
 
 from surgeon.analysis import fingerprint as fingerprints
@@ -10,6 +14,13 @@ from surgeon.blocks import contract
 from surgeon.errors import PlanError
 from surgeon.recipes.forms import plain_words
 from surgeon.surgery.plan import Entry, FunctionalStep, Plan
+
+_SURVEY = "`surgeon survey MODEL` lists the names of all convs."
+_ANEW = "`surgeon plan MODEL --recipe … -o plan.yaml` describes the convs as they are now."
+_OPTIONS = "`surgeon blocks` lists the options of every block."
+_NO_NORM = "Take `takes_norm` out of these entries."
+_LOW_PASSED = "Take that entry out of `low_passed`: a seam stays there."
+_STAY = "Give convs that cannot be swapped `skip: reason` instead of `swap`, or take them out of the plan."
 
 
 def check(plan: Plan, survey: Survey) -> None:
@@ -23,40 +34,74 @@ def check(plan: Plan, survey: Survey) -> None:
             f"the plan is for another network ({plan.model}; this one is {survey.fingerprint})",
             todo="Make one for this network: surgeon plan MODEL --recipe … -o plan.yaml.",
         )
-    sites = {site.path: site for site in survey.sites}
-    misfits = [f"{entry.path}: {why}" for entry in plan.convs if (why := _misfit(entry, sites.get(entry.path)))]
-    seen = [entry.path for entry in plan.convs]
-    steps = {(island.path, node.name) for island in survey.network.islands for node in island.graph.nodes}
-    misfits += [
-        f"low_passed {one.step}: there is no such step that reads {one.operand}"
-        for one in plan.low_passed
-        if not {(one.island, one.step), (one.island, one.operand)} <= steps
-    ]
-    misfits += [f"{path}: it is in the plan twice" for path in sorted({p for p in seen if seen.count(p) > 1})]
+    misfits = [*_misfits(plan, survey), *_lost_low_passes(plan, survey), *_repeated(plan)]
     if misfits:
         raise PlanError(
             "the plan cannot be carried out as it stands",
-            details=misfits,
-            todo="Give these convs `skip: reason` instead of `swap`, or take them out of the plan.",
+            details=[f"{one.where}: {one.what}" for one in misfits],
+            todo=" ".join(dict.fromkeys(one.todo for one in misfits)),
         )
 
 
-def _misfit(entry: Entry, site: Site | None) -> str | None:
-    if site is None:
-        return "there is no such conv"
-    if entry.swap is None:
-        return None
+@dataclass(frozen=True, slots=True)
+class _Misfit:
+    """What in a plan does not fit, and what to do about it."""
+
+    where: str
+    what: str
+    todo: str
+
+
+def _misfits(plan: Plan, survey: Survey) -> Iterator[_Misfit]:
+    """Compare every entry with the conv that it names."""
+    sites = {site.path: site for site in survey.sites}
+    for entry in plan.convs:
+        if (site := sites.get(entry.path)) is None:
+            near = difflib.get_close_matches(entry.path, sites, n=3, cutoff=0.5)
+            nearest = f"; the nearest {'name is' if len(near) == 1 else 'names are'} {', '.join(near)}" if near else ""
+            yield _Misfit(entry.path, f"there is no such conv{nearest}", _SURVEY)
+        elif entry.swap is not None and (found := _misfit(entry, site, survey)) is not None:
+            yield _Misfit(entry.path, *found)
+
+
+def _lost_low_passes(plan: Plan, survey: Survey) -> Iterator[_Misfit]:
+    steps = {(island.path, node.name) for island in survey.network.islands for node in island.graph.nodes}
+    for one in plan.low_passed:
+        if not {(one.island, one.step), (one.island, one.operand)} <= steps:
+            yield _Misfit(f"low_passed {one.step}", f"there is no such step that reads {one.operand}", _LOW_PASSED)
+
+
+def _repeated(plan: Plan) -> Iterator[_Misfit]:
+    seen = [entry.path for entry in plan.convs]
+    for path in sorted({path for path in seen if seen.count(path) > 1}):
+        yield _Misfit(path, "it is in the plan twice", "Delete one of the two entries.")
+
+
+def _misfit(entry: Entry, site: Site, survey: Survey) -> tuple[str, str] | None:
+    """Say why a conv cannot be swapped as the plan says, and what to do about it."""
     if entry.functional != FunctionalStep.of(site):
-        return "the plan names another step of the network for it"
+        return "the plan names another step of the network for it", _ANEW
     if site.spec is None or entry.spec not in (site.spec, fingerprints.words_of(site.spec)):
-        return f"the plan says {entry.conv}, the model has {site.spec or site.kind}"
+        return f"the plan says {entry.conv}, the model has {site.spec or site.kind}", _ANEW
     if set(entry.paths) != set(site.paths):
-        return f"the model names it {', '.join(site.paths)}"
+        return f"the model names it {', '.join(site.paths)}", _ANEW
     try:
         with plain_words(entry.block.Options):
             options = entry.block_options
     except ValidationError as error:
-        return "; ".join(f"with.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        said = [(".".join(("with", *map(str, e["loc"]))), e["msg"]) for e in error.errors()]
+        return "; ".join(f"{where}: {what}" for where, what in said), _OPTIONS
     if entry.takes_norm and set(entry.takes_norm) != set(site.norm):
-        return f"it cannot take over {entry.takes_norm[0]}" + (f": {site.norm_obstacle}" if site.norm_obstacle else "")
-    return site.obstacle or contract.refusal(entry.block, site.spec, site.size, options)
+        return _wrong_norm(entry, site, survey)
+    why = site.obstacle or contract.refusal(entry.block, site.spec, site.size, options)
+    return (why, _STAY) if why else None
+
+
+def _wrong_norm(entry: Entry, site: Site, survey: Survey) -> tuple[str, str]:
+    """Say why a block cannot take over what `takes_norm` names."""
+    names = dict(survey.model.named_modules(remove_duplicate=False))
+    unknown = [name for name in entry.takes_norm if name not in names]
+    what = f"it cannot take over {(unknown or entry.takes_norm)[0]}" + (": there is no such module" if unknown else "")
+    if site.norm:
+        return f"{what}; its norm is {', '.join(site.norm)}", f"Write `takes_norm: [{', '.join(site.norm)}]`."
+    return what + (f": {site.norm_obstacle}" if site.norm_obstacle and not unknown else ""), _NO_NORM

@@ -34,7 +34,8 @@ def foresee(plan: Plan, survey: Survey) -> Plan:
     if not plan.has_streams:
         return plan
     paths = [island.path for island in survey.network.islands]
-    left = {path: why for path in paths if (why := used_of_its_class(survey.model, path))}
+    left = {one.island: one.reason for one in plan.seams if one.kind == "local"}  # in a plan that was made before
+    left |= {path: why for path in paths if (why := used_of_its_class(survey.model, path))}
     try:
         outcome, after = _tried(plan, survey, left)
     except Exception as error:

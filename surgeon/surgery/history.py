@@ -28,7 +28,7 @@ FORMAT = 2  # of histories and manifests; 1 is read as well
 _MOST_STEPS = 64  # that are done again, when a file asks for it
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Operation:
     """One thing that was done to a model: `plan` is what convert carried out, `measured` what it measured.
 
@@ -46,6 +46,16 @@ class Operation:
     versions: dict[str, str] = field(default_factory=dict)
     dense: bool = False  # fuse: blocks that cost less than their conv were folded too
     measured: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    def __repr__(self) -> str:
+        """Say in one line what was done: a plan and its recipe would fill pages."""
+        facts = [f"dense={self.dense}"] if self.dense else []
+        if self.plan is not None:
+            convs, recipe = self.plan.get("convs", ()), self.plan.get("recipe", {})
+            swapped = sum("swap" in entry for entry in convs)
+            facts.append(f"plan=<{recipe.get('name')}: {swapped} of {len(convs)} convs swapped>")
+        hashes = f"parent={self.parent[:8]!r}…, result={self.result[:8]!r}…"
+        return f"Operation({', '.join([repr(self.operation), *facts, hashes])})"
 
 
 def versions() -> dict[str, str]:

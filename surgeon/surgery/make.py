@@ -1,4 +1,7 @@
-"""recipe × survey → plan: decide for every conv what will be done to it. This changes no tensor of the network."""
+"""recipe × survey → plan: decide for every conv what will be done to it, and count what that costs.
+
+A plan that was edited is counted anew. None of this changes a tensor of the network.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import Any
 
 import torch
 
+from surgeon.analysis.example import PASS_ONE
 from surgeon.analysis.sites import Site, Survey, measure_calls
 from surgeon.blocks import BlockOptions, Together, Wanted, contract, registry
 from surgeon.errors import BlockError, PlanError
@@ -20,7 +24,9 @@ from surgeon.recipes.recipe import Recipe, Rule
 from surgeon.surgery.plan import Change, Entry, FunctionalStep, LowPassed, Plan, RecipeText, Total
 
 _NO_RULE = "no rule claims it"
+_NOT_IN_PLAN = "it is not in the plan"
 _COSTS = ("params", "macs", "activations")
+_COUNTED = (*_COSTS, "ideal_macs", "kept_energy", "note")
 
 
 def make(recipe: Recipe, survey: Survey, *, seed: int = 0) -> Plan:
@@ -32,7 +38,7 @@ def make(recipe: Recipe, survey: Survey, *, seed: int = 0) -> Plan:
     if survey.inputs is None and (sized := [rule for rule in recipe.rules if rule.match.needs_size]):
         raise PlanError(
             f"{sized[0]} asks for the size of feature maps, but no input is known",
-            todo="Pass one: --input 1,3,224,224.",
+            todo=PASS_ONE,
         )
     claims = [next((rule for rule in recipe.rules if _claims(rule, site)), None) for site in survey.sites]
     for rule in recipe.rules:
@@ -74,7 +80,9 @@ def _refuse_idle_rule(rule: Rule, survey: Survey) -> None:
         todo = "Move the rule up, or set `optional: true`."
     else:
         near = _nearest(rule, [path for site in survey.sites for path in site.paths])
-        problem = f"{rule} claims no conv" + (f"; the nearest names are {', '.join(near)}" if near else "")
+        problem = f"{rule} claims no conv" + (
+            f"; the nearest {'name is' if len(near) == 1 else 'names are'} {', '.join(near)}" if near else ""
+        )
         convs = "the one conv" if len(survey.sites) == 1 else f"all {len(survey.sites)} convs"
         todo = f"`surgeon survey MODEL` lists {convs}; with `optional: true` the rule may claim none."
     raise PlanError(problem, todo=todo, rule=rule)
@@ -131,22 +139,62 @@ def _entry(site: Site, rule: Rule | None, roles: Roles, measured: _Measured, wei
     assert rule.swap is not None
     options = roles.options.get(site.path, rule.options)
     assert options is not None
-    block = registry()[rule.swap]
-    takes_norm = site.norm if block.takes_norm(options) else ()
-    before = site.cost + site.norm_cost if takes_norm else site.cost
-    facts |= {
-        "swap": rule.swap,
+    takes_norm = site.norm if registry()[rule.swap].takes_norm(options) else ()
+    return Entry.model_validate(facts | _swapped(site, rule.swap, options, takes_norm, measured, weight))
+
+
+def _swapped(
+    site: Site,
+    swap: str,
+    options: BlockOptions,
+    takes_norm: tuple[str, ...],
+    measured: _Measured,
+    weight: torch.Tensor | None,
+) -> dict[str, Any]:
+    """Say what a swap is and what it costs."""
+    assert site.spec is not None
+    block = registry()[swap]
+    left = site.norm and not takes_norm and block.takes_norm(options)
+    facts: dict[str, Any] = {
+        "swap": swap,
         "with": options.model_dump(exclude_none=True),
         "takes_norm": takes_norm,
-        "note": block.note(options, site.norm_obstacle),
+        "note": block.note(options, f"takes_norm does not name {site.norm[0]}" if left else site.norm_obstacle),
     }
-    after = measured.block(site, rule.swap, options, takes_norm=bool(takes_norm))
-    assert site.spec is not None
     if weight is not None and not weight.is_meta and (kept := block.kept_energy(weight, options)):
         facts["kept_energy"] = {way: round(share, 4) for way, share in kept.items()}
     if (share := block.ideal_share(site.spec, options)) is not None and site.cost.macs is not None:
         facts["ideal_macs"] = round(share * site.cost.macs)
-    return Entry.model_validate(facts | _changes(before, after))
+    before = site.cost + site.norm_cost if takes_norm else site.cost
+    return facts | _changes(before, measured.block(site, swap, options, takes_norm=bool(takes_norm)))
+
+
+def recount(plan: Plan, survey: Survey) -> Plan:
+    """Count anew what a checked plan costs, since it may have been edited; what it does stays as it is.
+
+    A conv that was taken out of the plan stays, and is listed with that reason.
+    """
+    entries, measured = {entry.path: entry for entry in plan.convs}, _Measured()
+    convs = [_recounted(entries.get(site.path), site, measured, survey) for site in survey.sites]
+    fields: dict[str, Any] = {"convs": tuple(convs), "total": _total(survey.cost, convs)}
+    if survey.inputs is not None:
+        fields["input"] = survey.inputs.record
+    return plan.model_copy(update=fields)
+
+
+def _recounted(entry: Entry | None, site: Site, measured: _Measured, survey: Survey) -> Entry:
+    facts: dict[str, Any] = {"calls": site.calls, "size": site.size} | dict.fromkeys(_COUNTED)
+    if entry is None:
+        named = {"path": site.path, "aliases": site.paths[1:], "functional": FunctionalStep.of(site)}
+        facts |= named | {"conv": site.spec or site.kind, "skip": _NOT_IN_PLAN} | _changes(site.cost, site.cost)
+        return Entry.model_validate(facts)
+    if entry.swap is None:
+        facts |= _changes(site.cost, site.cost)
+    else:
+        weight = survey.weights.get(site.path)
+        facts |= _swapped(site, entry.swap, entry.block_options, entry.takes_norm, measured, weight)
+        facts["options"] = facts.pop("with")
+    return entry.model_copy(update=facts)
 
 
 def _skip(site: Site, rule: Rule | None, roles: Roles) -> str | None:

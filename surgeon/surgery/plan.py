@@ -7,6 +7,8 @@ asks whether it fits a network, `foresee` says what it leads to, and `operate` c
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -21,7 +23,7 @@ from surgeon.blocks.two_streams import TwoStreamBlock
 from surgeon.conv.spec import ConvSpec
 from surgeon.display.plan import plan_view
 from surgeon.display.shown import Shown
-from surgeon.errors import CaptureError
+from surgeon.errors import CaptureError, Fault, RecipeError
 from surgeon.models import call as calls
 from surgeon.models.call import Inputs
 from surgeon.recipes import forms
@@ -101,12 +103,20 @@ class Entry(Form):
     )
     kept_energy: dict[str, float] | None = None  # for a block that thins a conv out, by each way of doing so
 
+    @field_validator("swap")
+    @classmethod
+    def _is_a_block(cls, name: str | None) -> str | None:
+        if name is not None and name not in registry():
+            near = forms.did_you_mean(name, registry())
+            raise ValueError(f"no block called {quoted(name)}; there are {', '.join(registry())}{near}")
+        return name
+
     @model_validator(mode="after")
     def _is_one_of_two(self) -> Self:
-        if (self.swap is None) == (self.skip is None):
+        if self.swap is not None and self.skip is not None:
+            raise ValueError("has both swap and skip; delete one")
+        if self.swap is None and self.skip is None:
             raise ValueError("needs either swap (a block) or skip (a reason)")
-        if self.swap is not None and self.swap not in registry():
-            raise ValueError(f"no block called {self.swap!r}; there are {', '.join(registry())}")
         return self
 
     @property
@@ -268,4 +278,18 @@ def read(source: str | Path) -> Plan:
 
 def parse(text: str, name: str) -> Plan:
     """Read a plan from text; `name` is the file name that error positions show."""
-    return forms.validate(Plan, yamlmarks.read(text, name, todo=_HOW_TO_PLAN), todo=_HOW_TO_PLAN)
+    marked = yamlmarks.read(text, name, todo=_HOW_TO_PLAN)
+    try:
+        return forms.validate(Plan, marked, todo=_HOW_TO_PLAN)
+    except RecipeError as error:
+        raise RecipeError([_with_conv(fault, marked.data) for fault in error.faults], todo=error.todo) from error
+
+
+def _with_conv(fault: Fault, data: Any) -> Fault:
+    """Name the conv beside the number of its entry."""
+    entry = re.match(r"convs\[(\d+)\]", fault.path)
+    found = data["convs"][int(entry[1])] if entry else None
+    path = found.get("path") if isinstance(found, dict) else None
+    if entry is None or not isinstance(path, str):
+        return fault
+    return replace(fault, path=f"{entry[0]} ({path}){fault.path[entry.end() :]}")

@@ -363,7 +363,8 @@ def test_a_network_that_needs_more_says_what_it_takes(capsys: pytest.CaptureFixt
     torch.save(KeywordOnly(), "net.pt")
     code, _, error = run_json(capsys, "survey", "net.pt", "--input=2,4,9,8", "--allow=test_examples", "--allow=tiny")
     assert code == 2
-    assert "It takes x and mask (and may take gain), for example --input 'x=1,3,8,8;mask=1,3,8,8'." in error
+    assert "It takes x and mask (and may take gain), for example --input 'x=1,3,8,8;mask=1,3,8,8' (from Python" in error
+    assert "example={'x': (1, 3, 8, 8), 'mask': (1, 3, 8, 8)})." in error
     assert error.count("\n") == 1
 
 

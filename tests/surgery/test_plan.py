@@ -269,6 +269,71 @@ def test_every_field_of_a_conv_has_to_fit(field: str, value: object, says: str):
     assert says in said
 
 
+SKIP = "`skip: reason`"
+
+
+@pytest.mark.parametrize(
+    ("edit", "says", "todo"),
+    [
+        (
+            lambda entry: entry.update(path="stem.cnov"),
+            "stem.cnov: there is no such conv; the nearest name is stem.conv",
+            "`surgeon survey MODEL` lists the names",
+        ),
+        (
+            lambda entry: entry["with"].update(inti="split"),
+            "with.inti: unknown key 'inti'; there are gamma, init, placement (did you mean 'init'?)",
+            "`surgeon blocks` lists the options",
+        ),
+        (
+            lambda entry: entry["with"].update(init="splt"),
+            "with.init: 'splt' is not one of takeover, split, scratch (did you mean 'split'?)",
+            "`surgeon blocks` lists the options",
+        ),
+        (
+            lambda entry: entry.update(takes_norm=["stem.bn9"]),
+            "it cannot take over stem.bn9: there is no such module; its norm is stem.bn",
+            "Write `takes_norm: [stem.bn]`.",
+        ),
+        (
+            lambda entry: entry.update(takes_norm=["body.0.bn"]),
+            "it cannot take over body.0.bn; its norm is stem.bn",
+            "Write `takes_norm: [stem.bn]`.",
+        ),
+        (lambda entry: entry.update(conv="4→4, 5x5"), "the plan says 4→4, 5x5", "describes the convs as they are now"),
+    ],
+)
+def test_the_advice_fits_the_misfit(edit: Callable[[dict[str, Any]], object], says: str, todo: str):
+    said = misfit(net := own(), edited(split(net), lambda data: edit(data["convs"][0])))
+    assert says in said
+    assert todo in said
+    assert SKIP not in said
+
+
+def test_a_conv_that_cannot_be_swapped_is_to_be_skipped():
+    net = tiny.Own()
+    plan = surgeon.plan(net, "acnet", SHAPE)
+    net.stem.conv.register_forward_hook(print)
+    assert SKIP in misfit(net, plan)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("  swap: acblock", "  swap: acblok", "convs[0] (conv).swap: no block called 'acblok'"),
+        ("  swap: acblock", "  swap: acblok", "(did you mean 'acblock'?)"),
+        ("  swap: acblock", "  swap: acblock\n  skip: both", "convs[0] (conv): has both swap and skip; delete one"),
+        ("  swap: acblock\n", "", "convs[0] (conv): needs either swap (a block) or skip (a reason)"),
+        ("  swap: acblock", "  swap: acblock\n  swap: octave", "convs[0] (conv)"),
+    ],
+)
+def test_a_fault_of_an_entry_names_its_conv(old: str, new: str, says: str):
+    text = surgeon.plan(ConvNorm(), "acnet", SHAPE).dump()
+    with pytest.raises(RecipeError) as caught:
+        plans.parse(text.replace(old, new, 1), "plan.yaml")
+    assert says in str(caught.value)
+
+
 def in_format_1(plan: Plan, words: str) -> Plan:
     def edit(data: dict[str, Any]) -> None:
         data["surgeon-plan"] = 1
@@ -418,8 +483,8 @@ def test_a_fault_of_a_plan_file_has_its_place(old: str, new: str, says: str):
 
 def test_a_fault_of_a_whole_entry_stands_where_the_entry_does():
     text = surgeon.plan(ConvNorm(), "acnet", SHAPE).dump()
-    with pytest.raises(RecipeError, match=r"convs\[0\]: no block called 'acblok'; there are .*acblock") as caught:
-        plans.parse(text.replace("swap: acblock\n  with", "swap: acblok\n  with"), "plan.yaml")
+    with pytest.raises(RecipeError, match=r"convs\[0\] \(conv\): has both swap and skip") as caught:
+        plans.parse(text.replace("swap: acblock\n  with", "swap: acblock\n  skip: why\n  with"), "plan.yaml")
     assert caught.value.faults[0].where == f"plan.yaml:{line_of(text, 'path: conv')}:3"
 
 
@@ -558,3 +623,84 @@ def test_a_network_without_numbers_can_be_converted_too():
     with torch.device("meta"):
         net = ConvNorm()
     assert isinstance(surgeon.convert(net, "acnet", SHAPE).conv, ACBlock)
+
+
+# Costs of an edited plan
+
+
+def hand_swapped(plan: Plan, path: str, **more: Any) -> Plan:
+    """Swap one conv that the plan leaves alone, as a user does."""
+
+    def edit(data: dict[str, Any]) -> None:
+        entry = next(one for one in data["convs"] if one["path"] == path)
+        del entry["skip"]
+        entry.update(swap="acblock", **more)
+
+    return edited(plan, edit)
+
+
+def carried_out(net: nn.Module, plan: Plan, example: Any = None) -> Plan:
+    """The plan as the history of the converted network holds it."""
+    return Plan.model_validate(surgeon.history(surgeon.convert(net, plan, example))[-1].plan)
+
+
+FIRST = {"rules": [{"swap": "acblock", "match": {"name": "stem.conv"}}]}
+BOTH = {"rules": [{"swap": "acblock", "match": {"name": ["stem.conv", "body.0.conv"]}}]}
+OCTAVE = {"rules": [{"swap": "octave"}]}
+
+
+def without_rules(plan: Plan) -> dict[str, Any]:
+    """All that is counted in a plan."""
+    data = plan.to_dict()
+    for one in data["convs"]:
+        one.pop("rule", None)
+    return {key: data[key] for key in ("total", "convs", "input")}
+
+
+def test_a_plan_that_nobody_edited_is_carried_out_as_it_stands():
+    net = own()
+    for name in ("acnet", "hetconv-p4", OCTAVE):
+        plan = surgeon.plan(net, name, (1, 4, 32, 32))
+        assert carried_out(net, plan) == plan
+
+
+def test_an_edited_plan_costs_what_a_plan_with_these_swaps_costs():
+    net = own()
+    first, both = surgeon.plan(net, FIRST, SHAPE), surgeon.plan(net, BOTH, SHAPE)
+    norm = next(entry.takes_norm for entry in both.convs if entry.path == "body.0.conv")
+    added = carried_out(net, hand_swapped(first, "body.0.conv", takes_norm=list(norm)))
+    assert without_rules(added) == without_rules(both)
+    assert added.total != first.total
+
+
+def test_a_conv_that_was_taken_out_of_the_plan_is_counted_as_one_that_stays():
+    net = own()
+    plan = surgeon.plan(net, BOTH, SHAPE)
+    done = carried_out(net, edited(plan, lambda data: data["convs"].pop(0)))
+    assert len(done.convs) == len(plan.convs)
+    assert done.convs[0].skip == "it is not in the plan"
+    assert done.total.params.before == plan.total.params.before
+    assert done.total.params.after < plan.total.params.after
+
+
+def test_costs_are_for_the_input_that_is_given_with_the_plan():
+    net = own()
+    done = carried_out(net, surgeon.plan(net, FIRST, SHAPE), (2, *SHAPE[1:3], 2 * SHAPE[3]))
+    assert done == surgeon.plan(net, FIRST, (2, *SHAPE[1:3], 2 * SHAPE[3]))
+
+
+def test_a_swap_that_leaves_its_norm_says_that_it_keeps_its_function_in_eval_mode_only():
+    net = own()
+    done = carried_out(net, hand_swapped(surgeon.plan(net, FIRST, SHAPE), "body.0.conv"))
+    swapped = next(entry for entry in done.swaps if entry.path == "body.0.conv")
+    assert swapped.note == "same function in eval mode only: takes_norm does not name body.0.bn"
+    assert swapped.options == {"init": "takeover", "placement": "skeleton"}
+
+
+def test_an_edited_octave_plan_is_run_again():
+    net = own()
+    plan = surgeon.plan(net, OCTAVE, (1, 4, 32, 32))
+    last = plan.swaps[-1].path
+    done = carried_out(net, edited(plan, lambda d: d.update(convs=[c for c in d["convs"] if c["path"] != last])))
+    assert len(done.swaps) == len(plan.swaps) - 1
+    assert done.total.macs.after > plan.total.macs.after

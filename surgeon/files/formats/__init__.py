@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from surgeon.errors import ModelError
-from surgeon.files.faults import compiled, folder, missing, no_file, part_of
+from surgeon.files.faults import compiled, folder, missing, no_file, part_of, source_code
 from surgeon.files.formats.base import Format
 
 __all__ = ["Format", "known", "of_file", "of_suffix", "suffixes"]
@@ -63,6 +63,8 @@ def of_file(path: Path) -> Format:
     likely = (*(one for one in known() if one.knows(path, head)), *(one for one in known() if one.claims(path)))
     if head and likely:
         return likely[0]
+    if path.suffix == ".py":
+        raise source_code(path)
     if path.suffix == ".onnx":
         raise compiled(path, "an ONNX graph")
     names = " and ".join(one.name for one in reversed(known()))
