@@ -309,7 +309,6 @@ def test_on_a_gpu_the_whole_command_line_works(tmp_path: Path) -> None:
     start, made, fused = tmp_path / "net.pt", tmp_path / "made.pt", tmp_path / "fused.pt"
     torch.save(shake_(torchvision.models.resnet18(weights=None), gently=True), start)
     how = ("--input", "2,3,64,64", "--device", "cuda")
-    assert run_surgeon("survey", start, *how) == 0
     assert run_surgeon("convert", start, "--recipe", "acnet", "-o", made, *how) == 0
     assert run_surgeon("fuse", made, "-o", fused, *how) == 0
     assert run_surgeon("verify", made, fused, *how) == 0

@@ -14,7 +14,7 @@ import typer
 
 from surgeon._version import __version__
 from surgeon.app.stopping import Stopped, stoppable
-from surgeon.app.terminal import NobodyReads, bar, complain, notes, parsing, results_only, show, show_file
+from surgeon.app.terminal import NobodyReads, bar, complain, complain_of, notes, parsing, results_only, show, show_file
 from surgeon.errors import PassError, SurgeonError, printable
 
 if TYPE_CHECKING:
@@ -382,8 +382,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except NobodyReads:
         code = 141
     except Exception as error:
-        complain(PassError("command line", repr(error)), because=error)
-        code = PassError.exit_code
+        code = complain_of(error)
     sys.exit(code)
 
 

@@ -22,7 +22,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from surgeon.display.shown import WIDE
-from surgeon.errors import StoreError, printable
+from surgeon.errors import PassError, StoreError, SurgeonError, printable
 
 if TYPE_CHECKING:
     from surgeon.models.progress import Progress
@@ -141,6 +141,16 @@ def complain(said: object, *, because: BaseException | None = None) -> None:
         print(printable("".join(traceback.format_exception(because)), keep="\n"), end="", file=sys.stderr)
     text = printable(str(said), keep="\n")
     print(f"surgeon: {text}", file=sys.stderr)
+
+
+def complain_of(error: Exception) -> int:
+    """Print what surgeon did not expect, and give the exit code: a want of memory is no bug."""
+    text = str(error).lower()
+    if isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text:
+        complain("there is not enough memory for this. Give a smaller --input, or use a machine that has more.")
+        return SurgeonError.exit_code
+    complain(PassError("command line", repr(error)), because=error)
+    return PassError.exit_code
 
 
 def _discard(out: IO[str]) -> None:

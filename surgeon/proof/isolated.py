@@ -33,6 +33,7 @@ from surgeon.proof.recorder import Recorder, Recording, Stretch, leaves, modules
 from surgeon.proof.ulps import Jitter, off
 
 FEW_UNITS = 4.0  # a float32 fold rounds γ/σ, its product with the weight, and every sum of branches
+_OF_HALVES = 3.0  # fewer in half types, where m is larger, and which are mostly folded in float32 and cast
 _DRAWS = 6  # each is one draw of chance; the largest of them is taken
 _HOPELESS = 30.0  # times a limit that some draws have set: no further draw makes up for it
 _MADE_GOOD = 30.0  # times smaller is the distance behind modules that make good for it
@@ -140,7 +141,8 @@ class Judge:
         """Measure what moving the numbers of each side does to it, again and again."""
         for draw in range(_DRAWS):
             for modules, out in zip(own, outs, strict=True):
-                jitter = Jitter(self.seed + draw, units=units, keeps_dtype=self.keeps_dtype)
+                most = _OF_HALVES if self.margin > 2 else FEW_UNITS
+                jitter = Jitter(self.seed + draw, units=min(units, most), keeps_dtype=self.keeps_dtype)
                 if (moved := spread(run([shadow(module, jitter) for module in modules], one), out)) is not None:
                     yield moved
 

@@ -10,7 +10,6 @@ from its own float64 result.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -255,7 +254,7 @@ class Models:
         found = pooled(outs_b, truths)
         if all(one.l2 <= self.arithmetic and not one.flips for one in found):
             return [(one, Apart(0.0, 0, one.count, one.is_whole)) for one in found]
-        units = self._units()
+        units = self._units()  # by which numbers may have been moved
         if not units:
             return [(one, Apart(0.0, 0, one.count)) for one in found]
         if len(self.noise) == len(found) and self._is_explained(found, self.noise):
@@ -282,15 +281,20 @@ class Models:
     def _rounding(
         self, owns: Sequence[Sequence[Any]], outs_b: Sequence[Any], truths: Sequence[Any], draws: Sequence[Inputs]
     ) -> list[tuple[Apart, Apart]]:
-        """Compare each model with itself in float64; what flips in B may flip as often if its weights are rounded."""
+        """Compare each model with itself in float64; B may be as far as one unit in its weights moves it.
+
+        Folding leaves fewer steps, and larger numbers in them: a huge bias, say, or scales that are far apart.
+        """
         found, noise = pooled(owns[1], outs_b), pooled(owns[0], truths)
+        least = 4 * torch.finfo(self.dtype).eps
         for i in range(_SHAKES):
-            if all(one.flips <= most.flips_allowed(self.margin) for one, most in zip(found, noise, strict=True)):
+            pairs = list(zip(found, noise, strict=True))
+            is_near = all(one.l2 <= self.margin * max(most.l2, least) for one, most in pairs)
+            if is_near and all(one.flips <= most.flips_allowed(self.margin) for one, most in pairs):
                 break
             moved = evaluating(self.own_b, Jitter(self.seed + i, units=1.0))
             outs = pooled([self._call(moved, one, self.exact) for one in draws], outs_b)
-            pairs = zip(noise, outs, strict=True)
-            noise = [replace(one, flips=max(one.flips, other.flips)) for one, other in pairs]
+            noise = [one.furthest(other) for one, other in zip(noise, outs, strict=True)]
         return list(zip(found, noise, strict=True))
 
     def _units(self) -> float:

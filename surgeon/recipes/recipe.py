@@ -154,7 +154,9 @@ _MOST = 2**26  # bytes of a recipe or plan; a device has no end
 
 
 def text_of(file: Traversable) -> str:
-    """Read a file of UTF-8 text."""
+    """Read a file of UTF-8 text; a pipe, which may never end, is not opened."""
+    if isinstance(file, Path) and file.exists() and not (file.is_file() or file.is_dir()):
+        raise RecipeError([Fault(str(file), "", "is not a regular file; write it to one, and name that")])
     try:
         with file.open("rb") as opened:
             raw = opened.read(_MOST + 1)

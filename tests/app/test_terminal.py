@@ -236,3 +236,22 @@ def test_what_is_printable_stays_as_it_is() -> None:
     assert printable("Grüße, 日本語, می‌خواهم 👩‍🔬") == "Grüße, 日本語, می‌خواهم 👩‍🔬"
     assert printable("\U000e0041\u200b\u2028\x7f\t") == r"\U000e0041\u200b\u2028\x7f\t"
     assert str(StoreError("a\n", todo="b\x1b")) == r"a\n. b\x1b"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:131] DefaultCPUAllocator: can't allocate memory: you tried 8 bytes"
+        ),
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    ],
+    ids=["Python's", "torch's", "a GPU's"],
+)
+def test_a_want_of_memory_is_no_bug(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    assert complain_of(error) == 2
+    assert capsys.readouterr().err == (
+        "surgeon: there is not enough memory for this. Give a smaller --input, or use a machine that has more.\n"
+    )
+    assert complain_of(ValueError("x")) == 70

@@ -17,6 +17,8 @@ _FLOOR = 4  # units: what any arithmetic may do
 class Rounding(Question):
     """err(B) ≤ m · max(err(A), 4 · eps), output by output; err(·) is relative L2 against the same model in float64.
 
+    In place of err(A) stands what one unit in the last place of B's weights does to B, if that is more.
+
     The rounding of stored weights is no part of this: both runs of a model use the same ones.
     """
 
@@ -30,7 +32,11 @@ class Rounding(Question):
             limits = [(b.l2, evidence.margin * max(a.l2, floor)) for b, a in run.rounding]
             for i, err_b, limit in furthest(limits):
                 err_a = run.rounding[i][1].l2
-                unit = f"A's own {err_a:.1e}" if err_a > floor else f"{_FLOOR} units in the last place, A: {err_a:.1e}"
+                unit = (
+                    f"A's, or one unit of B's weights: {err_a:.1e}"
+                    if err_a > floor
+                    else f"{_FLOOR} units in the last place, A: {err_a:.1e}"
+                )
                 says = (
                     f"{output_of(run, i)}in {dtype}: B is {err_b:.1e} from itself in float64, "
                     f"at most {limit:.1e} ({evidence.margin:g} × {unit})"
