@@ -187,6 +187,11 @@ class ACBlock(base.Foldable[ACBlockOptions]):
                 return f"{name} is a {type(norm).__name__} now"
             if norm.running_mean is None or norm.running_var is None:
                 return f"{name} keeps no running statistics"
+        (ver_spec, _), (hor_spec, _) = self._strips()
+        for name, spec in (("square_conv", self.spec), ("ver_conv", ver_spec), ("hor_conv", hor_spec)):
+            conv = getattr(self, name)
+            if not isinstance(conv, nn.Conv2d) or ConvSpec.of(conv).change(bias=False) != spec:
+                return f"{name} is not the conv that belongs there: {spec}"
         return None
 
     def extra_repr(self) -> str:

@@ -22,7 +22,7 @@ VARIABLE_FUNCTIONS = "torch._C._VariableFunctionsClass"
 OF_TORCH = frozenset(
     """
     abs acos acosh add amax amin asin asinh atan atan2 atanh cat ceil celu celu_ clamp clamp_ clamp_max clamp_min clip
-    cos cosh cosine_similarity div erf erfc exp exp2 expm1 flatten floor frac hardshrink log log10 log1p log2
+    clone cos cosh cosine_similarity div erf erfc exp exp2 expm1 flatten floor frac hardshrink log log10 log1p log2
     log_softmax logit max maximum mean min minimum mul multiply nan_to_num neg negative pixel_shuffle pixel_unshuffle
     positive pow prelu reciprocal relu relu_ round rrelu rrelu_ rsqrt selu selu_ sgn sigmoid sigmoid_ sign sin sinc sinh
     softmax sqrt square stack sub subtract sum tan tanh tanh_ threshold threshold_ true_divide trunc where

@@ -7,13 +7,12 @@ from collections.abc import Callable
 from torch import nn
 
 from surgeon.analysis.network import Network
-from surgeon.blocks import Foldable
-from surgeon.errors import PassError, PlanError
+from surgeon.errors import PassError
 from surgeon.models.copies import shadow
 from surgeon.models.progress import Progress, silent
 from surgeon.models.sandbox import ordinary
 from surgeon.proof import calls
-from surgeon.proof.distance import EXACT, as_double, worst
+from surgeon.proof.distance import worst
 from surgeon.surgery.fold import fold_blocks_
 from surgeon.surgery.history import Operation, content_hash, history, planned_inputs, record_, versions
 from surgeon.surgery.selfcheck import check_finite, is_far, outputs_of
@@ -44,7 +43,6 @@ def fold_all_(
             check_finite(model, before, after, "folding")
             distance = worst(after, before)
             if is_far(model, original, inputs, before, after):
-                _check_blocks(original, folded)
                 raise PassError("fuse", f"the network is {distance:.1e} from what it was before its blocks were folded")
     except BaseException:
         restore()
@@ -53,23 +51,6 @@ def fold_all_(
         measured = {"folded": len(folded)} | ({} if distance is None else {"whole": distance})
         record_(model, Operation("fuse", parent, content_hash(model), None, versions(), dense, measured))
     return folded, distance
-
-
-def _check_blocks(original: nn.Module, folded: tuple[str, ...]) -> None:
-    """Find a block that is not what its settings say, in a file that was changed, say.
-
-    Raises:
-        PlanError: there is one; it is named.
-    """
-    for path in folded:
-        block = original.get_submodule(path)
-        if isinstance(block, Foldable):
-            exact = shadow(block, as_double)
-            if not calls.local_distance(exact, exact.fold(), None) <= EXACT:
-                raise PlanError(
-                    f"{path} does not compute what its settings say, so it cannot be folded",
-                    todo="Its parts were changed, in the model or in its file. Convert the network again.",
-                )
 
 
 def _snapshot(model: nn.Module) -> Callable[[], None]:
