@@ -58,7 +58,10 @@ class Gap:
 
 @dataclass(frozen=True, slots=True)
 class Judge:
-    """Judges stretches: `margin` and `arithmetic` are those of the checks, `dtype` is that in which all is stored."""
+    """Judges stretches by the margin and the arithmetic of the checks.
+
+    `keeps_dtype`: the models run in their own dtype only, so their copies with moved numbers do, too.
+    """
 
     own_a: nn.Module  # both as stored, in their own dtype
     own_b: nn.Module
