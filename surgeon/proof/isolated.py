@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from surgeon._torch_compat import pytree
 from surgeon.models.copies import shadow
-from surgeon.proof.distance import Apart, apart, real
-from surgeon.proof.recorder import Recorder, Recording, Stretch, leaves, modules_of, run
+from surgeon.proof.distance import Apart, real
+from surgeon.proof.recorder import Recorder, Recording, Stretch, far_apart, leaves, modules_of, run
 from surgeon.proof.ulps import Jitter, off
 
 FEW_UNITS = 4.0  # a float32 fold rounds γ/σ, its product with the weight, and every sum of branches
@@ -198,7 +198,7 @@ def excused(recorder: Recorder, gaps: dict[str, Gap]) -> dict[str, Gap]:
 def measure(recorder: Recorder, stretch: Stretch) -> Gap:
     """Measure how far B's stretch is from A's in isolation and in its own run, without judging it."""
     modules = modules_of(recorder.b, stretch.in_b)
-    isolated = max((_far(run(modules, one), one.out) for one in recorder.calls(stretch)), default=0.0)
+    isolated = max((far_apart(run(modules, one), one.out) for one in recorder.calls(stretch)), default=0.0)
     return Gap(_finite(isolated), _finite(recorder.propagated_to(stretch)))
 
 
@@ -260,14 +260,6 @@ def _scaled(one: Recording, by: float) -> Recording:
         Tensor, lambda t: t * by if t.is_floating_point() else t, (one.args, one.kwargs)
     )
     return Recording(args, kwargs, one.out)
-
-
-def _far(out: Any, expected: Any) -> float:
-    ours, theirs = leaves(out), leaves(expected)
-    if len(ours) != len(theirs):
-        return math.inf
-    pairs = [(b, a) for b, a in zip(ours, theirs, strict=True) if isinstance(a, Tensor)]
-    return max((apart(b, a) if isinstance(b, Tensor) else math.inf for b, a in pairs), default=0.0)
 
 
 def _finite(value: float) -> float | None:

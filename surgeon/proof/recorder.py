@@ -88,7 +88,7 @@ class Recorder:
                 done.pop()  # of the step before, which was not the last one
             if len(done) < len(expected) and _shapes(out) != _shapes(expected[len(done)]):
                 self.first_other = self.first_other or name
-            done.append(_apart(out, expected[len(done)]) if len(done) < len(expected) else math.inf)
+            done.append(far_apart(out, expected[len(done)]) if len(done) < len(expected) else math.inf)
 
         try:
             with _watched(self.b, [*steps, *only_b], trail, compare):
@@ -131,7 +131,7 @@ class Recorder:
 
         def before(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             recorded, i = self.recordings[first[path].in_a[0]], calls[first[path].path]
-            far = _apart((args, kwargs), (recorded[i].args, recorded[i].kwargs)) if i < len(recorded) else math.inf
+            far = far_apart((args, kwargs), (recorded[i].args, recorded[i].kwargs)) if i < len(recorded) else math.inf
             found[first[path].path] = max(found.get(first[path].path, 0.0), far)
 
         def after(path: str, out: Any) -> Any:
@@ -167,7 +167,7 @@ class Recorder:
                 args, kwargs = pytree.tree_map_only(Tensor, as_double, (one.args, one.kwargs))
                 doubled = Recording(args, kwargs, one.out)
                 outs = [run(modules_of(*side), doubled) for side in ((b, stretch.in_b), (a, stretch.in_a))]
-                found = max(found, _apart(*outs))
+                found = max(found, far_apart(*outs))
         return found
 
     def _ends(self, stretch: Stretch) -> list[Any]:
@@ -199,7 +199,7 @@ class Recorder:
         if len(starts) != len(ends):
             return False
         outs = [run([self.a.get_submodule(path)], Recording((_alone(end),), {}, None)) for end in ends]
-        return all(not _apart(out, one.out) for out, one in zip(outs, starts, strict=True))
+        return all(not far_apart(out, one.out) for out, one in zip(outs, starts, strict=True))
 
     def _add(self, name: str, steps: list[str]) -> None:
         self.stretches[name] = self.stretch(name, steps)
@@ -306,7 +306,7 @@ def _first(values: Any) -> Any:
     return next((leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)), None)
 
 
-def _apart(out: Any, expected: Any) -> float:
+def far_apart(out: Any, expected: Any) -> float:
     """Give the relative L2 of a result; for a pair, that of the stream which is further apart."""
     ours, theirs = leaves(out), leaves(expected)
     if len(ours) != len(theirs):

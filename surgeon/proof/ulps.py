@@ -58,18 +58,18 @@ def stored_off(b: nn.Module, replay: nn.Module, a: nn.Module) -> dict[str, Off]:
     """Compare every tensor that B stores with the replay's, rounded once; A, which it was made from, has the dtypes."""
     ours, theirs, given = b.state_dict(), replay.state_dict(), a.state_dict()
     kinds = {value.dtype for value in given.values() if isinstance(value, Tensor)}
-    found = {}
-    for key in theirs:
-        if key in ours:
-            known = given.get(key)
-            dtypes = {known.dtype} if isinstance(known, Tensor) else {theirs[key].dtype} | kinds
-            plain = known if known is not None else torch.empty(0)
-            if isinstance(ours[key], Tensor) and isinstance(plain, Tensor) and type(ours[key]) is not type(plain):
-                found[key] = Off(math.inf)  # a class of its own, which may compute something else
-                continue
-            is_float64 = known is None and ours[key].dtype == torch.float64 not in kinds  # as the replay has it
-            found[key] = off(ours[key], theirs[key], set() if is_float64 else dtypes, is_once_rounded=True)
+    found = {key: _as_stored(ours[key], theirs[key], given.get(key), kinds) for key in theirs if key in ours}
     return found | dict.fromkeys(ours.keys() ^ theirs.keys(), Off(math.inf))
+
+
+def _as_stored(stored: Any, exact: Any, known: Any, kinds: Collection[torch.dtype]) -> Off:
+    """Compare a tensor with the replay's; A's of the same name says its class and dtype, or else `kinds`, all of A's."""
+    if not isinstance(stored, Tensor) or not isinstance(exact, Tensor):  # a module's own extra state
+        return Off(_ulps(stored, exact))
+    if type(stored) is not (type(known) if isinstance(known, Tensor) else Tensor):
+        return Off(math.inf)  # a class of its own may compute something else
+    new = {*kinds} | ({exact.dtype} - {torch.float64})  # in which the replay is, whatever A is in
+    return off(stored, exact, {known.dtype} if isinstance(known, Tensor) else new, is_once_rounded=True)
 
 
 def same(stored: Tensor, exact: Tensor, *, is_judged: bool) -> Off:

@@ -360,6 +360,23 @@ class TestStructure:
         report = surgeon.verify(net, b, SHAPE)
         assert (report.verdict, report.first_to_diverge) == ("different", "8")
 
+    def test_extra_state_that_is_no_tensor_is_compared(self) -> None:
+        class Noted(nn.Sequential):
+            note = 1
+
+            def get_extra_state(self) -> dict[str, int]:
+                return {"note": self.note}
+
+            def set_extra_state(self, state: dict[str, int]) -> None:
+                self.note = state["note"]
+
+        net = Noted(*_net()).eval()
+        b = surgeon.fuse(surgeon.convert(net, "acnet", SHAPE))
+        assert surgeon.verify(net, b, SHAPE).equivalent
+        b.note = 2
+        report = surgeon.verify(net, b, SHAPE)
+        assert "stored tensors" in [check.name for check in report.checks if not check.passed]
+
     def test_all_tensors_one_unit_larger_are_not_rounded_once(self) -> None:
         net = _pooled()
         b = surgeon.fuse(surgeon.convert(net, "acnet", SHAPE))
