@@ -63,7 +63,7 @@ def stored_off(b: nn.Module, replay: nn.Module, a: nn.Module) -> dict[str, Off]:
 
 
 def _as_stored(stored: Any, exact: Any, known: Any, kinds: Collection[torch.dtype]) -> Off:
-    """Compare a tensor with the replay's; A's of the same name says its class and dtype, and else `kinds`, those of A."""
+    """Compare a tensor with the replay's; A's of the same name says its class and dtype, else `kinds`, those of A."""
     if not isinstance(stored, Tensor) or not isinstance(exact, Tensor):  # a module's own extra state
         return Off(_ulps(stored, exact))
     if type(stored) is not (type(known) if isinstance(known, Tensor) else Tensor):
