@@ -209,7 +209,12 @@ class Foldable(Block[Opts]):
 
 
 class Deployable(Block[Opts]):
-    """A block that no single conv can replace, but that can be deployed in a form of several plain convs."""
+    """A block that can be deployed in a form of several plain convs, since a single one cannot replace it or costs more.
+
+    A history records by which rules a model was folded, so that what an earlier version left alone stays as it is.
+    """
+
+    deployed_since: ClassVar[int] = 1  # the first rules of folding that deploy it
 
     @abc.abstractmethod
     def deploy(self) -> nn.Module:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from surgeon._torch_compat import BatchNorm
-from surgeon.blocks import base
+from surgeon.blocks import base, sum_of_convs
 from surgeon.blocks.base import Trial
 from surgeon.conv import kernels
 from surgeon.conv.grouping import best_groups, share_kept
@@ -62,7 +62,7 @@ class HetConvOptions(base.BlockOptions):
         return self
 
 
-class HetConv(base.Foldable[HetConvOptions]):
+class HetConv(base.Foldable[HetConvOptions], base.Deployable[HetConvOptions]):
     """A cheaper stand-in for a dense k×k conv: (n, c_in, h, w) → (n, c_out, h', w'). Approximates it, by design.
 
     Parameters, with filters and channels sorted: `weight` (out, in/p, kh, kw), the k×k kernels of a group's filters
@@ -78,6 +78,7 @@ class HetConv(base.Foldable[HetConvOptions]):
     paper = "Singh et al. 2019, HetConv, arXiv:1903.04120"
     Options = HetConvOptions
     folds_for_free = False
+    deployed_since = 2
     DERIVED = frozenset({"grouped", "centre", "centre_shift"})
 
     def __init__(self, spec: ConvSpec, p: int, layout: Layout, *, like: Tensor) -> None:
@@ -231,6 +232,32 @@ class HetConv(base.Foldable[HetConvOptions]):
         return conv.train(self.training)
 
     to_dense = fold
+
+    def deploy(self) -> nn.Module:
+        """Return the sum of a k×k conv in p groups and a 1×1 conv, both plain ones of torch; see `sum_of_convs`.
+
+        The 1×1 conv sees and gives channels in the network's own order, so only the k×k conv needs them sorted.
+        """
+        filters, channels = self._orders()
+        with torch.no_grad():
+            kernel = self._pointwise_kernel()[filters.argsort()][:, channels.argsort()]
+        spatial = self.grouped.build_with(self.weight.detach(), None, like=self.weight)
+        pointwise = self.centre.change(dilation=(1, 1)).build_with(kernel, self.bias, like=self.weight)
+        orders = {} if self.layout == "block" else {"channel_order": channels, "filter_place": filters.argsort()}
+        spatial.requires_grad_(self.weight.requires_grad)
+        pointwise.requires_grad_(self.pointwise.requires_grad)
+        return sum_of_convs.make(spatial, self._at_the_centre(pointwise), **orders).train(self.training)
+
+    def _at_the_centre(self, conv: nn.Conv2d) -> nn.Module:
+        """Let a 1×1 conv see what the centre taps see, where its own padding cannot do that: kernels are odd, so the
+        borders of an axis are alike, and an axis is cropped or padded."""
+        if self.centre_shift is None:
+            return conv
+        top, _, left, _ = self.centre_shift
+        padded = ConvSpec.of(conv).change(padding=(max(top, 0), max(left, 0)), padding_mode=self.spec.padding_mode)
+        crop = [min(side, 0) for side in (left, left, top, top)]  # last axis first
+        made = padded.build_with(conv.weight.detach(), conv.bias, like=conv.weight)
+        return nn.Sequential(nn.ZeroPad2d(crop), made)
 
     def with_norm(self, norm: BatchNorm) -> Self:
         block = type(self)(self.spec.change(bias=True), self.p, self.layout, like=self.weight)
