@@ -243,10 +243,13 @@ class HetConv(base.Foldable[HetConvOptions], base.Deployable[HetConvOptions]):
             kernel = self._pointwise_kernel()[filters.argsort()][:, channels.argsort()]
         spatial = self.grouped.build_with(self.weight.detach(), None, like=self.weight)
         pointwise = self.centre.change(dilation=(1, 1)).build_with(kernel, self.bias, like=self.weight)
-        orders = {} if self.layout == "block" else {"channel_order": channels, "filter_place": filters.argsort()}
+        orders = {"channel_order": channels.clone(), "filter_place": filters.argsort()}
         spatial.requires_grad_(self.weight.requires_grad)
         pointwise.requires_grad_(self.pointwise.requires_grad)
-        return sum_of_convs.make(spatial, self._at_the_centre(pointwise), **orders).train(self.training)
+        made = sum_of_convs.make(
+            spatial, self._at_the_centre(pointwise), **({} if self.layout == "block" else orders)
+        )
+        return made.train(self.training)
 
     def _at_the_centre(self, conv: nn.Conv2d) -> nn.Module:
         """Let a 1×1 conv see what the centre taps see, where its own padding cannot do that: kernels are odd, so the

@@ -15,9 +15,10 @@ from torch import nn
 from surgeon.errors import ModelError, StoreError
 from surgeon.files import calls, formats, whole
 from surgeon.files.names import HARMLESS, NUMPY, PACKAGES, Trust, admitted, lies_in, offered_blocks
-from surgeon.files.steps import Program
+from surgeon.files.steps import UNKNOWN_GRAPH, Program
 from surgeon.nn import current_name
 
+_A_GRAPH = "a file would hold it as a program"
 _HOOKS = "hooks"
 _REGISTERS = ("_parameters", "_buffers", "_modules")
 
@@ -108,7 +109,7 @@ def _objection(value: object, trust: Trust) -> str | None:
         why = program.objection(admitted(Path("its pickle"), names, trust), trust, lambda _, size: size)
     except ModelError as error:
         return error.problem
-    return why and f"its pickle {why}"
+    return _A_GRAPH if why == UNKNOWN_GRAPH else why and f"its pickle {why}"
 
 
 def _names(program: bytes) -> list[str]:

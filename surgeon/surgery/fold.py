@@ -6,6 +6,7 @@ under all its names. A block that no single conv can replace first takes in the 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 
 from torch import nn
@@ -21,13 +22,15 @@ from surgeon.models.memory import give_back_after
 from surgeon.octave import rewrite as seams
 from surgeon.surgery.finite import finite
 
+RULES = 2  # by which `fuse` folds today; before 2, it left HetConvs as they were
 _TODO = "Undo what was changed since it was converted, or train and deploy it unfolded."
 
 
-def fold_blocks_(network: Network, *, dense: bool = False) -> tuple[str, ...]:
-    """Replace every foldable block of a network by the conv it folds to; returns their names.
+def fold_blocks_(network: Network, *, dense: bool = False, rules: int = RULES) -> tuple[str, ...]:
+    """Replace every block of a network by the conv it folds to, or by its deployment form; returns their names.
 
-    Blocks that cost less than that conv stay, unless `dense` asks for them too.
+    Blocks that cost less than one conv are deployed in several, unless `dense` asks for that conv. `rules` are those
+    by which a recorded operation was carried out.
 
     The running statistics are folded in, whatever mode the model is in; the mode stays the same.
 
@@ -45,7 +48,7 @@ def fold_blocks_(network: Network, *, dense: bool = False) -> tuple[str, ...]:
     folded: dict[tuple[str, ...], nn.Module] = {
         paths: finite(paths[0], "folded", partial(_fold, block), block) for paths, block in blocks
     }
-    deployed, norms = _deployed(network)
+    deployed, norms = _deployed(network, rules, folded)
     for paths, made in (folded | deployed).items():  # all of them are built, so nothing can fail half-way
         for path in paths:
             model.set_submodule(path, made)
@@ -56,12 +59,25 @@ def fold_blocks_(network: Network, *, dense: bool = False) -> tuple[str, ...]:
     return tuple(paths[0] for paths in folded | deployed)
 
 
-def _deployed(network: Network) -> tuple[dict[tuple[str, ...], nn.Module], list[str]]:
+def rules_for(network: Network, *, dense: bool = False) -> int:
+    """Give the first rules of folding that do to the blocks of a network what today's do."""
+    blocks = [m for m in network.names if isinstance(m, Deployable) and not (dense and isinstance(m, Foldable))]
+    return max((block.deployed_since for block in blocks), default=1)
+
+
+def _deployed(
+    network: Network, rules: int, folded: Collection[tuple[str, ...]]
+) -> tuple[dict[tuple[str, ...], nn.Module], list[str]]:
     """Make the deployment form of every block that has one, with its norm; and list the norms that it has taken in."""
-    blocks = {paths: m for m, paths in network.names.items() if isinstance(m, Deployable)}
+    blocks = {
+        paths: m
+        for m, paths in network.names.items()
+        if isinstance(m, Deployable) and m.deployed_since <= rules and paths not in folded
+    }
     for paths, block in blocks.items():
-        if why := _customised(block):
-            raise PlanError(f"{paths[0]} cannot be folded: {why}", todo=_TODO)
+        alone = "it is the whole model; call its deploy() to make its form of plain convs" if "" in paths else None
+        if why := alone or _customised(block):
+            raise PlanError(f"{paths[0] or 'the model'} cannot be folded: {why}", todo=_TODO)
     norms: list[str] = []
     for paths, norm_paths in norms_behind(network) if blocks else ():
         norm = network.model.get_submodule(norm_paths[0])

@@ -13,7 +13,7 @@ from surgeon.models.progress import Progress, silent
 from surgeon.models.sandbox import ordinary
 from surgeon.proof import calls
 from surgeon.proof.distance import worst
-from surgeon.surgery.fold import fold_blocks_
+from surgeon.surgery.fold import fold_blocks_, rules_for
 from surgeon.surgery.history import Operation, content_hash, history, planned_inputs, record_, versions
 from surgeon.surgery.selfcheck import check_finite, is_far, outputs_of
 
@@ -33,7 +33,7 @@ def fold_all_(
     parent, before = content_hash(model), outputs_of(model, inputs)
     planned = planned_inputs(history(model))  # verify will look at the network with these, too
     progress("folding, and running the network as it is then", 0.5)
-    restore, original = _snapshot(model), shadow(model)
+    restore, original, rules = _snapshot(model), shadow(model), rules_for(network, dense=dense)
     is_planned = inputs is not None and planned is not None and inputs.text == planned.text
     distance = None
     try:
@@ -49,7 +49,7 @@ def fold_all_(
         raise
     if folded:
         measured = {"folded": len(folded)} | ({} if distance is None else {"whole": distance})
-        record_(model, Operation("fuse", parent, content_hash(model), None, versions(), dense, measured))
+        record_(model, Operation("fuse", parent, content_hash(model), None, versions(), dense, rules, measured))
     return folded, distance
 
 

@@ -11,7 +11,7 @@ import ctypes
 import hashlib
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from surgeon._version import __version__
 from surgeon.errors import StoreError
 from surgeon.models.call import Inputs, recall
+from surgeon.surgery.fold import RULES
 from surgeon.surgery.plan import Plan
 
 _ATTRIBUTE = "surgeon_provenance"
 FORMAT = 2  # of histories and manifests; 1 is read as well
+_LATER = ("rules",)  # fields that came later: stored where they say something, so that earlier versions read the others
 _MOST_STEPS = 64  # that are done again, when a file asks for it
 
 
@@ -45,6 +47,7 @@ class Operation:
     plan: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=dict)
     dense: bool = False  # fuse: blocks that cost less than their conv were folded too
+    rules: int = 1  # fuse: the rules of folding that it followed; 1 leaves HetConvs as they are
     measured: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __repr__(self) -> str:
@@ -75,7 +78,12 @@ def record_(model: nn.Module, step: Operation) -> None:
 
 def set_history_(model: nn.Module, steps: Sequence[Operation]) -> None:
     """Give a model another history."""
-    setattr(model, _ATTRIBUTE, {"format": FORMAT, "history": [asdict(step) for step in steps]})
+    setattr(model, _ATTRIBUTE, {"format": FORMAT, "history": [_as_data(step) for step in steps]})
+
+
+def _as_data(step: Operation) -> dict[str, Any]:
+    defaults = {one.name: one.default for one in fields(Operation) if one.name in _LATER}
+    return {name: value for name, value in asdict(step).items() if name not in defaults or value != defaults[name]}
 
 
 def as_data(model: nn.Module) -> dict[str, Any]:
@@ -96,8 +104,10 @@ def steps_in(data: Any, where: str = f"the attribute {_ATTRIBUTE} of the model")
             raise foreign(where)
         steps = _HISTORY.validate_python(data["history"])
         for step in steps:
-            if (step.plan is None) != (step.operation == "fuse"):
+            if (step.plan is None) != (step.operation == "fuse") or step.rules < 1:
                 raise foreign(where)
+            if step.rules > RULES:
+                raise _later(where)
             if step.plan is not None:
                 Plan.model_validate(step.plan)
     except ValidationError as error:

@@ -30,7 +30,7 @@ def redo_(model: nn.Module, steps: Sequence[Operation], before: Sequence[Operati
     done = [*history(model), *before]
     for step in steps:
         if step.plan is None:
-            fold_blocks_(Network(model, called_with=planned_inputs(done)), dense=step.dense)
+            fold_blocks_(Network(model, called_with=planned_inputs(done)), dense=step.dense, rules=step.rules)
         else:
             plan = Plan.model_validate(step.plan)
             network = Network(model, called_with=plan.inputs)
