@@ -191,10 +191,10 @@ def new_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[n
 def fuse(
     model: Model, example: Example | None = None, *, dense: bool = False, seed: int = 0, progress: Progress = silent
 ) -> Model:
-    """Return a copy of `model` in which every foldable block is one plain conv again.
+    """Return a copy of `model` in which every block is one plain conv again, or a few of them.
 
-    Blocks that cost less than the conv they fold to (HetConv) stay, unless `dense` asks for them too. `history` of
-    the result says how far folding moved the output for the example.
+    Blocks that cost less than one conv (HetConv) become a few, unless `dense` asks for one. `history` of the result
+    says how far folding moved the output for the example.
 
     >>> type(fuse(convert(nn.Sequential(nn.Conv2d(3, 8, 3)), "acnet"))[0]).__name__
     'Conv2d'

@@ -190,13 +190,13 @@ def fuse(
     model: Model,
     given: "Given",
     dense: Annotated[
-        bool, typer.Option("--dense", help="Also fold blocks that cost less than the conv they fold to.")
+        bool, typer.Option("--dense", help="Fold blocks that cost less than one conv (HetConv) into one all the same.")
     ] = False,
     output: Output = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Fold every block that can be folded into one plain conv. The result is saved."""
+    """Fold every block into one plain conv, or a few where that costs less. The result is saved."""
     with bar() as progress:
         from surgeon.app import commands
         from surgeon.display.convert import fused_data, fused_view

@@ -209,7 +209,7 @@ class Foldable(Block[Opts]):
 
 
 class Deployable(Block[Opts]):
-    """A block that can be deployed in a form of several plain convs, since a single one cannot replace it or costs more.
+    """A block that can be deployed in a form of several plain convs: a single one cannot replace it, or costs more.
 
     A history records by which rules a model was folded, so that what an earlier version left alone stays as it is.
     """

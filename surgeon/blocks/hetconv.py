@@ -246,19 +246,19 @@ class HetConv(base.Foldable[HetConvOptions], base.Deployable[HetConvOptions]):
         orders = {"channel_order": channels.clone(), "filter_place": filters.argsort()}
         spatial.requires_grad_(self.weight.requires_grad)
         pointwise.requires_grad_(self.pointwise.requires_grad)
-        made = sum_of_convs.make(
-            spatial, self._at_the_centre(pointwise), **({} if self.layout == "block" else orders)
-        )
+        made = sum_of_convs.make(spatial, self._at_the_centre(pointwise), **({} if self.layout == "block" else orders))
         return made.train(self.training)
 
     def _at_the_centre(self, conv: nn.Conv2d) -> nn.Module:
-        """Let a 1×1 conv see what the centre taps see, where its own padding cannot do that: kernels are odd, so the
-        borders of an axis are alike, and an axis is cropped or padded."""
+        """Let a 1×1 conv see what the centre taps see, where its own padding cannot do that.
+
+        Kernels are odd, so both borders of an axis are alike, and an axis is either cropped or padded.
+        """
         if self.centre_shift is None:
             return conv
         top, _, left, _ = self.centre_shift
         padded = ConvSpec.of(conv).change(padding=(max(top, 0), max(left, 0)), padding_mode=self.spec.padding_mode)
-        crop = [min(side, 0) for side in (left, left, top, top)]  # last axis first
+        crop = (min(left, 0), min(left, 0), min(top, 0), min(top, 0))  # last axis first
         made = padded.build_with(conv.weight.detach(), conv.bias, like=conv.weight)
         return nn.Sequential(nn.ZeroPad2d(crop), made)
 

@@ -4,9 +4,9 @@
     y = spatial(x[channel_order])[filter_place] + pointwise(x)      where the groups of `spatial` are no runs of x
 
 No module of torch adds the results of two others, and a class of surgeon's would have to be installed where the network
-is deployed. So the sum is a graph. torch saves a graph as Python source, which runs when torch opens the file. Here that
-source is never run: `rebuild` compares it, as a syntax tree, with what torch writes for these two graphs, and makes the
-module from its own graph. Any other source is refused.
+is deployed. So the sum is a graph. torch saves a graph as Python source, which runs when torch opens the file. surgeon
+never runs that source: `rebuild` compares it, as a syntax tree, with what torch writes for these two graphs, and makes
+the module from its own graph. Any other source is refused.
 """
 
 from __future__ import annotations

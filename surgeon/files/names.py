@@ -77,6 +77,7 @@ _STANDARD: dict[str, object] = {
     **{f"pathlib.{kind.__name__}": kind for kind in (pathlib.PosixPath, pathlib.WindowsPath)},
 }
 
+
 # What torch.save writes of the one kind of GraphModule that is read, and what stands for it here. `calls` asks of every
 # one whether it is of that kind; nothing of torch.fx is called.
 class NoTracer:

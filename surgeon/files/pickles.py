@@ -22,7 +22,17 @@ from surgeon._torch_compat import pickle_program
 from surgeon.errors import ModelError
 from surgeon.files import arrays, calls
 from surgeon.files.faults import damaged
-from surgeon.files.names import HARMLESS, NUMPY, PACKAGES, Trust, admitted, lies_in, offered_blocks, on_path, unknown_graph
+from surgeon.files.names import (
+    HARMLESS,
+    NUMPY,
+    PACKAGES,
+    Trust,
+    admitted,
+    lies_in,
+    offered_blocks,
+    on_path,
+    unknown_graph,
+)
 from surgeon.files.steps import UNKNOWN_GRAPH, Lengths, Program
 from surgeon.files.values import bytes_per_number
 from surgeon.models.sandbox import unpickling

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
+from surgeon.blocks.sum_of_convs import is_ours
 from surgeon.files import formats
 from surgeon.files.architectures import Architecture, files_run
 from surgeon.files.atomic import claim, write_atomically
@@ -32,7 +33,7 @@ def to_open_again(model: nn.Module, path: Path, architecture: Architecture | Non
     foreign = {
         m.__module__.partition(".")[0]: type(m)
         for m in reversed(list(model.modules()))
-        if not lies_in(m.__module__, PACKAGES) and type(m) not in offered_blocks().values()
+        if not lies_in(m.__module__, PACKAGES) and type(m) not in offered_blocks().values() and not is_ours(m)
     }
     of_values = {package for package in packages(model) if package not in foreign}  # of an Enum, a function …
     flags = [_admission(module, kind) for module, kind in sorted(foreign.items())]

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from surgeon.blocks.sum_of_convs import is_ours
 from surgeon.errors import ModelError, StoreError
 from surgeon.files import calls, formats, whole
-from surgeon.files.names import HARMLESS, NUMPY, PACKAGES, Trust, admitted, lies_in, offered_blocks
+from surgeon.files.names import HARMLESS, NUMPY, PACKAGES, Trust, admitted, lies_in, offered_blocks, unknown_graph
 from surgeon.files.steps import UNKNOWN_GRAPH, Program
 from surgeon.nn import current_name
 
-_A_GRAPH = "a file would hold it as a program"
 _HOOKS = "hooks"
 _REGISTERS = ("_parameters", "_buffers", "_modules")
 
@@ -81,8 +81,9 @@ def _check_attributes(model: nn.Module, trust: Trust) -> None:
     if _objection(model, trust) is None:
         return
     for path, module in model.named_modules():
+        unwritten = (*_REGISTERS, "_graph") if is_ours(module) else _REGISTERS
         for attribute, value in vars(module).items():
-            if attribute in _REGISTERS or (why := _objection(value, trust)) is None:
+            if attribute in unwritten or (why := _objection(value, trust)) is None:
                 continue
             where = _place(path, attribute)
             raise StoreError(
@@ -109,7 +110,9 @@ def _objection(value: object, trust: Trust) -> str | None:
         why = program.objection(admitted(Path("its pickle"), names, trust), trust, lambda _, size: size)
     except ModelError as error:
         return error.problem
-    return _A_GRAPH if why == UNKNOWN_GRAPH else why and f"its pickle {why}"
+    if why == UNKNOWN_GRAPH:
+        return unknown_graph(Path("its pickle")).problem
+    return why and f"its pickle {why}"
 
 
 def _names(program: bytes) -> list[str]:
