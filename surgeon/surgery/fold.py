@@ -68,16 +68,18 @@ def rules_for(network: Network, *, dense: bool = False) -> int:
 def _deployed(
     network: Network, rules: int, folded: Collection[tuple[str, ...]]
 ) -> tuple[dict[tuple[str, ...], nn.Module], list[str]]:
-    """Make the deployment form of every block that has one, with its norm; and list the norms that it has taken in."""
+    """Make the deployment form of every block that has one, with its norm; and list the norms that it has taken in.
+
+    A block that is the whole model stays: no module holds it.
+    """
     blocks = {
         paths: m
         for m, paths in network.names.items()
-        if isinstance(m, Deployable) and m.deployed_since <= rules and paths not in folded
+        if isinstance(m, Deployable) and m.deployed_since <= rules and paths not in folded and "" not in paths
     }
     for paths, block in blocks.items():
-        alone = "it is the whole model; call its deploy() to make its form of plain convs" if "" in paths else None
-        if why := alone or _customised(block):
-            raise PlanError(f"{paths[0] or 'the model'} cannot be folded: {why}", todo=_TODO)
+        if why := _customised(block):
+            raise PlanError(f"{paths[0]} cannot be folded: {why}", todo=_TODO)
     norms: list[str] = []
     for paths, norm_paths in norms_behind(network) if blocks else ():
         norm = network.model.get_submodule(norm_paths[0])

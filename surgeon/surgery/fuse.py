@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
 from surgeon.analysis.network import Network
-from surgeon.errors import PassError
+from surgeon.errors import PassError, PlanError, VerifyError
+from surgeon.models.call import Inputs
 from surgeon.models.copies import shadow
 from surgeon.models.progress import Progress, silent
 from surgeon.models.sandbox import ordinary
@@ -25,7 +27,7 @@ def fold_all_(
     """Fold, record it in the model's history, and return the names of what was folded and how far the output moved.
 
     Raises:
-        PlanError: the network overflows when its blocks are folded.
+        PlanError: the network overflows, or does not run, when its blocks are folded.
         PassError: it moved the output by more than rounding can. The model is as it was.
     """
     model, inputs = network.model, network.inputs
@@ -39,7 +41,7 @@ def fold_all_(
     try:
         folded = fold_blocks_(network if is_planned else Network(model, called_with=planned), dense=dense)
         if before is not None and inputs is not None:
-            after = calls.outputs(model, inputs)
+            after = _outputs_now(model, inputs)
             check_finite(model, before, after, "folding")
             distance = worst(after, before)
             if is_far(model, original, inputs, before, after):
@@ -51,6 +53,18 @@ def fold_all_(
         measured = {"folded": len(folded)} | ({} if distance is None else {"whole": distance})
         record_(model, Operation("fuse", parent, content_hash(model), None, versions(), dense, rules, measured))
     return folded, distance
+
+
+def _outputs_now(model: nn.Module, inputs: Inputs) -> Any:
+    """Run a network that ran before its blocks were folded."""
+    try:
+        return calls.outputs(model, inputs)
+    except VerifyError as error:
+        raise PlanError(
+            f"with its blocks folded, {error.problem}",
+            todo="Change the code that reads what plain convs in place of a block do not have; --dense (in Python, "
+            "dense=True) makes one conv of each HetConv, which has all that a conv has.",
+        ) from error
 
 
 def _snapshot(model: nn.Module) -> Callable[[], None]:
