@@ -61,7 +61,9 @@ def make(
 
 def is_ours(module: nn.Module) -> bool:
     """Whether a module is such a sum, with nothing added to it that a file may not hold."""
-    if not isinstance(module, fx.GraphModule) or vars(module).keys() - OF_MODULES - OF_GRAPHS - {"_graph"}:
+    if not isinstance(module, fx.GraphModule) or type(module).__mro__[1] is not fx.GraphModule:
+        return False
+    if vars(module).keys() - OF_MODULES - OF_GRAPHS - {"_graph"}:
         return False
     held = {*module._buffers}
     return _is_text(module.code, is_ordered=held == ORDERS) and held in (set(), ORDERS) and {*module._modules} == CONVS

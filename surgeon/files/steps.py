@@ -131,6 +131,8 @@ class _Walk:
             kind = self.admitted.get(value.name)
             if value.name == functions.GETATTR:
                 return "stores builtins.getattr"
+            if value.name == sum_of_convs.REDUCE:
+                return UNKNOWN_GRAPH
             if isinstance(kind, type) and issubclass(kind, nn.Module) and not _may_be_stored(value.name, self.trust):
                 return f"stores the class {value.name}, which another module could call with arguments from the file"
         if opcode == "REDUCE":
