@@ -5,7 +5,8 @@
 It is exactly the dense convolution whose off-centre taps are zero outside the K×K pairs, at 1/P + (1 − 1/P)/K² of its
 cost. It is executed as a K×K convolution in P groups and a 1×1 convolution over all channels, 1/P + 1/K²: the pairs
 inside a group have their centre tap in the K×K kernel, and the 1×1 kernel is zero there, by construction. Only the taps
-that the function has are parameters, so training and weight decay cannot pull two copies of one tap apart.
+that the function has are parameters, so training and weight decay cannot pull two copies of one tap apart. Deployed, it
+is these two convs, as plain ones of torch.
 
 Which pairs are K×K is the layout, for filter i of N:
 
@@ -74,7 +75,7 @@ class HetConv(base.Foldable[HetConvOptions], base.Deployable[HetConvOptions]):
     __module__ = "surgeon.nn"
 
     name = "hetconv"
-    title = "k×k kernels for one in p channels of a filter, 1×1 for the others"
+    title = "k×k kernels for one in p channels of a filter, 1×1 for the others; fuse makes two plain convs of it"
     paper = "Singh et al. 2019, HetConv, arXiv:1903.04120"
     Options = HetConvOptions
     folds_for_free = False
