@@ -12,10 +12,10 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from surgeon._torch_compat import NormBase, has_own_conv_forward
+from surgeon.analysis import own_norms
 from surgeon.analysis.network import Network
 from surgeon.analysis.readers import Facts, Graph, is_quantised, reader_name, readers_of
-from surgeon.blocks import Block
-from surgeon.blocks.pairs import PairNorm
+from surgeon.blocks import Block, norms
 
 NO_NORM = "no norm follows"
 _COMPUTES = {
@@ -23,7 +23,6 @@ _COMPUTES = {
     SpectralNorm: "remove_spectral_norm",
     BasePruningMethod: "prune.remove",
 }
-_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, PairNorm)  # what a block can take over: the plain ones, not subclasses
 
 
 def norms_behind(network: Network) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
@@ -108,8 +107,8 @@ def _judge_norm(facts: Facts, graph: Graph, conv: nn.Module, norm: nn.Module) ->
     name = facts.names[norm][0]
     prefixes = tuple(f"{path}." if path else "" for path in graph.names)
     outside = [path for path in (*facts.names[conv], *facts.names[norm]) if not path.startswith(prefixes)]
-    if not isinstance(norm, _NORMS) or type(norm) not in _NORMS:
-        return None, f"{name} is a {type(norm).__name__}; only torch's own BatchNorm2d can be taken over"
+    if not norms.is_batch_norm(norm):
+        return None, f"{name} is a {type(norm).__name__}{own_norms.mixes(norm)}; only a batch norm can be taken over"
     if (count := len(graph.calls[norm])) != 1:
         return None, f"{name} is called {count} times"
     if norm.running_mean is None or norm.running_var is None:
@@ -118,19 +117,23 @@ def _judge_norm(facts: Facts, graph: Graph, conv: nn.Module, norm: nn.Module) ->
         return None, f"it is also reached as {outside[0]}"
     if custom := custom_call(norm, name):
         return None, custom
-    if any(facts.owners[id(p)] != {norm} for p in norm.parameters()):
+    core = {*norms.core_of(norm).modules()} | {norm}
+    if any(not facts.owners[id(p)] <= core for p in norms.core_of(norm).parameters()):
         return None, f"{name} shares its parameters"
-    if any(facts.owners[id(buffer)] != {norm} for buffer in norm.buffers()):
+    if any(not facts.owners[id(buffer)] <= core for buffer in norms.core_of(norm).buffers()):
         return None, f"{name} shares its statistics"
     if norm in facts.read_directly:
         return None, f"the network also reads the parameters of {name} directly"
     if norm in facts.kept_aside:
         return None, f"{name} is also kept in {facts.kept_aside[norm]}"
+    if why := own_norms.refusal(norm, has_bias=getattr(conv, "bias", None) is not None):
+        return None, f"{name} is a {type(norm).__name__}, {why}"
     return norm, None
 
 
 def _is_norm(module: nn.Module) -> bool:
-    return isinstance(module, NormBase | nn.GroupNorm | nn.LayerNorm) or "norm" in type(module).__name__.lower()
+    is_one = isinstance(module, NormBase | nn.GroupNorm | nn.LayerNorm) or norms.is_batch_norm(module)
+    return is_one or "norm" in type(module).__name__.lower()
 
 
 def custom_call(module: nn.Module, name: str) -> str | None:

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from surgeon._torch_compat import ASSERTIONS, BatchNorm, ConvNd, NormBase, pytree, saved_tensor_hooks
+from surgeon._torch_compat import ASSERTIONS, ConvNd, NormBase, pytree, saved_tensor_hooks
 from surgeon.analysis.program import SURROUNDINGS, Rewritten
-from surgeon.blocks import Operator
+from surgeon.blocks import Operator, norms
 from surgeon.models.call import Inputs
 from surgeon.models.copies import in_mode, is_users, where
 from surgeon.models.draw import Draw
@@ -115,7 +115,7 @@ class _Tracer(fx.Tracer):
         return node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, Operator | ConvNd | BatchNorm) or (self.stops_early and not _is_of_interest(m)):
+        if isinstance(m, Operator | ConvNd) or norms.is_batch_norm(m) or (self.stops_early and not _is_of_interest(m)):
             return True
         return super().is_leaf_module(m, module_qualified_name)
 
@@ -259,4 +259,4 @@ def _essential(graph: fx.Graph) -> list[fx.Node]:
 
 
 def _is_of_interest(module: nn.Module) -> bool:
-    return may_convolve(module) or any(isinstance(part, NormBase) for part in module.modules())
+    return may_convolve(module) or any(isinstance(one, NormBase) or norms.is_frozen(one) for one in module.modules())

@@ -23,7 +23,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from surgeon._torch_compat import BatchNorm
-from surgeon.blocks import base
+from surgeon.blocks import base, norms
 from surgeon.blocks.base import Trial
 from surgeon.conv import kernels
 from surgeon.conv.spec import ConvSpec, Pads
@@ -69,7 +69,7 @@ class ACBlock(base.Foldable[ACBlockOptions]):
     Options = ACBlockOptions
     DERIVED = frozenset({"row", "column", "ver_shift", "hor_shift"})
 
-    def __init__(self, spec: ConvSpec, norm: BatchNorm, *, like: Tensor, placement: str = "skeleton") -> None:
+    def __init__(self, spec: ConvSpec, norm: nn.Module, *, like: Tensor, placement: str = "skeleton") -> None:
         """Lay out the branches with tensors like `like`, uninitialised kernels, and norms like `norm`."""
         super().__init__()
         self.spec = spec.change(bias=False)
@@ -77,7 +77,7 @@ class ACBlock(base.Foldable[ACBlockOptions]):
         self.derive_()
         (ver_spec, _), (hor_spec, _) = self._strips()
         self.square_conv = self.spec.build(like=like)
-        self.square_bn = norm
+        self.square_bn = norm  # of any class, and what it does in train mode is its own affair
         self.ver_conv = ver_spec.build(like=like)
         self.ver_bn = _fresh_norm(norm)
         self.hor_conv = hor_spec.build(like=like)
@@ -123,7 +123,7 @@ class ACBlock(base.Foldable[ACBlockOptions]):
 
     @classmethod
     def from_conv(
-        cls, conv: nn.Conv2d, options: ACBlockOptions, *, norm: BatchNorm | None, generator: torch.Generator
+        cls, conv: nn.Conv2d, options: ACBlockOptions, *, norm: nn.Module | None, generator: torch.Generator
     ) -> Self:
         own = _identity_norm(conv) if norm is None else _taken_over(norm, conv.bias)
         is_scratch = options.init == "scratch"
@@ -183,7 +183,7 @@ class ACBlock(base.Foldable[ACBlockOptions]):
     def unfoldable(self) -> str | None:
         for name in ("square_bn", "ver_bn", "hor_bn"):
             norm = getattr(self, name)
-            if not isinstance(norm, BatchNorm):
+            if not norms.is_batch_norm(norm) or norms.rest_of(norm):
                 return f"{name} is a {type(norm).__name__} now"
             if norm.running_mean is None or norm.running_var is None:
                 return f"{name} keeps no running statistics"
@@ -200,32 +200,31 @@ class ACBlock(base.Foldable[ACBlockOptions]):
     def _start_from_scratch_(self, gamma: float, generator: torch.Generator) -> None:
         for conv, norm in self._branches():
             conv.weight.copy_(base.kaiming_uniform(tuple(conv.weight.shape), generator, like=conv.weight))
+            assert isinstance(norm, BatchNorm)  # all three are new
             norm.weight.fill_(gamma)
 
     def _take_over_(self, weight: Tensor, generator: torch.Generator) -> None:
         assert isinstance(weight, nn.Parameter)
         self.square_conv.weight = weight
-        for conv, norm in self._branches()[1:]:
+        for conv, norm in self._strip_branches():
             conv.weight.copy_(base.kaiming_uniform(tuple(conv.weight.shape), generator, like=conv.weight))
             norm.weight.zero_()
 
     def _split_(self, weight: Tensor, generator: torch.Generator) -> None:
         """Draw the strips as large as the kernel's own taps, and subtract them from the square kernel."""
         size, kernel = self.spec.kernel, weight.double()
-        places = ({"column": self.column}, {"row": self.row})
-        for (conv, norm), place in zip(self._branches()[1:], places, strict=True):
+        places, square = ({"column": self.column}, {"row": self.row}), kernels.Norm.of(self.square_bn)
+        for (conv, norm), place in zip(self._strip_branches(), places, strict=True):
             noise = base.normal(tuple(conv.weight.shape), generator, like=weight)
             strip = noise * weight.double().square().mean().sqrt()
             conv.weight.copy_(strip)
             kernel = kernel - kernels.embed(strip, size, **place)
             assert norm.running_var is not None
-            assert self.square_bn.running_var is not None
-            norm.running_var.copy_(self.square_bn.running_var)  # the same scale as the square branch, and no shift
-            if self.square_bn.affine:
-                norm.weight.copy_(self.square_bn.weight)
+            norm.running_var.copy_(square.var)  # the same scale as the square branch, and no shift
+            norm.weight.copy_(square.weight)
         self.square_conv.weight.copy_(kernel)
 
-    def _follow_(self, conv: nn.Conv2d, norm: BatchNorm) -> None:
+    def _follow_(self, conv: nn.Conv2d, norm: nn.Module) -> None:
         """Take over what the conv and its norm train, and the mode that they are in."""
         for module in (self.square_conv, self.ver_conv, self.hor_conv, self.ver_bn, self.hor_bn):
             module.requires_grad_(conv.weight.requires_grad)
@@ -236,26 +235,26 @@ class ACBlock(base.Foldable[ACBlockOptions]):
         for _, branch_norm in self._branches():
             branch_norm.train(mode)
 
-    def _branches(self) -> tuple[tuple[nn.Conv2d, BatchNorm], ...]:
-        return (
-            (self.square_conv, self.square_bn),
-            (self.ver_conv, self.ver_bn),
-            (self.hor_conv, self.hor_bn),
-        )
+    def _branches(self) -> tuple[tuple[nn.Conv2d, nn.Module], ...]:
+        return ((self.square_conv, self.square_bn), *self._strip_branches())
+
+    def _strip_branches(self) -> tuple[tuple[nn.Conv2d, BatchNorm], ...]:
+        return ((self.ver_conv, self.ver_bn), (self.hor_conv, self.hor_bn))
 
 
-def _fold_branch(conv: nn.Conv2d, norm: BatchNorm) -> tuple[Tensor, Tensor]:
+def _fold_branch(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:
     bias = None if conv.bias is None else conv.bias.double()
     return kernels.fold_bn(conv.weight.double(), bias, kernels.Norm.of(norm).double())
 
 
-def _fresh_norm(norm: BatchNorm) -> BatchNorm:
-    """Make an affine norm of the same kind with statistics 0 and 1."""
-    assert norm.running_var is not None
-    options: dict[str, Any] = {"device": norm.running_var.device, "dtype": norm.running_var.dtype}
+def _fresh_norm(norm: nn.Module) -> BatchNorm:
+    """Make an affine norm with statistics 0 and 1 that is trained, whatever class the other is of."""
+    var = kernels.Norm.of(norm).var
+    options: dict[str, Any] = {"device": var.device, "dtype": var.dtype}
+    options |= {name: vars(norm)[name] for name in ("eps", "momentum") if name in vars(norm)}
     if isinstance(norm, nn.SyncBatchNorm):
-        options["process_group"] = norm.process_group
-    return type(norm)(norm.num_features, eps=norm.eps, momentum=norm.momentum, **options)
+        return nn.SyncBatchNorm(len(var), process_group=norm.process_group, **options)
+    return nn.BatchNorm2d(len(var), **options)
 
 
 def _identity_norm(conv: nn.Conv2d) -> BatchNorm:
@@ -271,14 +270,15 @@ def _identity_norm(conv: nn.Conv2d) -> BatchNorm:
     return norm.train(conv.training)
 
 
-def _taken_over(norm: BatchNorm, bias: Tensor | None) -> BatchNorm:
+def _taken_over(norm: nn.Module, bias: Tensor | None) -> nn.Module:
     """Copy a norm, sharing its parameters; the bias of the conv before it moves into the running mean."""
     shared: list[object] = [*norm.parameters()]
     if isinstance(norm, nn.SyncBatchNorm):
         shared.append(norm.process_group)  # a connection to other processes has no copy
     norm = copy.deepcopy(norm, memo={id(value): value for value in shared})
     if bias is not None:
-        assert norm.running_mean is not None
+        mean = norm.running_mean
+        assert isinstance(mean, Tensor)
         with torch.no_grad():
-            norm.running_mean.copy_(norm.running_mean.double() - bias.double())
+            mean.copy_(mean.double() - bias.double())
     return norm
