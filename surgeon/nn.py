@@ -21,6 +21,7 @@ HOMES = {
     "HetConv": "surgeon.blocks.hetconv",
     "OctaveConv": "surgeon.blocks.octave",
     "Pads": "surgeon.conv.spec",
+    "PaddedConv2d": "surgeon.conv.padding",
     "PairNorm": "surgeon.blocks.pairs",
     "Rewritten": "surgeon.analysis.program",
     "SmallResNet": "surgeon.app.demo.net",
