@@ -23,6 +23,7 @@ HOMES = {
     "NormRest": "surgeon.blocks.norms",
     "OctaveConv": "surgeon.blocks.octave",
     "Pads": "surgeon.conv.spec",
+    "PaddedConv2d": "surgeon.conv.padding",
     "PairNorm": "surgeon.blocks.pairs",
     "Rewritten": "surgeon.analysis.program",
     "SmallResNet": "surgeon.app.demo.net",
