@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import fx, nn
 
-from surgeon.analysis import program
+from surgeon.analysis import rewritten
 from surgeon.analysis.islands import Island
 from surgeon.analysis.obstacles import custom_call
 from surgeon.analysis.sites import Site, Survey
@@ -151,7 +151,7 @@ class Region:
     def _is_left(self) -> bool:
         """Whether the island cannot become a graph, so that each of its convs splits and joins by itself."""
         root = self.survey.model.get_submodule(self.island.path)
-        obstacle = program.obstacle(root, self.island.graph, custom_call) or program.unwritable(root, self.island.graph)
+        obstacle = rewritten.obstacle(root, self.island.graph, custom_call) or rewritten.unwritable(root, self.island.graph)
         return bool(obstacle or used_of_its_class(self.survey.model, self.island.path))
 
     def _is_joined_for_others(self, node: fx.Node) -> bool:
