@@ -44,8 +44,8 @@ from surgeon.proof.report import Report
 from surgeon.recipes import recipe as recipes
 from surgeon.recipes.recipe import Recipe
 from surgeon.surgery import check as checks
+from surgeon.surgery import gains, replay
 from surgeon.surgery import history as histories
-from surgeon.surgery import replay
 from surgeon.surgery.convert import carry_out_
 from surgeon.surgery.foresee import foresee
 from surgeon.surgery.fuse import fold_all_
@@ -79,12 +79,14 @@ def plan(
     example: Example | None = None,
     *,
     overrides: Sequence[str] = (),
+    time: bool = False,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Plan:
     """Decide for every conv what a recipe makes of it; the model is not touched.
 
-    `recipe` is the name of a bundled one, a path, a dict or a `Recipe`; `overrides` are as `--set` takes them.
+    `recipe` is the name of a bundled one, a path, a dict or a `Recipe`; `overrides` are as `--set` takes them. With
+    `time` it is carried out on a copy, and the plan says how long both networks take once they are fused.
 
     >>> [entry.swap for entry in plan(nn.Sequential(nn.Conv2d(3, 8, 3)), "acnet").convs]
     ['acblock']
@@ -93,9 +95,10 @@ def plan(
         RecipeError: the recipe is wrong; all its errors are reported at once. PlanError: a rule claims no conv.
     """
     with ordinary():
-        surveyed = survey(model, example, progress=parts(progress, 0, 0.6))
-        progress("planning", 0.6)
-        return decide(_recipe(recipe, overrides), surveyed, seed=seed)
+        surveyed = survey(model, example, progress=parts(progress, 0, 0.3 if time else 0.6))
+        progress("planning", 0.3 if time else 0.6)
+        decided = decide(_recipe(recipe, overrides), surveyed, seed=seed)
+        return gains.timed(decided, surveyed, parts(progress, 0.5, 1)) if time else decided
 
 
 def decide(recipe: Recipe, surveyed: Survey, *, seed: int) -> Plan:

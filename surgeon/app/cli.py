@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from surgeon._version import __version__
-from surgeon.app.options import Force, Json, Model, Output, Seed, Sets, about_models
+from surgeon.app.options import Force, Json, Model, Output, Seed, Sets, Time, about_models
 from surgeon.app.stopping import Stopped, stoppable
 from surgeon.app.terminal import NobodyReads, bar, complain, complain_of, notes, parsing, results_only, show, show_file
 from surgeon.errors import PassError, SurgeonError, printable
@@ -63,6 +63,7 @@ def convert(
     sets: Sets = None,
     output: Output = None,
     force: Force = False,
+    time: Time = False,
     json: Json = False,
 ) -> None:
     """Swap the convs of a model as a recipe or a plan says. What was done is checked, and the result saved."""
@@ -76,7 +77,9 @@ def convert(
         from surgeon.surgery import plan as plans
 
         how = plans.read(plan) if plan is not None else str(recipe)
-        done = commands.convert(model, how, given, progress, overrides=sets or (), output=output, force=force)
+        done = commands.convert(
+            model, how, given, progress, overrides=sets or (), output=output, force=force, time=time
+        )
     show(converted_data(done) if json else converted_view(done))
 
 
@@ -153,6 +156,7 @@ def plan(
         typer.Option("--output", "-o", metavar="FILE", help="Write the plan as .yaml or .json, to edit and apply."),
     ] = None,
     force: Force = False,
+    time: Time = False,
     json: Json = False,
 ) -> None:
     """Show what a recipe would do to every conv of a model. Nothing is changed."""
@@ -162,7 +166,7 @@ def plan(
 
         if output is not None:
             commands.claim_plan(output, model, recipe, given, force=force)
-        decided = commands.plan(model, recipe, given, progress, overrides=sets or ())
+        decided = commands.plan(model, recipe, given, progress, overrides=sets or (), time=time)
         if output is not None:
             commands.write_plan(decided, output, force=force)
             if json:
@@ -198,8 +202,8 @@ def bench(
     """Time models against each other in one run. They take turns, as they are and with their norms folded."""
     with bar() as progress:
         from surgeon.app import commands
-        from surgeon.app.bench import Trials
         from surgeon.display.bench import bench_data, bench_view
+        from surgeon.surgery.bench import Trials
 
         trials = Trials(tuple(batch or (1,)), tuple(threads or ()), rounds, channels_last, compiled, train)
         timings = commands.bench(models, given, trials, progress)

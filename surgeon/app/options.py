@@ -69,6 +69,10 @@ Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="PATH=VALUE", help="Override a value of the recipe: rules[0].with.init=split."),
 ]
+Time = Annotated[
+    bool,
+    typer.Option("--time", help="Also measure how long the network takes, as it is and converted, both of them fused."),
+]
 
 
 def about_models(command: Callable[..., None]) -> Callable[..., None]:
