@@ -210,13 +210,30 @@ def bench(
     show(bench_data(timings) if json else bench_view(timings))
 
 
-@_command("Example: surgeon recipes acnet > mine.yaml")
+@_command("Example: surgeon recipes acnet > mine.yaml   ·   surgeon recipes --for model.pt")
+@functools.partial(about_models, only_with="model")
 def recipes(
+    given: "Given | None",
     name: Annotated[str | None, typer.Argument(help="Print this bundled recipe.", show_default=False)] = None,
+    model: Annotated[
+        str | None, typer.Option("--for", metavar="MODEL", help="Say for each recipe what it would do to this model.")
+    ] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of recipes, for editors.")] = False,
     json: Json = False,
 ) -> None:
-    """List the bundled recipes, or print one."""
+    """List the bundled recipes, print one, or say what each of them would do to a model.
+
+    All other options say how that model is read.
+    """
+    if given is not None and model is not None:
+        if name is not None or schema:
+            raise typer.BadParameter("--for plans all bundled recipes; `surgeon plan MODEL --recipe NAME` plans one")
+        with bar() as progress:
+            from surgeon.app import commands
+
+            advice = commands.recipes_for(model, given, progress)
+        show(advice.to_dict() if json else advice)
+        return
     from surgeon.display.recipes import recipes_data, recipes_view
     from surgeon.recipes import recipe
     from surgeon.recipes import schema as schemas

@@ -37,6 +37,7 @@ from surgeon.recipes import recipe as recipes
 from surgeon.surgery import bench as benching
 from surgeon.surgery import gains
 from surgeon.surgery import manifest as manifests
+from surgeon.surgery.advice import Advice
 from surgeon.surgery.bench import Timing, Trials
 from surgeon.surgery.convert import carry_out_
 from surgeon.surgery.fuse import fold_all_
@@ -103,6 +104,13 @@ def plan(
     progress("planning", 0.5)
     decided = surgery.decide(wanted, surveyed, seed=given.seed)
     return gains.timed(decided, surveyed, parts(progress, 0.6, 1)) if time else decided
+
+
+def recipes_for(name: str, given: Given, progress: Progress = silent) -> Advice:
+    """Load a model, and say what each bundled recipe would do to it."""
+    network = _load_and_look(name, given, parts(progress, 0, 0.2), to_plan=True)
+    progress("looking at the convs", 0.2)
+    return surgery.advised(sites.survey(network), seed=given.seed, progress=parts(progress, 0.3, 1))
 
 
 def convert(
