@@ -46,7 +46,9 @@ def _function(offer: Offer) -> str:
         return ""
     if not offer.keeps_function:
         return "no, retrain"
-    return "yes" if offer.keeps_training else "in eval mode"
+    if offer.exact == offer.swapped:
+        return "yes"
+    return f"yes; {offer.swapped - offer.exact} in eval mode only" if offer.exact else "in eval mode"
 
 
 def _factor(of: Change | None) -> str:
@@ -81,7 +83,7 @@ def advice_data(advice: Advice) -> dict[str, Any]:
 
 def _offer_data(offer: Offer) -> dict[str, Any]:
     gained = offer.gained
-    plain = {key: getattr(offer, key) for key in ("recipe", "title", "swapped", "keeps_function", "keeps_training")}
+    plain = {key: getattr(offer, key) for key in ("recipe", "title", "swapped", "keeps_function", "exact")}
     changes = (gained.params, gained.macs) if gained else (None, None)
     named = zip(("params", "macs", "training_macs"), (*changes, offer.training), strict=True)
     plain |= {name: _change_data(change) for name, change in named}

@@ -14,7 +14,7 @@ from rich.console import RenderableType
 from surgeon.analysis.sites import Survey
 from surgeon.display.advice import advice_data, advice_view
 from surgeon.display.shown import Shown
-from surgeon.errors import PassError, SurgeonError
+from surgeon.errors import PassError, PlanError, SurgeonError
 from surgeon.models.cost import Cost
 from surgeon.models.progress import Progress, silent
 from surgeon.recipes.recipe import Recipe
@@ -33,7 +33,7 @@ class Offer:
     title: str
     swapped: int = 0
     keeps_function: bool = False
-    keeps_training: bool = False  # in train mode, too
+    exact: int = 0  # how many swaps keep it in train mode, too
     gained: Gained | None = None  # before, and once converted and fused; None where nothing is swapped
     training: Change | None = None  # multiply-adds before, and as it is trained
     why: str | None = None  # why most of the other convs stay
@@ -63,9 +63,9 @@ class Advice(Shown):
 
     @property
     def free(self) -> Offer | None:
-        """The recipe that strengthens most convs and adds nothing to what is deployed."""
+        """The recipe that strengthens most convs, exactly in train mode too, and adds nothing to what is deployed."""
         found = [one for one in self.offers if one.is_free]
-        return min(found, key=lambda one: (-one.swapped, one.recipe), default=None)
+        return min(found, key=lambda one: (-one.exact, one.swapped, one.recipe), default=None)
 
     @property
     def saves_most(self) -> Offer | None:
@@ -96,7 +96,9 @@ def _offer(recipe: Recipe, survey: Survey, seed: int) -> Offer:
     except PassError:
         raise
     except SurgeonError as error:
-        return Offer(recipe.name, recipe.title, error=error.problem)
+        is_for_others = isinstance(error, PlanError) and error.rule is not None
+        why = "there is no conv of the kind that it is for" if is_for_others else error.problem
+        return Offer(recipe.name, recipe.title, error=why)
     reasons = Counter(entry.skip for entry in plan.convs if entry.skip)
     why, stay = next(iter(reasons.most_common(1)), (None, 0))
     if not plan.swaps:
@@ -106,7 +108,7 @@ def _offer(recipe: Recipe, survey: Survey, seed: int) -> Offer:
         recipe.title,
         swapped=len(plan.swaps),
         keeps_function=plan.keeps_function,
-        keeps_training=plan.keeps_function and not any(entry.note for entry in plan.swaps),
+        exact=sum(entry.keeps_function and entry.note is None for entry in plan.swaps),
         gained=plan.gained,
         training=plan.total.macs,
         why=why,

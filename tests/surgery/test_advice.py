@@ -55,11 +55,24 @@ def test_it_says_what_to_take_for_what() -> None:
 def test_acnet_is_free_only_where_it_keeps_the_function() -> None:
     rows = {row.recipe: row for row in surgeon.recipes_for(_net(), SHAPE).offers}
     assert (rows["acnet"].is_free, rows["acnet-scratch"].is_free, rows["octave"].is_free) == (True, False, False)
-    assert (rows["acnet"].keeps_training, rows["acnet-scratch"].keeps_training) == (True, False)
+    assert (rows["acnet"].exact, rows["acnet-scratch"].exact) == (4, 0)
     without_norms = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
     row = next(row for row in surgeon.recipes_for(without_norms, SHAPE).offers if row.recipe == "acnet")
-    assert (row.keeps_function, row.keeps_training) == (True, False)
+    assert (row.keeps_function, row.swapped, row.exact) == (True, 1, 0)
     assert "in eval mode" in str(surgeon.recipes_for(without_norms, SHAPE))
+
+
+def test_of_free_recipes_the_one_that_is_exact_in_training_is_taken() -> None:
+    net = nn.ModuleDict()
+    net["backbone"] = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+    net["head"] = nn.Conv2d(8, 8, 3)
+    whole = nn.Sequential()
+    for name, part in net.items():
+        whole.add_module(name, part)
+    found = surgeon.recipes_for(whole.eval(), SHAPE)
+    assert found.free is not None
+    assert (found.free.recipe, found.free.swapped, found.free.exact) == ("acnet-backbone", 1, 1)
+    assert "yes; 1 in eval mode only" in str(found)
 
 
 def test_nothing_to_take_where_nothing_is_gained() -> None:
@@ -72,9 +85,23 @@ def test_a_recipe_that_cannot_be_planned_is_a_row_that_says_why() -> None:
     rules = {"surgeon": 1, "title": "none", "rules": [{"swap": "acblock", "match": {"name": "nowhere"}}]}
     surveyed = surgeon.survey(_net(), SHAPE)
     wrong, right = advice.advise(surveyed, [recipes.from_dict(rules), recipes.load("acnet")]).offers
-    assert wrong.error is not None
-    assert "claims no conv" in wrong.error
+    assert wrong.error == "there is no conv of the kind that it is for"
     assert (wrong.swapped, right.swapped, right.error) == (0, 4, None)
+
+
+def test_an_error_of_one_recipe_is_its_row() -> None:
+    class Picky(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(5, 8, 3)
+
+        def forward(self, x: torch.Tensor, y: str) -> torch.Tensor:
+            return self.conv(x) if y == "yes" else x
+
+    sized = {"surgeon": 1, "title": "sized", "rules": [{"swap": "acblock", "match": {"size": {"min": 8}}}]}
+    (row,) = advice.advise(surgeon.survey(Picky()), [recipes.from_dict(sized)]).offers
+    assert row.error is not None
+    assert "asks for the size of feature maps, but no input is known" in row.error
 
 
 def test_the_network_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
