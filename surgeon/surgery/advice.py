@@ -96,9 +96,9 @@ def _offer(recipe: Recipe, survey: Survey, seed: int) -> Offer:
     except PassError:
         raise
     except SurgeonError as error:
-        is_for_others = isinstance(error, PlanError) and error.rule is not None
-        why = "there is no conv of the kind that it is for" if is_for_others else error.problem
-        return Offer(recipe.name, recipe.title, error=why)
+        is_for_others = isinstance(error, PlanError) and "rule" in error.facts
+        problem = "there is no conv of the kind that it is for" if is_for_others else error.problem
+        return Offer(recipe.name, recipe.title, error=problem)
     reasons = Counter(entry.skip for entry in plan.convs if entry.skip)
     why, stay = next(iter(reasons.most_common(1)), (None, 0))
     if not plan.swaps:
