@@ -23,7 +23,9 @@ HOMES = {
     "NormRest": "surgeon.blocks.norms",
     "OctaveConv": "surgeon.blocks.octave",
     "Pads": "surgeon.conv.spec",
+    "PairFrozenNorm": "surgeon.blocks.pairs",
     "PairNorm": "surgeon.blocks.pairs",
+    "PairSyncNorm": "surgeon.blocks.pairs",
     "Rewritten": "surgeon.analysis.program",
     "SmallResNet": "surgeon.app.demo.net",
 }
