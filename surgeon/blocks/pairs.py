@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from surgeon._torch_compat import BatchNorm
 from surgeon.blocks import norms
 from surgeon.blocks.norms import FrozenNorm, HasRest
-from surgeon.conv import streams
+from surgeon.conv import kernels, streams
 from surgeon.conv.streams import Pair, Ranges
 from surgeon.nn import become_
 
@@ -160,8 +160,12 @@ def make_pair_norm_(norm: nn.Module, low: Ranges) -> Callable[[], None]:
     """Let a batch norm take pairs; it stays the object it is. Returns a function that undoes this."""
     kind = pair_kind(norm, is_tried=True)
     assert kind is not None
-    eps = {} if "eps" in vars(norm) else {"eps": 1e-5}
-    return become_(norm, kind, low=low, then=norms.rest_of(norm), **eps)
+    added: dict[str, object] = {"low": low}
+    if rest := norms.rest_of(norm):  # files of earlier versions have none
+        added["then"] = rest
+    if not hasattr(norm, "eps"):
+        added["eps"] = kernels.Norm.of(norm).eps
+    return become_(norm, kind, **added)
 
 
 def _in_words(low: Ranges) -> str:
