@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from surgeon.analysis import own_norms
 from surgeon.analysis.obstacles import custom_call
 from surgeon.conv.streams import Ranges
 
@@ -79,6 +80,14 @@ class Step:
     def module(self) -> nn.Module | None:
         """The module that it calls."""
         return self.modules[str(self.node.target)] if self.node.op == "call_module" else None
+
+    @property
+    def need(self) -> str:
+        """Why two streams are joined for it, where no rule says more."""
+        if self.is_customised or (norm := own_norms.norm_of(self.node, self.modules)) is None:
+            return f"'{self.name}' needs the whole map"
+        path, kind = norm
+        return f"{path} is a {kind.__name__}, {own_norms.in_words(kind)}: the two streams have to be joined for it"
 
     @property
     def is_customised(self) -> bool:
