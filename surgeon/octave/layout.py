@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from surgeon.analysis import places
 from surgeon.analysis.obstacles import custom_call
 from surgeon.conv.streams import Ranges
 
@@ -72,8 +73,14 @@ class Step:
     modules: Modules
 
     @property
-    def name(self) -> str:
-        return self.node.name
+    def said(self) -> str:
+        """What messages call it."""
+        return places.said(self.node, None if self.module is None else type(self.module))
+
+    @property
+    def said_of_all(self) -> str:
+        """What messages call all steps of its kind."""
+        return places.said_of_all(self.node, None if self.module is None else type(self.module))
 
     @property
     def module(self) -> nn.Module | None:

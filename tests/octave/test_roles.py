@@ -209,7 +209,7 @@ def test_squeezing_convs_work_on_one_pixel_and_stay() -> None:
 def test_the_plan_of_the_command_line_tells_of_streams(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_surgeon("plan", "torchvision:resnet18", "-r", "octave") == 0
     told = " ".join(capsys.readouterr().out.split())
-    assert "low-passed: 'maxpool', where 'add' adds it to two streams" in told
+    assert "low-passed: 'maxpool' (MaxPool2d), where `out += identity` in BasicBlock.forward (resnet.py:" in told
     assert "this turns the forward of the model itself into a graph" in told
     assert "no seam is left" in told
 
