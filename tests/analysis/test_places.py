@@ -73,7 +73,7 @@ def test_without_source_a_step_keeps_its_name_and_says_where_it_is(monkeypatch: 
     node = steps(Net())["flip"]
     monkeypatch.setattr(linecache, "getline", lambda *_: "")
     assert places.said(node) == f"'flip' in Gate.forward (test_places.py:{LINE + 1}, gates.0)"
-    monkeypatch.setattr(linecache, "getline", lambda *_: "    something = that(was, edited, since, and, is, no, more) +")
+    monkeypatch.setattr(linecache, "getline", lambda *_: "    something = that(was, edited, since, then) +")
     assert "`" not in places.said(node)
 
 
