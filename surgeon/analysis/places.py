@@ -11,7 +11,7 @@ import itertools
 import linecache
 import sys
 from pathlib import Path
-from types import CodeType
+from types import CodeType, FrameType
 from typing import NamedTuple
 
 from torch import fx, nn
@@ -32,12 +32,12 @@ class Place(NamedTuple):
     module: str
 
 
-def note_(node: fx.Node, module: str) -> None:
-    """Note where the user's code is now, in the forward of the module at this path."""
-    frame = sys._getframe(1)
-    while frame is not None and not is_users(frame.f_code.co_filename):
-        frame = frame.f_back  # type: ignore[assignment]
-    if frame is not None:
+def note_(node: fx.Node, module: str, caller: CodeType) -> None:
+    """Note where the user's code is now, in the forward of the module at this path, which `caller` traces."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not caller and not is_users(frame.f_code.co_filename):
+        frame = frame.f_back
+    if frame is not None and frame.f_code is not caller:
         node.meta[PLACE] = Place(frame.f_code, frame.f_lasti, frame.f_lineno, module)
 
 

@@ -12,6 +12,7 @@ from torch import fx, nn
 from surgeon.analysis import places
 from surgeon.analysis.obstacles import custom_call
 from surgeon.conv.streams import Ranges
+from surgeon.models.copies import kind_of
 
 _IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
 
@@ -75,12 +76,12 @@ class Step:
     @property
     def said(self) -> str:
         """What messages call it."""
-        return places.said(self.node, None if self.module is None else type(self.module))
+        return places.said(self.node, None if self.module is None else kind_of(self.module))
 
     @property
     def said_of_all(self) -> str:
         """What messages call all steps of its kind."""
-        return places.said_of_all(self.node, None if self.module is None else type(self.module))
+        return places.said_of_all(self.node, None if self.module is None else kind_of(self.module))
 
     @property
     def module(self) -> nn.Module | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from torch import fx, nn
 from torch.nn import functional as F
 
-from surgeon.analysis import program
+from surgeon.analysis import rewritten
 from surgeon.analysis.islands import Island
 from surgeon.analysis.obstacles import custom_call
 from surgeon.analysis.sites import Site, Survey
@@ -20,6 +20,7 @@ from surgeon.analysis.uses import used_of_its_class
 from surgeon.blocks import Operator, Together
 from surgeon.blocks.two_streams import TwoStreamOptions
 from surgeon.conv import streams
+from surgeon.models.copies import kind_of
 from surgeon.octave.layout import Flow, Layout, Step
 from surgeon.octave.rewrite import LowPass
 from surgeon.octave.rules import rule_of
@@ -156,7 +157,8 @@ class Region:
     def _is_left(self) -> bool:
         """Whether the island cannot become a graph, so that each of its convs splits and joins by itself."""
         root = self.survey.model.get_submodule(self.island.path)
-        obstacle = program.obstacle(root, self.island.graph, custom_call) or program.unwritable(root, self.island.graph)
+        graph = self.island.graph
+        obstacle = rewritten.obstacle(root, graph, custom_call) or rewritten.unwritable(root, graph)
         return bool(obstacle or used_of_its_class(self.survey.model, self.island.path))
 
     def _is_joined_for_others(self, node: fx.Node) -> bool:
@@ -235,7 +237,7 @@ class Region:
             return "nothing reads it"
         step = self._step(ends[0])
         if step.node.op == "output" and self.island.path:
-            kind = type(self.survey.model.get_submodule(self.island.path)).__name__
+            kind = kind_of(self.survey.model.get_submodule(self.island.path)).__name__
             return f"two streams would end right behind it: no graph is known of the code that calls its {kind}"
         if step.node.op == "output":
             return "two streams would end right behind it, at the output of the network"

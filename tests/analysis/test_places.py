@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, fx, nn
 
 import surgeon
@@ -67,6 +68,19 @@ def test_a_step_has_the_name_of_its_module_or_the_text_and_place_of_its_line(
     assert places.said(node, kind) == one
     shared = all_of_them or one.replace(", gates.0)", ")").replace(", gates.1)", ")")
     assert places.said_of_all(node, kind) == shared
+
+
+def test_code_of_torchvision_is_not_torchs() -> None:
+    node = steps(torchvision.models.resnet18())["add_1"]
+    assert places.said(node).startswith("`out += identity` in BasicBlock.forward (resnet.py:")
+    assert places.said(node).endswith(", layer1.1)")
+
+
+def test_what_torch_itself_does_is_not_said_to_be_the_code_that_traces() -> None:
+    class Plain(nn.Sequential): ...
+
+    for node in steps(Plain(nn.Conv2d(3, 8, 1), nn.ReLU())).values():
+        assert places.PLACE not in node.meta
 
 
 def test_without_source_a_step_keeps_its_name_and_says_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
