@@ -15,7 +15,7 @@ Ding et al. 2019, ACNet, arXiv:1908.03930, section 3 and eq. 4–6; placement `b
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Self
 
 import torch
@@ -166,19 +166,32 @@ class ACBlock(base.Foldable[ACBlockOptions]):
         return {"placement": self.placement}
 
     def fold(self) -> nn.Conv2d:
-        size = self.spec.kernel
         with torch.no_grad():
-            square, square_bias = _fold_branch(self.square_conv, self.square_bn)
-            ver, ver_bias = _fold_branch(self.ver_conv, self.ver_bn)
-            hor, hor_bias = _fold_branch(self.hor_conv, self.hor_bn)
-            kernel, bias = kernels.add(
-                (square, square_bias),
-                (kernels.embed(ver, size, column=self.column), ver_bias),
-                (kernels.embed(hor, size, row=self.row), hor_bias),
-            )
+            folded = [kernels.fold_bn(kernel, None, norm) for kernel, norm in self._laid_out()]
+            kernel, bias = kernels.add(*folded)
         conv = self.spec.build_with(kernel, bias, like=self.square_conv.weight)
         conv.requires_grad_(self.square_conv.weight.requires_grad)
         return conv.train(self.training)
+
+    def fold_keeping_norm(self) -> tuple[nn.Conv2d, BatchNorm]:
+        own = self.square_bn
+        with torch.no_grad():
+            kernel, numbers = kernels.keep_bn(
+                self._laid_out(), scales=own.weight is not None, shifts=own.bias is not None
+            )
+            conv = self.spec.build_with(kernel, None, like=self.square_conv.weight)
+            norm = _copied(own)
+            numbers.write_(norm)
+        conv.requires_grad_(self.square_conv.weight.requires_grad)
+        return conv.train(self.training), norm
+
+    def _laid_out(self) -> list[tuple[Tensor, kernels.Norm]]:
+        """Give the kernel of each branch, as large as the square one, and its norm, in float64."""
+        places: tuple[dict[str, int], ...] = ({}, {"column": self.column}, {"row": self.row})
+        return [
+            (kernels.embed(conv.weight.double(), self.spec.kernel, **place), kernels.Norm.behind(conv, norm))
+            for (conv, norm), place in zip(self._branches(), places, strict=True)
+        ]
 
     def unfoldable(self) -> str | None:
         for name in ("square_bn", "ver_bn", "hor_bn"):
@@ -244,11 +257,6 @@ class ACBlock(base.Foldable[ACBlockOptions]):
         )
 
 
-def _fold_branch(conv: nn.Conv2d, norm: BatchNorm) -> tuple[Tensor, Tensor]:
-    bias = None if conv.bias is None else conv.bias.double()
-    return kernels.fold_bn(conv.weight.double(), bias, kernels.Norm.of(norm).double())
-
-
 def _fresh_norm(norm: BatchNorm) -> BatchNorm:
     """Make an affine norm of the same kind with statistics 0 and 1."""
     assert norm.running_var is not None
@@ -273,12 +281,15 @@ def _identity_norm(conv: nn.Conv2d) -> BatchNorm:
 
 def _taken_over(norm: BatchNorm, bias: Tensor | None) -> BatchNorm:
     """Copy a norm, sharing its parameters; the bias of the conv before it moves into the running mean."""
-    shared: list[object] = [*norm.parameters()]
-    if isinstance(norm, nn.SyncBatchNorm):
-        shared.append(norm.process_group)  # a connection to other processes has no copy
-    norm = copy.deepcopy(norm, memo={id(value): value for value in shared})
+    norm = _copied(norm, shared=[*norm.parameters()])
     if bias is not None:
         assert norm.running_mean is not None
         with torch.no_grad():
             norm.running_mean.copy_(norm.running_mean.double() - bias.double())
     return norm
+
+
+def _copied(norm: BatchNorm, shared: Sequence[object] = ()) -> BatchNorm:
+    """Copy a norm; what is `shared` stays the same object in both."""
+    connection = [norm.process_group] if isinstance(norm, nn.SyncBatchNorm) else []  # to other processes; has no copy
+    return copy.deepcopy(norm, memo={id(value): value for value in (*shared, *connection)})
