@@ -189,31 +189,69 @@ def new_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[n
 
 
 def fuse(
-    model: Model, example: Example | None = None, *, dense: bool = False, seed: int = 0, progress: Progress = silent
+    model: Model,
+    example: Example | None = None,
+    *,
+    dense: bool = False,
+    keep_norms: bool = False,
+    seed: int = 0,
+    progress: Progress = silent,
 ) -> Model:
     """Return a copy of `model` in which every foldable block is one plain conv again.
 
     Blocks that cost less than the conv they fold to (HetConv) stay, unless `dense` asks for them too. `history` of
     the result says how far folding moved the output for the example.
 
+    With `keep_norms` every block that took over a norm becomes a conv without that norm and the norm, each under its
+    own name and of its own class: the weights load into the class that the model had before it was converted, and
+    training can go on. Blocks inside modules that fold themselves (RepVGG, MobileOne) do so without being asked.
+
     >>> type(fuse(convert(nn.Sequential(nn.Conv2d(3, 8, 3)), "acnet"))[0]).__name__
     'Conv2d'
+    >>> make = lambda: nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8))
+    >>> make().load_state_dict(fuse(convert(make(), "acnet"), keep_norms=True).state_dict())
+    <All keys matched successfully>
 
     Raises:
-        PlanError: a block that cannot be folded as it is now; nothing is done.
+        PlanError: a block that cannot be folded as it is now, or a norm that cannot be given back; nothing is done.
     """
     with ordinary():
-        return fuse_(duplicate(checked(model)), example, dense=dense, seed=seed, progress=progress)
+        own = duplicate(checked(model))
+        return fuse_(own, example, dense=dense, keep_norms=keep_norms, seed=seed, progress=progress)
 
 
 def fuse_(
-    model: Model, example: Example | None = None, *, dense: bool = False, seed: int = 0, progress: Progress = silent
+    model: Model,
+    example: Example | None = None,
+    *,
+    dense: bool = False,
+    keep_norms: bool = False,
+    seed: int = 0,
+    progress: Progress = silent,
 ) -> Model:
     """Fold the blocks of `model` itself, and return it."""
     with ordinary():
         progress("looking for an input", 0)
-        fold_all_(network_for(model, example, seed=seed), dense=dense, progress=parts(progress, 0.2, 1))
+        network = network_for(model, example, seed=seed)
+        done = fold_all_(network, dense=dense, keep_norms=keep_norms, progress=parts(progress, 0.2, 1))
+    for note in done.notes:
+        _log.info(note)
+    if keep_norms and done.unfit:
+        _log.warning(unfit_keys(done.unfit))
     return model
+
+
+def unfit_keys(unfit: Sequence[str]) -> str:
+    """Say that the keys of some convs are not what they were before they were swapped."""
+    more = f" and {len(unfit) - 3} more" * (len(unfit) > 3)
+    what = (
+        "has a bias, or a name, that it did not have"
+        if len(unfit) == 1
+        else "have a bias, or a name, that they did not have"
+    )
+    return (
+        f"{', '.join(unfit[:3])}{more} {what} before: no norm was taken over there, so the weights do not load strictly"
+    )
 
 
 def verify(

@@ -67,6 +67,7 @@ class ACBlock(base.Foldable[ACBlockOptions]):
     title = "k×k + k×1 + 1×k branches, each with a norm; folds back to one conv"
     paper = "Ding et al. 2019, ACNet, arXiv:1908.03930"
     Options = ACBlockOptions
+    gives_norm_back = True
     DERIVED = frozenset({"row", "column", "ver_shift", "hor_shift"})
 
     def __init__(self, spec: ConvSpec, norm: BatchNorm, *, like: Tensor, placement: str = "skeleton") -> None:

@@ -121,6 +121,7 @@ class Block(Operator, abc.ABC, Generic[Opts]):
     paper: ClassVar[str]
     Options: ClassVar[type[BlockOptions]]
     planner: ClassVar[str | None] = None
+    gives_norm_back: ClassVar[bool] = False  # it folds into a conv and a norm as well: `Foldable.fold_keeping_norm`
 
     @classmethod
     @abc.abstractmethod

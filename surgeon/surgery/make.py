@@ -21,6 +21,7 @@ from surgeon.models.cost import Cost
 from surgeon.octave.roles import Roles
 from surgeon.recipes.match import Subject
 from surgeon.recipes.recipe import Recipe, Rule
+from surgeon.surgery import give_back
 from surgeon.surgery.plan import Change, Entry, FunctionalStep, LowPassed, Plan, RecipeText, Total
 
 _NO_RULE = "no rule claims it"
@@ -101,7 +102,7 @@ def _planned_together(survey: Survey, claimed: Sequence[tuple[Site, Rule | None]
         if rule is None or rule.swap is None or rule.options is None or site.obstacle is not None:
             continue
         block = registry()[rule.swap]
-        if block.planner is not None:
+        if block.planner is not None and give_back.refusal(site, block, takes_norm=False) is None:
             wanted.setdefault(block.planner, {})[site.path] = Wanted(block, rule.options)
     roles = Roles()
     for planner, theirs in wanted.items():
@@ -207,9 +208,13 @@ def _skip(site: Site, rule: Rule | None, roles: Roles) -> str | None:
         return rule.leave
     assert rule.swap is not None
     assert rule.options is not None
+    block = registry()[rule.swap]
     if why := site.obstacle or roles.skips.get(site.path):
         return why
-    return contract.refusal(registry()[rule.swap], site.spec, site.size, roles.options.get(site.path, rule.options))
+    options = roles.options.get(site.path, rule.options)
+    if (why := contract.refusal(block, site.spec, site.size, options)) is not None:
+        return why
+    return give_back.refusal(site, block, takes_norm=block.takes_norm(options) and bool(site.norm))
 
 
 def _changes(before: Cost, after: Cost) -> dict[str, Change]:

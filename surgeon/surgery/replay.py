@@ -17,6 +17,7 @@ from surgeon.files.pickles import Trust
 from surgeon.models.copies import duplicate, shadow
 from surgeon.proof.distance import as_double
 from surgeon.proof.evidence import Replay
+from surgeon.surgery import give_back
 from surgeon.surgery import manifest as manifests
 from surgeon.surgery.check import check
 from surgeon.surgery.fold import fold_blocks_
@@ -30,11 +31,13 @@ def redo_(model: nn.Module, steps: Sequence[Operation], before: Sequence[Operati
     done = [*history(model), *before]
     for step in steps:
         if step.plan is None:
-            fold_blocks_(Network(model, called_with=planned_inputs(done)), dense=step.dense)
+            network = Network(model, called_with=planned_inputs(done))
+            returns = give_back.recorded(network, done, step)
+            fold_blocks_(network, dense=step.dense, returns=returns, deploys=not step.keep_norms)
         else:
             plan = Plan.model_validate(step.plan)
             network = Network(model, called_with=plan.inputs)
-            check(plan, sites.survey(network))  # it may have come with a file
+            check(plan, sites.survey(network), is_recorded=True)  # it may have come with a file
             operate_(model, plan, network)
         done.append(step)
     return model
