@@ -236,22 +236,18 @@ def fuse_(
         done = fold_all_(network, dense=dense, keep_norms=keep_norms, progress=parts(progress, 0.2, 1))
     for note in done.notes:
         _log.info(note)
-    if keep_norms and done.unfit:
-        _log.warning(unfit_keys(done.unfit))
+    if keep_norms and (unfit := unfit_keys(done.unfit)):
+        _log.warning(unfit)
     return model
 
 
-def unfit_keys(unfit: Sequence[str]) -> str:
-    """Say that the keys of some convs are not what they were before they were swapped."""
-    more = f" and {len(unfit) - 3} more" * (len(unfit) > 3)
-    what = (
-        "has a bias, or a name, that it did not have"
-        if len(unfit) == 1
-        else "have a bias, or a name, that they did not have"
-    )
-    return (
-        f"{', '.join(unfit[:3])}{more} {what} before: no norm was taken over there, so the weights do not load strictly"
-    )
+def unfit_keys(unfit: Sequence[str]) -> str | None:
+    """Say that the keys of some convs are not what they were before they were swapped; None if there are none."""
+    if not unfit:
+        return None
+    named = ", ".join(unfit[:3]) + f" and {len(unfit) - 3} more" * (len(unfit) > 3)
+    what = "has a key" if len(unfit) == 1 else "have keys"
+    return f"{named} {what} that the network did not have before it was converted: the weights do not load strictly"
 
 
 def verify(
