@@ -108,8 +108,8 @@ def keep_bn(
         v = Σ (s_i/s)²·v_i,   γ = s·√(v + ε_0)
 
     Where the scales of the other branches are 0, this is the first branch, bit for bit. Where v would be too large for
-    float16, s is 1, too. Without `scales` γ is 1, so that v = v_0 and s = s_0; without `shifts` β is 0, and μ takes its
-    place: μ = Σ s_i/s·μ_i − β_i/s.
+    float16, s is 1, too. Without `scales` γ is 1: then v = v_0 and s = 1/√(v_0 + ε_0). Without `shifts` β is 0, and μ
+    takes its place: μ = Σ s_i/s·μ_i − β_i/s.
 
     >>> norm = Norm(*(torch.tensor([n], dtype=torch.float64) for n in (1.0, 3.0, 2.0, 5.0)), eps=1.0)
     >>> kernel, made = keep_bn([(torch.ones(1, 1, 1, 1), norm), (torch.ones(1, 1, 1, 1), norm)])
@@ -120,7 +120,7 @@ def keep_bn(
     first, means, betas = norms[0], torch.stack([n.mean for n in norms]), torch.stack([n.bias for n in norms])
     keeps, shares, scale, var = _shares(norms, scales=scales, shifts=shifts)
     kernel = torch.stack([one * share[:, None, None, None] for (one, _), share in zip(branches, shares, strict=True)])
-    mean, bias, weight = (shares * means).sum(0), betas.sum(0), first.weight
+    mean, bias, weight = (shares * means).sum(0), betas.sum(0), torch.ones_like(first.weight)
     if scales:
         kept = first.weight * torch.sqrt((var + first.eps) / (first.var + first.eps))  # exact where var is the first's
         weight = torch.where(keeps, kept, torch.sqrt(var + first.eps))
@@ -139,7 +139,8 @@ def _shares(norms: Sequence[Norm], *, scales: bool, shifts: bool) -> tuple[Tenso
     var = (shares.square() * variances).sum(0)
     keeps = (first.abs() * _LARGEST_SHARE >= others) & ((var <= _LARGEST_VARIANCE) | (others == 0))
     if not scales:
-        return torch.ones_like(keeps), shares, first, variances[0]
+        scale = 1 / torch.sqrt(norms[0].var + norms[0].eps)
+        return torch.ones_like(keeps), own_scales / scale, scale, variances[0]
     if not shifts:
         keeps &= first != 0
     alone = (own_scales.square() * variances).sum(0)

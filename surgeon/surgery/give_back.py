@@ -135,6 +135,14 @@ def unfit(model: nn.Module, returned: Mapping[Paths, Return]) -> list[str]:
     ]
 
 
+def given_back(model: nn.Module, steps: Sequence[Operation]) -> list[nn.Module]:
+    """List the convs and norms that blocks have become again, where they still stand."""
+    origins, held = _origins(steps), dict(model.named_modules(remove_duplicate=False))
+    chosen = [origins if step.keep_norms else step.returned for step in steps if step.operation == "fuse"]
+    names = [name for some in chosen for path in some if path in origins for name in (path, *origins[path].norm)]
+    return [held[name] for name in names if name in held]
+
+
 def to_call_next(network: Network, returned: Collection[Paths]) -> tuple[SelfFolding, ...]:
     """List the modules that fold themselves and hold these blocks; one for each way of folding them."""
     foldings = SelfFoldings(network.model)
