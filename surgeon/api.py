@@ -300,7 +300,7 @@ def _verify(a: nn.Module, b: nn.Module, example: Any, seed: int, progress: Progr
     progress("comparing", 0.4)
     is_approximate = any(map(replay.is_approximate, steps))
     if again is not None and (since := replay.folded_since(again.exact, b)) is not None:
-        found = equivalence.verify(a, b, known, approximate=is_approximate, seed=seed)
+        found = equivalence.verify(a, b, known, seed=seed)
         return replace(found, remarks=(*found.remarks, since))
     found = equivalence.verify(a, b, known, replay=again, approximate=is_approximate, seed=seed)
     if steps and not found and histories.content_hash(b) != steps[-1].result:

@@ -47,7 +47,7 @@ def refusal(site: Site, block: type[Block], *, takes_norm: bool) -> str | None:
             return None
         why = f"leaves out what the norms in the block add ({site.norm_obstacle or 'no norm is taken over'})"
     else:
-        why = f"reads the kernel of this conv, which no {block.name} has"
+        why = f"reads the kernel of this conv, which `{block.name}` does not keep"
     return f"{around}, and its folding {why}; fold it first: {around.how}"
 
 
