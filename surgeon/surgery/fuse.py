@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from torch import nn
+from torch import fx, nn
 
 from surgeon.analysis.network import Network
 from surgeon.errors import PassError
@@ -101,5 +101,7 @@ def _snapshot(model: nn.Module) -> Callable[[], None]:
             vars(module).update(state)
             module._modules.clear()
             module._modules.update(children)
+            if isinstance(module, fx.GraphModule):  # its class holds the code of its graph
+                module.recompile()
 
     return restore

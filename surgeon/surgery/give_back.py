@@ -18,6 +18,7 @@ from surgeon.analysis.obstacles import custom_call
 from surgeon.analysis.self_folding import SelfFolding, SelfFoldings
 from surgeon.analysis.sites import Site
 from surgeon.blocks import Block, Foldable, contract
+from surgeon.blocks.norms import NormRest, restore
 from surgeon.errors import PlanError
 from surgeon.surgery.finite import finite
 from surgeon.surgery.history import Operation
@@ -87,8 +88,10 @@ def recorded(network: Network, steps: Sequence[Operation], step: Operation) -> d
     return _checked(network, found)
 
 
-def make(paths: Paths, block: Foldable, origin: Return) -> dict[Paths, nn.Module]:
+def make(paths: Paths, block: Foldable, origin: Return, rest: nn.Module | None) -> dict[Paths, nn.Module]:
     """Make the conv that a block becomes again, and the norm if it has taken one over, by their names.
+
+    `rest` is what stands in the norm's place: what its class does besides goes on doing that.
 
     A bias in front of a norm does nothing that the running mean does not do, and was moved there: it comes back as 0.
 
@@ -108,7 +111,20 @@ def make(paths: Paths, block: Foldable, origin: Return) -> dict[Paths, nn.Module
     if origin.bias:
         weight = conv.weight
         conv.bias = nn.Parameter(weight.new_zeros(len(weight)), requires_grad=weight.requires_grad)
-    return {paths: conv, origin.norm: norm}
+    return {paths: conv, origin.norm: _whole(paths[0], norm, rest)}
+
+
+def _whole(path: str, norm: nn.Module, rest: nn.Module | None) -> nn.Module:
+    """Put a norm together with what its class does besides."""
+    if not isinstance(rest, NormRest):
+        return norm
+    try:
+        return restore(rest, norm)
+    except (ImportError, TypeError) as error:
+        raise PlanError(
+            f"{path} cannot give back the norm that it took over, a {rest.origin}: {error}",
+            todo="Fuse without keeping norms.",
+        ) from error
 
 
 def _alone(block: Foldable, origin: Return) -> nn.Conv2d:
@@ -187,6 +203,6 @@ def _checked(network: Network, found: dict[Paths, Return]) -> dict[Paths, Return
 def _occupied(module: nn.Module | None, path: str) -> str | None:
     if module is None:
         return f"there is no module {path} any more"
-    if type(module) is not nn.Identity:
+    if type(module) not in (nn.Identity, NormRest):
         return f"{path} is a {type(module).__name__} now"
     return custom_call(module, path)
