@@ -39,10 +39,12 @@ METHODS = {
     "fold_bn": True,
     "fold_norms": True,
     "merge_bn": True,
-    "forward_fuse": False,  # the forward that ultralytics switches to
-    "fuseforward": False,  # the same in YOLOv5 to YOLOv7
+    "forward_fuse": False,
+    "fuseforward": False,
     "get_equivalent_kernel_bias": True,
 }
+# Methods that others call: YOLO's networks switch to the first two when they fold themselves, RepVGGs ask for the last.
+PARTS = ("forward_fuse", "fuseforward", "get_equivalent_kernel_bias")
 # What says on a module that it has folded itself: a flag that is set, the conv that is left, or branches that are gone.
 FLAGS = ("deploy", "deployed", "fused", "infer_mode", "inference_mode", "is_deploy", "is_fused")
 LEFT = ("reparam_conv", "rbr_reparam", "lkb_reparam", "dbb_reparam", "fused_conv")
@@ -66,6 +68,11 @@ class SelfFolding:
         place = f"model.{self.path}" if self.path else "model"
         return _WALKS.get(self.package, f"{place}.{self.method}()")
 
+    @property
+    def folds_all(self) -> bool:
+        """Whether what to call folds all modules of the network."""
+        return self.package in _WALKS or not self.path
+
     def __str__(self) -> str:
         named = f"{self.path} ({self.kind})" if self.path else f"the model ({self.kind})"
         return f"{named} folds itself ({self.method})"
@@ -83,13 +90,17 @@ class SelfFoldings:
         self._found = {path: one for path, one in found.items() if not _is_done(held[path])}
 
     def around(self, paths: Iterable[str]) -> SelfFolding | None:
-        """Find the innermost one that holds a module, of which all names are given, or is that module."""
+        """Find the innermost one that holds a module, of which all names are given, or is that module.
+
+        One that only has what others call when they fold is given where there is no other.
+        """
+        around = list[SelfFolding]()
         for path in paths if self._found else ():
             parts = path.split(".")
-            for length in range(len(parts), -1, -1):
-                if (found := self._found.get(".".join(parts[:length]))) is not None:
-                    return found
-        return None
+            above = [".".join(parts[:length]) for length in range(len(parts), -1, -1)]
+            around += [self._found[name] for name in above if name in self._found]
+        whole = [one for one in around if one.method not in PARTS]
+        return next(iter([*whole, *around]), None)
 
 
 def _of(path: str, module: nn.Module) -> SelfFolding | None:

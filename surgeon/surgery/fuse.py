@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from surgeon.analysis.network import Network
+from surgeon.analysis.self_folding import SelfFolding
 from surgeon.errors import PassError
 from surgeon.models.copies import shadow
 from surgeon.models.progress import Progress, silent
@@ -82,9 +83,15 @@ def _notes(network: Network, returns: Mapping[Paths, Return]) -> tuple[str, ...]
     called = give_back.to_call_next(network, [paths for paths, one in returns.items() if one.norm])
     misread = give_back.misread(network, returns)
     return (
-        *(f"{one}, so blocks in it became a conv and a norm again; call {one.how} next" for one in called),
+        *(_next(one, more) for one, more in called.items()),
         *(f"{path} is in the way: {one}, and would read this block wrongly" for path, one in misread.items()),
     )
+
+
+def _next(one: SelfFolding, more: int) -> str:
+    others, call = (f", as {more} more do", f"{one.how}, and the same of the others,") if more else ("", one.how)
+    call = one.how if one.folds_all else call
+    return f"{one}{others}, so blocks in it became a conv and a norm again; call {call} next"
 
 
 def _snapshot(model: nn.Module) -> Callable[[], None]:

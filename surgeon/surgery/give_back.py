@@ -7,6 +7,7 @@ asked for those inside a module that folds itself: its own folding reads the con
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -159,11 +160,13 @@ def given_back(model: nn.Module, steps: Sequence[Operation]) -> list[nn.Module]:
     return [held[name] for name in names if name in held]
 
 
-def to_call_next(network: Network, returned: Collection[Paths]) -> tuple[SelfFolding, ...]:
-    """List the modules that fold themselves and hold these blocks; one for each way of folding them."""
+def to_call_next(network: Network, returned: Collection[Paths]) -> dict[SelfFolding, int]:
+    """Give one module of each kind that folds itself and holds such blocks, and how many more of this kind do."""
     foldings = SelfFoldings(network.model)
-    found = [one for paths in returned if (one := foldings.around(paths)) is not None]
-    return tuple({(one.kind, one.how): one for one in found}.values())
+    found = dict.fromkeys(one for paths in returned if (one := foldings.around(paths)) is not None)
+    kinds = Counter((one.kind, one.method) for one in found)
+    first = {(one.kind, one.method): one for one in reversed(found)}
+    return {one: kinds[kind] - 1 for kind, one in reversed(first.items())}
 
 
 def misread(network: Network, returned: Mapping[Paths, Return]) -> dict[str, SelfFolding]:
