@@ -151,9 +151,8 @@ class Region:
     def _is_left(self) -> bool:
         """Whether the island cannot become a graph, so that each of its convs splits and joins by itself."""
         root = self.survey.model.get_submodule(self.island.path)
-        obstacle = rewritten.obstacle(root, self.island.graph, custom_call) or rewritten.unwritable(
-            root, self.island.graph
-        )
+        graph = self.island.graph
+        obstacle = rewritten.obstacle(root, graph, custom_call) or rewritten.unwritable(root, graph)
         return bool(obstacle or used_of_its_class(self.survey.model, self.island.path))
 
     def _is_joined_for_others(self, node: fx.Node) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -29,8 +30,15 @@ class Folded:
     blocks: tuple[str, ...]
     distance: float | None
     norms: tuple[str, ...] = ()
-    unfit: tuple[str, ...] = ()  # convs whose keys are not what they were before they were swapped, though asked for
     notes: tuple[str, ...] = ()  # sentences about modules that fold themselves
+    warning: str | None = None  # keys that do not fit back, though that was asked for
+
+    def say(self, log: logging.Logger) -> None:
+        """Log what the user has to know."""
+        for note in self.notes:
+            log.info(note)
+        if self.warning is not None:
+            log.warning(self.warning)
 
 
 @ordinary()
@@ -75,7 +83,7 @@ def fold_all_(
         made = content_hash(model)
         record_(model, Operation("fuse", parent, made, None, versions(), **how, returned=returned, measured=measured))
     norms = tuple(one.norm[0] for one in returns.values() if one.norm)
-    return Folded(folded, distance, norms, tuple(give_back.unfit(model, returns)), notes)
+    return Folded(folded, distance, norms, notes, give_back.unfit(model, returns) if keep_norms else None)
 
 
 def _notes(network: Network, returns: Mapping[Paths, Return]) -> tuple[str, ...]:

