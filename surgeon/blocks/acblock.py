@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 from pydantic import Field, model_validator
@@ -27,6 +27,8 @@ from surgeon.blocks import base, norms
 from surgeon.blocks.base import Trial
 from surgeon.conv import kernels
 from surgeon.conv.spec import ConvSpec, Pads
+
+Norm = TypeVar("Norm", bound=nn.Module)
 
 
 class ACBlockOptions(base.BlockOptions):
@@ -130,9 +132,8 @@ class ACBlock(base.Foldable[ACBlockOptions]):
     ) -> Self:
         own = _identity_norm(conv) if norm is None else _taken_over(norm, conv.bias)
         is_scratch = options.init == "scratch"
-        block = cls(
-            ConvSpec.of(conv), _fresh_norm(own) if is_scratch else own, like=conv.weight, placement=options.placement
-        )
+        square = _started_anew(own) if is_scratch else own
+        block = cls(ConvSpec.of(conv), square, like=conv.weight, placement=options.placement)
         with torch.no_grad():
             if is_scratch:
                 block._start_from_scratch_(options.gamma or 1.0, generator)
@@ -268,6 +269,17 @@ def _fresh_norm(norm: nn.Module) -> BatchNorm:
     return nn.BatchNorm2d(len(var), **options)
 
 
+def _started_anew(norm: nn.Module) -> nn.Module:
+    """Make a norm like another one, with statistics 0 and 1; one that is not trained becomes one that is."""
+    if not isinstance(norm, BatchNorm) or norm.weight is None:
+        return _fresh_norm(norm)
+    made = _copied(norm)
+    made.reset_running_stats()
+    if made.bias is not None:
+        nn.init.zeros_(made.bias)
+    return made
+
+
 def _identity_norm(conv: nn.Conv2d) -> BatchNorm:
     """Make a norm that does nothing in eval mode but add the conv's bias."""
     norm = nn.BatchNorm2d(conv.out_channels, device=conv.weight.device, dtype=conv.weight.dtype)
@@ -283,16 +295,16 @@ def _identity_norm(conv: nn.Conv2d) -> BatchNorm:
 
 def _taken_over(norm: nn.Module, bias: Tensor | None) -> nn.Module:
     """Copy a norm, sharing its parameters; the bias of the conv before it moves into the running mean."""
-    norm = _copied(norm, shared=[*norm.parameters()])
+    made = _copied(norm, shared=[*norm.parameters()])
     if bias is not None:
-        mean = norm.running_mean
+        mean = made.running_mean
         assert isinstance(mean, Tensor)
         with torch.no_grad():
             mean.copy_(mean.double() - bias.double())
-    return norm
+    return made
 
 
-def _copied(norm: nn.Module, shared: Sequence[object] = ()) -> nn.Module:
+def _copied(norm: Norm, shared: Sequence[object] = ()) -> Norm:
     """Copy a norm; what is `shared` stays the same object in both."""
     connection = [norm.process_group] if isinstance(norm, nn.SyncBatchNorm) else []  # to other processes; has no copy
     return copy.deepcopy(norm, memo={id(value): value for value in (*shared, *connection)})

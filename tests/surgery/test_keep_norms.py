@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from helpers import relative, run_surgeon, shake_
+from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d
 from torch import Tensor, nn
 
 import surgeon
@@ -115,15 +117,22 @@ def test_in_train_mode_the_norm_starts_near(recipe: str) -> None:
     assert ((var / fused[1].running_var).log().abs()).median() < 0.7
 
 
-@pytest.mark.parametrize(
-    "norm",
-    [
-        lambda: nn.BatchNorm2d(8, eps=1e-3, momentum=None),
-        lambda: nn.BatchNorm2d(8, affine=False),
-        lambda: nn.SyncBatchNorm(8, momentum=0.3),
-    ],
-    ids=["options", "without weights", "synchronised"],
-)
+class Named(nn.BatchNorm2d):
+    """A norm of the user's, which adds nothing."""
+
+
+NORMS: dict[str, Callable[[], nn.Module]] = {
+    "options": lambda: nn.BatchNorm2d(8, eps=1e-3, momentum=None),
+    "without weights": lambda: nn.BatchNorm2d(8, affine=False),
+    "synchronised": lambda: nn.SyncBatchNorm(8, momentum=0.3),
+    "a class of the user's": lambda: Named(8),
+    "with an activation": lambda: BatchNormAct2d(8, act_layer=nn.PReLU),
+    "frozen": lambda: torchvision.ops.FrozenBatchNorm2d(8),
+    "frozen, with an activation": lambda: FrozenBatchNormAct2d(8),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
 @pytest.mark.parametrize("bias", [True, False])
 def test_any_norm_is_given_back(norm: Callable[[], nn.Module], bias: bool) -> None:
     def build() -> nn.Module:
@@ -131,12 +140,21 @@ def test_any_norm_is_given_back(norm: Callable[[], nn.Module], bias: bool) -> No
 
     net = made(build).double()
     converted = trained(net)
-    assert isinstance(converted[1], nn.Identity)
+    assert type(converted[1]) is not type(net[1])
     fused = surgeon.fuse(converted, keep_norms=True)
+    assert [type(one) for one in fused.modules()] == [type(one) for one in net.modules()]
     assert repr(fused) == repr(net)
     made(build, seed=1).double().load_state_dict(fused.state_dict(), strict=True)
     x = torch.randn(INPUT, dtype=torch.float64)
     assert relative(run(fused, x), run(converted, x)) < 1e-13
+
+
+@pytest.mark.parametrize("norm", ["options", "synchronised", "a class of the user's", "with an activation"])
+def test_after_a_random_start_too(norm: str) -> None:
+    net = made(lambda: nn.Sequential(*conv_norm(3, 8, norm=NORMS[norm]()), nn.Conv2d(8, 4, 1)))
+    fused = surgeon.fuse(trained(net, "acnet-scratch"), keep_norms=True)
+    assert repr(fused) == repr(net)
+    net.load_state_dict(fused.state_dict(), strict=True)
 
 
 def test_what_is_trained_and_the_modes_stay() -> None:
