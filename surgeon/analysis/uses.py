@@ -32,7 +32,7 @@ def used_of_its_class(model: nn.Module, path: str) -> str | None:
     module = model.get_submodule(path)
     own, kinds = _of_its_class(module), {kind.__name__ for kind in _between(type(module))}
     for place, parts, function in _functions_around(model, module, path):
-        codes = [*_codes(function)]
+        codes = [*codes_of(function)]
         words = {word for code in codes for word in _words(code)}
         if parts is not None and not words & {part for part in parts if not part.isdigit()}:
             continue  # it does not know the module
@@ -76,7 +76,7 @@ def _functions_around(
                 yield f"{type(holder).__name__}.{name}", parts, value
 
 
-def _codes(value: Any) -> Iterator[CodeType]:
+def codes_of(value: Any) -> Iterator[CodeType]:
     """Give the code of a function, and of the functions in it."""
     if isinstance(value, functools.partial | functools.partialmethod):
         value = value.func

@@ -120,6 +120,7 @@ class Block(Operator, abc.ABC, Generic[Opts]):
     paper: ClassVar[str]
     Options: ClassVar[type[BlockOptions]]
     planner: ClassVar[str | None] = None
+    gives_norm_back: ClassVar[bool] = False  # it folds into a conv and a norm as well: `Foldable.fold_keeping_norm`
     pads_its_input: ClassVar[bool] = False  # True: it pads as `ConvSpec.pads_input` says, so such convs are not refused
 
     @classmethod
@@ -202,6 +203,14 @@ class Foldable(Block[Opts]):
 
         The arithmetic is done in float64 and cast once to the block's dtype.
         """
+
+    def fold_keeping_norm(self) -> tuple[nn.Conv2d, nn.Module] | None:
+        """Return a conv without bias and a norm that compute in eval mode, one after the other, what this block does.
+
+        A block that takes over norms gives them back here: of the class that was taken over, with tensors of its own,
+        and such that training can go on with it. The block is left as it was. None: it has no norm to give back.
+        """
+        return None
 
     def unfoldable(self) -> str | None:
         """Say why the block as it is now, after whatever was done to it, cannot be folded."""
