@@ -14,6 +14,7 @@ no file may hold: a GraphModule keeps its class, and gets the new graph.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import sys
 import types
@@ -61,7 +62,7 @@ class Rewritten(Stored, nn.Module):
     origin: str
     _run: Callable[..., Any]
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Rewritten:
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         return object.__new__(cls)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -79,12 +80,13 @@ class Rewritten(Stored, nn.Module):
         return f"was {self.origin}, {len(self.program['steps'])} steps"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Rewritten:
+        made: Rewritten
         made = memo[id(self)] = type(self).__new__(type(self))
         vars(made).update((name, copy.deepcopy(value, memo)) for name, value in vars(self).items())
         return made
 
     def __copy__(self) -> Rewritten:
-        made = type(self).__new__(type(self))
+        made: Rewritten = type(self).__new__(type(self))
         vars(made).update(vars(self))
         return made
 
@@ -98,6 +100,10 @@ class Rewritten(Stored, nn.Module):
             "torch.jit.script",
             todo="Use torch.jit.trace(model, example) or torch.export.",
         )
+
+    @classmethod
+    def kept_class(cls) -> type[Any] | None:
+        return cls._theirs
 
     @classmethod
     def stored_as(cls) -> type[Any]:
@@ -167,16 +173,15 @@ def rewrite_(module: nn.Module, graph: fx.Graph) -> Callable[[], None]:
     graph.lint()
     if isinstance(module, fx.GraphModule):
         return _replace_graph_(module, graph)
-    kind = type(module)
+    theirs: type[nn.Module] | None
     if isinstance(module, Rewritten):
-        theirs, origin, signature = kind._theirs, module.origin, data.signature_of(module.program)
+        theirs, origin = type(module)._theirs, module.origin
+        program = data.encode(graph, data.signature_of(module.program))
     else:
-        theirs, origin = kind, f"{kind.__module__}.{kind.__qualname__}"
-        signature = signatures.of_forward(kind, sum(node.op == "placeholder" for node in graph.nodes))
-    program = data.encode(graph, signature)
-    return become_(
-        module, _class_of(theirs, program), program=program, origin=origin, _run=data.compiled(program)
-    )
+        theirs, origin = type(module), f"{type(module).__module__}.{type(module).__qualname__}"
+        count = sum(node.op == "placeholder" for node in graph.nodes)
+        program = data.encode(graph, signatures.of_forward(theirs, count))
+    return become_(module, _class_of(theirs, program), program=program, origin=origin, _run=data.compiled(program))
 
 
 def graph_of(module: nn.Module) -> fx.Graph | None:
@@ -246,7 +251,7 @@ def _class_of(theirs: type[nn.Module] | None, program: Data) -> type[Rewritten]:
     known = None if theirs is None else signatures.of_forward(theirs, len(signature.parameters))
     if known is not None and _is_same(known, signature):
         signature = known  # it has annotations, too
-    like = None if theirs is None else signatures.vars_of(theirs, "forward")
+    like: Any = None if theirs is None else signatures.vars_of(theirs, "forward")
     space: dict[str, Any] = {
         "__module__": "surgeon.nn",
         "__qualname__": "Rewritten",
@@ -256,11 +261,24 @@ def _class_of(theirs: type[nn.Module] | None, program: Data) -> type[Rewritten]:
     }
     if theirs is None:
         space["__getattr__"] = _missing
+    else:
+        space["__init__"] = _built(theirs)
     bases = (Rewritten,) if theirs is None else (Rewritten, theirs)
     made: Any = types.new_class("Rewritten", bases, exec_body=lambda body: body.update(space))
     if theirs is not None:
         ForkingPickler.register(made, _reduced_for_a_process)
     return _CLASSES.setdefault(key, made)
+
+
+def _built(theirs: type[nn.Module]) -> Callable[..., None]:
+    """Let `type(self)(…)`, in a method of a class, build an object of that class: it has no graph."""
+
+    @functools.wraps(theirs.__init__)
+    def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        object.__setattr__(self, "__class__", theirs)
+        theirs.__init__(self, *args, **kwargs)
+
+    return __init__
 
 
 def _is_same(one: Signature, other: Signature) -> bool:
@@ -277,7 +295,8 @@ def _reduced_for_a_process(module: Rewritten) -> tuple[Any, ...]:
 def _blank(theirs: type[nn.Module]) -> Rewritten:
     """Make an object without a state; what is the signature of its forward is known with the state."""
     kind = _class_of(theirs, _NO_PROGRAM)
-    return kind.__new__(kind)
+    made: Rewritten = kind.__new__(kind)
+    return made
 
 
 def _imported(origin: str) -> object:
