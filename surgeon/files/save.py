@@ -11,7 +11,7 @@ from surgeon.files import formats
 from surgeon.files.architectures import Architecture, files_run
 from surgeon.files.atomic import claim, write_atomically
 from surgeon.files.pickles import PACKAGES, lies_in, offered_blocks
-from surgeon.files.written import packages
+from surgeon.files.written import check_graphs, packages
 from surgeon.models import devices
 from surgeon.nn import Stored
 
@@ -20,9 +20,12 @@ def save(model: nn.Module, path: Path, *, manifest: str, force: bool = False) ->
     """Write a model, from the CPU wherever it lies; `manifest` goes into files that hold tensors only.
 
     Raises:
-        StoreError: the file exists (and `force` is not given), or cannot be written; nothing is left behind.
+        StoreError: the file exists (and `force` is not given), cannot be written, or would hold a program; nothing is
+            left behind.
     """
     claim(path, force=force, suffixes=formats.suffixes())
+    if formats.of_suffix(path).holds_modules:
+        check_graphs(model)
     stored = devices.on(model, devices.CPU)
     write_atomically(path, lambda part: formats.of_suffix(path).write(stored, part, manifest), force=force)
 
