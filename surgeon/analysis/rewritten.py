@@ -43,7 +43,7 @@ _OF_COPYING = (
 )
 _MARK = "surgeon.rewritten"  # in the meta of a GraphModule
 _NO_PROGRAM: Data = {"inputs": []}
-_CLASSES: dict[tuple[type[nn.Module] | None, str], type[Rewritten]] = {}
+_CLASSES: dict[tuple[type[nn.Module], str], type[Rewritten]] = {}
 
 
 class Rewritten(Stored, nn.Module):
@@ -240,51 +240,45 @@ def unkept(theirs: type[nn.Module]) -> str | None:
 
 
 def _class_of(theirs: type[nn.Module] | None, program: Data) -> type[Rewritten]:
-    """Make the class of a module that was of class `theirs`, or find it: its forward has the signature of theirs.
+    """Give the class of a module that was of class `theirs`, whose forward has the signature of theirs.
 
-    `theirs` is None where the class is not known.
+    Modules of one class have one class again. `theirs` is None where it is not known.
     """
     signature = data.signature_of(program)
-    key = theirs, str([(one.name, one.kind, repr(one.default)) for one in signature.parameters.values()])
-    if key in _CLASSES:
-        return _CLASSES[key]
-    known = None if theirs is None else signatures.of_forward(theirs, len(signature.parameters))
-    if known is not None and _is_same(known, signature):
-        signature = known  # it has annotations, too
-    like: Any = None if theirs is None else signatures.vars_of(theirs, "forward")
-    space: dict[str, Any] = {
-        "__module__": "surgeon.nn",
-        "__qualname__": "Rewritten",
-        "__doc__": theirs.__doc__ if theirs else Rewritten.__doc__,
-        "forward": signatures.forward(signature, like),
-        "_theirs": theirs,
-    }
     if theirs is None:
-        space["__getattr__"] = _missing
-    else:
-        space["__init__"] = _built(theirs)
-    bases = (Rewritten,) if theirs is None else (Rewritten, theirs)
-    made: Any = types.new_class("Rewritten", bases, exec_body=lambda body: body.update(space))
-    if theirs is not None:
+        return _made((Rewritten,), signatures.forward(signature), __getattr__=_missing)
+    key = theirs, str(_inputs(signature))
+    if key not in _CLASSES:
+        known = signatures.of_forward(theirs, len(signature.parameters))
+        if known is not None and _inputs(known) == _inputs(signature):
+            signature = known  # it has annotations, too
+        forward = signatures.forward(signature, signatures.vars_of(theirs, "forward"))
+        space = {"_theirs": theirs, "__init__": _built(theirs), "__doc__": theirs.__doc__}
+        made = _CLASSES.setdefault(key, _made((Rewritten, theirs), forward, **space))
         ForkingPickler.register(made, _reduced_for_a_process)
-    return _CLASSES.setdefault(key, made)
+    return _CLASSES[key]
+
+
+def _made(bases: tuple[type, ...], forward: Callable[..., Any], **space: Any) -> type[Rewritten]:
+    space |= {"__module__": "surgeon.nn", "__qualname__": "Rewritten", "forward": forward}
+    made: Any = types.new_class("Rewritten", bases, exec_body=lambda body: body.update(space))
+    return made  # type: ignore[no-any-return]
+
+
+def _inputs(signature: Signature) -> list[tuple[Any, ...]]:
+    """Say what a signature takes, whatever it says of types."""
+    return [(one.name, one.kind, repr(one.default)) for one in signature.parameters.values()]
 
 
 def _built(theirs: type[nn.Module]) -> Callable[..., None]:
     """Let `type(self)(…)`, in a method of a class, build an object of that class: it has no graph."""
 
     @functools.wraps(theirs.__init__)
-    def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def build(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         object.__setattr__(self, "__class__", theirs)
         theirs.__init__(self, *args, **kwargs)
 
-    return __init__
-
-
-def _is_same(one: Signature, other: Signature) -> bool:
-    """Whether two signatures take the same, whatever they say of its types."""
-    ours, theirs = one.parameters.values(), other.parameters.values()
-    return [(p.name, p.kind, repr(p.default)) for p in ours] == [(p.name, p.kind, repr(p.default)) for p in theirs]
+    return build
 
 
 def _reduced_for_a_process(module: Rewritten) -> tuple[Any, ...]:

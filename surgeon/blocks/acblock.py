@@ -156,11 +156,18 @@ class ACBlock(base.Foldable[ACBlockOptions]):
                     yield Trial(spec, options, with_norm=True)
 
     def forward(self, input: Tensor) -> Tensor:
-        x, mode = input, self.spec.padding_mode
-        square = self.square_bn(self.square_conv(x))
-        ver = self.ver_bn(self.ver_conv(x if self.ver_shift is None else kernels.shift(x, self.ver_shift, mode)))
-        hor = self.hor_bn(self.hor_conv(x if self.hor_shift is None else kernels.shift(x, self.hor_shift, mode)))
-        return square + ver + hor  # type: ignore[no-any-return]
+        ver = hor = input
+        if self.ver_shift is not None:
+            ver = kernels.shift(input, self.ver_shift, self.spec.padding_mode)
+        if self.hor_shift is not None:
+            hor = kernels.shift(input, self.hor_shift, self.spec.padding_mode)
+        square = self.square_bn(self.square_conv(input))
+        return square + self.ver_bn(self.ver_conv(ver)) + self.hor_bn(self.hor_conv(hor))  # type: ignore[no-any-return]
+
+    def __prepare_scriptable__(self) -> Self:
+        if self.ver_shift is not None or self.hor_shift is not None:
+            raise base.unscriptable(self, " whose strips see a shifted input, unless it is fused first")
+        return self
 
     def role(self) -> base.Role:
         return {"placement": self.placement}
