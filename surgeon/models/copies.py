@@ -194,7 +194,7 @@ def _check_copyable(model: nn.Module) -> None:
 
 
 def kind_of(module: nn.Module) -> type:
-    """Give the class of a module; of a class that was made for one network, such as GraphModules have, what it is of."""
+    """Give the class of a module; where that was made for one network, as a GraphModule's is, its base."""
     kind = type(module)
     if issubclass(kind, Stored):
         return kind.stored_as()
