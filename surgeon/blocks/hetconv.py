@@ -31,7 +31,6 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from surgeon._torch_compat import BatchNorm
 from surgeon.blocks import base, sum_of_convs
 from surgeon.blocks.base import Trial
 from surgeon.conv import kernels
@@ -80,6 +79,7 @@ class HetConv(base.Foldable[HetConvOptions], base.Deployable[HetConvOptions]):
     Options = HetConvOptions
     folds_for_free = False
     deployed_since = 2
+    pads_its_input = True
     DERIVED = frozenset({"grouped", "centre", "centre_shift"})
 
     def __init__(self, spec: ConvSpec, p: int, layout: Layout, *, like: Tensor) -> None:
@@ -99,8 +99,8 @@ class HetConv(base.Foldable[HetConvOptions], base.Deployable[HetConvOptions]):
     def derive_(self) -> None:
         """Find the specs of the two convs, and how the input of the 1×1 one is shifted."""
         kh, kw = self.spec.kernel
-        self.grouped = self.spec.change(groups=self.p)
-        self.centre, self.centre_shift = self.spec.part((1, 1), row=kh // 2, column=kw // 2)
+        self.grouped = self.spec.inner.change(groups=self.p)
+        self.centre, self.centre_shift = self.spec.inner.part((1, 1), row=kh // 2, column=kw // 2)
 
     @classmethod
     def refusal(cls, spec: ConvSpec, size: tuple[int, int] | None, options: HetConvOptions) -> str | None:
@@ -150,7 +150,7 @@ class HetConv(base.Foldable[HetConvOptions], base.Deployable[HetConvOptions]):
 
     @classmethod
     def from_conv(
-        cls, conv: nn.Conv2d, options: HetConvOptions, *, norm: BatchNorm | None, generator: torch.Generator
+        cls, conv: nn.Conv2d, options: HetConvOptions, *, norm: nn.Module | None, generator: torch.Generator
     ) -> Self:
         block = cls(ConvSpec.of(conv), options.p, options.layout, like=conv.weight)
         dense: Tensor = conv.weight
@@ -214,7 +214,7 @@ class HetConv(base.Foldable[HetConvOptions], base.Deployable[HetConvOptions]):
 
     def forward(self, input: Tensor) -> Tensor:
         spec = self.spec
-        x = self._sorted(input)
+        x = self._sorted(spec.padded(input))
         seen = x if self.centre_shift is None else kernels.shift(x, self.centre_shift, spec.padding_mode)
         y = kernels.convolve(x, self.weight, None, self.grouped)
         y = kernels.add_convolved_(y, seen, self._pointwise_kernel(), self.centre)
@@ -233,6 +233,11 @@ class HetConv(base.Foldable[HetConvOptions], base.Deployable[HetConvOptions]):
         return conv.train(self.training)
 
     to_dense = fold
+
+    def undeployable(self) -> str | None:
+        if self.spec.pads_input is None:
+            return None
+        return "it pads its input by a rule of its own, which no plain module does"
 
     def deploy(self) -> nn.Module:
         """Return the sum of a k×k conv in p groups and a 1×1 conv, both plain ones of torch; see `sum_of_convs`.
@@ -263,7 +268,7 @@ class HetConv(base.Foldable[HetConvOptions], base.Deployable[HetConvOptions]):
         made = padded.build_with(conv.weight.detach(), conv.bias, like=conv.weight)
         return nn.Sequential(nn.ZeroPad2d(crop), made)
 
-    def with_norm(self, norm: BatchNorm) -> Self:
+    def with_norm(self, norm: nn.Module) -> Self:
         block = type(self)(self.spec.change(bias=True), self.p, self.layout, like=self.weight)
         with torch.no_grad():
             if self.layout == "best":

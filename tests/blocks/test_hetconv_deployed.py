@@ -20,7 +20,7 @@ from surgeon.blocks import sum_of_convs
 from surgeon.blocks.hetconv import HetConv, HetConvOptions
 from surgeon.conv.spec import ConvSpec
 from surgeon.errors import PlanError, StoreError
-from surgeon.surgery import fold, history, replay
+from surgeon.surgery import history, replay
 
 LAYOUTS = ("block", "interleaved", "best")
 INPUT = (1, 8, 12, 13)
@@ -164,7 +164,9 @@ def test_an_earlier_history_leaves_hetconvs_as_they_were() -> None:
     assert isinstance(made[0], HetConv)
     assert isinstance(made[1], nn.BatchNorm2d)
     assert type(made[3]) is nn.Conv2d
-    today = replay.redo_(surgeon.convert(net(), recipe, INPUT), [history.Operation("fuse", "", "", rules=fold.RULES)])
+    today = replay.redo_(
+        surgeon.convert(net(), recipe, INPUT), [history.Operation("fuse", "", "", rules=history.RULES)]
+    )
     assert isinstance(today[0], fx.GraphModule)
 
 
@@ -176,7 +178,7 @@ def test_a_history_says_by_which_rules_only_where_they_matter() -> None:
     assert not any("rules" in step for step in (*plain, *dense))
 
 
-@pytest.mark.parametrize(("rules", "says"), [(fold.RULES + 1, "later version"), (0, "not a history")])
+@pytest.mark.parametrize(("rules", "says"), [(history.RULES + 1, "later version"), (0, "not a history")])
 def test_rules_of_a_later_version_are_refused(rules: int, says: str) -> None:
     fused = surgeon.fuse(converted())
     fused.surgeon_provenance["history"][-1]["rules"] = rules
@@ -242,3 +244,16 @@ def test_only_sums_are_ours() -> None:
     assert not sum_of_convs.is_ours(made)
     assert not sum_of_convs.is_ours(fx.symbolic_trace(nn.Conv2d(4, 4, 1)))
     assert not sum_of_convs.is_ours(nn.Conv2d(4, 4, 1))
+
+
+def test_one_that_pads_by_a_rule_of_its_own_stays() -> None:
+    """No plain module pads by its input's size, as timm's Conv2dSame does."""
+    kind = pytest.importorskip("timm.layers").Conv2dSame
+    torch.manual_seed(0)
+    model = nn.Sequential(kind(8, 8, 3, stride=2), nn.BatchNorm2d(8)).eval()
+    thin = surgeon.convert(model, "hetconv-p4", INPUT)
+    assert isinstance(thin[0], HetConv)
+    kept = surgeon.fuse(thin)
+    assert isinstance(kept[0], HetConv)
+    assert isinstance(kept[1], nn.BatchNorm2d)
+    assert surgeon.verify(thin, kept, INPUT).verdict == "equivalent"
