@@ -48,13 +48,7 @@ def fold_blocks_(
         PlanError: a block that cannot be folded as it is now; nothing is done.
     """
     model = network.model
-    blocks = [
-        (paths, m) for m, paths in network.names.items() if isinstance(m, Foldable) and (dense or m.folds_for_free)
-    ]
-    for paths, block in blocks:
-        alone = "it is the whole model; call its fold() to make the conv" if "" in paths else None
-        if why := alone or _customised(block) or block.unfoldable():
-            raise PlanError(f"{paths[0] or 'the model'} cannot be folded: {why}", todo=_TODO)
+    blocks = _foldable(network, dense=dense)
     stood = {paths: module for module, paths in network.names.items()}
     folded: dict[Paths, nn.Module] = {}
     for paths, block in blocks:
@@ -74,6 +68,18 @@ def fold_blocks_(
     if deployed:
         seams.deploy_(model)
     return tuple(paths[0] for paths in (*dict(blocks), *deployed))
+
+
+def _foldable(network: Network, *, dense: bool) -> list[tuple[Paths, Foldable]]:
+    """List the blocks that fold to one conv, once it is known that all of them can."""
+    blocks = [
+        (paths, m) for m, paths in network.names.items() if isinstance(m, Foldable) and (dense or m.folds_for_free)
+    ]
+    for paths, block in blocks:
+        alone = "it is the whole model; call its fold() to make the conv" if "" in paths else None
+        if why := alone or _customised(block) or block.unfoldable():
+            raise PlanError(f"{paths[0] or 'the model'} cannot be folded: {why}", todo=_TODO)
+    return blocks
 
 
 def rules_for(network: Network, *, dense: bool = False) -> int:

@@ -53,8 +53,7 @@ def fold_all_(
     themselves do so always.
 
     Raises:
-        PlanError: the network overflows, or does not run, when its blocks are folded, or a norm cannot go back to where
-            it was.
+        PlanError: it overflows, or does not run, when its blocks are folded, or a norm cannot go back to where it was.
         PassError: it moved the output by more than rounding can. The model is as it was.
     """
     model, inputs = network.model, network.inputs
@@ -71,11 +70,7 @@ def fold_all_(
         looked = network if is_planned else Network(model, called_with=planned)
         folded = fold_blocks_(looked, dense=dense, returns=returns, deploys=not keep_norms)
         if before is not None and inputs is not None:
-            after = _outputs_now(model, inputs)
-            check_finite(model, before, after, "folding")
-            distance = worst(after, before)
-            if is_far(model, original, inputs, before, after):
-                raise PassError("fuse", f"the network is {distance:.1e} from what it was before its blocks were folded")
+            distance = _distance(model, original, inputs, before)
     except BaseException:
         restore()
         raise
@@ -103,6 +98,16 @@ def _next(one: SelfFolding, more: int) -> str:
     others, call = (f", as {more} more do", f"{one.how}, and the same of the others,") if more else ("", one.how)
     call = one.how if one.folds_all else call
     return f"{one}{others}, so blocks in it became a conv and a norm again; call {call} next"
+
+
+def _distance(model: nn.Module, original: nn.Module, inputs: Inputs, before: Any) -> float:
+    """Measure how far folding has moved the output, and refuse what rounding does not explain."""
+    after = _outputs_now(model, inputs)
+    check_finite(model, before, after, "folding")
+    distance = worst(after, before)
+    if is_far(model, original, inputs, before, after):
+        raise PassError("fuse", f"the network is {distance:.1e} from what it was before its blocks were folded")
+    return distance
 
 
 def _outputs_now(model: nn.Module, inputs: Inputs) -> Any:
