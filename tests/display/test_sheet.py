@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from rich.cells import cell_len
 from rich.console import RenderableType
 from torch import nn
