@@ -27,7 +27,6 @@ from surgeon.analysis.example import Example
 from surgeon.analysis.network import Network
 from surgeon.analysis.sites import Survey
 from surgeon.blocks import Block
-from surgeon.blocks.two_streams import TwoStreamOptions
 from surgeon.errors import CaptureError, Fault, ModelError, RecipeError, VerifyError
 from surgeon.files import load as source
 from surgeon.files.architectures import Architecture
@@ -43,14 +42,11 @@ from surgeon.proof import verify as equivalence
 from surgeon.proof.report import Report
 from surgeon.recipes import recipe as recipes
 from surgeon.recipes.recipe import Recipe
-from surgeon.surgery import check as checks
 from surgeon.surgery import history as histories
 from surgeon.surgery import replay
-from surgeon.surgery.convert import carry_out_
-from surgeon.surgery.foresee import foresee
+from surgeon.surgery.decide import carry_out, plan_for
 from surgeon.surgery.fuse import fold_all_
 from surgeon.surgery.history import Operation
-from surgeon.surgery.make import make, recount
 from surgeon.surgery.manifest import manifest
 from surgeon.surgery.plan import Plan
 
@@ -79,12 +75,14 @@ def plan(
     example: Example | None = None,
     *,
     overrides: Sequence[str] = (),
+    bake: bool = False,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Plan:
     """Decide for every conv what a recipe makes of it; the model is not touched.
 
-    `recipe` is the name of a bundled one, a path, a dict or a `Recipe`; `overrides` are as `--set` takes them.
+    `recipe` is the name of a bundled one, a path, a dict or a `Recipe`; `overrides` are as `--set` takes them. With
+    `bake`, tensors that weight norm, spectral norm or pruning compute are made permanent in convs that are swapped.
 
     >>> [entry.swap for entry in plan(nn.Sequential(nn.Conv2d(3, 8, 3)), "acnet").convs]
     ['acblock']
@@ -93,35 +91,10 @@ def plan(
         RecipeError: the recipe is wrong; all its errors are reported at once. PlanError: a rule claims no conv.
     """
     with ordinary():
-        surveyed = survey(model, example, progress=parts(progress, 0, 0.6))
-        progress("planning", 0.6)
-        return decide(_recipe(recipe, overrides), surveyed, seed=seed)
-
-
-def decide(recipe: Recipe, surveyed: Survey, *, seed: int) -> Plan:
-    """Make a plan, and add what it leads to; that it rests on a guessed input is logged."""
-    decided = foresee(make(recipe, surveyed, seed=seed), surveyed)
-    if surveyed.inputs is not None and surveyed.inputs.is_guess:
-        _log.warning(_on_a_guess(recipe, surveyed.inputs))
-    return decided
-
-
-def settle(plan: Plan, surveyed: Survey) -> Plan:
-    """Make sure that a plan can be carried out on a model, and count anew what it leads to: it may have been edited."""
-    checks.check(plan, surveyed)
-    return foresee(recount(plan, surveyed), surveyed)
-
-
-def _on_a_guess(recipe: Recipe, inputs: Inputs) -> str:
-    """Say what a plan takes from an input that nobody gave, and how to give it."""
-    sized = [f"`size` of {rule}" for rule in recipe.rules if rule.match.needs_size]
-    planned = {str(rule.swap) for rule in recipe.rules if isinstance(rule.options, TwoStreamOptions)}
-    sized += [f"`min_size` of {block}" for block in sorted(planned)]
-    what = " and ".join([*sized, "all costs"])
-    is_image = not inputs.kwargs and [len(shape) for shape in inputs.shapes] == [4]
-    like = f"{','.join(map(str, inputs.shapes[0][:2]))},H,W" if is_image else inputs.text
-    guess = f"{what} are for {inputs}, a guess that the model accepts"
-    return f"no --input was given; {guess}. If yours is another, pass --input {like} (from Python, example=)"
+        progress("looking for an input", 0)
+        network = network_for(model, example)
+        progress("planning", 0.5)
+        return plan_for(network, _recipe(recipe, overrides), bake=bake, seed=seed)
 
 
 def convert(
@@ -130,6 +103,7 @@ def convert(
     example: Example | None = None,
     *,
     overrides: Sequence[str] = (),
+    bake: bool = False,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Model:
@@ -142,7 +116,7 @@ def convert(
     """
     with ordinary():
         own = duplicate(checked(model))
-        return convert_(own, how, example, overrides=overrides, seed=seed, progress=progress)
+        return convert_(own, how, example, overrides=overrides, bake=bake, seed=seed, progress=progress)
 
 
 def convert_(
@@ -151,6 +125,7 @@ def convert_(
     example: Example | None = None,
     *,
     overrides: Sequence[str] = (),
+    bake: bool = False,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Model:
@@ -160,13 +135,10 @@ def convert_(
     """
     with ordinary():
         progress("looking at the network", 0)
-        surveyed = sites.survey(network_for(model, example, plan=how if isinstance(how, Plan) else None, seed=seed))
+        network = network_for(model, example, plan=how if isinstance(how, Plan) else None, seed=seed)
         progress("planning", 0.2)
-        if isinstance(how, Plan):
-            decided = settle(how, surveyed)
-        else:
-            decided = decide(_recipe(how, overrides), surveyed, seed=seed)
-        carry_out_(decided, surveyed.network, parts(progress, 0.3, 1))
+        wanted = how if isinstance(how, Plan) else _recipe(how, overrides)
+        carry_out(wanted, network, bake=bake, seed=seed, progress=parts(progress, 0.3, 1))
     return model
 
 
@@ -262,10 +234,13 @@ def _verify(a: nn.Module, b: nn.Module, example: Any, seed: int, progress: Progr
     again = replay.done_again(a, steps) if steps else None
     progress("comparing", 0.4)
     is_approximate = any(map(replay.is_approximate, steps))
-    found = equivalence.verify(a, b, known, replay=again, approximate=is_approximate, seed=seed)
+    reference, taken = replay.as_baked(a, steps)
+    found = equivalence.verify(reference, b, known, replay=again, approximate=is_approximate, seed=seed)
     if steps and not found and histories.content_hash(b) != steps[-1].result:
         changed = f"B's tensors were changed after {steps[-1].operation} had made it"
         found = replace(found, remarks=(*found.remarks, changed))
+    if taken:
+        found = replace(found, remarks=(*found.remarks, f"A is compared with baked tensors in {', '.join(taken)}"))
     if not steps and (lapse := replay.lapse(a, b)) is not None:
         found = replace(found, remarks=(*found.remarks, lapse))
     return found

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from surgeon._version import __version__
-from surgeon.app.options import Force, Json, Model, Output, Seed, Sets, about_models
+from surgeon.app.options import Bake, Force, Json, Model, Output, Seed, Sets, about_models
 from surgeon.app.stopping import Stopped, stoppable
 from surgeon.app.terminal import NobodyReads, bar, complain, complain_of, notes, parsing, results_only, show, show_file
 from surgeon.errors import PassError, SurgeonError, printable
@@ -61,6 +61,7 @@ def convert(
     ] = None,
     plan: Annotated[Path | None, typer.Option(help="Carry out this plan file instead of a recipe.")] = None,
     sets: Sets = None,
+    bake: Bake = False,
     output: Output = None,
     force: Force = False,
     json: Json = False,
@@ -76,7 +77,9 @@ def convert(
         from surgeon.surgery import plan as plans
 
         how = plans.read(plan) if plan is not None else str(recipe)
-        done = commands.convert(model, how, given, progress, overrides=sets or (), output=output, force=force)
+        done = commands.convert(
+            model, how, given, progress, overrides=sets or (), bake=bake, output=output, force=force
+        )
     show(converted_data(done) if json else converted_view(done))
 
 
@@ -148,6 +151,7 @@ def plan(
     given: "Given",
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="A recipe: a file, or the name of a bundled one.")],
     sets: Sets = None,
+    bake: Bake = False,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="FILE", help="Write the plan as .yaml or .json, to edit and apply."),
@@ -162,7 +166,7 @@ def plan(
 
         if output is not None:
             commands.claim_plan(output, model, recipe, given, force=force)
-        decided = commands.plan(model, recipe, given, progress, overrides=sets or ())
+        decided = commands.plan(model, recipe, given, progress, overrides=sets or (), bake=bake)
         if output is not None:
             commands.write_plan(decided, output, force=force)
             if json:

@@ -36,7 +36,8 @@ from surgeon.models.progress import Progress, parts, silent
 from surgeon.proof.report import Report
 from surgeon.recipes import recipe as recipes
 from surgeon.surgery import manifest as manifests
-from surgeon.surgery.convert import carry_out_
+from surgeon.surgery.bake import all_baked
+from surgeon.surgery.decide import carry_out, plan_for
 from surgeon.surgery.fuse import fold_all_
 from surgeon.surgery.plan import Plan
 from surgeon.surgery.replay import rebuild
@@ -84,14 +85,20 @@ def survey(name: str, given: Given, progress: Progress = silent) -> Survey:
     return sites.survey(network)
 
 
-def plan(name: str, recipe: str, given: Given, progress: Progress = silent, *, overrides: Sequence[str] = ()) -> Plan:
+def plan(
+    name: str,
+    recipe: str,
+    given: Given,
+    progress: Progress = silent,
+    *,
+    overrides: Sequence[str] = (),
+    bake: bool = False,
+) -> Plan:
     """Decide what a recipe makes of a model."""
     wanted = recipes.load(recipe, overrides)
     network = _load_and_look(name, given, parts(progress, 0, 0.4), to_plan=True)
-    progress("looking at the convs", 0.4)
-    surveyed = sites.survey(network)
-    progress("planning", 0.7)
-    return surgery.decide(wanted, surveyed, seed=given.seed)
+    progress("looking at the convs and planning", 0.4)
+    return plan_for(network, wanted, bake=bake, seed=given.seed)
 
 
 def convert(
@@ -101,6 +108,7 @@ def convert(
     progress: Progress = silent,
     *,
     overrides: Sequence[str] = (),
+    bake: bool = False,
     output: Path | None,
     force: bool,
 ) -> Converted:
@@ -111,18 +119,13 @@ def convert(
     progress(f"loading {name}", 0)
     loaded = _load(name, given)
     if formats.of_suffix(path).holds_modules:
-        check_writable(loaded.model, given.trust)
+        bakes = bool(wanted.baked) if isinstance(wanted, Plan) else bake
+        check_writable(all_baked(loaded.model) if bakes else loaded.model, given.trust)
     progress("looking for an input", 0.1)
     planned = wanted if isinstance(wanted, Plan) else None
     network = _network(loaded.model, given, plan=planned, to_plan=planned is None)
-    progress("looking at the convs", 0.2)
-    surveyed = sites.survey(network)
-    progress("planning", 0.3)
-    if isinstance(wanted, Plan):
-        decided = surgery.settle(wanted, surveyed)
-    else:
-        decided = surgery.decide(wanted, surveyed, seed=given.seed)
-    check = carry_out_(decided, network, parts(progress, 0.4, 0.9))
+    progress("looking at the convs and planning", 0.2)
+    decided, check = carry_out(wanted, network, bake=bake, seed=given.seed, progress=parts(progress, 0.4, 0.9))
     progress(f"writing {path}", 0.9)
     _save(loaded, path, given.trust, force=force)
     return Converted(decided, check, path)

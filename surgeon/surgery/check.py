@@ -23,15 +23,17 @@ _LOW_PASSED = "Take that entry out of `low_passed`: a seam stays there."
 _STAY = "Give convs that cannot be swapped `skip: reason` instead of `swap`, or take them out of the plan."
 
 
-def check(plan: Plan, survey: Survey) -> None:
+def check(plan: Plan, survey: Survey, given: str | None = None) -> None:
     """Make sure that a plan, perhaps edited by hand, can be carried out on this model as it stands.
+
+    `given` is the fingerprint that the model had before what the plan bakes was baked.
 
     Raises:
         PlanError: the plan does not fit; the message lists everything that is wrong.
     """
-    if not fingerprints.fits(plan.model, survey.model):
+    if not (fingerprints.fits(plan.model, survey.model) if given is None else plan.model == given):
         raise PlanError(
-            f"the plan is for another network ({plan.model}; this one is {survey.fingerprint})",
+            f"the plan is for another network ({plan.model}; this one is {given or survey.fingerprint})",
             todo="Make one for this network: surgeon plan MODEL --recipe … -o plan.yaml.",
         )
     misfits = [*_misfits(plan, survey), *_lost_low_passes(plan, survey), *_repeated(plan)]
