@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import utils
-from torch.nn.utils import parametrize, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
@@ -147,6 +147,9 @@ def _permanent(conv: nn.Conv2d) -> nn.Conv2d:
         assert isinstance(held, nn.ModuleDict)
         for name in [*held]:
             parametrize.remove_parametrizations(made, name, leave_parametrized=True)
+        for key, wrapped in [*made._load_state_dict_pre_hooks.items()]:  # a reader of older keys, which torch leaves
+            if getattr(getattr(wrapped, "hook", None), "__module__", None) == parametrizations.__name__:
+                del made._load_state_dict_pre_hooks[key]
     for hook in [*made._forward_pre_hooks.values()]:
         if isinstance(hook, WeightNorm):
             utils.remove_weight_norm(made, hook.name)
