@@ -11,16 +11,15 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from surgeon._torch_compat import NormBase, own_parts_of_a_conv
+from surgeon._torch_compat import own_parts_of_a_conv
+from surgeon.analysis import own_norms
 from surgeon.analysis.network import Network
 from surgeon.analysis.readers import Facts, Graph, is_quantised, reader_name, readers_of
-from surgeon.blocks import Block
-from surgeon.blocks.pairs import PairNorm
+from surgeon.blocks import Block, norms
 
 NO_NORM = "no norm follows"
 COMPUTING_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
 BAKE = "--bake (from Python, bake=True) makes its tensors permanent"
-_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, PairNorm)  # what a block can take over: the plain ones, not subclasses
 
 
 def norms_behind(network: Network) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
@@ -93,7 +92,10 @@ def norm_behind(facts: Facts, conv: nn.Module) -> tuple[nn.Module | None, str | 
     if len(users) != 1:
         return None, f"its output is read by {' and '.join(readers)}" if users else "nothing reads its output"
     if norm is None or not _is_norm(norm):
-        return None, NO_NORM
+        inside = own_norms.norm_of(users[0], graph.modules)
+        return None, NO_NORM if inside is None else _no_batch_norm(
+            ".".join(filter(None, (graph.names[0], inside[0]))), inside[1]
+        )
     return _judge_norm(facts, graph, conv, norm)
 
 
@@ -102,8 +104,8 @@ def _judge_norm(facts: Facts, graph: Graph, conv: nn.Module, norm: nn.Module) ->
     name = facts.names[norm][0]
     prefixes = tuple(f"{path}." if path else "" for path in graph.names)
     outside = [path for path in (*facts.names[conv], *facts.names[norm]) if not path.startswith(prefixes)]
-    if not isinstance(norm, _NORMS) or type(norm) not in _NORMS:
-        return None, f"{name} is a {type(norm).__name__}; only torch's own BatchNorm2d can be taken over"
+    if not norms.is_batch_norm(norm):
+        return None, _no_batch_norm(name, type(norm))
     if (count := len(graph.calls[norm])) != 1:
         return None, f"{name} is called {count} times"
     if norm.running_mean is None or norm.running_var is None:
@@ -112,19 +114,26 @@ def _judge_norm(facts: Facts, graph: Graph, conv: nn.Module, norm: nn.Module) ->
         return None, f"it is also reached as {outside[0]}"
     if custom := custom_call(norm, name):
         return None, custom
-    if any(facts.owners[id(p)] != {norm} for p in norm.parameters()):
+    core = {*norms.core_of(norm).modules()} | {norm}
+    if any(not facts.owners[id(p)] <= core for p in norms.core_of(norm).parameters()):
         return None, f"{name} shares its parameters"
-    if any(facts.owners[id(buffer)] != {norm} for buffer in norm.buffers()):
+    if any(not facts.owners[id(buffer)] <= core for buffer in norms.core_of(norm).buffers()):
         return None, f"{name} shares its statistics"
     if norm in facts.read_directly:
         return None, f"the network also reads the parameters of {name} directly"
     if norm in facts.kept_aside:
         return None, f"{name} is also kept in {facts.kept_aside[norm]}"
+    if why := own_norms.refusal(norm, has_bias=getattr(conv, "bias", None) is not None):
+        return None, f"{name} is a {type(norm).__name__}, {why}"
     return norm, None
 
 
+def _no_batch_norm(name: str, kind: type[nn.Module]) -> str:
+    return f"{name} is a {kind.__name__}, {own_norms.in_words(kind)}; only a batch norm can be taken over"
+
+
 def _is_norm(module: nn.Module) -> bool:
-    return isinstance(module, NormBase | nn.GroupNorm | nn.LayerNorm) or "norm" in type(module).__name__.lower()
+    return norms.is_batch_norm(module) or own_norms.is_norm_class(type(module))
 
 
 def custom_call(module: nn.Module, name: str) -> str | None:

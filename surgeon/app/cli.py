@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from surgeon._version import __version__
-from surgeon.app.options import Bake, Force, Json, Model, Output, Seed, Sets, about_models
+from surgeon.app.options import Bake, Force, Json, Model, Output, Seed, Sets, Time, about_models
 from surgeon.app.stopping import Stopped, stoppable
 from surgeon.app.terminal import NobodyReads, bar, complain, complain_of, notes, parsing, results_only, show, show_file
 from surgeon.errors import PassError, SurgeonError, printable
@@ -64,6 +64,7 @@ def convert(
     bake: Bake = False,
     output: Output = None,
     force: Force = False,
+    time: Time = False,
     json: Json = False,
 ) -> None:
     """Swap the convs of a model as a recipe or a plan says. What was done is checked, and the result saved."""
@@ -78,7 +79,7 @@ def convert(
 
         how = plans.read(plan) if plan is not None else str(recipe)
         done = commands.convert(
-            model, how, given, progress, overrides=sets or (), bake=bake, output=output, force=force
+            model, how, given, progress, overrides=sets or (), bake=bake, output=output, force=force, time=time
         )
     show(converted_data(done) if json else converted_view(done))
 
@@ -91,16 +92,28 @@ def fuse(
     dense: Annotated[
         bool, typer.Option("--dense", help="Also fold blocks that cost less than the conv they fold to.")
     ] = False,
+    keep_norms: Annotated[
+        bool,
+        typer.Option(
+            "--keep-norms",
+            help="Make every block the conv and the norm again that it was made of: the weights load into the class "
+            "that the model had before, and training can go on.",
+        ),
+    ] = False,
     output: Output = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Fold every block that can be folded into one plain conv. The result is saved."""
+    """Fold every block that can be folded into one plain conv. The result is saved.
+
+    Inside modules that fold themselves (RepVGG, MobileOne), blocks become a conv and a norm, as with --keep-norms.
+    """
     with bar() as progress:
         from surgeon.app import commands
         from surgeon.display.convert import fused_data, fused_view
 
-        done = commands.fuse(model, given, progress, dense=dense, output=output, force=force)
+        how = {"dense": dense, "keep_norms": keep_norms}
+        done = commands.fuse(model, given, progress, **how, output=output, force=force)
     show(fused_data(done) if json else fused_view(done))
 
 
@@ -157,6 +170,7 @@ def plan(
         typer.Option("--output", "-o", metavar="FILE", help="Write the plan as .yaml or .json, to edit and apply."),
     ] = None,
     force: Force = False,
+    time: Time = False,
     json: Json = False,
 ) -> None:
     """Show what a recipe would do to every conv of a model. Nothing is changed."""
@@ -166,7 +180,7 @@ def plan(
 
         if output is not None:
             commands.claim_plan(output, model, recipe, given, force=force)
-        decided = commands.plan(model, recipe, given, progress, overrides=sets or (), bake=bake)
+        decided = commands.plan(model, recipe, given, progress, overrides=sets or (), bake=bake, time=time)
         if output is not None:
             commands.write_plan(decided, output, force=force)
             if json:
@@ -202,21 +216,38 @@ def bench(
     """Time models against each other in one run. They take turns, as they are and with their norms folded."""
     with bar() as progress:
         from surgeon.app import commands
-        from surgeon.app.bench import Trials
         from surgeon.display.bench import bench_data, bench_view
+        from surgeon.surgery.bench import Trials
 
         trials = Trials(tuple(batch or (1,)), tuple(threads or ()), rounds, channels_last, compiled, train)
         timings = commands.bench(models, given, trials, progress)
     show(bench_data(timings) if json else bench_view(timings))
 
 
-@_command("Example: surgeon recipes acnet > mine.yaml")
+@_command("Example: surgeon recipes acnet > mine.yaml   ·   surgeon recipes --for model.pt")
+@functools.partial(about_models, only_with="model")
 def recipes(
+    given: "Given | None",
     name: Annotated[str | None, typer.Argument(help="Print this bundled recipe.", show_default=False)] = None,
+    model: Annotated[
+        str | None, typer.Option("--for", metavar="MODEL", help="Say for each recipe what it would do to this model.")
+    ] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of recipes, for editors.")] = False,
     json: Json = False,
 ) -> None:
-    """List the bundled recipes, or print one."""
+    """List the bundled recipes, print one, or say what each of them would do to a model.
+
+    All other options say how that model is read.
+    """
+    if given is not None and model is not None:
+        if name is not None or schema:
+            raise typer.BadParameter("--for plans all bundled recipes; `surgeon plan MODEL --recipe NAME` plans one")
+        with bar() as progress:
+            from surgeon.app import commands
+
+            advice = commands.recipes_for(model, given, progress)
+        show(advice.to_dict() if json else advice)
+        return
     from surgeon.display.recipes import recipes_data, recipes_view
     from surgeon.recipes import recipe
     from surgeon.recipes import schema as schemas

@@ -77,10 +77,17 @@ Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="PATH=VALUE", help="Override a value of the recipe: rules[0].with.init=split."),
 ]
+Time = Annotated[
+    bool,
+    typer.Option("--time", help="Also measure how long the network takes, as it is and converted, both of them fused."),
+]
 
 
-def about_models(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options that say how models are read; it receives them as its argument `given`."""
+def about_models(command: Callable[..., None], *, only_with: str | None = None) -> Callable[..., None]:
+    """Give a command the options that say how models are read; it receives them as its argument `given`.
+
+    A command that only reads a model where its option `only_with` names one receives None without it.
+    """
 
     def run(
         arch: Arch = None,
@@ -98,6 +105,11 @@ def about_models(command: Callable[..., None]) -> Callable[..., None]:
         from surgeon.files.pickles import Trust
         from surgeon.models import devices
 
+        if only_with is not None and rest[only_with] is None:
+            if arch or arch_arg or weights or allow or unsafe or shape or seed or device:
+                raise typer.BadParameter("--input, --arch and their like say how a model is read; name it with --for")
+            command(given=None, **rest)
+            return
         if len(shape or ()) > 1 and command.__name__ != "verify":
             raise typer.BadParameter(
                 "--input is given twice; only verify takes several. Arguments of one call go together: --input 'a;b'"

@@ -30,7 +30,6 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from surgeon._torch_compat import BatchNorm
 from surgeon.blocks import base
 from surgeon.blocks.base import Trial
 from surgeon.conv import kernels
@@ -149,7 +148,7 @@ class HetConv(base.Foldable[HetConvOptions]):
 
     @classmethod
     def from_conv(
-        cls, conv: nn.Conv2d, options: HetConvOptions, *, norm: BatchNorm | None, generator: torch.Generator
+        cls, conv: nn.Conv2d, options: HetConvOptions, *, norm: nn.Module | None, generator: torch.Generator
     ) -> Self:
         block = cls(ConvSpec.of(conv), options.p, options.layout, like=conv.weight)
         dense: Tensor = conv.weight
@@ -233,7 +232,7 @@ class HetConv(base.Foldable[HetConvOptions]):
 
     to_dense = fold
 
-    def with_norm(self, norm: BatchNorm) -> Self:
+    def with_norm(self, norm: nn.Module) -> Self:
         block = type(self)(self.spec.change(bias=True), self.p, self.layout, like=self.weight)
         with torch.no_grad():
             if self.layout == "best":

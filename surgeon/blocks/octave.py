@@ -33,7 +33,6 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from surgeon._torch_compat import BatchNorm
 from surgeon.blocks.base import Trial
 from surgeon.blocks.fused_octave import FusedOctave
 from surgeon.blocks.two_streams import Streams, TwoStreamBlock, TwoStreamOptions, in_words
@@ -106,7 +105,7 @@ class OctaveConv(TwoStreamBlock[OctaveConvOptions]):
 
     @classmethod
     def from_conv(
-        cls, conv: nn.Conv2d, options: OctaveConvOptions, *, norm: BatchNorm | None, generator: torch.Generator
+        cls, conv: nn.Conv2d, options: OctaveConvOptions, *, norm: nn.Module | None, generator: torch.Generator
     ) -> Self:
         return cls(conv, options).train(conv.training)
 
@@ -143,7 +142,7 @@ class OctaveConv(TwoStreamBlock[OctaveConvOptions]):
             to_low = streams.take(to_low, (*streams.others(self.low_in, self.spec.c_in), *self.low_in))
         return made, self._run(torch.cat([pooled, low], 1), to_low, bias_low)
 
-    def with_norm(self, norm: BatchNorm) -> Self:
+    def with_norm(self, norm: nn.Module) -> Self:
         """Fold a norm into all four kernels at once: each of its channels belongs to one stream."""
         made = copy.deepcopy(self)
         weight, bias = kernels.with_norm(self.weight, self.bias, norm)

@@ -125,8 +125,10 @@ def on_path(folder: Path, *, first: bool) -> Iterator[None]:
     sys.path.insert(0 if first else len(sys.path), entry)
     try:
         yield
-    finally:
-        sys.path.remove(entry)
+    finally:  # the folder may have been there before, at another place, where it stays
+        places = [i for i, one in enumerate(sys.path) if one == entry]
+        if places:
+            del sys.path[places[0 if first else -1]]
 
 
 def admitted(path: Path, names: Sequence[str], trust: Trust) -> dict[str, object]:
@@ -154,6 +156,14 @@ def admitted(path: Path, names: Sequence[str], trust: Trust) -> dict[str, object
         problem = f"{path} holds names that may not be loaded: {'; '.join(listed)}"
         raise ModelError(problem, todo=_way_out(refused), refused=tuple(refused))
     return found
+
+
+def class_of(name: str, trust: Trust) -> object:
+    """Find a class that a file names in a text, if it might have named it as a class; None if not."""
+    try:
+        return None if _refusal(name, trust) else _find(name, trust)
+    except _RefusedError:
+        return None
 
 
 def _refusal(name: str, trust: Trust) -> str | None:

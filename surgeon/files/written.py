@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from surgeon.errors import ModelError, StoreError
 from surgeon.files import calls, formats, whole
 from surgeon.files.names import HARMLESS, NUMPY, PACKAGES, Trust, admitted, lies_in, offered_blocks
 from surgeon.files.steps import Program
-from surgeon.nn import current_name
+from surgeon.nn import Stored, current_name
 
 _HOOKS = "hooks"
 _REGISTERS = ("_parameters", "_buffers", "_modules")
@@ -29,6 +29,7 @@ def check_writable(model: nn.Module, trust: Trust = Trust()) -> None:  # noqa: B
     Raises:
         StoreError: the attribute that cannot be, and what to do.
     """
+    check_graphs(model)
     if (error := _failure(model)) is None:
         _check_attributes(model, trust)
         return
@@ -41,6 +42,21 @@ def check_writable(model: nn.Module, trust: Trust = Trust()) -> None:  # noqa: B
         f"{where} cannot be written to a file: {what}",
         todo=f"{way_out}; or write only the weights, -o NAME.safetensors.",
     )
+
+
+def check_graphs(model: nn.Module) -> None:
+    """Make sure that a model holds no GraphModule of which a file would be a program.
+
+    Raises:
+        StoreError: it holds one; what can be written instead.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, fx.GraphModule) and _objection(module, Trust()) is not None:
+            raise StoreError(
+                f"{path or 'the model'} is a GraphModule, whose file would be a program that runs when it is opened",
+                todo="Write its weights, NAME.safetensors, and open them with --arch file.py:make (or arch=…), where "
+                "make() builds the GraphModule anew; or give the network that it was traced from.",
+            )
 
 
 def unreadable(path: Path, trust: Trust) -> str | None:
@@ -148,7 +164,7 @@ def _culprits(model: nn.Module) -> Iterator[tuple[str, str]]:
     """Give what cannot be pickled, and why."""
     for path, module in model.named_modules():
         name = path or "the model"
-        if _failure(type(module)) is not None:
+        if not isinstance(module, Stored) and _failure(type(module)) is not None:
             yield name, f"its class {type(module).__qualname__} {_home(type(module))}"
         for attribute, value in vars(module).items():
             if attribute in _REGISTERS or (error := _failure(value)) is None:

@@ -8,9 +8,7 @@ from surgeon.analysis import sites
 from surgeon.analysis.fingerprint import fingerprint
 from surgeon.analysis.network import Network
 from surgeon.analysis.sites import Survey
-from surgeon.blocks.two_streams import TwoStreamOptions
 from surgeon.errors import PlanError
-from surgeon.models.call import Inputs
 from surgeon.models.copies import shadow
 from surgeon.models.progress import Progress, silent
 from surgeon.recipes.recipe import Recipe
@@ -19,7 +17,7 @@ from surgeon.surgery.check import check
 from surgeon.surgery.convert import carry_out_
 from surgeon.surgery.foresee import foresee
 from surgeon.surgery.history import content_hash
-from surgeon.surgery.make import make, recount
+from surgeon.surgery.make import make, on_a_guess, recount
 from surgeon.surgery.plan import Plan
 from surgeon.surgery.selfcheck import SelfCheck
 
@@ -34,21 +32,23 @@ def carry_out(
         if bake and not how.baked:
             raise PlanError("the plan bakes nothing", todo="Make one with surgeon plan --bake, or plan(bake=True).")
         return _carry_out(how, network, progress)
-    decided = plan_for(network, how, bake=bake, seed=seed)
+    decided, _ = plan_for(network, how, bake=bake, seed=seed)
     if decided.baked:
         return _carry_out(decided, network, progress)
     return decided, carry_out_(decided, network, progress)
 
 
-def plan_for(network: Network, recipe: Recipe, *, bake: bool, seed: int) -> Plan:
-    """Make a plan for a network; with `bake`, for it as it is with the tensors of its convs baked."""
+def plan_for(network: Network, recipe: Recipe, *, bake: bool, seed: int) -> tuple[Plan, Survey]:
+    """Make a plan for a network; with `bake`, for it as it is with the tensors of its convs baked. Gives both."""
     found = bakeable(network.model) if bake else None
     if found is None or not (found.paths or found.reasons):
-        return decide(recipe, sites.survey(network), seed=seed)
+        surveyed = sites.survey(network)
+        return decide(recipe, surveyed, seed=seed), surveyed
     bare = shadow(network.model)
     bake_(bare, found.paths)
-    decided = decide(recipe, sites.survey(Network(bare, network.inputs)), seed=seed)
-    return with_baked(decided, found, fingerprint(network.model))
+    surveyed = sites.survey(Network(bare, network.inputs))
+    decided = decide(recipe, surveyed, seed=seed)
+    return with_baked(decided, found, fingerprint(network.model)), surveyed
 
 
 def _carry_out(how: Plan, network: Network, progress: Progress = silent) -> tuple[Plan, SelfCheck]:
@@ -71,7 +71,7 @@ def decide(recipe: Recipe, surveyed: Survey, *, seed: int) -> Plan:
     """Make a plan, and add what it leads to; that it rests on a guessed input is logged."""
     decided = foresee(make(recipe, surveyed, seed=seed), surveyed)
     if surveyed.inputs is not None and surveyed.inputs.is_guess:
-        _log.warning(_on_a_guess(recipe, surveyed.inputs))
+        _log.warning(on_a_guess(surveyed.inputs, recipe))
     return decided
 
 
@@ -82,15 +82,3 @@ def settle(plan: Plan, surveyed: Survey, given: str | None = None) -> Plan:
     """
     check(plan, surveyed, given)
     return foresee(recount(plan, surveyed), surveyed)
-
-
-def _on_a_guess(recipe: Recipe, inputs: Inputs) -> str:
-    """Say what a plan takes from an input that nobody gave, and how to give it."""
-    sized = [f"`size` of {rule}" for rule in recipe.rules if rule.match.needs_size]
-    planned = {str(rule.swap) for rule in recipe.rules if isinstance(rule.options, TwoStreamOptions)}
-    sized += [f"`min_size` of {block}" for block in sorted(planned)]
-    what = " and ".join([*sized, "all costs"])
-    is_image = not inputs.kwargs and [len(shape) for shape in inputs.shapes] == [4]
-    like = f"{','.join(map(str, inputs.shapes[0][:2]))},H,W" if is_image else inputs.text
-    guess = f"{what} are for {inputs}, a guess that the model accepts"
-    return f"no --input was given; {guess}. If yours is another, pass --input {like} (from Python, example=)"

@@ -58,6 +58,11 @@ class Reversing(torch.autograd.Function):
         return -grad
 
 
+class Unbiased(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.conv2d(input, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
+
+
 def counting(self: nn.Conv2d, x: Tensor) -> Tensor:
     self.calls = getattr(self, "calls", 0) + 1
     return x
@@ -95,6 +100,7 @@ KEPT = {
     "scaled too": (lambda: ScaledStdConv2d(4, 4, 3), "computes its kernel from its weight at every call"),
     "a scaled kernel": (doing(kernel=lambda self, w: w * 2), "computes its kernel from its weight"),
     "a kernel without gradient": (doing(kernel=lambda self, w: w.detach()), "computes its kernel"),
+    "leaves its bias out": (lambda: Unbiased(4, 4, 3), "other tensors than its weight and bias"),
     "an activation behind": (doing(behind=lambda self, x: x.relu()), "does something to the result"),
     "in place": (doing(behind=lambda self, x: x.relu_()), "does something to the result"),
     "a part of the result": (doing(behind=lambda self, x: x[..., 1:]), "does something to the result"),
@@ -235,6 +241,17 @@ def test_a_block_that_knows_no_such_padding_refuses_it(monkeypatch: pytest.Monke
     assert plan.convs[1].swap == "acblock"
     spec = ConvSpec(4, 4, (3, 3), pads_input="same")
     assert contract.refusal(registry()["acblock"], spec, None, registry()["acblock"].Options())
+
+
+@pytest.mark.parametrize("origin", [7, nn.ReLU(), nn.Conv2d(1, 1, 1), nn.Conv2d.__new__(tiny.NamedConv)], ids=str)
+def test_an_origin_from_a_file_that_does_not_fit_is_not_taken(origin: object) -> None:
+    net = stem()
+    converted = surgeon.convert(net, "acnet", SIZES[0])
+    vars(converted.stem)["origin"] = origin
+    fused, x = surgeon.fuse(converted), torch.randn(SIZES[1], dtype=torch.float64)
+    assert type(fused.stem) is PaddedConv2d
+    with torch.no_grad():
+        assert relative(fused(x), net(x)) <= 1e-12
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])

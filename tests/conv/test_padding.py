@@ -138,6 +138,7 @@ def test_octave_pools_and_pads_both_sides_alike(size: Pair, groups: int) -> None
     twin = kind.from_conv(plain, options, norm=None, generator=torch.Generator())
     assert torch.equal(block(x), twin(x))  # pooled to half, and convolved at stride 1, where SAME is symmetric
     assert relative(block.deploy()(x), block(x)) <= 1e-13
+    assert not any(isinstance(one, PaddedConv2d) for one in block.deploy().modules())
 
 
 def test_octave_refuses_a_padding_that_would_shift_its_streams() -> None:
