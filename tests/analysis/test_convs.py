@@ -220,6 +220,20 @@ def test_what_was_folded_is_of_the_class_that_it_was_with_its_attributes(size: t
     assert surgeon.verify(converted, fused, size).verdict == "different"
 
 
+def test_with_keep_norms_the_weights_fit_into_the_class_that_it_was() -> None:
+    net = stem()
+    converted = surgeon.convert(net, "acnet", SIZES[0])
+    fused = surgeon.fuse(converted, keep_norms=True)
+    assert {path: type(fused.get_submodule(path)) for path in PATHS} == PATHS
+    again = stem()
+    again.load_state_dict(fused.state_dict())
+    x = torch.randn(SIZES[1], dtype=torch.float64)
+    with torch.no_grad():
+        assert relative(fused(x), net(x)) <= 1e-12
+        assert relative(again(x), net(x)) <= 1e-12
+    assert surgeon.verify(converted, fused, SIZES[1]).verdict == "equivalent"
+
+
 def test_a_fold_that_the_class_would_not_compute_is_a_conv_of_surgeons() -> None:
     class NeverBiased(Conv2dSame):
         def forward(self, x: Tensor) -> Tensor:
@@ -243,7 +257,11 @@ def test_a_block_that_knows_no_such_padding_refuses_it(monkeypatch: pytest.Monke
     assert contract.refusal(registry()["acblock"], spec, None, registry()["acblock"].Options())
 
 
-@pytest.mark.parametrize("origin", [7, nn.ReLU(), nn.Conv2d(1, 1, 1), nn.Conv2d.__new__(tiny.NamedConv)], ids=str)
+@pytest.mark.parametrize(
+    "origin",
+    [7, nn.ReLU(), nn.Conv2d(1, 1, 1), nn.Conv2d.__new__(tiny.NamedConv)],
+    ids=["number", "module", "conv", "empty"],
+)
 def test_an_origin_from_a_file_that_does_not_fit_is_not_taken(origin: object) -> None:
     net = stem()
     converted = surgeon.convert(net, "acnet", SIZES[0])
