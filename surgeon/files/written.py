@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.utils import parametrize
 
 from surgeon.blocks.sum_of_convs import is_ours
 from surgeon.errors import ModelError, StoreError
@@ -34,10 +35,13 @@ def check_writable(model: nn.Module, trust: Trust = Trust()) -> None:  # noqa: B
         _check_attributes(model, trust)
         return
     where, what = next(_culprits(model), ("the model", str(error)))
+    computed = {type(module) for module in model.modules() if parametrize.is_parametrized(module)}
+    way_out = "Use a function or class with a name of its own in a module, or remove it"
+    if computed and all(issubclass(kind, nn.Conv2d) for kind in computed):
+        way_out = "Convert it with --bake, which makes the tensors of convs permanent"
     raise StoreError(
         f"{where} cannot be written to a file: {what}",
-        todo="Use a function or class with a name of its own in a module, or remove it; or write only the weights, "
-        "-o NAME.safetensors.",
+        todo=f"{way_out}; or write only the weights, -o NAME.safetensors.",
     )
 
 
