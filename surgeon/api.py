@@ -44,8 +44,9 @@ from surgeon.proof.report import Report
 from surgeon.recipes import recipe as recipes
 from surgeon.recipes.recipe import Recipe
 from surgeon.surgery import check as checks
+from surgeon.surgery import gains, replay
 from surgeon.surgery import history as histories
-from surgeon.surgery import replay
+from surgeon.surgery.advice import Advice, advise
 from surgeon.surgery.convert import carry_out_
 from surgeon.surgery.foresee import foresee
 from surgeon.surgery.fuse import fold_all_
@@ -79,12 +80,14 @@ def plan(
     example: Example | None = None,
     *,
     overrides: Sequence[str] = (),
+    time: bool = False,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Plan:
     """Decide for every conv what a recipe makes of it; the model is not touched.
 
-    `recipe` is the name of a bundled one, a path, a dict or a `Recipe`; `overrides` are as `--set` takes them.
+    `recipe` is the name of a bundled one, a path, a dict or a `Recipe`; `overrides` are as `--set` takes them. With
+    `time` it is carried out on a copy, and the plan says how long both networks take once they are fused.
 
     >>> [entry.swap for entry in plan(nn.Sequential(nn.Conv2d(3, 8, 3)), "acnet").convs]
     ['acblock']
@@ -93,16 +96,39 @@ def plan(
         RecipeError: the recipe is wrong; all its errors are reported at once. PlanError: a rule claims no conv.
     """
     with ordinary():
-        surveyed = survey(model, example, progress=parts(progress, 0, 0.6))
-        progress("planning", 0.6)
-        return decide(_recipe(recipe, overrides), surveyed, seed=seed)
+        surveyed = survey(model, example, progress=parts(progress, 0, 0.3 if time else 0.6))
+        progress("planning", 0.3 if time else 0.6)
+        decided = decide(_recipe(recipe, overrides), surveyed, seed=seed)
+        return gains.timed(decided, surveyed, parts(progress, 0.5, 1)) if time else decided
+
+
+def recipes_for(
+    model: nn.Module, example: Example | None = None, *, seed: int = 0, progress: Progress = silent
+) -> Advice:
+    """Say for each bundled recipe what it would do to a model, and which to take for what; the model is not touched.
+
+    >>> recipes_for(nn.Sequential(nn.Conv2d(3, 8, 3)), (1, 3, 8, 8)).free.recipe
+    'acnet'
+    """
+    with ordinary():
+        surveyed = survey(model, example, progress=parts(progress, 0, 0.3))
+        return advised(surveyed, seed=seed, progress=parts(progress, 0.3, 1))
+
+
+def advised(surveyed: Survey, *, seed: int, progress: Progress = silent) -> Advice:
+    """Plan every bundled recipe; that the costs rest on a guessed input is logged."""
+    bundled = [recipes.load(name) for name in recipes.bundled()]
+    advice = advise(surveyed, bundled, seed=seed, progress=progress)
+    if surveyed.inputs is not None and surveyed.inputs.is_guess:
+        _log.warning(_on_a_guess(surveyed.inputs, *bundled))
+    return advice
 
 
 def decide(recipe: Recipe, surveyed: Survey, *, seed: int) -> Plan:
     """Make a plan, and add what it leads to; that it rests on a guessed input is logged."""
     decided = foresee(make(recipe, surveyed, seed=seed), surveyed)
     if surveyed.inputs is not None and surveyed.inputs.is_guess:
-        _log.warning(_on_a_guess(recipe, surveyed.inputs))
+        _log.warning(_on_a_guess(surveyed.inputs, recipe))
     return decided
 
 
@@ -112,10 +138,11 @@ def settle(plan: Plan, surveyed: Survey) -> Plan:
     return foresee(recount(plan, surveyed), surveyed)
 
 
-def _on_a_guess(recipe: Recipe, inputs: Inputs) -> str:
-    """Say what a plan takes from an input that nobody gave, and how to give it."""
-    sized = [f"`size` of {rule}" for rule in recipe.rules if rule.match.needs_size]
-    planned = {str(rule.swap) for rule in recipe.rules if isinstance(rule.options, TwoStreamOptions)}
+def _on_a_guess(inputs: Inputs, *planned_with: Recipe) -> str:
+    """Say what plans take from an input that nobody gave, and how to give it."""
+    rules = [rule for recipe in planned_with for rule in recipe.rules]
+    sized = [f"`size` of {rule}" for rule in rules if rule.match.needs_size]
+    planned = {str(rule.swap) for rule in rules if isinstance(rule.options, TwoStreamOptions)}
     sized += [f"`min_size` of {block}" for block in sorted(planned)]
     what = " and ".join([*sized, "all costs"])
     is_image = not inputs.kwargs and [len(shape) for shape in inputs.shapes] == [4]

@@ -11,18 +11,15 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from surgeon._torch_compat import has_own_conv_forward
+from surgeon._torch_compat import own_parts_of_a_conv
 from surgeon.analysis import own_norms
 from surgeon.analysis.network import Network
 from surgeon.analysis.readers import Facts, Graph, is_quantised, reader_name, readers_of
 from surgeon.blocks import Block, norms
 
 NO_NORM = "no norm follows"
-_COMPUTES = {
-    WeightNorm: "remove_weight_norm",
-    SpectralNorm: "remove_spectral_norm",
-    BasePruningMethod: "prune.remove",
-}
+COMPUTING_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
+_BAKE = "--bake (from Python, bake=True) makes its tensors permanent"
 
 
 def norms_behind(network: Network) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
@@ -42,17 +39,15 @@ def obstacle(facts: Facts, module: nn.Module) -> str | None:
         return "its weight is quantised; swap convs before a network is quantised"
     if not isinstance(module, nn.Conv2d):
         return f"{type(module).__name__}: only Conv2d is swapped"
-    if parametrize.is_parametrized(module):
-        return "its weight is computed by a parametrization; torch.nn.utils.parametrize can remove that"
-    if type(module) is not nn.Conv2d:
-        named = type(module).__qualname__
-        kind = f"{type(module).__module__}.{named}" if named == nn.Conv2d.__qualname__ else named
-        own = " with a forward of its own" if _computes_itself(type(module)) else ""
-        return f"{kind} is a subclass of Conv2d{own}; only torch's own Conv2d is swapped"
     if computed := _computed(module):
         return computed
     if custom := custom_call(module, "it"):
         return f"{custom}, which a block would not have"
+    if isinstance(found := facts.computes(module), str):
+        named = type(module).__qualname__
+        kind = f"{type(module).__module__}.{named}" if named == nn.Conv2d.__qualname__ else named
+        own = " with a forward of its own" if own_parts_of_a_conv(type(module)) else ""
+        return f"{kind} is a subclass of Conv2d{own}: {found}"
     if facts.names[module][0] == "":
         return "it is the whole model, and no module holds it; give nn.Sequential(model)"
     for parameter in module.parameters():
@@ -74,13 +69,12 @@ def obstacle(facts: Facts, module: nn.Module) -> str | None:
 
 
 def _computed(conv: nn.Conv2d) -> str | None:
-    """Say which hook computes a weight or a bias before each call, as pruning and the older weight norms do."""
+    """Say what computes a weight or a bias: a parametrization, or a hook, as pruning and older weight norms have."""
+    if parametrize.is_parametrized(conv):
+        return f"a parametrization computes its weight; {_BAKE}"
     for hook in conv._forward_pre_hooks.values():
-        for kind, undo in _COMPUTES.items():
-            if isinstance(hook, kind):
-                return (
-                    f"a hook ({type(hook).__name__}) computes its tensors; torch.nn.utils.{undo} makes them permanent"
-                )
+        if isinstance(hook, COMPUTING_HOOKS):
+            return f"a hook ({type(hook).__name__}) computes its tensors; {_BAKE}"
     return None
 
 
@@ -153,8 +147,3 @@ def custom_call(module: nn.Module, name: str) -> str | None:
     if any(hooks):
         return f"hooks are attached to {name}"
     return f"{name} has a forward of its own" if "forward" in vars(module) else None
-
-
-def _computes_itself(kind: type[nn.Conv2d]) -> bool:
-    """Whether a class does more than Conv2d does when it is called: pads by itself, say, or scales its weight."""
-    return kind.forward is not nn.Conv2d.forward or has_own_conv_forward(kind)

@@ -20,8 +20,6 @@ from surgeon.analysis import example as examples
 from surgeon.analysis import sites
 from surgeon.analysis.network import Network
 from surgeon.analysis.sites import Survey
-from surgeon.app import bench as benching
-from surgeon.app.bench import Timing, Trials
 from surgeon.blocks import Foldable
 from surgeon.errors import CaptureError
 from surgeon.files import architectures, formats
@@ -32,10 +30,15 @@ from surgeon.files.pickles import Trust
 from surgeon.files.save import save, to_open_again
 from surgeon.files.written import check_writable, packages, unreadable
 from surgeon.models import devices
+from surgeon.models.copies import duplicate
 from surgeon.models.progress import Progress, parts, silent
 from surgeon.proof.report import Report
 from surgeon.recipes import recipe as recipes
+from surgeon.surgery import bench as benching
+from surgeon.surgery import gains
 from surgeon.surgery import manifest as manifests
+from surgeon.surgery.advice import Advice
+from surgeon.surgery.bench import Timing, Trials
 from surgeon.surgery.convert import carry_out_
 from surgeon.surgery.fuse import fold_all_
 from surgeon.surgery.plan import Plan
@@ -84,14 +87,30 @@ def survey(name: str, given: Given, progress: Progress = silent) -> Survey:
     return sites.survey(network)
 
 
-def plan(name: str, recipe: str, given: Given, progress: Progress = silent, *, overrides: Sequence[str] = ()) -> Plan:
-    """Decide what a recipe makes of a model."""
+def plan(
+    name: str,
+    recipe: str,
+    given: Given,
+    progress: Progress = silent,
+    *,
+    overrides: Sequence[str] = (),
+    time: bool = False,
+) -> Plan:
+    """Decide what a recipe makes of a model, and with `time` how long both take."""
     wanted = recipes.load(recipe, overrides)
-    network = _load_and_look(name, given, parts(progress, 0, 0.4), to_plan=True)
-    progress("looking at the convs", 0.4)
+    network = _load_and_look(name, given, parts(progress, 0, 0.3), to_plan=True)
+    progress("looking at the convs", 0.3)
     surveyed = sites.survey(network)
-    progress("planning", 0.7)
-    return surgery.decide(wanted, surveyed, seed=given.seed)
+    progress("planning", 0.5)
+    decided = surgery.decide(wanted, surveyed, seed=given.seed)
+    return gains.timed(decided, surveyed, parts(progress, 0.6, 1)) if time else decided
+
+
+def recipes_for(name: str, given: Given, progress: Progress = silent) -> Advice:
+    """Load a model, and say what each bundled recipe would do to it."""
+    network = _load_and_look(name, given, parts(progress, 0, 0.2), to_plan=True)
+    progress("looking at the convs", 0.2)
+    return surgery.advised(sites.survey(network), seed=given.seed, progress=parts(progress, 0.3, 1))
 
 
 def convert(
@@ -103,6 +122,7 @@ def convert(
     overrides: Sequence[str] = (),
     output: Path | None,
     force: bool,
+    time: bool = False,
 ) -> Converted:
     """Convert with a recipe (its name or path), or with a plan that was read from a file."""
     wanted = how if isinstance(how, Plan) else recipes.load(how, overrides)
@@ -122,7 +142,11 @@ def convert(
         decided = surgery.settle(wanted, surveyed)
     else:
         decided = surgery.decide(wanted, surveyed, seed=given.seed)
-    check = carry_out_(decided, network, parts(progress, 0.4, 0.9))
+    inputs = gains.can_be_timed(loaded.model, network.inputs) if time else None
+    original = duplicate(loaded.model) if time else None
+    check = carry_out_(decided, network, parts(progress, 0.4, 0.6 if time else 0.9))
+    if original is not None and inputs is not None:
+        decided = gains.compared(decided, original, loaded.model, inputs, parts(progress, 0.6, 0.9))
     progress(f"writing {path}", 0.9)
     _save(loaded, path, given.trust, force=force)
     return Converted(decided, check, path)

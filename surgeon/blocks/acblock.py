@@ -67,6 +67,7 @@ class ACBlock(base.Foldable[ACBlockOptions]):
     title = "k×k + k×1 + 1×k branches, each with a norm; folds back to one conv"
     paper = "Ding et al. 2019, ACNet, arXiv:1908.03930"
     Options = ACBlockOptions
+    pads_its_input = True
     DERIVED = frozenset({"row", "column", "ver_shift", "hor_shift"})
 
     def __init__(self, spec: ConvSpec, norm: nn.Module, *, like: Tensor, placement: str = "skeleton") -> None:
@@ -76,7 +77,7 @@ class ACBlock(base.Foldable[ACBlockOptions]):
         self.placement = placement
         self.derive_()
         (ver_spec, _), (hor_spec, _) = self._strips()
-        self.square_conv = self.spec.build(like=like)
+        self.square_conv = self.spec.inner.build(like=like)
         self.square_bn = norm  # of any class, and what it does in train mode is its own affair
         self.ver_conv = ver_spec.build(like=like)
         self.ver_bn = _fresh_norm(norm)
@@ -92,7 +93,8 @@ class ACBlock(base.Foldable[ACBlockOptions]):
     def _strips(self) -> tuple[tuple[ConvSpec, Pads | None], tuple[ConvSpec, Pads | None]]:
         """Give the specs of the two strips, the vertical one first, and their shifts."""
         kh, kw = self.spec.kernel
-        return self.spec.part((kh, 1), row=0, column=self.column), self.spec.part((1, kw), row=self.row, column=0)
+        inner = self.spec.inner
+        return inner.part((kh, 1), row=0, column=self.column), inner.part((1, kw), row=self.row, column=0)
 
     @classmethod
     def refusal(cls, spec: ConvSpec, size: tuple[int, int] | None, options: ACBlockOptions) -> str | None:
@@ -156,7 +158,7 @@ class ACBlock(base.Foldable[ACBlockOptions]):
                     yield Trial(spec, options, with_norm=True)
 
     def forward(self, input: Tensor) -> Tensor:
-        x, mode = input, self.spec.padding_mode
+        x, mode = self.spec.padded(input), self.spec.padding_mode
         square = self.square_bn(self.square_conv(x))
         ver = self.ver_bn(self.ver_conv(x if self.ver_shift is None else kernels.shift(x, self.ver_shift, mode)))
         hor = self.hor_bn(self.hor_conv(x if self.hor_shift is None else kernels.shift(x, self.hor_shift, mode)))
@@ -188,7 +190,7 @@ class ACBlock(base.Foldable[ACBlockOptions]):
             if norm.running_mean is None or norm.running_var is None:
                 return f"{name} keeps no running statistics"
         (ver_spec, _), (hor_spec, _) = self._strips()
-        for name, spec in (("square_conv", self.spec), ("ver_conv", ver_spec), ("hor_conv", hor_spec)):
+        for name, spec in (("square_conv", self.spec.inner), ("ver_conv", ver_spec), ("hor_conv", hor_spec)):
             conv = getattr(self, name)
             if not isinstance(conv, nn.Conv2d) or ConvSpec.of(conv).change(bias=False) != spec:
                 return f"{name} is not the conv that belongs there: {spec}"

@@ -120,6 +120,7 @@ class Block(Operator, abc.ABC, Generic[Opts]):
     paper: ClassVar[str]
     Options: ClassVar[type[BlockOptions]]
     planner: ClassVar[str | None] = None
+    pads_its_input: ClassVar[bool] = False  # True: it pads as `ConvSpec.pads_input` says, so such convs are not refused
 
     @classmethod
     @abc.abstractmethod
@@ -171,6 +172,9 @@ class Block(Operator, abc.ABC, Generic[Opts]):
     @abc.abstractmethod
     def trials(cls) -> Iterator[Trial]:
         """Convs and options that the contract test tries."""
+
+    # The class and attributes, without tensors, of the conv that it replaces, where that is not torch's own Conv2d.
+    origin: nn.Conv2d | None = None
 
     # The attributes of a conv can be read from the block in its place, too.
     in_channels = property(lambda self: self.spec.c_in)

@@ -77,6 +77,7 @@ class HetConv(base.Foldable[HetConvOptions]):
     paper = "Singh et al. 2019, HetConv, arXiv:1903.04120"
     Options = HetConvOptions
     folds_for_free = False
+    pads_its_input = True
     DERIVED = frozenset({"grouped", "centre", "centre_shift"})
 
     def __init__(self, spec: ConvSpec, p: int, layout: Layout, *, like: Tensor) -> None:
@@ -96,8 +97,8 @@ class HetConv(base.Foldable[HetConvOptions]):
     def derive_(self) -> None:
         """Find the specs of the two convs, and how the input of the 1×1 one is shifted."""
         kh, kw = self.spec.kernel
-        self.grouped = self.spec.change(groups=self.p)
-        self.centre, self.centre_shift = self.spec.part((1, 1), row=kh // 2, column=kw // 2)
+        self.grouped = self.spec.inner.change(groups=self.p)
+        self.centre, self.centre_shift = self.spec.inner.part((1, 1), row=kh // 2, column=kw // 2)
 
     @classmethod
     def refusal(cls, spec: ConvSpec, size: tuple[int, int] | None, options: HetConvOptions) -> str | None:
@@ -211,7 +212,7 @@ class HetConv(base.Foldable[HetConvOptions]):
 
     def forward(self, input: Tensor) -> Tensor:
         spec = self.spec
-        x = self._sorted(input)
+        x = self._sorted(spec.padded(input))
         seen = x if self.centre_shift is None else kernels.shift(x, self.centre_shift, spec.padding_mode)
         y = kernels.convolve(x, self.weight, None, self.grouped)
         y = kernels.add_convolved_(y, seen, self._pointwise_kernel(), self.centre)

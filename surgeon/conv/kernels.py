@@ -100,7 +100,8 @@ def shift(x: Tensor, pads: Pads, mode: str) -> Tensor:
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
-    """Run a conv of this spec with other tensors, whatever its padding mode."""
+    """Run a conv of this spec with other tensors, however it pads."""
+    x, spec = spec.padded(x), spec.inner
     if spec.padding_mode != "zeros":
         x, spec = shift(x, spec.pads, spec.padding_mode), spec.change(padding=(0, 0))
     return nn.functional.conv2d(x, weight, bias, spec.stride, spec.padding, spec.dilation, spec.groups)

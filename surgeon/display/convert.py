@@ -33,8 +33,7 @@ def converted_view(converted: Converted) -> RenderableType:
         )
     if check.whole is not None:
         lines.append(f"whole network, before and after, in its own dtype: relative L2 {check.whole:.1e}")
-    lines.append(f"written: {converted.path}")
-    return Group(plan_view(converted.plan, every_conv=False), *map(Line, lines))
+    return plan_view(converted.plan, every_conv=False, measured=lines, written=converted.path)
 
 
 def converted_data(converted: Converted) -> dict[str, Any]:

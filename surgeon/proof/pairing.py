@@ -18,6 +18,7 @@ from torch import nn
 from surgeon._torch_compat import NormBase
 from surgeon.analysis.run import is_conv
 from surgeon.blocks import Operator, norms
+from surgeon.models.copies import kind_of
 from surgeon.models.copies import names as names_of
 
 
@@ -145,7 +146,7 @@ def _aligned(
 
 
 def _are_alike(one: nn.Module, other: nn.Module) -> bool:
-    return type(one) is type(other) or (is_site(one) and is_site(other))
+    return kind_of(one) is kind_of(other) or (is_site(one) and is_site(other))
 
 
 def _shared(model: nn.Module) -> dict[str, Sequence[str]]:

@@ -10,6 +10,7 @@ from functools import partial
 
 from torch import nn
 
+from surgeon.analysis import convs
 from surgeon.analysis.network import Network
 from surgeon.analysis.obstacles import custom_call, norms_behind
 from surgeon.blocks import Block, Deployable, Foldable, contract, norms
@@ -97,12 +98,14 @@ def fold_norms_(network: Network) -> tuple[str, ...]:
 
 def _with_norm(conv: nn.Module, norm: nn.Module) -> nn.Conv2d:
     assert isinstance(conv, nn.Conv2d)
+    spec = convs.read(conv)
+    assert isinstance(spec, ConvSpec)  # no norm belongs to another one
     kernel, bias = kernels.with_norm(conv.weight, conv.bias, norm)
-    return ConvSpec.of(conv).build_with(kernel, bias, like=conv.weight).train(conv.training)
+    return spec.build_with(kernel, bias, like=conv.weight).train(conv.training)
 
 
 def _fold(block: Foldable) -> nn.Conv2d:
-    conv = contract.fold(block)
+    conv = convs.again(block.origin, contract.fold(block))
     give_back_after(conv.weight)
     return conv
 

@@ -18,7 +18,7 @@ from surgeon.analysis.sites import Site, Survey, measure_calls
 from surgeon.blocks import BlockOptions, Together, Wanted, contract, registry
 from surgeon.errors import BlockError, PlanError
 from surgeon.models.cost import Cost
-from surgeon.octave.roles import Roles
+from surgeon.octave.region import Roles
 from surgeon.recipes.match import Subject
 from surgeon.recipes.recipe import Recipe, Rule
 from surgeon.surgery.plan import Change, Entry, FunctionalStep, LowPassed, Plan, RecipeText, Total
@@ -176,7 +176,7 @@ def recount(plan: Plan, survey: Survey) -> Plan:
     """
     entries, measured = {entry.path: entry for entry in plan.convs}, _Measured()
     convs = [_recounted(entries.get(site.path), site, measured, survey) for site in survey.sites]
-    fields: dict[str, Any] = {"convs": tuple(convs), "total": _total(survey.cost, convs)}
+    fields: dict[str, Any] = {"convs": tuple(convs), "total": _total(survey.cost, convs), "time": None}
     if survey.inputs is not None:
         fields["input"] = survey.inputs.record
     return plan.model_copy(update=fields)

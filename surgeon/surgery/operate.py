@@ -15,10 +15,11 @@ from functools import partial
 import torch
 from torch import nn
 
-from surgeon.analysis import functional
+from surgeon.analysis import convs, functional
 from surgeon.analysis.functional import Functional
 from surgeon.analysis.network import Network
 from surgeon.blocks import Block, contract, norms
+from surgeon.conv.spec import ConvSpec
 from surgeon.errors import PassError
 from surgeon.models.memory import give_back_after
 from surgeon.octave import rewrite as seams
@@ -102,9 +103,15 @@ def _functional(entry: Entry) -> Functional:
 
 
 def build(entry: Entry, conv: nn.Conv2d, norm: nn.Module | None, seed: int) -> Block:
-    """Make the block of one entry from the conv (and norm) that it replaces."""
-    generator = _generator(seed, entry.path)
-    return contract.from_conv(entry.block, conv, entry.block_options, norm=norm, generator=generator)
+    """Make the block of one entry from the conv (and norm) that it replaces; it can become that conv's class again."""
+    generator, given = _generator(seed, entry.path), conv
+    is_own = type(conv) is not nn.Conv2d
+    if is_own and isinstance(entry.spec, ConvSpec):
+        given = entry.spec.holding(conv)
+    block = contract.from_conv(entry.block, given, entry.block_options, norm=norm, generator=generator)
+    if is_own:
+        vars(block)["origin"] = convs.shell(conv)  # no module of the network
+    return block
 
 
 def _prepare(model: nn.Module, entry: Entry, seed: int) -> Swap:
