@@ -86,6 +86,11 @@ class Stored:
         """Take what the state only names; `find` gives what a name stands for, if the reader of the file admits it."""
 
     @classmethod
+    def kept_class(cls) -> type[Any] | None:
+        """Give the class that the state only names, where an object has it."""
+        return None
+
+    @classmethod
     def stored_as(cls) -> type[Any]:
         """Give the class that files name; others may be made of it in memory."""
         return cls

@@ -32,11 +32,15 @@ from surgeon.octave.stream_graph import Seam, StreamGraph, listed
 
 @dataclass(frozen=True, slots=True)
 class LowPass:
-    """An operand of a step that is low-passed there: a plain map that is added to an octave map."""
+    """An operand of a step that is low-passed there: a plain map that is added to an octave map.
+
+    `said` is both in the user's words.
+    """
 
     island: str
     step: str
     operand: str
+    said: str = ""
 
 
 @dataclass(slots=True)

@@ -34,7 +34,7 @@ class Norm(StreamRule):
             return why
         low = flow.layout.low
         is_taken = graph.norms.get(str(step.node.target), low) != low  # elsewhere it is called with other low channels
-        return f"'{step.name}' needs the whole map" if is_taken else None
+        return f"{step.said} needs the whole map" if is_taken else None
 
     def rewrite(self, step: Step, graph: StreamGraph) -> StreamNodes:
         assert step.operand is not None
