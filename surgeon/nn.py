@@ -24,7 +24,9 @@ HOMES = {
     "OctaveConv": "surgeon.blocks.octave",
     "Pads": "surgeon.conv.spec",
     "PaddedConv2d": "surgeon.conv.padding",
+    "PairFrozenNorm": "surgeon.blocks.pairs",
     "PairNorm": "surgeon.blocks.pairs",
+    "PairSyncNorm": "surgeon.blocks.pairs",
     "Rewritten": "surgeon.analysis.rewritten",
     "SmallResNet": "surgeon.app.demo.net",
 }

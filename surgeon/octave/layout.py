@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from surgeon.analysis import places
+from surgeon.analysis import own_norms, places
 from surgeon.analysis.obstacles import custom_call
 from surgeon.conv.streams import Ranges
 from surgeon.models.copies import kind_of
@@ -87,6 +87,26 @@ class Step:
     def module(self) -> nn.Module | None:
         """The module that it calls."""
         return self.modules[str(self.node.target)] if self.node.op == "call_module" else None
+
+    @property
+    def need(self) -> str:
+        """Why two streams are joined for it, where no rule says more."""
+        if (norm := self.norm) is None:
+            return f"{self.said} needs the whole map"
+        path, kind = norm
+        return f"{path} is a {kind.__name__}, {own_norms.in_words(kind)}: the two streams have to be joined for it"
+
+    @property
+    def need_of_all(self) -> str:
+        """Where two streams end at it, in words that steps of its kind share."""
+        if (norm := self.norm) is None:
+            return f"in {self.said_of_all}, which needs the whole map"
+        return f"in {places.with_article(norm[1])}, {own_norms.in_words(norm[1])}"
+
+    @property
+    def norm(self) -> tuple[str, type[nn.Module]] | None:
+        """The path and class of the norm that it is, or is a step of, as far as that is what it computes."""
+        return None if self.is_customised else own_norms.norm_of(self.node, self.modules)
 
     @property
     def is_customised(self) -> bool:

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import fx, nn
-from torch.nn import functional as F
 
 from surgeon.analysis import rewritten
 from surgeon.analysis.islands import Island
@@ -243,9 +242,7 @@ class Region:
             return "two streams would end right behind it, at the output of the network"
         if isinstance(step.module, nn.Conv2d | Operator):
             return "two streams would end right behind it: the conv that reads it stays"
-        if isinstance(step.module, nn.GroupNorm | nn.LayerNorm) or step.node.target in (F.group_norm, F.layer_norm):
-            return f"two streams would end right behind it, in {step.said_of_all}, which mixes channels"
-        return f"two streams would end right behind it, in {step.said_of_all}, which needs the whole map"
+        return f"two streams would end right behind it, {step.need_of_all}"
 
 
 def fixed_role(options: TwoStreamOptions) -> TwoStreamOptions:

@@ -30,7 +30,8 @@ Cast = Callable[[Tensor], Tensor]
 def foresee(plan: Plan, survey: Survey) -> Plan:
     """Add to a plan what its octave convs lead to: islands that become graphs, seams that stay, costs of the whole.
 
-    It also says if a plan that was meant to save saves little, and why. It is carried out on a copy; on one without numbers if the network runs without them.
+    It also says if a plan that was meant to save saves little, and why. The plan is carried out on a copy; on one
+    without numbers if the network runs without them.
     """
     made = _with_streams(plan, survey) if plan.has_streams else plan
     return made.model_copy(update={"saves_little": saves_little(made)})
