@@ -23,13 +23,14 @@ class Layout:
 
     `low` is empty for a plain map. `is_fine`: a step of the network has pooled both, and the low channels have the
     resolution of the high ones. `is_point`: it is one pixel, so it can be combined with maps of any size; a number is
-    a point of one channel.
+    a point of one channel. `parts`: it is several maps, and these are the channels of each.
     """
 
     channels: int | None = None
     low: Ranges = ()
     is_fine: bool = False
     is_point: bool = False
+    parts: Ranges = ()
 
     @property
     def is_octave(self) -> bool:
@@ -37,7 +38,7 @@ class Layout:
 
     @property
     def plain(self) -> Layout:
-        return replace(self, low=(), is_fine=False)
+        return replace(self, low=(), is_fine=False, parts=())
 
     def scales(self, other: Layout) -> bool:
         """Whether this is one number for all of another map, or one for each of its channels."""
