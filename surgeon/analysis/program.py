@@ -58,7 +58,7 @@ _METHODS = (
 _ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim"})
 _STREAMS = (
     *(streams.split, streams.join, streams.interleave, streams.low_pass, streams.pool, streams.take),
-    *(streams.lift_to, streams.crop_to, streams.add_into),
+    *(streams.lift_to, streams.crop_to, streams.halve_to, streams.add_into),
 )
 
 

@@ -128,6 +128,7 @@ class Block(Operator, abc.ABC, Generic[Opts]):
     Options: ClassVar[type[BlockOptions]]
     planner: ClassVar[str | None] = None
     gives_norm_back: ClassVar[bool] = False  # it folds into a conv and a norm as well: `Foldable.fold_keeping_norm`
+    is_cheaper: ClassVar[bool] = False  # whether it is meant to save multiply-adds
     pads_its_input: ClassVar[bool] = False  # True: it pads as `ConvSpec.pads_input` says, so such convs are not refused
 
     @classmethod
@@ -148,6 +149,11 @@ class Block(Operator, abc.ABC, Generic[Opts]):
     @classmethod
     def note(cls, options: Opts, norm_obstacle: str | None) -> str | None:
         """Say what the plan should add about a swap; `norm_obstacle` is why no norm is taken over, if none is."""
+        return None
+
+    @classmethod
+    def remedy(cls, reason: str) -> str | None:
+        """Say what would let more convs become this block, where `reason` keeps most of them as they are."""
         return None
 
     @classmethod

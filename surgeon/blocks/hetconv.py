@@ -81,6 +81,7 @@ class HetConv(base.Foldable[HetConvOptions], base.Deployable[HetConvOptions]):
     deployed_since = 2
     pads_its_input = True
     DERIVED = frozenset({"grouped", "centre", "centre_shift"})
+    is_cheaper = True
 
     def __init__(self, spec: ConvSpec, p: int, layout: Layout, *, like: Tensor) -> None:
         """Lay out parameters like `like`, uninitialised."""
@@ -127,6 +128,10 @@ class HetConv(base.Foldable[HetConvOptions], base.Deployable[HetConvOptions]):
         if options.init == "scratch":
             return "starts at random: what the conv has learnt is lost"
         return "approximates the conv: taps are left out; retrain the network"
+
+    @classmethod
+    def remedy(cls, reason: str) -> str | None:
+        return "another `p` would change that" if "would do" in reason else None
 
     @classmethod
     def ideal_share(cls, spec: ConvSpec, options: HetConvOptions) -> float:

@@ -28,7 +28,7 @@ def plan_view(
 
     `measured` are lines about the plan carried out, and `written` is where the plan, or what it made, lies.
     """
-    parts: list[RenderableType] = []
+    parts: list[RenderableType] = [Line(plan.saves_little)] if plan.saves_little else []
     common = words.shared((entry.note or "", entry.path) for entry in plan.swaps)
     if plan.swaps:
         table = words.table("conv", "geometry", "becomes", "parameters", "MACs", "activations", "remark")
