@@ -29,7 +29,7 @@ from surgeon.nn import LaterFormatError
 Data = dict[str, Any]
 _FORMAT = 2
 SURROUNDINGS = "surroundings"  # in the meta of a step: what its module has entered before it, such as torch.no_grad
-_PART = re.compile(r"[\w/: -]+")  # of a module's path: it stands in quotes in the Python that is made
+_PART = re.compile(r"[\w/:-]+")  # of a module's path: it stands in quotes in the Python that is made
 _OPERATORS = (
     "add iadd sub isub mul imul truediv itruediv floordiv mod pow neg getitem eq ne lt le gt ge and_ or_ matmul"
 )
