@@ -104,7 +104,7 @@ def unwritable(module: nn.Module, graph: fx.Graph) -> str | None:
         if node.op == "call_method" and node.target not in METHODS:
             return f"'{node.name}' calls the method {node.target}, which is not on surgeon's list"
         if node.op in ("call_module", "get_attr") and not _is_path(str(node.target)):
-            return f"'{node.target}' holds more than letters, digits, spaces, '_', '-', '/' and ':'"
+            return f"'{node.target}' holds more than letters, digits and '_-/:'"
         if node.op in ("call_module", "get_attr") and not _reaches(module, node.op, str(node.target)):
             is_call = node.op == "call_module"
             return f"'{node.name}' {'calls' if is_call else 'reads'} what is not registered in its module"
