@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import relative, shake_
+from helpers import shake_
 from torch import Tensor, fx, nn
 
 import surgeon
