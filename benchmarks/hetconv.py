@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from surgeon.analysis import example as examples
-from surgeon.app import bench
-from surgeon.app.bench import Setting, Timing
 from surgeon.blocks.hetconv import HetConv, HetConvOptions
+from surgeon.surgery import bench
+from surgeon.surgery.bench import Setting, Timing
 
 SHAPES = ((128, 28), (256, 14), (512, 7))
 GOAL = 0.8

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 import surgeon
 from surgeon.analysis import example as examples
-from surgeon.app.bench import Setting, Timing, deployed, run
+from surgeon.surgery.bench import Setting, Timing, deployed, run
 
 ALPHA = 0.5
 Pair = tuple[Tensor, Tensor | None]

@@ -21,7 +21,20 @@ from surgeon._version import __version__
 if TYPE_CHECKING:
     from surgeon.analysis.example import Example
     from surgeon.analysis.sites import Survey
-    from surgeon.api import convert, convert_, fuse, fuse_, history, load, new_parameters, plan, save, survey, verify
+    from surgeon.api import (
+        convert,
+        convert_,
+        fuse,
+        fuse_,
+        history,
+        load,
+        new_parameters,
+        plan,
+        recipes_for,
+        save,
+        survey,
+        verify,
+    )
     from surgeon.blocks.acblock import ACBlock
     from surgeon.blocks.base import Block, BlockOptions, Deployable, Foldable, Trial
     from surgeon.blocks.hetconv import HetConv
@@ -30,6 +43,7 @@ if TYPE_CHECKING:
     from surgeon.models.call import Inputs
     from surgeon.proof.report import Check, Report
     from surgeon.recipes.recipe import Recipe
+    from surgeon.surgery.advice import Advice
     from surgeon.surgery.history import Operation
     from surgeon.surgery.plan import Plan
 
@@ -37,6 +51,7 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())  # else Python wou
 
 _HOMES = {
     "ACBlock": "surgeon.blocks.acblock",
+    "Advice": "surgeon.surgery.advice",
     **dict.fromkeys(("Block", "BlockOptions", "Deployable", "Foldable", "Trial"), "surgeon.blocks.base"),
     **dict.fromkeys(("Check", "Report"), "surgeon.proof.report"),
     "ConvSpec": "surgeon.conv.spec",
@@ -50,11 +65,12 @@ _HOMES = {
     "Survey": "surgeon.analysis.sites",
     "SurgeonError": "surgeon.errors",
     **dict.fromkeys(("convert", "convert_", "fuse", "fuse_", "history", "load"), "surgeon.api"),
-    **dict.fromkeys(("new_parameters", "plan", "save", "survey", "verify"), "surgeon.api"),
+    **dict.fromkeys(("new_parameters", "plan", "recipes_for", "save", "survey", "verify"), "surgeon.api"),
 }
 
 __all__ = [
     "ACBlock",
+    "Advice",
     "Block",
     "BlockOptions",
     "Check",
@@ -82,6 +98,7 @@ __all__ = [
     "load",
     "new_parameters",
     "plan",
+    "recipes_for",
     "save",
     "survey",
     "verify",

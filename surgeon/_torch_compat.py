@@ -30,9 +30,9 @@ __all__ = [
     "NormBase",
     "OpOverload",
     "TorchDispatchMode",
-    "has_own_conv_forward",
     "has_recompile_limit",
     "makes_new_tensors",
+    "own_parts_of_a_conv",
     "packet_of",
     "pickle_program",
     "pytree",
@@ -75,12 +75,13 @@ def saved_tensor_hooks() -> Any:
         return None
 
 
-def has_own_conv_forward(kind: type[nn.Conv2d]) -> bool:
-    """Whether a subclass replaces what Conv2d computes with a weight that it is given, a hook for quantisation.
+def own_parts_of_a_conv(kind: type[nn.Conv2d]) -> list[str]:
+    """List the methods that decide what a conv computes and stores, and that a subclass replaces.
 
-    Where torch has no such method, no subclass can.
+    Where torch has no method of such a name, no subclass can replace it.
     """
-    return getattr(kind, "_conv_forward", None) is not getattr(nn.Conv2d, "_conv_forward", None)
+    names = ("forward", "__call__", "_conv_forward", "_call_impl", "_load_from_state_dict", "_save_to_state_dict")
+    return [name for name in names if getattr(kind, name, None) is not getattr(nn.Conv2d, name, None)]
 
 
 def makes_new_tensors(operator: Any) -> bool:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 import surgeon
-from surgeon.app import bench
 from surgeon.blocks import Foldable, registry
 from surgeon.errors import ModelError
 from surgeon.models import devices
@@ -25,6 +24,7 @@ from surgeon.models.copies import shadow
 from surgeon.models.draw import Draw
 from surgeon.proof.distance import as_double
 from surgeon.proof.ulps import Jitter, ulp
+from surgeon.surgery import bench
 
 EXAMPLE = (2, 3, 16, 16)
 

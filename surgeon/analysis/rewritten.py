@@ -29,6 +29,7 @@ from torch import fx, nn
 from surgeon._torch_compat import ConvNd, NormBase, reads_weights_only
 from surgeon.analysis import program as data
 from surgeon.analysis import signatures
+from surgeon.analysis.places import said
 from surgeon.analysis.program import SURROUNDINGS, Data
 from surgeon.blocks.base import Operator
 from surgeon.errors import CaptureError
@@ -205,7 +206,7 @@ def obstacle(module: nn.Module, graph: fx.Graph, custom_call: Callable[[nn.Modul
             return f"{custom}, which a rewritten graph would skip"
     for node in graph.nodes:
         if SURROUNDINGS in node.meta:
-            return f"'{node.name}' runs in {node.meta[SURROUNDINGS]}, which a rewritten graph would not enter"
+            return f"{said(node)} runs in {node.meta[SURROUNDINGS]}, which a rewritten graph would not enter"
     return None
 
 

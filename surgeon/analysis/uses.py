@@ -30,7 +30,7 @@ def used_of_its_class(model: nn.Module, path: str) -> str | None:
         return None
     named = type(module).__name__
     for place, parts, function in _functions_around(model, module, path):
-        codes = [*_codes(function)]
+        codes = [*codes_of(function)]
         words = {word for code in codes for word in _words(code)}
         if parts is not None and not words & {part for part in parts if not part.isdigit()}:
             continue  # it does not know the module
@@ -46,7 +46,7 @@ def own_reader(kind: type[nn.Module], name: str) -> str | None:
     """
     called = {one for one in dir(nn.Module) if callable(getattr(nn.Module, one))} - {"forward", *_ONCE}
     own = [(one, value) for base in _between(kind) for one, value in vars(base).items() if one in called]
-    return next((one for one, value in own if any(name in _words(code) for code in _codes(value))), None)
+    return next((one for one, value in own if any(name in _words(code) for code in codes_of(value))), None)
 
 
 def _between(kind: type[nn.Module]) -> list[type]:
@@ -76,7 +76,7 @@ def _functions_around(
                 yield f"{type(holder).__name__}.{name}", parts, value
 
 
-def _codes(value: Any) -> Iterator[CodeType]:
+def codes_of(value: Any) -> Iterator[CodeType]:
     """Give the code of a function, and of the functions in it."""
     if isinstance(value, functools.partial | functools.partialmethod):
         value = value.func

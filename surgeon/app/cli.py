@@ -1,7 +1,6 @@
 """The command line: parse, call one function of `commands`, print, exit code. torch is imported only when needed."""
 
 import functools
-import inspect
 import io
 import logging
 import sys
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from surgeon._version import __version__
+from surgeon.app.options import Force, Json, Model, Output, Seed, Sets, Time, about_models
 from surgeon.app.stopping import Stopped, stoppable
 from surgeon.app.terminal import NobodyReads, bar, complain, complain_of, notes, parsing, results_only, show, show_file
 from surgeon.errors import PassError, SurgeonError, printable
@@ -33,69 +33,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="A file (model.pt, x.safetensors), torchvision:resnet50, timm:repvgg_a0, pkg.mod:factory or file.py:Net.",
-        show_default=False,
-    ),
-]
-Arch = Annotated[
-    str | None,
-    typer.Option(help="The network that a file of weights belongs to: torchvision:resnet50, or a model file like it."),
-]
-ArchArg = Annotated[
-    list[str] | None, typer.Option(metavar="NAME=VALUE", help="An argument for building the network; may be repeated.")
-]
-Weights = Annotated[
-    str | None,
-    typer.Option(metavar="KEY", help="Which weights of a checkpoint to take: a key (ema), or a prefix (student)."),
-]
-Allow = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="PACKAGE",
-        help="Let a pickled model name modules of this package; may be repeated. Otherwise SURGEON_ALLOW counts, or "
-        "`allow` of [tool.surgeon] in pyproject.toml.",
-    ),
-]
-Unsafe = Annotated[
-    bool, typer.Option("--unsafe-pickle", help="Unpickle without limits: this RUNS what is in the file.")
-]
-Input = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--input",
-        "-i",
-        metavar="EXAMPLE",
-        help="An example input: a shape (1,3,224,224; 1,10:int64), several (1,3,8,8;1,10:int64), by name "
-        "(image=1,3,8,8;mask=1,8,8:bool), a list ([3,300,300;3,280,320]), a .pt, .safetensors, .npz or image file, "
-        "or file.py:make_inputs. verify takes the option several times.",
-    ),
-]
-Seed = Annotated[
-    int, typer.Option(min=0, max=2**63 - 1, help="The seed of random inputs and of random initial weights.")
-]
-Device = Annotated[
-    str | None,
-    typer.Option(
-        metavar="DEVICE",
-        help="Where to run models: cpu, cuda, cuda:1 or mps. Files are for every device. Otherwise SURGEON_DEVICE "
-        "counts, or `device` of [tool.surgeon] in pyproject.toml, or cpu.",
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of tables.")]
-Force = Annotated[bool, typer.Option("--force", "-f", help="Overwrite the output if it exists.")]
-Output = Annotated[
-    Path | None,
-    typer.Option("--output", "-o", metavar="FILE", help="Where to write; .safetensors writes weights and a manifest."),
-]
-Sets = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="PATH=VALUE", help="Override a value of the recipe: rules[0].with.init=split."),
-]
-
 
 _UsageError: Any = typer.BadParameter.__base__  # what typer raises for arguments that it does not understand
 
@@ -114,49 +51,8 @@ def _command(epilog: str) -> Callable[[Callable[..., None]], Callable[..., None]
     return register
 
 
-def _about_models(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options that say how models are read; it receives them as its argument `given`."""
-
-    def run(
-        arch: Arch = None,
-        arch_arg: ArchArg = None,
-        weights: Weights = None,
-        allow: Allow = None,
-        unsafe: Unsafe = False,
-        shape: Input = None,
-        seed: Seed = 0,
-        device: Device = None,
-        **rest: Any,
-    ) -> None:
-        from surgeon.app import settings
-        from surgeon.app.commands import Given
-        from surgeon.files.pickles import Trust
-        from surgeon.models import devices
-
-        if len(shape or ()) > 1 and command.__name__ != "verify":
-            raise typer.BadParameter(
-                "--input is given twice; only verify takes several. Arguments of one call go together: --input 'a;b'"
-            )
-        trust = Trust(allow=settings.allowed(allow), unsafe_pickle=unsafe)
-        place = devices.named(settings.device(device))
-        command(
-            given=Given(arch, tuple(arch_arg or ()), trust, tuple(shape or ()), seed, place, weights),
-            **rest,
-        )
-
-    own = [p for p in inspect.signature(command).parameters.values() if p.name != "given"]
-    shared = [p for p in inspect.signature(run).parameters.values() if p.name != "rest"]
-    parameters = sorted(
-        (p.replace(kind=p.KEYWORD_ONLY) for p in (*own, *shared)), key=lambda p: p.default is not p.empty
-    )
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in parameters}
-    run.__name__, run.__doc__ = command.__name__, command.__doc__
-    return run
-
-
 @_command("Example: surgeon convert model.pt --recipe acnet.yaml   writes model.acnet.pt")
-@_about_models
+@about_models
 def convert(
     model: Model,
     given: "Given",
@@ -167,6 +63,7 @@ def convert(
     sets: Sets = None,
     output: Output = None,
     force: Force = False,
+    time: Time = False,
     json: Json = False,
 ) -> None:
     """Swap the convs of a model as a recipe or a plan says. What was done is checked, and the result saved."""
@@ -180,33 +77,47 @@ def convert(
         from surgeon.surgery import plan as plans
 
         how = plans.read(plan) if plan is not None else str(recipe)
-        done = commands.convert(model, how, given, progress, overrides=sets or (), output=output, force=force)
+        done = commands.convert(
+            model, how, given, progress, overrides=sets or (), output=output, force=force, time=time
+        )
     show(converted_data(done) if json else converted_view(done))
 
 
 @_command("Example: surgeon fuse model.acnet.pt   writes model.acnet.fused.pt")
-@_about_models
+@about_models
 def fuse(
     model: Model,
     given: "Given",
     dense: Annotated[
         bool, typer.Option("--dense", help="Also fold blocks that cost less than the conv they fold to.")
     ] = False,
+    keep_norms: Annotated[
+        bool,
+        typer.Option(
+            "--keep-norms",
+            help="Make every block the conv and the norm again that it was made of: the weights load into the class "
+            "that the model had before, and training can go on.",
+        ),
+    ] = False,
     output: Output = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Fold every block that can be folded into one plain conv. The result is saved."""
+    """Fold every block that can be folded into one plain conv. The result is saved.
+
+    Inside modules that fold themselves (RepVGG, MobileOne), blocks become a conv and a norm, as with --keep-norms.
+    """
     with bar() as progress:
         from surgeon.app import commands
         from surgeon.display.convert import fused_data, fused_view
 
-        done = commands.fuse(model, given, progress, dense=dense, output=output, force=force)
+        how = {"dense": dense, "keep_norms": keep_norms}
+        done = commands.fuse(model, given, progress, **how, output=output, force=force)
     show(fused_data(done) if json else fused_view(done))
 
 
 @_command("Example: surgeon verify model.acnet.pt model.acnet.fused.pt   exits 0 if they are equivalent")
-@_about_models
+@about_models
 def verify(
     a: Annotated[str, typer.Argument(metavar="A", help="The reference model.", show_default=False)],
     b: Annotated[str, typer.Argument(metavar="B", help="The model to compare with it.", show_default=False)],
@@ -227,7 +138,7 @@ def verify(
 
 
 @_command("Example: surgeon survey torchvision:resnet50")
-@_about_models
+@about_models
 def survey(
     model: Model,
     given: "Given",
@@ -246,7 +157,7 @@ def survey(
 
 
 @_command("Example: surgeon plan model.pt --recipe acnet -o plan.yaml   then edit it, and convert --plan plan.yaml")
-@_about_models
+@about_models
 def plan(
     model: Model,
     given: "Given",
@@ -257,6 +168,7 @@ def plan(
         typer.Option("--output", "-o", metavar="FILE", help="Write the plan as .yaml or .json, to edit and apply."),
     ] = None,
     force: Force = False,
+    time: Time = False,
     json: Json = False,
 ) -> None:
     """Show what a recipe would do to every conv of a model. Nothing is changed."""
@@ -266,7 +178,7 @@ def plan(
 
         if output is not None:
             commands.claim_plan(output, model, recipe, given, force=force)
-        decided = commands.plan(model, recipe, given, progress, overrides=sets or ())
+        decided = commands.plan(model, recipe, given, progress, overrides=sets or (), time=time)
         if output is not None:
             commands.write_plan(decided, output, force=force)
             if json:
@@ -278,7 +190,7 @@ def plan(
 
 
 @_command("Example: surgeon bench model.pt model.hetconv-p4.pt --batch 8 --channels-last")
-@_about_models
+@about_models
 def bench(
     models: Annotated[
         list[str],
@@ -302,21 +214,38 @@ def bench(
     """Time models against each other in one run. They take turns, as they are and with their norms folded."""
     with bar() as progress:
         from surgeon.app import commands
-        from surgeon.app.bench import Trials
         from surgeon.display.bench import bench_data, bench_view
+        from surgeon.surgery.bench import Trials
 
         trials = Trials(tuple(batch or (1,)), tuple(threads or ()), rounds, channels_last, compiled, train)
         timings = commands.bench(models, given, trials, progress)
     show(bench_data(timings) if json else bench_view(timings))
 
 
-@_command("Example: surgeon recipes acnet > mine.yaml")
+@_command("Example: surgeon recipes acnet > mine.yaml   ·   surgeon recipes --for model.pt")
+@functools.partial(about_models, only_with="model")
 def recipes(
+    given: "Given | None",
     name: Annotated[str | None, typer.Argument(help="Print this bundled recipe.", show_default=False)] = None,
+    model: Annotated[
+        str | None, typer.Option("--for", metavar="MODEL", help="Say for each recipe what it would do to this model.")
+    ] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of recipes, for editors.")] = False,
     json: Json = False,
 ) -> None:
-    """List the bundled recipes, or print one."""
+    """List the bundled recipes, print one, or say what each of them would do to a model.
+
+    All other options say how that model is read.
+    """
+    if given is not None and model is not None:
+        if name is not None or schema:
+            raise typer.BadParameter("--for plans all bundled recipes; `surgeon plan MODEL --recipe NAME` plans one")
+        with bar() as progress:
+            from surgeon.app import commands
+
+            advice = commands.recipes_for(model, given, progress)
+        show(advice.to_dict() if json else advice)
+        return
     from surgeon.display.recipes import recipes_data, recipes_view
     from surgeon.recipes import recipe
     from surgeon.recipes import schema as schemas

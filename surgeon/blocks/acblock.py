@@ -15,18 +15,20 @@ Ding et al. 2019, ACNet, arXiv:1908.03930, section 3 and eq. 4–6; placement `b
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from typing import Any, Literal, Self
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from surgeon._torch_compat import BatchNorm
-from surgeon.blocks import base
+from surgeon.blocks import base, norms
 from surgeon.blocks.base import Trial
 from surgeon.conv import kernels
 from surgeon.conv.spec import ConvSpec, Pads
+
+Norm = TypeVar("Norm", bound=nn.Module)
 
 
 class ACBlockOptions(base.BlockOptions):
@@ -67,17 +69,19 @@ class ACBlock(base.Foldable[ACBlockOptions]):
     title = "k×k + k×1 + 1×k branches, each with a norm; folds back to one conv"
     paper = "Ding et al. 2019, ACNet, arXiv:1908.03930"
     Options = ACBlockOptions
-    DERIVED = frozenset({"row", "column", "ver_shift", "hor_shift"})
+    gives_norm_back = True
+    pads_its_input = True
+    DERIVED = frozenset({"row", "column", "ver_shift", "hor_shift", "pads_first"})
 
-    def __init__(self, spec: ConvSpec, norm: BatchNorm, *, like: Tensor, placement: str = "skeleton") -> None:
+    def __init__(self, spec: ConvSpec, norm: nn.Module, *, like: Tensor, placement: str = "skeleton") -> None:
         """Lay out the branches with tensors like `like`, uninitialised kernels, and norms like `norm`."""
         super().__init__()
         self.spec = spec.change(bias=False)
         self.placement = placement
         self.derive_()
         (ver_spec, _), (hor_spec, _) = self._strips()
-        self.square_conv = self.spec.build(like=like)
-        self.square_bn = norm
+        self.square_conv = self.spec.inner.build(like=like)
+        self.square_bn = norm  # of any class, and what it does in train mode is its own affair
         self.ver_conv = ver_spec.build(like=like)
         self.ver_bn = _fresh_norm(norm)
         self.hor_conv = hor_spec.build(like=like)
@@ -88,11 +92,13 @@ class ACBlock(base.Foldable[ACBlockOptions]):
         kh, kw = self.spec.kernel
         self.row, self.column = (kh // 2, kw // 2) if self.placement == "skeleton" else (kh - 1, kw - 1)
         (_, self.ver_shift), (_, self.hor_shift) = self._strips()
+        self.pads_first = None if self.spec.pads_input is None else self.spec
 
     def _strips(self) -> tuple[tuple[ConvSpec, Pads | None], tuple[ConvSpec, Pads | None]]:
         """Give the specs of the two strips, the vertical one first, and their shifts."""
         kh, kw = self.spec.kernel
-        return self.spec.part((kh, 1), row=0, column=self.column), self.spec.part((1, kw), row=self.row, column=0)
+        inner = self.spec.inner
+        return inner.part((kh, 1), row=0, column=self.column), inner.part((1, kw), row=self.row, column=0)
 
     @classmethod
     def refusal(cls, spec: ConvSpec, size: tuple[int, int] | None, options: ACBlockOptions) -> str | None:
@@ -123,13 +129,12 @@ class ACBlock(base.Foldable[ACBlockOptions]):
 
     @classmethod
     def from_conv(
-        cls, conv: nn.Conv2d, options: ACBlockOptions, *, norm: BatchNorm | None, generator: torch.Generator
+        cls, conv: nn.Conv2d, options: ACBlockOptions, *, norm: nn.Module | None, generator: torch.Generator
     ) -> Self:
         own = _identity_norm(conv) if norm is None else _taken_over(norm, conv.bias)
         is_scratch = options.init == "scratch"
-        block = cls(
-            ConvSpec.of(conv), _fresh_norm(own) if is_scratch else own, like=conv.weight, placement=options.placement
-        )
+        square = _started_anew(own) if is_scratch else own
+        block = cls(ConvSpec.of(conv), square, like=conv.weight, placement=options.placement)
         with torch.no_grad():
             if is_scratch:
                 block._start_from_scratch_(options.gamma or 1.0, generator)
@@ -156,46 +161,62 @@ class ACBlock(base.Foldable[ACBlockOptions]):
                     yield Trial(spec, options, with_norm=True)
 
     def forward(self, input: Tensor) -> Tensor:
-        ver = hor = input
+        x = input if self.pads_first is None else self.pads_first.padded(input)
+        ver = hor = x
         if self.ver_shift is not None:
-            ver = kernels.shift(input, self.ver_shift, self.spec.padding_mode)
+            ver = kernels.shift(x, self.ver_shift, self.spec.padding_mode)
         if self.hor_shift is not None:
-            hor = kernels.shift(input, self.hor_shift, self.spec.padding_mode)
-        square = self.square_bn(self.square_conv(input))
+            hor = kernels.shift(x, self.hor_shift, self.spec.padding_mode)
+        square = self.square_bn(self.square_conv(x))
         return square + self.ver_bn(self.ver_conv(ver)) + self.hor_bn(self.hor_conv(hor))  # type: ignore[no-any-return]
 
     def __prepare_scriptable__(self) -> Self:
         if self.ver_shift is not None or self.hor_shift is not None:
             raise base.unscriptable(self, " whose strips see a shifted input, unless it is fused first")
+        if self.pads_first is not None:
+            raise base.unscriptable(self, " that pads its input first, unless it is fused first")
         return self
 
     def role(self) -> base.Role:
         return {"placement": self.placement}
 
     def fold(self) -> nn.Conv2d:
-        size = self.spec.kernel
         with torch.no_grad():
-            square, square_bias = _fold_branch(self.square_conv, self.square_bn)
-            ver, ver_bias = _fold_branch(self.ver_conv, self.ver_bn)
-            hor, hor_bias = _fold_branch(self.hor_conv, self.hor_bn)
-            kernel, bias = kernels.add(
-                (square, square_bias),
-                (kernels.embed(ver, size, column=self.column), ver_bias),
-                (kernels.embed(hor, size, row=self.row), hor_bias),
-            )
+            folded = [kernels.fold_bn(kernel, None, norm) for kernel, norm in self._laid_out()]
+            kernel, bias = kernels.add(*folded)
         conv = self.spec.build_with(kernel, bias, like=self.square_conv.weight)
         conv.requires_grad_(self.square_conv.weight.requires_grad)
         return conv.train(self.training)
 
+    def fold_keeping_norm(self) -> tuple[nn.Conv2d, nn.Module]:
+        own = self.square_bn
+        with torch.no_grad():
+            kernel, numbers = kernels.keep_bn(
+                self._laid_out(), scales=own.weight is not None, shifts=own.bias is not None
+            )
+            conv = self.spec.build_with(kernel, None, like=self.square_conv.weight)
+            norm = _copied(own)
+            numbers.write_(norm)
+        conv.requires_grad_(self.square_conv.weight.requires_grad)
+        return conv.train(self.training), norm
+
+    def _laid_out(self) -> list[tuple[Tensor, kernels.Norm]]:
+        """Give the kernel of each branch, as large as the square one, and its norm, in float64."""
+        places: tuple[dict[str, int], ...] = ({}, {"column": self.column}, {"row": self.row})
+        return [
+            (kernels.embed(conv.weight.double(), self.spec.kernel, **place), kernels.Norm.behind(conv, norm))
+            for (conv, norm), place in zip(self._branches(), places, strict=True)
+        ]
+
     def unfoldable(self) -> str | None:
         for name in ("square_bn", "ver_bn", "hor_bn"):
             norm = getattr(self, name)
-            if not isinstance(norm, BatchNorm):
+            if not norms.is_batch_norm(norm) or norms.rest_of(norm):
                 return f"{name} is a {type(norm).__name__} now"
             if norm.running_mean is None or norm.running_var is None:
                 return f"{name} keeps no running statistics"
         (ver_spec, _), (hor_spec, _) = self._strips()
-        for name, spec in (("square_conv", self.spec), ("ver_conv", ver_spec), ("hor_conv", hor_spec)):
+        for name, spec in (("square_conv", self.spec.inner), ("ver_conv", ver_spec), ("hor_conv", hor_spec)):
             conv = getattr(self, name)
             if not isinstance(conv, nn.Conv2d) or ConvSpec.of(conv).change(bias=False) != spec:
                 return f"{name} is not the conv that belongs there: {spec}"
@@ -207,32 +228,31 @@ class ACBlock(base.Foldable[ACBlockOptions]):
     def _start_from_scratch_(self, gamma: float, generator: torch.Generator) -> None:
         for conv, norm in self._branches():
             conv.weight.copy_(base.kaiming_uniform(tuple(conv.weight.shape), generator, like=conv.weight))
+            assert isinstance(norm, BatchNorm)  # all three are new
             norm.weight.fill_(gamma)
 
     def _take_over_(self, weight: Tensor, generator: torch.Generator) -> None:
         assert isinstance(weight, nn.Parameter)
         self.square_conv.weight = weight
-        for conv, norm in self._branches()[1:]:
+        for conv, norm in self._strip_branches():
             conv.weight.copy_(base.kaiming_uniform(tuple(conv.weight.shape), generator, like=conv.weight))
             norm.weight.zero_()
 
     def _split_(self, weight: Tensor, generator: torch.Generator) -> None:
         """Draw the strips as large as the kernel's own taps, and subtract them from the square kernel."""
         size, kernel = self.spec.kernel, weight.double()
-        places = ({"column": self.column}, {"row": self.row})
-        for (conv, norm), place in zip(self._branches()[1:], places, strict=True):
+        places, square = ({"column": self.column}, {"row": self.row}), kernels.Norm.of(self.square_bn)
+        for (conv, norm), place in zip(self._strip_branches(), places, strict=True):
             noise = base.normal(tuple(conv.weight.shape), generator, like=weight)
             strip = noise * weight.double().square().mean().sqrt()
             conv.weight.copy_(strip)
             kernel = kernel - kernels.embed(strip, size, **place)
             assert norm.running_var is not None
-            assert self.square_bn.running_var is not None
-            norm.running_var.copy_(self.square_bn.running_var)  # the same scale as the square branch, and no shift
-            if self.square_bn.affine:
-                norm.weight.copy_(self.square_bn.weight)
+            norm.running_var.copy_(square.var)  # the same scale as the square branch, and no shift
+            norm.weight.copy_(square.weight)
         self.square_conv.weight.copy_(kernel)
 
-    def _follow_(self, conv: nn.Conv2d, norm: BatchNorm) -> None:
+    def _follow_(self, conv: nn.Conv2d, norm: nn.Module) -> None:
         """Take over what the conv and its norm train, and the mode that they are in."""
         for module in (self.square_conv, self.ver_conv, self.hor_conv, self.ver_bn, self.hor_bn):
             module.requires_grad_(conv.weight.requires_grad)
@@ -243,26 +263,32 @@ class ACBlock(base.Foldable[ACBlockOptions]):
         for _, branch_norm in self._branches():
             branch_norm.train(mode)
 
-    def _branches(self) -> tuple[tuple[nn.Conv2d, BatchNorm], ...]:
-        return (
-            (self.square_conv, self.square_bn),
-            (self.ver_conv, self.ver_bn),
-            (self.hor_conv, self.hor_bn),
-        )
+    def _branches(self) -> tuple[tuple[nn.Conv2d, nn.Module], ...]:
+        return ((self.square_conv, self.square_bn), *self._strip_branches())
+
+    def _strip_branches(self) -> tuple[tuple[nn.Conv2d, BatchNorm], ...]:
+        return ((self.ver_conv, self.ver_bn), (self.hor_conv, self.hor_bn))
 
 
-def _fold_branch(conv: nn.Conv2d, norm: BatchNorm) -> tuple[Tensor, Tensor]:
-    bias = None if conv.bias is None else conv.bias.double()
-    return kernels.fold_bn(conv.weight.double(), bias, kernels.Norm.of(norm).double())
-
-
-def _fresh_norm(norm: BatchNorm) -> BatchNorm:
-    """Make an affine norm of the same kind with statistics 0 and 1."""
-    assert norm.running_var is not None
-    options: dict[str, Any] = {"device": norm.running_var.device, "dtype": norm.running_var.dtype}
+def _fresh_norm(norm: nn.Module) -> BatchNorm:
+    """Make an affine norm with statistics 0 and 1 that is trained, whatever class the other is of."""
+    var = kernels.Norm.of(norm).var
+    options: dict[str, Any] = {"device": var.device, "dtype": var.dtype}
+    options |= {name: vars(norm)[name] for name in ("eps", "momentum") if name in vars(norm)}
     if isinstance(norm, nn.SyncBatchNorm):
-        options["process_group"] = norm.process_group
-    return type(norm)(norm.num_features, eps=norm.eps, momentum=norm.momentum, **options)
+        return nn.SyncBatchNorm(len(var), process_group=norm.process_group, **options)
+    return nn.BatchNorm2d(len(var), **options)
+
+
+def _started_anew(norm: nn.Module) -> nn.Module:
+    """Make a norm like another one, with statistics 0 and 1; one that is not trained becomes one that is."""
+    if not isinstance(norm, BatchNorm) or norm.weight is None:
+        return _fresh_norm(norm)
+    made = _copied(norm)
+    made.reset_running_stats()
+    if made.bias is not None:
+        nn.init.zeros_(made.bias)
+    return made
 
 
 def _identity_norm(conv: nn.Conv2d) -> BatchNorm:
@@ -278,14 +304,18 @@ def _identity_norm(conv: nn.Conv2d) -> BatchNorm:
     return norm.train(conv.training)
 
 
-def _taken_over(norm: BatchNorm, bias: Tensor | None) -> BatchNorm:
+def _taken_over(norm: nn.Module, bias: Tensor | None) -> nn.Module:
     """Copy a norm, sharing its parameters; the bias of the conv before it moves into the running mean."""
-    shared: list[object] = [*norm.parameters()]
-    if isinstance(norm, nn.SyncBatchNorm):
-        shared.append(norm.process_group)  # a connection to other processes has no copy
-    norm = copy.deepcopy(norm, memo={id(value): value for value in shared})
+    made = _copied(norm, shared=[*norm.parameters()])
     if bias is not None:
-        assert norm.running_mean is not None
+        mean = made.running_mean
+        assert isinstance(mean, Tensor)
         with torch.no_grad():
-            norm.running_mean.copy_(norm.running_mean.double() - bias.double())
-    return norm
+            mean.copy_(mean.double() - bias.double())
+    return made
+
+
+def _copied(norm: Norm, shared: Sequence[object] = ()) -> Norm:
+    """Copy a norm; what is `shared` stays the same object in both."""
+    connection = [norm.process_group] if isinstance(norm, nn.SyncBatchNorm) else []  # to other processes; has no copy
+    return copy.deepcopy(norm, memo={id(value): value for value in (*shared, *connection)})

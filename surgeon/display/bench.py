@@ -13,7 +13,7 @@ from surgeon.display import words
 from surgeon.display.sheet import Line
 
 if TYPE_CHECKING:
-    from surgeon.app.bench import Timing
+    from surgeon.surgery.bench import Timing
 
 
 def bench_view(timings: Sequence[Timing]) -> RenderableType:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 
 from surgeon.display import words
+from surgeon.display.gains import gain_lines
 from surgeon.display.sheet import Line, Listing
 
 if TYPE_CHECKING:
@@ -19,8 +20,13 @@ if TYPE_CHECKING:
 _MOST_NAMES = 3  # of the convs that stay, where not every conv is shown
 
 
-def plan_view(plan: Plan, *, every_conv: bool = True, written: Path | None = None) -> RenderableType:
-    """Show the swaps, and by reason which convs stay: all of them, or the first of each kind; and where it lies."""
+def plan_view(
+    plan: Plan, *, every_conv: bool = True, measured: Sequence[str] = (), written: Path | None = None
+) -> RenderableType:
+    """Show the swaps, and by reason which convs stay: all of them, or the first of each kind; and what is gained.
+
+    `measured` are lines about the plan carried out, and `written` is where the plan, or what it made, lies.
+    """
     parts: list[RenderableType] = []
     common = words.shared((entry.note or "", entry.path) for entry in plan.swaps)
     if plan.swaps:
@@ -37,7 +43,7 @@ def plan_view(plan: Plan, *, every_conv: bool = True, written: Path | None = Non
     for reason, paths in _stay(plan).items():
         says = f"{words.convs(len(paths))} {'stays' if len(paths) == 1 else 'stay'}: {reason}"
         parts.append(Listing(says, paths, most))
-    lines = [*_option_lines(plan), *_stream_lines(plan), _cost_line(plan)]
+    lines = [*_option_lines(plan), *_stream_lines(plan), _cost_line(plan), *measured, *gain_lines(plan)]
     lines += [f"written: {written}"] if written is not None else []
     return Group(*parts, *map(Line, lines))
 
@@ -104,7 +110,8 @@ def _written(options: Mapping[str, object]) -> str:
 def _stream_lines(plan: Plan) -> Iterator[str]:
     """Say what is done besides the swaps of octave convs, and where their streams cannot go on."""
     for one in plan.low_passed:
-        yield f"low-passed: '{one.operand}'{_inside(one.island)}, where '{one.step}' adds it to two streams"
+        names = f"'{one.operand}', where '{one.step}' adds it to two streams"
+        yield f"low-passed{_inside(one.island)}: {one.said or names}"
     if plan.rewritten:
         named = ", ".join(path or "the model itself" for path in plan.rewritten[:3])
         more = f" and {len(plan.rewritten) - 3} more" if len(plan.rewritten) > 3 else ""

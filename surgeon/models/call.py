@@ -97,6 +97,12 @@ class Inputs:
         device = devices.of(model)
         return copied if device is None else copied.map(lambda t: t if t.is_meta else t.to(device))
 
+    @property
+    def batch(self) -> int:
+        """How many images, or whatever it is, the first tensor or list of images holds; 1 where that is not known."""
+        leaves = pytree.tree_leaves((self.args, dict(self.kwargs)), is_leaf=_is_batch)
+        return next((len(part) for part in leaves if _has_batch(part)), 1)
+
     def batched(self, count: int) -> Inputs:
         """Repeat or cut to `count` all tensors, and lists of images, whose batch is as large as the first one's."""
         given = (self.args, dict(self.kwargs))

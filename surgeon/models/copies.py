@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import os
 import traceback
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from surgeon.models.aliases import copied_together
 from surgeon.nn import Stored
 
 Model = TypeVar("Model", bound=nn.Module)
-_OURS_AND_TORCHS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+_OURS_AND_TORCHS = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[1]}{os.sep}")
 _ATOMIC = frozenset(
     {type(None), bool, int, float, str, bytes, type, torch.dtype, ConvSpec}
 )  # what copy.deepcopy does not copy

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -31,12 +31,14 @@ from surgeon.recipes import marks as yamlmarks
 from surgeon.recipes.forms import Form
 from surgeon.recipes.marks import quoted
 from surgeon.recipes.recipe import text_of
+from surgeon.surgery import deployed
 
 _HOW_TO_PLAN = "`surgeon plan MODEL --recipe acnet -o plan.yaml` writes one that works."
 
 
 _Whole = Annotated[int, Field(strict=True)]  # `true` and '1' are no numbers
 _Count = Annotated[int, Field(strict=True, ge=0)]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Change(Form):
@@ -138,6 +140,13 @@ class Entry(Form):
         return self.block.Options.model_validate(self.options)
 
     @property
+    def folded(self) -> deployed.Folded | None:
+        """The plain conv that `fuse` makes of the block; None where it makes none."""
+        if self.swap is None or isinstance(self.spec, str):
+            return None
+        return deployed.folded(self.block, self.spec, self.block_options, with_norm=bool(self.takes_norm))
+
+    @property
     def keeps_function(self) -> bool:
         return self.swap is None or self.block.keeps_function(self.block_options)
 
@@ -179,12 +188,35 @@ class Total(Form):
     ideal_macs: _Count | None = None
 
 
+class Timed(Form):
+    """How long one run takes: of the network as it is, and of the converted one, both fused as they are deployed."""
+
+    before: _Positive  # seconds, the median of all rounds
+    after: _Positive
+    ratio: _Positive  # the median of the ratios within a round
+    quartiles: tuple[_Positive, _Positive]  # of these ratios
+    is_reliable: bool  # whether the quartiles are close together
+    rounds: _Count
+    device: str
+    threads: _Count
+
+
+@dataclass(frozen=True, slots=True)
+class Gained:
+    """What the whole model costs as it is, and once it is converted and fused, as it is deployed."""
+
+    params: Change
+    macs: Change | None
+    is_folded: bool  # whether `fuse` makes something cheaper than what is trained
+
+
 class LowPassed(Form):
     """A map that is low-passed where it is added to an octave map; without this entry there is a seam instead."""
 
     island: str
     step: str
     operand: str
+    said: str = ""  # both, in the user's words
 
 
 class SeamLeft(Form):
@@ -209,6 +241,7 @@ class Plan(Shown, Form):
     rewritten: tuple[str, ...] = ()  # islands that become graphs, so that octave streams go from conv to conv
     low_passed: tuple[LowPassed, ...] = ()
     seams: tuple[SeamLeft, ...] = ()
+    time: Timed | None = None  # where it was measured
     convs: tuple[Entry, ...]
 
     @field_validator("format", mode="before")
@@ -250,6 +283,23 @@ class Plan(Shown, Form):
     @property
     def keeps_function(self) -> bool:
         return all(entry.keeps_function for entry in self.convs)
+
+    @property
+    def gained(self) -> Gained:
+        """Say what the model costs as it is, and once it is converted and fused."""
+        saved_params = saved_macs = 0
+        for entry in self.swaps:
+            made = entry.folded
+            if made is not None and entry.params is not None:
+                saved_params += entry.params.after - made.params
+            if made is not None and entry.macs is not None:
+                saved_macs += entry.macs.after - round(made.share * entry.macs.before)
+        params, macs = self.total.params, self.total.macs
+        return Gained(
+            params=Change(before=params.before, after=max(0, params.after - saved_params)),
+            macs=macs and Change(before=macs.before, after=max(0, macs.after - saved_macs)),
+            is_folded=saved_params > 0 or saved_macs > 0,
+        )
 
     def __rich__(self) -> RenderableType:
         return plan_view(self)

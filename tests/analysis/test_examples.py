@@ -21,10 +21,10 @@ from torch import Tensor, nn
 import surgeon
 from surgeon.analysis import example as examples
 from surgeon.analysis.example import guess, make, read
-from surgeon.app import bench
 from surgeon.errors import CaptureError, RecipeError
 from surgeon.models import call as inputs
 from surgeon.models.call import Inputs
+from surgeon.surgery import bench
 from surgeon.surgery import plan as plans
 
 np = pytest.importorskip("numpy")

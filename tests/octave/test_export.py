@@ -1,4 +1,4 @@
-"""Networks with blocks go where the user's network went: torch.jit, torch.export and torch.compile take them."""
+"""Networks with blocks go where the user's went: torch.jit.trace, torch.export, torch.compile, torch.jit.script."""
 
 from __future__ import annotations
 

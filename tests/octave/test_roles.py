@@ -39,7 +39,7 @@ def conv(c_in: int = 16, c_out: int = 16, kernel: int = 3, **options: object) ->
 @pytest.mark.parametrize("name", ["resnet50", "resnet101", "resnext50_32x4d"])
 def test_a_bottleneck_resnet_has_the_published_roles(name: str) -> None:
     """Stem plain, alpha_in = 0 behind it; the last stage begins with alpha_out = 0, and the rest of it is plain."""
-    for path, entry in plan(meta(name)).items():
+    for path, entry in plan(meta(name), strided="pool").items():
         stage, begins = path.split(".")[0], path.split(".")[1:] in (["0", "conv1"], ["0", "downsample", "0"])
         if path == "layer4.0.conv2":
             assert shares(entry) == (0, 0)  # pooled, then convolved at stride 1
@@ -54,7 +54,7 @@ def test_mobilenet_v1_has_two_streams_from_the_second_conv_to_the_last_stage() -
     roles = [shares(entry) for entry in entries.values()]
     assert roles[:3] == [None, None, (0, 0.5)]  # stem; a depthwise conv makes no low channels
     assert set(roles[3:22]) == {(0.5, 0.5)}
-    assert roles[22:] == [(0.5, 0), (0, 0), None, None, None]
+    assert roles[22:] == [(0.5, 0), None, None, None, None]
 
 
 def test_the_last_sum_of_a_basic_stage_is_one_of_streams() -> None:
@@ -82,10 +82,67 @@ def test_without_an_input_no_map_is_too_small() -> None:
 
 
 @pytest.mark.parametrize("strided", ["pool", "keep"])
-def test_a_strided_conv_without_low_channels_is_pooled_or_kept(strided: str) -> None:
+def test_a_strided_conv_behind_a_region_is_pooled_if_that_is_asked_for(strided: str) -> None:
     entry = plan(meta("resnet50"), strided=strided)["layer4.0.conv2"]
     assert shares(entry) == ((0, 0) if strided == "pool" else None)
     assert strided == "pool" or "smaller than min_size" in str(entry.skip)
+
+
+@pytest.mark.parametrize("strided", ["pool", "keep"])
+def test_a_strided_conv_that_no_region_leads_to_stays(strided: str) -> None:
+    """Neither the stem, nor a conv of one pixel, nor one whose streams have ended long before."""
+    net = nn.Sequential(conv(16, 16, stride=2), conv(), conv(16, 16, stride=4), conv(16, 16, stride=2), conv())
+    assert [shares(entry) for entry in plan(net, (1, 16, 32, 32), strided=strided).values()] == [
+        *((0, 0.5), (0.5, 0), None, None, None)
+    ]
+    twice = nn.Sequential(nn.GroupNorm(2, 16), conv(16, 16, stride=2), nn.GroupNorm(2, 16), conv(16, 16, stride=2))
+    assert [shares(entry) for entry in plan(twice, (1, 16, 32, 32), strided=strided).values()] == [None, None]
+
+
+class Ends(nn.Module):
+    """The streams end in a strided conv, which takes the low one at the resolution it has: that costs what it saves."""
+
+    def __init__(self, *, is_joined: bool, is_read: bool) -> None:
+        super().__init__()
+        self.one, self.two, self.ends, self.last = conv(), conv(), conv(16, 16, stride=2), conv(16, 16)
+        self.is_joined, self.is_read = is_joined, is_read
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = self.two(self.one(x))
+        made = (self.ends(x), x) if self.is_joined else (self.ends(x),)
+        return (*made, self.last(x)) if self.is_read else made
+
+
+class StaysItself(Ends):
+    """It cannot become a graph, so every conv splits and joins by itself."""
+
+    program = "an attribute with a name that a rewritten graph uses for itself"
+
+    def __init__(self, **how: bool) -> None:
+        super().__init__(**how)
+        self.program = type(self).program
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_joined", "is_read", "expected"),
+    [
+        (Ends, True, True, None),
+        (StaysItself, False, True, None),
+        (Ends, False, True, (0.5, 0)),  # or its input would have to be joined
+        (Ends, True, False, (0.5, 0)),  # or the conv before it would have no reason to write low channels
+    ],
+)
+def test_a_swap_that_saves_nothing_is_left_out_if_the_others_cost_no_more_without_it(
+    kind: type[Ends], is_joined: bool, is_read: bool, expected: tuple[float, float] | None
+) -> None:
+    entries = plan(kind(is_joined=is_joined, is_read=is_read), (1, 16, 32, 32))
+    assert shares(entries["two"]) == (0.5, 0.5)
+    assert shares(entries["ends"]) == expected
+    assert (entries["ends"].skip == "swapping it would save nothing") is (expected is None)
+
+
+def test_a_map_of_one_pixel_has_no_low_channels() -> None:
+    assert not any(shares(entry) for entry in plan(nn.Sequential(conv(), conv()), (1, 16, 1, 1), min_size=1).values())
 
 
 def test_behind_a_concatenation_the_low_channels_lie_where_they_came_from() -> None:
@@ -144,8 +201,35 @@ def test_one_conv_alone_is_no_region() -> None:
     with pytest.raises(PlanError, match="nothing is swapped"):
         surgeon.convert(nn.Sequential(conv(), nn.ReLU()), {"surgeon": 1, "title": "T", "rules": [{"swap": "octave"}]},
                         (1, 16, 32, 32))  # fmt: skip
-    entry = plan(nn.Sequential(conv(), nn.ReLU()), (1, 16, 32, 32))["0"]
-    assert "no octave conv reads it, and it reads none" in str(entry.skip)
+
+
+class CallsWithWords(nn.Sequential):
+    """Its own code cannot be traced; that of the modules that it calls can."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for one in self:
+            x = one(x) if float(x.sum()) < 1e9 else x
+        return x
+
+
+END = "two streams would end right behind it"
+LONELY = {
+    f"{END}, at the output of the network": nn.Sequential(conv(), nn.ReLU()),
+    f"{END}, in a GroupNorm, which mixes channels": nn.Sequential(conv(), nn.ReLU(), nn.GroupNorm(2, 16), conv()),
+    f"{END}, in an Upsample, which needs the whole map": nn.Sequential(
+        conv(), nn.Upsample(scale_factor=3, mode="bicubic"), conv()
+    ),
+    f"{END}: the conv that reads it stays": nn.Sequential(conv(), conv(16, 16, 2)),
+    f"{END}: no graph is known of the code that calls its Inner": CallsWithWords(
+        type("Inner", (nn.Sequential,), {})(conv(), nn.ReLU()), conv()
+    ),
+    "the convs that read it have maps too small for two streams": nn.Sequential(conv(), conv(16, 16, stride=4)),
+}
+
+
+@pytest.mark.parametrize("why", LONELY)
+def test_a_conv_whose_streams_would_end_at_once_says_where(why: str) -> None:
+    assert next(iter(plan(LONELY[why], (1, 16, 32, 32)).values())).skip == f"it reads no low channels, and {why}"
 
 
 def test_squeezing_convs_work_on_one_pixel_and_stay() -> None:
@@ -156,7 +240,7 @@ def test_squeezing_convs_work_on_one_pixel_and_stay() -> None:
 def test_the_plan_of_the_command_line_tells_of_streams(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_surgeon("plan", "torchvision:resnet18", "-r", "octave") == 0
     told = " ".join(capsys.readouterr().out.split())
-    assert "low-passed: 'maxpool', where 'add' adds it to two streams" in told
+    assert "low-passed: 'maxpool' (MaxPool2d), where `out += identity` in BasicBlock.forward (resnet.py:" in told
     assert "this turns the forward of the model itself into a graph" in told
     assert "no seam is left" in told
 

@@ -341,7 +341,7 @@ def test_a_file_comes_before_a_bundled_recipe(tmp_path: Path, monkeypatch: pytes
 
 def test_an_unknown_recipe_is_met_with_the_known_ones():
     with pytest.raises(
-        RecipeError, match=r"no recipe 'acnt.yaml': .*\(did you mean 'acnet'\?\)\. Bundled: acnet, acnet-bo"
+        RecipeError, match=r"no recipe 'acnt.yaml': .*\(did you mean 'acnet'\?\)\. Bundled: acnet, acnet-ba"
     ):
         recipe.load("acnt.yaml")
 

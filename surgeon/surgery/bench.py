@@ -124,6 +124,24 @@ def run(
     return tuple(timings)
 
 
+def compare(
+    before: nn.Module, after: nn.Module, inputs: Inputs, *, rounds: int = 15, progress: Progress = silent
+) -> tuple[Timing, Timing]:
+    """Time two models as they are deployed, with blocks and norms folded, on this very input.
+
+    Raises:
+        CaptureError: one of them does not run.
+    """
+    setting = Setting(inputs.batch, torch.get_num_threads())
+    ready = []
+    for i, (label, model) in enumerate((("the model as it is", before), ("the converted model", after))):
+        progress(f"warming up {label}", 0.15 * i)
+        ready.append(_prepare(label, "folded", deployed(model, inputs)[0], inputs, setting))
+    _take_turns(ready, rounds, parts(progress, 0.3, 1), "timing")
+    first, second = (_timing(one, ready[0], setting) for one in ready)
+    return first, second
+
+
 def deployed(model: nn.Module, inputs: Inputs | None = None) -> tuple[nn.Module, bool]:
     """Copy a model with its blocks and norms folded, and say whether there was anything to fold."""
     place = devices.of(model) or devices.CPU
@@ -155,13 +173,18 @@ def _run_setting(
     for i, (label, form, model) in enumerate(forms):
         progress(f"{setting}: warming up {label}", 0.3 * i / len(forms))
         ready.append(_prepare(label, form, model, inputs, setting))
-    order = random.Random(0)
-    for done in range(rounds):
-        progress(f"{setting}: round {done + 1} of {rounds}", 0.3 + 0.7 * done / rounds)
-        for one in order.sample(ready, len(ready)):
-            one.seconds.append(_time(one.call, one.repeats))
+    _take_turns(ready, rounds, parts(progress, 0.3, 1), str(setting))
     firsts = {one.form: one for one in reversed(ready)}
     return [_timing(one, firsts[one.form], setting) for one in ready]
+
+
+def _take_turns(ready: Sequence[_Candidate], rounds: int, progress: Progress, title: str) -> None:
+    """Run each of them once in every round, in a newly drawn order."""
+    order = random.Random(0)
+    for done in range(rounds):
+        progress(f"{title}: round {done + 1} of {rounds}", done / rounds)
+        for one in order.sample(ready, len(ready)):
+            one.seconds.append(_time(one.call, one.repeats))
 
 
 def _prepare(label: str, form: str, model: nn.Module, inputs: Inputs, setting: Setting) -> _Candidate:

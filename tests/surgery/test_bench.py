@@ -20,10 +20,10 @@ from torch import Tensor, nn
 import surgeon
 from surgeon.analysis import example as examples
 from surgeon.analysis.network import Network
-from surgeon.app import bench
-from surgeon.app.bench import Setting
 from surgeon.errors import CaptureError
 from surgeon.models.cost import measure
+from surgeon.surgery import bench
+from surgeon.surgery.bench import Setting
 from surgeon.surgery.fold import fold_norms_
 
 INPUTS = examples.make((1, 3, 8, 8))

@@ -1,0 +1,124 @@
+"""The options that several commands share, and how those that say how a model is read become one argument."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A file (model.pt, x.safetensors), torchvision:resnet50, timm:repvgg_a0, pkg.mod:factory or file.py:Net.",
+        show_default=False,
+    ),
+]
+Arch = Annotated[
+    str | None,
+    typer.Option(help="The network that a file of weights belongs to: torchvision:resnet50, or a model file like it."),
+]
+ArchArg = Annotated[
+    list[str] | None, typer.Option(metavar="NAME=VALUE", help="An argument for building the network; may be repeated.")
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(metavar="KEY", help="Which weights of a checkpoint to take: a key (ema), or a prefix (student)."),
+]
+Allow = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PACKAGE",
+        help="Let a pickled model name modules of this package; may be repeated. Otherwise SURGEON_ALLOW counts, or "
+        "`allow` of [tool.surgeon] in pyproject.toml.",
+    ),
+]
+Unsafe = Annotated[
+    bool, typer.Option("--unsafe-pickle", help="Unpickle without limits: this RUNS what is in the file.")
+]
+Input = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        "-i",
+        metavar="EXAMPLE",
+        help="An example input: a shape (1,3,224,224; 1,10:int64), several (1,3,8,8;1,10:int64), by name "
+        "(image=1,3,8,8;mask=1,8,8:bool), a list ([3,300,300;3,280,320]), a .pt, .safetensors, .npz or image file, "
+        "or file.py:make_inputs. verify takes the option several times.",
+    ),
+]
+Seed = Annotated[
+    int, typer.Option(min=0, max=2**63 - 1, help="The seed of random inputs and of random initial weights.")
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DEVICE",
+        help="Where to run models: cpu, cuda, cuda:1 or mps. Files are for every device. Otherwise SURGEON_DEVICE "
+        "counts, or `device` of [tool.surgeon] in pyproject.toml, or cpu.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of tables.")]
+Force = Annotated[bool, typer.Option("--force", "-f", help="Overwrite the output if it exists.")]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="FILE", help="Where to write; .safetensors writes weights and a manifest."),
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PATH=VALUE", help="Override a value of the recipe: rules[0].with.init=split."),
+]
+Time = Annotated[
+    bool,
+    typer.Option("--time", help="Also measure how long the network takes, as it is and converted, both of them fused."),
+]
+
+
+def about_models(command: Callable[..., None], *, only_with: str | None = None) -> Callable[..., None]:
+    """Give a command the options that say how models are read; it receives them as its argument `given`.
+
+    A command that only reads a model where its option `only_with` names one receives None without it.
+    """
+
+    def run(
+        arch: Arch = None,
+        arch_arg: ArchArg = None,
+        weights: Weights = None,
+        allow: Allow = None,
+        unsafe: Unsafe = False,
+        shape: Input = None,
+        seed: Seed = 0,
+        device: Device = None,
+        **rest: Any,
+    ) -> None:
+        from surgeon.app import settings
+        from surgeon.app.commands import Given
+        from surgeon.files.pickles import Trust
+        from surgeon.models import devices
+
+        if only_with is not None and rest[only_with] is None:
+            if arch or arch_arg or weights or allow or unsafe or shape or seed or device:
+                raise typer.BadParameter("--input, --arch and their like say how a model is read; name it with --for")
+            command(given=None, **rest)
+            return
+        if len(shape or ()) > 1 and command.__name__ != "verify":
+            raise typer.BadParameter(
+                "--input is given twice; only verify takes several. Arguments of one call go together: --input 'a;b'"
+            )
+        trust = Trust(allow=settings.allowed(allow), unsafe_pickle=unsafe)
+        place = devices.named(settings.device(device))
+        command(
+            given=Given(arch, tuple(arch_arg or ()), trust, tuple(shape or ()), seed, place, weights),
+            **rest,
+        )
+
+    own = [p for p in inspect.signature(command).parameters.values() if p.name != "given"]
+    shared = [p for p in inspect.signature(run).parameters.values() if p.name != "rest"]
+    parameters = sorted(
+        (p.replace(kind=p.KEYWORD_ONLY) for p in (*own, *shared)), key=lambda p: p.default is not p.empty
+    )
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    return run
