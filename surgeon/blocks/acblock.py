@@ -71,7 +71,7 @@ class ACBlock(base.Foldable[ACBlockOptions]):
     Options = ACBlockOptions
     gives_norm_back = True
     pads_its_input = True
-    DERIVED = frozenset({"row", "column", "ver_shift", "hor_shift"})
+    DERIVED = frozenset({"row", "column", "ver_shift", "hor_shift", "pads_first"})
 
     def __init__(self, spec: ConvSpec, norm: nn.Module, *, like: Tensor, placement: str = "skeleton") -> None:
         """Lay out the branches with tensors like `like`, uninitialised kernels, and norms like `norm`."""
@@ -92,6 +92,7 @@ class ACBlock(base.Foldable[ACBlockOptions]):
         kh, kw = self.spec.kernel
         self.row, self.column = (kh // 2, kw // 2) if self.placement == "skeleton" else (kh - 1, kw - 1)
         (_, self.ver_shift), (_, self.hor_shift) = self._strips()
+        self.pads_first = None if self.spec.pads_input is None else self.spec
 
     def _strips(self) -> tuple[tuple[ConvSpec, Pads | None], tuple[ConvSpec, Pads | None]]:
         """Give the specs of the two strips, the vertical one first, and their shifts."""
@@ -160,11 +161,21 @@ class ACBlock(base.Foldable[ACBlockOptions]):
                     yield Trial(spec, options, with_norm=True)
 
     def forward(self, input: Tensor) -> Tensor:
-        x, mode = self.spec.padded(input), self.spec.padding_mode
+        x = input if self.pads_first is None else self.pads_first.padded(input)
+        ver = hor = x
+        if self.ver_shift is not None:
+            ver = kernels.shift(x, self.ver_shift, self.spec.padding_mode)
+        if self.hor_shift is not None:
+            hor = kernels.shift(x, self.hor_shift, self.spec.padding_mode)
         square = self.square_bn(self.square_conv(x))
-        ver = self.ver_bn(self.ver_conv(x if self.ver_shift is None else kernels.shift(x, self.ver_shift, mode)))
-        hor = self.hor_bn(self.hor_conv(x if self.hor_shift is None else kernels.shift(x, self.hor_shift, mode)))
-        return square + ver + hor  # type: ignore[no-any-return]
+        return square + self.ver_bn(self.ver_conv(ver)) + self.hor_bn(self.hor_conv(hor))  # type: ignore[no-any-return]
+
+    def __prepare_scriptable__(self) -> Self:
+        if self.ver_shift is not None or self.hor_shift is not None:
+            raise base.unscriptable(self, " whose strips see a shifted input, unless it is fused first")
+        if self.pads_first is not None:
+            raise base.unscriptable(self, " that pads its input first, unless it is fused first")
+        return self
 
     def role(self) -> base.Role:
         return {"placement": self.placement}
