@@ -7,6 +7,7 @@ batch norm is not asked of surgeon: a run shows which tensors a norm is handed.
 from __future__ import annotations
 
 import inspect
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -81,7 +82,8 @@ def _brings(case: Case, model: nn.Module, device: str) -> Brings | None:
     if (octave := _planned("octave", surveyed)) is not None:
         found.octave, found.octaves = _share(octave), len(octave.swaps)
         found.idle = [entry.path for entry in octave.swaps if _is_idle(entry)]
-        found.stays = dict(Counter(entry.skip for entry in octave.convs if entry.skip))
+        reasons = (re.sub(r"\d+×\d+", "…", entry.skip) for entry in octave.convs if entry.skip)  # of maps of any size
+        found.stays = dict(Counter(reasons))
     return found
 
 
