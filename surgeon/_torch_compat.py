@@ -7,6 +7,7 @@ No other file of surgeon names one (tests/test_public.py). What a module keeps i
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable
 from typing import IO, TYPE_CHECKING, Any
 
@@ -29,13 +30,15 @@ __all__ = [
     "NormBase",
     "OpOverload",
     "TorchDispatchMode",
-    "has_own_conv_forward",
     "has_recompile_limit",
     "makes_new_tensors",
+    "own_parts_of_a_conv",
     "packet_of",
     "pickle_program",
     "pytree",
+    "reads_weights_only",
     "saved_tensor_hooks",
+    "sizes",
 ]
 
 # The common classes of torch's batch norms; of these and the instance norms; and of its convs. Their public subclasses
@@ -72,12 +75,13 @@ def saved_tensor_hooks() -> Any:
         return None
 
 
-def has_own_conv_forward(kind: type[nn.Conv2d]) -> bool:
-    """Whether a subclass replaces what Conv2d computes with a weight that it is given, a hook for quantisation.
+def own_parts_of_a_conv(kind: type[nn.Conv2d]) -> list[str]:
+    """List the methods that decide what a conv computes and stores, and that a subclass replaces.
 
-    Where torch has no such method, no subclass can.
+    Where torch has no method of such a name, no subclass can replace it.
     """
-    return getattr(kind, "_conv_forward", None) is not getattr(nn.Conv2d, "_conv_forward", None)
+    names = ("forward", "__call__", "_conv_forward", "_call_impl", "_load_from_state_dict", "_save_to_state_dict")
+    return [name for name in names if getattr(kind, name, None) is not getattr(nn.Conv2d, name, None)]
 
 
 def makes_new_tensors(operator: Any) -> bool:
@@ -116,3 +120,34 @@ def pickle_program(file: IO[bytes]) -> bytes:
         raise NotImplementedError("this version of torch does not let a file be examined before it is opened")
     program: bytes = reader(file).get_record("data.pkl")
     return program
+
+
+def sizes(x: torch.Tensor) -> tuple[int, ...]:
+    """Give the sizes of a tensor as numbers, also while torch.jit.trace runs, to which they are tensors.
+
+    Where torch does not let a trace be paused, they are tensors then, and the trace warns that it takes them as fixed.
+    """
+    pause = getattr(torch._C, "_set_tracing_state", None)
+    is_traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if torch.compiler.is_compiling() or not is_traced or pause is None:
+        return x.shape
+    state = torch._C._get_tracing_state()
+    pause(None)
+    try:
+        return tuple(x.shape)
+    finally:
+        pause(state)
+
+
+def reads_weights_only() -> bool:
+    """Whether torch's weights-only reader is at work further up the stack; also where torch does not let that be seen.
+
+    Such a reader makes what it was told to, and nothing that a file merely names.
+    """
+    reader = getattr(torch, "_weights_only_unpickler", None)
+    if reader is None:
+        return True
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_globals is not vars(reader):
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None

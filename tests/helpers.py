@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from surgeon.app.cli import main
+from surgeon.blocks import norms
 from surgeon.conv.spec import ConvSpec
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -35,7 +36,7 @@ def shake_(model: Module, seed: int = 0, *, gently: bool = False) -> Module:
 
     with torch.no_grad():
         for norm in model.modules():
-            if not isinstance(norm, _BatchNorm):
+            if not isinstance(norm, _BatchNorm) and not norms.is_frozen(norm):
                 continue
             if norm.running_mean is not None and norm.running_var is not None:
                 normal_(norm.running_mean, 0.1 if gently else 1)

@@ -135,24 +135,28 @@ HAZARDS = [
     Hazard("timm's norm with its activation", followed_by(lambda: BatchNormAct2d(4))),
     Hazard("a norm of its own kind", followed_by(lambda: tiny.OwnNorm(4))),
     # What was done to the conv
-    Hazard("weight_norm", with_conv(lambda: parametrizations.weight_norm(conv3())), stays="parametrization"),
-    Hazard("spectral_norm", with_conv(lambda: parametrizations.spectral_norm(conv3())), stays="parametrization"),
-    Hazard("weight_norm, the old one", changed(nn.utils.weight_norm), stays="remove_weight_norm"),
-    Hazard("spectral_norm, the old one", changed(old_spectral_norm), stays="remove_spectral_norm"),
-    Hazard("pruned taps", changed(lambda c: prune.l1_unstructured(c, "weight", 0.5)), stays="prune.remove"),
-    Hazard("pruned filters", changed(lambda c: prune.ln_structured(c, "weight", 0.5, 2, 0)), stays="prune.remove"),
-    Hazard("a pruned bias", changed(lambda c: prune.l1_unstructured(c, "bias", 0.5)), stays="prune.remove"),
+    Hazard("weight_norm", with_conv(lambda: parametrizations.weight_norm(conv3())), stays="--bake"),
+    Hazard("spectral_norm", with_conv(lambda: parametrizations.spectral_norm(conv3())), stays="--bake"),
+    Hazard("weight_norm, the old one", changed(nn.utils.weight_norm), stays="a hook (WeightNorm)"),
+    Hazard("spectral_norm, the old one", changed(old_spectral_norm), stays="a hook (SpectralNorm)"),
+    Hazard("pruned taps", changed(lambda c: prune.l1_unstructured(c, "weight", 0.5)), stays="--bake"),
+    Hazard("pruned filters", changed(lambda c: prune.ln_structured(c, "weight", 0.5, 2, 0)), stays="--bake"),
+    Hazard("a pruned bias", changed(lambda c: prune.l1_unstructured(c, "bias", 0.5)), stays="--bake"),
     Hazard("a forward hook", changed(lambda c: c.register_forward_hook(lambda *_: None)), stays="hooks are attached"),
     Hazard("a pre-hook", changed(lambda c: c.register_forward_pre_hook(lambda *_: None)), stays="hooks are attached"),
     # Kinds
     Hazard("weight-standardised", with_conv(lambda: StdConv2d(4, 4, 3, padding=1)), stays="StdConv2d is a subclass"),
     Hazard("weight-standardised and scaled", with_conv(lambda: ScaledStdConv2d(4, 4, 3, padding=1)),
            stays="ScaledStdConv2d is a subclass of Conv2d with a forward of its own"),
-    Hazard("padded to the same size", with_conv(lambda: Conv2dSame(4, 4, 3, stride=2)), stays="Conv2dSame is a"),
+    Hazard("a Conv2d of another name", with_conv(lambda: tiny.NamedConv(4, 4, 3, padding=1))),
+    Hazard("padded to the same size", with_conv(lambda: Conv2dSame(4, 4, 3, stride=2))),
+    Hazard("padded to the same size, stride 1", with_conv(lambda: Conv2dSame(4, 4, 3))),
+    Hazard("padded by a module of its own", with_conv(lambda: tiny.PadsFirst(4, 4, 3, sides=1))),
     Hazard("the user's own kind", with_conv(lambda: tiny.OwnConv(4, 4, 3)),
            stays="OwnConv is a subclass of Conv2d with a forward of its own"),
     Hazard("trained to be quantised", with_conv(lambda: qat.Conv2d(4, 4, 3, padding=1, qconfig=default_qat_qconfig)),
            stays="qat.modules.conv.Conv2d is a subclass of Conv2d with a forward of its own", trains="dtype"),
+    Hazard("it scales its weight", with_conv(lambda: tiny.ScalesItsWeight(4, 4, 3)), stays="computes its kernel"),
     Hazard("quantised", tiny.Quantised, "small", "its weight is quantised", beside=1),
     Hazard("lazy, and has run", lazy_that_ran),
     Hazard("ConvTranspose2d", with_conv(lambda: nn.ConvTranspose2d(4, 4, 3)), stays="ConvTranspose2d: only Conv2d"),
@@ -348,7 +352,7 @@ class ThinnedOut(nn.Module):
 
 
 class TwoStreams(nn.Module):
-    """OctaveConv at stride 1 on plain tensors, its four kernels convolved one by one."""
+    """OctaveConv on plain tensors, its four kernels convolved one by one; at stride 2 the maps are pooled first."""
 
     def __init__(self, conv: nn.Conv2d, alpha_in: float, alpha_out: float) -> None:
         super().__init__()
@@ -358,16 +362,20 @@ class TwoStreams(nn.Module):
         )
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias, size = self.conv.weight, self.conv.bias, input.shape[-2:]
-        high, low = input[:, : self.into], self.halved(input[:, self.into :])
+        weight, bias = self.conv.weight, self.conv.bias
+        high, fine = input[:, : self.into], self.halved(input[:, self.into :])
+        low, lift = fine, self.doubled
+        if self.conv.stride == (2, 2):  # what goes from low to high has that resolution already
+            high, low, lift = self.halved(high), self.halved(low), lambda x, size: x
+        size = high.shape[-2:]
 
         def seen(x: Tensor, rows: slice, columns: slice) -> Tensor:
-            return F.conv2d(x, weight[rows, columns], None, padding=self.conv.padding)
+            return F.conv2d(x, weight[rows, columns], None, padding=self.conv.kernel_size[0] // 2)
 
         highs, lows, from_high, from_low = (
             slice(0, self.out), slice(self.out, None), slice(0, self.into), slice(self.into, None),
         )  # fmt: skip
-        above = seen(high, highs, from_high) + self.doubled(seen(low, highs, from_low), size)
+        above = seen(high, highs, from_high) + lift(seen(fine, highs, from_low), size)
         below = seen(self.halved(high), lows, from_high) + seen(low, lows, from_low)
         out = torch.cat([above, self.doubled(below, size)], 1)
         return out if bias is None else out + bias[:, None, None]

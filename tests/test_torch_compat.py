@@ -42,8 +42,13 @@ def test_a_conv_that_computes_differently_is_known() -> None:
         def _conv_forward(self, *args: torch.Tensor) -> torch.Tensor:
             return super()._conv_forward(*args) * 2
 
-    assert compat.has_own_conv_forward(Own)
-    assert not compat.has_own_conv_forward(nn.Conv2d)
+    class Mine(nn.Conv2d):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(input)
+
+    assert compat.own_parts_of_a_conv(Own) == ["_conv_forward"]
+    assert compat.own_parts_of_a_conv(Mine) == ["forward"]
+    assert compat.own_parts_of_a_conv(nn.Conv2d) == []
 
 
 def test_operators_that_write_nothing_anew_are_known() -> None:

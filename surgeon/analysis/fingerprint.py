@@ -12,6 +12,7 @@ import json
 import torch
 from torch import nn
 
+from surgeon.conv.padding import PaddedConv2d
 from surgeon.conv.spec import ConvSpec
 
 
@@ -52,6 +53,7 @@ def words_of(spec: ConvSpec) -> str:
         groups: spec.groups != 1,
         f"mode={spec.padding_mode}": spec.padding_mode != "zeros",
         "no bias": not spec.bias,
+        f"pads {spec.pads_input}": spec.pads_input is not None,  # no plan of format 1 had such a conv
     }
     return ", ".join(word for word, is_said in words.items() if is_said)
 
@@ -68,7 +70,7 @@ def _in_words(model: nn.Module) -> str:
 
 def _fields(module: nn.Module) -> dict[str, object]:
     """Give the fields of a plain conv that differ from their default, so that a new field changes no hash."""
-    if type(module) is not nn.Conv2d:
+    if type(module) is not nn.Conv2d and not isinstance(module, PaddedConv2d):
         return {}
     return ConvSpec.of(module).to_dict()
 

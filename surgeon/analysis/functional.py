@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 
 from surgeon._torch_compat import ConvNd
-from surgeon.analysis import program as graph
+from surgeon.analysis import rewritten as graph
 from surgeon.analysis.islands import Island
 from surgeon.conv.spec import ConvSpec, Pair
 

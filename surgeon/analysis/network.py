@@ -14,7 +14,7 @@ from functools import cached_property
 from torch import nn
 
 from surgeon.analysis.islands import Capture, Island, capture
-from surgeon.analysis.program import Rewritten
+from surgeon.analysis.rewritten import graph_of
 from surgeon.analysis.run import Run, observe
 from surgeon.analysis.shapes import Shapes, shapes_in
 from surgeon.models.call import Inputs
@@ -96,7 +96,7 @@ class Network:
     def islands_after_swaps(self, model: nn.Module) -> list[Island]:
         """Give the islands of this module, or a copy of it, after convs and norms were swapped under their names.
 
-        A graph names what it calls, so it is still right. A module that has become a `Rewritten` has a new graph.
+        A graph names what it calls, so it is still right. A module that was rewritten has a new graph.
         """
         roots = [(island, model.get_submodule(island.path)) for island in self.islands]
-        return [Island(one.path, root.graph) if isinstance(root, Rewritten) else one for one, root in roots]
+        return [Island(one.path, graph_of(root) or one.graph) for one, root in roots]

@@ -11,19 +11,15 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from surgeon._torch_compat import NormBase, has_own_conv_forward
+from surgeon._torch_compat import NormBase, own_parts_of_a_conv
+from surgeon.analysis import own_norms
 from surgeon.analysis.network import Network
 from surgeon.analysis.readers import Facts, Graph, is_quantised, reader_name, readers_of
-from surgeon.blocks import Block
-from surgeon.blocks.pairs import PairNorm
+from surgeon.blocks import Block, norms
 
 NO_NORM = "no norm follows"
-_COMPUTES = {
-    WeightNorm: "remove_weight_norm",
-    SpectralNorm: "remove_spectral_norm",
-    BasePruningMethod: "prune.remove",
-}
-_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, PairNorm)  # what a block can take over: the plain ones, not subclasses
+COMPUTING_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
+_BAKE = "--bake (from Python, bake=True) makes its tensors permanent"
 
 
 def norms_behind(network: Network) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
@@ -43,17 +39,15 @@ def obstacle(facts: Facts, module: nn.Module) -> str | None:
         return "its weight is quantised; swap convs before a network is quantised"
     if not isinstance(module, nn.Conv2d):
         return f"{type(module).__name__}: only Conv2d is swapped"
-    if parametrize.is_parametrized(module):
-        return "its weight is computed by a parametrization; torch.nn.utils.parametrize can remove that"
-    if type(module) is not nn.Conv2d:
-        named = type(module).__qualname__
-        kind = f"{type(module).__module__}.{named}" if named == nn.Conv2d.__qualname__ else named
-        own = " with a forward of its own" if _computes_itself(type(module)) else ""
-        return f"{kind} is a subclass of Conv2d{own}; only torch's own Conv2d is swapped"
     if computed := _computed(module):
         return computed
     if custom := custom_call(module, "it"):
         return f"{custom}, which a block would not have"
+    if isinstance(found := facts.computes(module), str):
+        named = type(module).__qualname__
+        kind = f"{type(module).__module__}.{named}" if named == nn.Conv2d.__qualname__ else named
+        own = " with a forward of its own" if own_parts_of_a_conv(type(module)) else ""
+        return f"{kind} is a subclass of Conv2d{own}: {found}"
     if facts.names[module][0] == "":
         return "it is the whole model, and no module holds it; give nn.Sequential(model)"
     for parameter in module.parameters():
@@ -75,13 +69,12 @@ def obstacle(facts: Facts, module: nn.Module) -> str | None:
 
 
 def _computed(conv: nn.Conv2d) -> str | None:
-    """Say which hook computes a weight or a bias before each call, as pruning and the older weight norms do."""
+    """Say what computes a weight or a bias: a parametrization, or a hook, as pruning and older weight norms have."""
+    if parametrize.is_parametrized(conv):
+        return f"a parametrization computes its weight; {_BAKE}"
     for hook in conv._forward_pre_hooks.values():
-        for kind, undo in _COMPUTES.items():
-            if isinstance(hook, kind):
-                return (
-                    f"a hook ({type(hook).__name__}) computes its tensors; torch.nn.utils.{undo} makes them permanent"
-                )
+        if isinstance(hook, COMPUTING_HOOKS):
+            return f"a hook ({type(hook).__name__}) computes its tensors; {_BAKE}"
     return None
 
 
@@ -108,8 +101,8 @@ def _judge_norm(facts: Facts, graph: Graph, conv: nn.Module, norm: nn.Module) ->
     name = facts.names[norm][0]
     prefixes = tuple(f"{path}." if path else "" for path in graph.names)
     outside = [path for path in (*facts.names[conv], *facts.names[norm]) if not path.startswith(prefixes)]
-    if not isinstance(norm, _NORMS) or type(norm) not in _NORMS:
-        return None, f"{name} is a {type(norm).__name__}; only torch's own BatchNorm2d can be taken over"
+    if not norms.is_batch_norm(norm):
+        return None, f"{name} is a {type(norm).__name__}{own_norms.mixes(norm)}; only a batch norm can be taken over"
     if (count := len(graph.calls[norm])) != 1:
         return None, f"{name} is called {count} times"
     if norm.running_mean is None or norm.running_var is None:
@@ -118,19 +111,23 @@ def _judge_norm(facts: Facts, graph: Graph, conv: nn.Module, norm: nn.Module) ->
         return None, f"it is also reached as {outside[0]}"
     if custom := custom_call(norm, name):
         return None, custom
-    if any(facts.owners[id(p)] != {norm} for p in norm.parameters()):
+    core = {*norms.core_of(norm).modules()} | {norm}
+    if any(not facts.owners[id(p)] <= core for p in norms.core_of(norm).parameters()):
         return None, f"{name} shares its parameters"
-    if any(facts.owners[id(buffer)] != {norm} for buffer in norm.buffers()):
+    if any(not facts.owners[id(buffer)] <= core for buffer in norms.core_of(norm).buffers()):
         return None, f"{name} shares its statistics"
     if norm in facts.read_directly:
         return None, f"the network also reads the parameters of {name} directly"
     if norm in facts.kept_aside:
         return None, f"{name} is also kept in {facts.kept_aside[norm]}"
+    if why := own_norms.refusal(norm, has_bias=getattr(conv, "bias", None) is not None):
+        return None, f"{name} is a {type(norm).__name__}, {why}"
     return norm, None
 
 
 def _is_norm(module: nn.Module) -> bool:
-    return isinstance(module, NormBase | nn.GroupNorm | nn.LayerNorm) or "norm" in type(module).__name__.lower()
+    is_one = isinstance(module, NormBase | nn.GroupNorm | nn.LayerNorm) or norms.is_batch_norm(module)
+    return is_one or "norm" in type(module).__name__.lower()
 
 
 def custom_call(module: nn.Module, name: str) -> str | None:
@@ -144,8 +141,3 @@ def custom_call(module: nn.Module, name: str) -> str | None:
     if any(hooks):
         return f"hooks are attached to {name}"
     return f"{name} has a forward of its own" if "forward" in vars(module) else None
-
-
-def _computes_itself(kind: type[nn.Conv2d]) -> bool:
-    """Whether a class does more than Conv2d does when it is called: pads by itself, say, or scales its weight."""
-    return kind.forward is not nn.Conv2d.forward or has_own_conv_forward(kind)

@@ -1,21 +1,20 @@
-"""The only file that edits fx graphs, and keeps them: an island whose graph has been rewritten is a `Rewritten`.
+"""An fx graph ↔ plain data.
 
-The island's module stays the object it is, with its submodules, parameters, names and attributes. Its class becomes
-`Rewritten`, whose forward is the new graph. A pickled fx.GraphModule holds Python source that runs when the file is
-opened; a `Rewritten` holds its graph as data: steps with the names of functions from the explicit lists below, of
-submodules that are registered below itself, and of their parameters, buffers and plain values. When it is opened, every
-name is looked up and every word is checked before Python is made of it.
+A pickled fx.GraphModule holds Python source that runs when the file is opened. A `Rewritten` (`rewritten`) holds its
+graph as data instead: steps with the names of functions from the explicit lists below, of submodules that are
+registered below the module, and of their parameters, buffers and plain values. When it is opened, every name is looked
+up and every word is checked before Python is made of it.
 """
 
 from __future__ import annotations
 
 import builtins
-import inspect
 import keyword
 import operator
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from inspect import Signature
 from typing import Any
 
 import torch
@@ -23,8 +22,9 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from surgeon._torch_compat import ASSERT_IS_NONE
+from surgeon.analysis import signatures
 from surgeon.conv import streams
-from surgeon.nn import LaterFormatError, Stored, become_
+from surgeon.nn import LaterFormatError
 
 Data = dict[str, Any]
 _FORMAT = 2
@@ -90,92 +90,6 @@ _RENAMED = {
     "surgeon.streams.take": "streams.take",
     "torch.fx._symbolic_trace._assert_is_none": "torch.fx.assert_is_none",
 }
-# What a class may define although a Rewritten does not have it; anything else that it overrides would be lost.
-_MAY_DEFINE = frozenset(
-    {"__init__", "forward", "extra_repr", "_get_name", "__repr__", "__str__", "__doc__", "__module__", "__new__"}
-    | {"__init_subclass__", "__class_getitem__", "__subclasshook__", "__hash__", "__eq__", "__getattr__", "__dir__"}
-)
-
-
-_OWN = ("program", "origin", "_run")  # what a Rewritten keeps its graph in
-
-
-class Rewritten(Stored, nn.Module):
-    """A module whose forward is a graph that is kept as data.
-
-    `origin` names the class that it had. The methods of that class are gone; attributes and submodules are kept.
-    """
-
-    __module__ = "surgeon.nn"
-    DERIVED = frozenset({"_run"})
-
-    program: Data
-    origin: str
-    _run: Callable[..., Any]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._run(self, *args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError as error:
-            was = vars(self).get("origin", "a module")
-            raise AttributeError(
-                f"'{name}' is not there: this was a {was}, and its graph has been rewritten, which keeps attributes "
-                "and submodules, but no methods. To keep them, set `seams: keep` among the options of the recipe."
-            ) from error
-
-    @property
-    def graph(self) -> fx.Graph:
-        """The graph, rebuilt from its data."""
-        return decode(self.program)
-
-    def extra_repr(self) -> str:
-        return f"was {self.origin}, {len(self.program['steps'])} steps"
-
-    @classmethod
-    def upgraded(cls, state: Data, format: int) -> Data:
-        if not isinstance(state.get("origin"), str):
-            raise ValueError("the file does not say which class a rewritten module had")
-        return state | {"program": _upgraded(state["program"])}
-
-    def derive_(self) -> None:
-        """Make the graph's Python, once every step in it has been checked."""
-        check(self)
-        self._run = _compiled(self.program)
-
-
-def rewrite_(module: nn.Module, graph: fx.Graph) -> Callable[[], None]:
-    """Give a module another graph; returns a function that undoes this.
-
-    The graph is that of an island, changed. `obstacle` and `unwritable` must have found nothing.
-    """
-    graph.lint()
-    program, kind = encode(graph), type(module)
-    origin = module.origin if isinstance(module, Rewritten) else f"{kind.__module__}.{kind.__qualname__}"
-    return become_(module, Rewritten, program=program, origin=origin, _run=_compiled(program))
-
-
-def obstacle(module: nn.Module, graph: fx.Graph, custom_call: Callable[[nn.Module, str], str | None]) -> str | None:
-    """Say why the graph of an island cannot be rewritten, beyond what its steps are."""
-    kind = type(module)
-    if isinstance(module, fx.GraphModule):
-        return "it is a GraphModule, whose class is its graph"
-    if taken := [name for name in _OWN if name in vars(module)] if kind is not Rewritten else []:
-        return f"its attribute {taken[0]} has a name that a rewritten graph uses for itself"
-    own = [name for name in _overridden(kind) if name not in _MAY_DEFINE] if kind is not Rewritten else []
-    if own:
-        return f"{kind.__name__} has its own {own[0]}, which a rewritten graph would not have"
-    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
-    inlined = [(path, part) for path, part in module.named_modules() if not _is_below(path, called)]
-    for path, part in inlined:
-        if custom := custom_call(part, path or "it"):
-            return f"{custom}, which a rewritten graph would skip"
-    for node in graph.nodes:
-        if SURROUNDINGS in node.meta:
-            return f"'{node.name}' runs in {node.meta[SURROUNDINGS]}, which a rewritten graph would not enter"
-    return None
 
 
 def unwritable(module: nn.Module, graph: fx.Graph) -> str | None:
@@ -203,20 +117,20 @@ def unwritable(module: nn.Module, graph: fx.Graph) -> str | None:
     return None
 
 
-def check(module: Rewritten) -> None:
+def check(module: nn.Module, program: Data) -> None:
     """Make sure that the steps of a graph reach nothing but what is registered below its module.
 
     Raises:
         ValueError: a step reaches anything else, or is none that surgeon writes; nothing has been run.
     """
-    for node in decode(module.program).nodes:
+    for node in decode(program).nodes:
         if node.op in ("call_module", "get_attr") and not _reaches(module, node.op, str(node.target)):
             what = "calls" if node.op == "call_module" else "reads"
             raise ValueError(f"the graph in the file {what} {node.target!r}, which is not registered in its module")
 
 
-def encode(graph: fx.Graph) -> Data:
-    """Write a graph as plain data."""
+def encode(graph: fx.Graph, signature: Signature | None = None) -> Data:
+    """Write a graph as plain data, and the signature of the forward that it stands for."""
     inputs, steps, output = [], [], None
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -226,7 +140,8 @@ def encode(graph: fx.Graph) -> Data:
         else:
             target = _NAMES[id(node.target)] if node.op == "call_function" else str(node.target)
             steps.append([node.name, node.op, target, _encoded(list(node.args)), _encoded(dict(node.kwargs))])
-    return {"format": _FORMAT, "inputs": inputs, "steps": steps, "output": output}
+    written = {} if signature is None else {"signature": signatures.write(signature, _encoded)}
+    return {"format": _FORMAT, "inputs": inputs, "steps": steps, "output": output, **written}
 
 
 def decode(program: Mapping[str, Any]) -> fx.Graph:
@@ -256,7 +171,29 @@ def decode(program: Mapping[str, Any]) -> fx.Graph:
     return graph
 
 
-def _upgraded(program: Data) -> Data:
+def signature_of(program: Mapping[str, Any]) -> Signature:
+    """Give the signature of the forward that a graph stands for.
+
+    Raises:
+        ValueError: it is not what `encode` writes.
+    """
+    written = program.get("signature", [[name, "either", *default] for name, *default in program["inputs"]])
+    found = signatures.read(written, _word, lambda value: _decoded(value, {}))
+    if len(found.parameters) != len(program["inputs"]):
+        raise ValueError("the graph in the file has another number of inputs than its signature")
+    return found
+
+
+def compiled(program: Mapping[str, Any]) -> Callable[..., Any]:
+    """Make a Python function `forward(self, …)` of a graph, as fx.GraphModule does."""
+    code = decode(program).python_code("self")
+    space = dict(code.globals)
+    exec(compile(code.src, "<surgeon graph>", "exec"), space)
+    function: Callable[..., Any] = space["forward"]
+    return function
+
+
+def upgraded(program: Data) -> Data:
     """Turn a graph of format 1 into one of today's; nothing in it has been checked."""
     if program.get("format") != 1:
         return program
@@ -335,28 +272,6 @@ def _decoded(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
     if what == "torch" and isinstance(found := getattr(torch, _word(content), None), torch.dtype | torch.memory_format):
         return found
     raise ValueError(f"the graph in the file has an argument {value!r}")
-
-
-def _compiled(program: Mapping[str, Any]) -> Callable[..., Any]:
-    """Make a Python function `forward(self, …)` of a graph, as fx.GraphModule does."""
-    code = decode(program).python_code("self")
-    space = dict(code.globals)
-    exec(compile(code.src, "<surgeon graph>", "exec"), space)
-    function: Callable[..., Any] = space["forward"]
-    return function
-
-
-def _overridden(kind: type) -> list[str]:
-    """Name the methods that a class, or one between it and nn.Module, has of its own and nn.Module has too."""
-    between = kind.__mro__[: kind.__mro__.index(nn.Module)]
-    theirs = {name for name, value in inspect.getmembers(nn.Module) if callable(value)}
-    return sorted({name for one in between for name in vars(one) if name in theirs})
-
-
-def _is_below(path: str, called: set[str]) -> bool:
-    """Whether a module is a step of the graph, or inside one."""
-    parts = path.split(".")
-    return any(".".join(parts[:i]) in called for i in range(1, len(parts) + 1))
 
 
 def _reaches(root: nn.Module, op: str, target: str) -> bool:

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
+from surgeon.analysis import convs
 from surgeon.analysis.islands import Island
 from surgeon.analysis.network import Network
 from surgeon.analysis.run import is_conv
 from surgeon.blocks import Block
+from surgeon.conv.spec import ConvSpec
 
 
 @dataclass(slots=True)
@@ -34,6 +36,7 @@ class Facts:
         self.kept_aside = network.kept_aside
         self.owners = owners(model)
         self.graph_of: dict[nn.Module, Graph] = {}
+        self._read_convs: dict[nn.Module, ConvSpec | str] = {}
         self.traced: set[nn.Module] = set()
         self.read_directly = {model.get_submodule(name) for name in network.run.read_directly}
         self.islands = {island.path: self._read(island) for island in network.islands}
@@ -43,6 +46,12 @@ class Facts:
         inside = {m for block in self.names if isinstance(block, Block) for m in block.modules()}
         convs = (module for module in self.names if is_conv(module) or is_quantised(module))
         return (module for module in convs if module not in inside)
+
+    def computes(self, conv: nn.Conv2d) -> ConvSpec | str:
+        """Say what a conv computes, or why it is none that a block can replace."""
+        if conv not in self._read_convs:
+            self._read_convs[conv] = convs.read(conv)
+        return self._read_convs[conv]
 
     def is_unseen(self, parameter: str, known: set[str]) -> bool:
         """Whether a parameter that a run has used as a kernel belongs to no conv, and is in no graph."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from surgeon._torch_compat import ConvNd, NormBase
-from surgeon.blocks import Block
+from surgeon.blocks import Block, norms
 from surgeon.errors import CaptureError
 from surgeon.models.call import Inputs, call_of
 from surgeon.models.copies import in_mode, names, shadow, to_meta, where
@@ -115,7 +115,7 @@ def _observe(model: nn.Module, inputs: Inputs) -> Run:
         return hook
 
     for name, module in model.named_modules():
-        if isinstance(module, Block | ConvNd | NormBase):
+        if isinstance(module, Block | ConvNd | NormBase) or norms.is_frozen(module):
             module.register_forward_pre_hook(begin)
             module.register_forward_hook(end(name), with_kwargs=True)
     given = inputs.cast_for(model)

@@ -107,7 +107,7 @@ def survey(network: Network) -> Survey:
         *(_unseen_site(name, calls) for name, calls in called.items() if facts.is_unseen(name, known)),
     )
     blocks = Counter(m.name for m in model.modules() if isinstance(m, Block))
-    weights = {facts.names[m][0]: m.weight for m in facts.convs() if type(m) is nn.Conv2d}
+    weights = {facts.names[m][0]: m.weight for m in facts.convs() if isinstance(m, nn.Conv2d)}
     weights |= {one.path: conv_of(model, one).weight for one in functional if one.spec is not None}
     return Survey(network, fingerprint(model), sites, dict(blocks), weights)
 
@@ -116,17 +116,17 @@ def _site(facts: Facts, costs: _Costs, module: nn.Module) -> Site:
     runs = facts.runs.get(facts.names[module][0], [])
     graph = facts.graph_of.get(module)
     nodes = graph.calls[module] if graph else []
+    stays = obstacle(facts, module)
     norm, norm_obstacle = norm_behind(facts, module)
     if norm is not None and (count := facts.calls_of(norm)) != len(runs):
         norm, norm_obstacle = None, f"a run calls it {len(runs)} times, and its norm {count} times"
-    spec = ConvSpec.of(module) if isinstance(module, nn.Conv2d) else None
     return Site(
         paths=facts.names[module],
         kind=type(module).__name__,
-        spec=spec,
+        spec=_spec(facts, module, stays),
         calls=len(runs) if runs else (len(nodes) or None),
         readers=tuple(reader_name(graph, user) for node in nodes for user in node.users) if graph else (),
-        obstacle=obstacle(facts, module),
+        obstacle=stays,
         norm=facts.names[norm] if norm is not None else (),
         norm_obstacle=norm_obstacle,
         runs=tuple(runs),
@@ -134,6 +134,14 @@ def _site(facts: Facts, costs: _Costs, module: nn.Module) -> Site:
         cost=costs.of(module),
         norm_cost=Cost(0, 0, 0, 0) if norm is None else costs.of(norm),
     )
+
+
+def _spec(facts: Facts, module: nn.Module, stays: str | None) -> ConvSpec | None:
+    """Describe a conv: by what it computes, where that is known, else by its attributes."""
+    if not isinstance(module, nn.Conv2d):
+        return None
+    found = facts.computes(module) if stays is None else None
+    return found if isinstance(found, ConvSpec) else ConvSpec.of(module)
 
 
 def _functional_site(facts: Facts, costs: _Costs, one: Functional, called: Mapping[str, list[Call]]) -> Site:

@@ -12,22 +12,24 @@ that a step runs in and that no graph shows (torch.no_grad, autocast, a checkpoi
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import operator
 import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from types import FrameType
+from types import FrameType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from surgeon._torch_compat import ASSERTIONS, BatchNorm, ConvNd, NormBase, pytree, saved_tensor_hooks
-from surgeon.analysis.program import SURROUNDINGS, Rewritten
-from surgeon.blocks import Operator
+from surgeon._torch_compat import ASSERTIONS, ConvNd, NormBase, pytree, saved_tensor_hooks
+from surgeon.analysis.program import SURROUNDINGS
+from surgeon.analysis.rewritten import graph_of
+from surgeon.blocks import Operator, norms
 from surgeon.models.call import Inputs
 from surgeon.models.copies import in_mode, is_users, where
 from surgeon.models.draw import Draw
@@ -44,8 +46,8 @@ def trace(module: nn.Module, inputs: Inputs | None) -> fx.Graph | str:
 
     If tracing into every module fails, it is tried again without entering those that hold no conv and no norm.
     """
-    if isinstance(module, Rewritten):
-        return module.graph
+    if (known := graph_of(module)) is not None:
+        return known
     found = _trace_in_both_modes(module, inputs, stops_early=False)
     if isinstance(found, str):
         around = _trace_in_both_modes(module, inputs, stops_early=True)
@@ -108,14 +110,24 @@ class _Tracer(fx.Tracer):
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        node = super().create_node(*args, **kwargs)
+    def create_node(
+        self,
+        kind: str,
+        target: fx.node.Target,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        name: str | None = None,
+        type_expr: Any = None,
+    ) -> fx.Node:
+        if target is getattr and name is None and isinstance(args[1], str):
+            name = args[1]  # x.shape is a step called 'shape', not 'getattr_1'
+        node = super().create_node(kind, target, args, kwargs, name, type_expr)
         if entered := [name for name, state in _surroundings().items() if state != self.outside[name]]:
             node.meta[SURROUNDINGS] = entered[0]
         return node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, Operator | ConvNd | BatchNorm) or (self.stops_early and not _is_of_interest(m)):
+        if isinstance(m, Operator | ConvNd) or norms.is_batch_norm(m) or (self.stops_early and not _is_of_interest(m)):
             return True
         return super().is_leaf_module(m, module_qualified_name)
 
@@ -208,7 +220,12 @@ def _trace_once(
     module: nn.Module, training: bool, constants: dict[str, Any], given: Mapping[str, Any], stops_early: bool
 ) -> fx.Graph:
     """Trace, and remove what tracing and `forward` leave on modules, so that every trace begins in the same state."""
-    with tracing(_answer) as guard, _restoring(module), gradients_and_autocast(training):
+    with (
+        tracing(_answer) as guard,
+        _restoring(module),
+        gradients_and_autocast(training),
+        _calling_functions_of_graphs(module),
+    ):
         tracer = _Tracer(given, guard, stops_early=stops_early)
         return tracer.trace(in_mode(module, training), concrete_args=dict(constants))
 
@@ -226,6 +243,36 @@ def _restoring(module: nn.Module) -> Iterator[None]:
         for holder, known in zip(holders, before, strict=True):
             holder.clear()
             holder.update(known)
+
+
+@contextlib.contextmanager
+def _calling_functions_of_graphs(module: nn.Module) -> Iterator[None]:
+    """Let functions that a GraphModule calls be steps of the trace, as they are of its graph, and not be entered."""
+    spaces = [type(one).forward.__globals__ for one in module.modules() if isinstance(one, fx.GraphModule)]
+    before = [dict(space) for space in spaces]
+    for space in spaces:
+        space.update((name, _as_step(value)) for name, value in space.items() if _is_called_by_a_graph(value))
+    try:
+        yield
+    finally:
+        for space, known in zip(spaces, before, strict=True):
+            space.update(known)
+
+
+def _is_called_by_a_graph(value: object) -> bool:
+    """Whether something in the scope of a graph's code is a function that torch.fx would enter: not torch's own."""
+    return isinstance(value, FunctionType) and not (value.__module__ or "").startswith("torch.")
+
+
+def _as_step(function: FunctionType) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        given = next((one for one in pytree.tree_leaves((args, kwargs)) if type(one) is fx.Proxy), None)
+        if given is None:
+            return function(*args, **kwargs)
+        return given.tracer.create_proxy("call_function", function, args, kwargs)
+
+    return step
 
 
 def _difference(one: fx.Graph, other: fx.Graph) -> str | None:
@@ -259,4 +306,4 @@ def _essential(graph: fx.Graph) -> list[fx.Node]:
 
 
 def _is_of_interest(module: nn.Module) -> bool:
-    return may_convolve(module) or any(isinstance(part, NormBase) for part in module.modules())
+    return may_convolve(module) or any(isinstance(one, NormBase) or norms.is_frozen(one) for one in module.modules())

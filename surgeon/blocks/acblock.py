@@ -23,7 +23,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from surgeon._torch_compat import BatchNorm
-from surgeon.blocks import base
+from surgeon.blocks import base, norms
 from surgeon.blocks.base import Trial
 from surgeon.conv import kernels
 from surgeon.conv.spec import ConvSpec, Pads
@@ -67,17 +67,18 @@ class ACBlock(base.Foldable[ACBlockOptions]):
     title = "k×k + k×1 + 1×k branches, each with a norm; folds back to one conv"
     paper = "Ding et al. 2019, ACNet, arXiv:1908.03930"
     Options = ACBlockOptions
+    pads_its_input = True
     DERIVED = frozenset({"row", "column", "ver_shift", "hor_shift"})
 
-    def __init__(self, spec: ConvSpec, norm: BatchNorm, *, like: Tensor, placement: str = "skeleton") -> None:
+    def __init__(self, spec: ConvSpec, norm: nn.Module, *, like: Tensor, placement: str = "skeleton") -> None:
         """Lay out the branches with tensors like `like`, uninitialised kernels, and norms like `norm`."""
         super().__init__()
         self.spec = spec.change(bias=False)
         self.placement = placement
         self.derive_()
         (ver_spec, _), (hor_spec, _) = self._strips()
-        self.square_conv = self.spec.build(like=like)
-        self.square_bn = norm
+        self.square_conv = self.spec.inner.build(like=like)
+        self.square_bn = norm  # of any class, and what it does in train mode is its own affair
         self.ver_conv = ver_spec.build(like=like)
         self.ver_bn = _fresh_norm(norm)
         self.hor_conv = hor_spec.build(like=like)
@@ -92,7 +93,8 @@ class ACBlock(base.Foldable[ACBlockOptions]):
     def _strips(self) -> tuple[tuple[ConvSpec, Pads | None], tuple[ConvSpec, Pads | None]]:
         """Give the specs of the two strips, the vertical one first, and their shifts."""
         kh, kw = self.spec.kernel
-        return self.spec.part((kh, 1), row=0, column=self.column), self.spec.part((1, kw), row=self.row, column=0)
+        inner = self.spec.inner
+        return inner.part((kh, 1), row=0, column=self.column), inner.part((1, kw), row=self.row, column=0)
 
     @classmethod
     def refusal(cls, spec: ConvSpec, size: tuple[int, int] | None, options: ACBlockOptions) -> str | None:
@@ -123,7 +125,7 @@ class ACBlock(base.Foldable[ACBlockOptions]):
 
     @classmethod
     def from_conv(
-        cls, conv: nn.Conv2d, options: ACBlockOptions, *, norm: BatchNorm | None, generator: torch.Generator
+        cls, conv: nn.Conv2d, options: ACBlockOptions, *, norm: nn.Module | None, generator: torch.Generator
     ) -> Self:
         own = _identity_norm(conv) if norm is None else _taken_over(norm, conv.bias)
         is_scratch = options.init == "scratch"
@@ -156,7 +158,7 @@ class ACBlock(base.Foldable[ACBlockOptions]):
                     yield Trial(spec, options, with_norm=True)
 
     def forward(self, input: Tensor) -> Tensor:
-        x, mode = input, self.spec.padding_mode
+        x, mode = self.spec.padded(input), self.spec.padding_mode
         square = self.square_bn(self.square_conv(x))
         ver = self.ver_bn(self.ver_conv(x if self.ver_shift is None else kernels.shift(x, self.ver_shift, mode)))
         hor = self.hor_bn(self.hor_conv(x if self.hor_shift is None else kernels.shift(x, self.hor_shift, mode)))
@@ -183,12 +185,12 @@ class ACBlock(base.Foldable[ACBlockOptions]):
     def unfoldable(self) -> str | None:
         for name in ("square_bn", "ver_bn", "hor_bn"):
             norm = getattr(self, name)
-            if not isinstance(norm, BatchNorm):
+            if not norms.is_batch_norm(norm) or norms.rest_of(norm):
                 return f"{name} is a {type(norm).__name__} now"
             if norm.running_mean is None or norm.running_var is None:
                 return f"{name} keeps no running statistics"
         (ver_spec, _), (hor_spec, _) = self._strips()
-        for name, spec in (("square_conv", self.spec), ("ver_conv", ver_spec), ("hor_conv", hor_spec)):
+        for name, spec in (("square_conv", self.spec.inner), ("ver_conv", ver_spec), ("hor_conv", hor_spec)):
             conv = getattr(self, name)
             if not isinstance(conv, nn.Conv2d) or ConvSpec.of(conv).change(bias=False) != spec:
                 return f"{name} is not the conv that belongs there: {spec}"
@@ -200,32 +202,31 @@ class ACBlock(base.Foldable[ACBlockOptions]):
     def _start_from_scratch_(self, gamma: float, generator: torch.Generator) -> None:
         for conv, norm in self._branches():
             conv.weight.copy_(base.kaiming_uniform(tuple(conv.weight.shape), generator, like=conv.weight))
+            assert isinstance(norm, BatchNorm)  # all three are new
             norm.weight.fill_(gamma)
 
     def _take_over_(self, weight: Tensor, generator: torch.Generator) -> None:
         assert isinstance(weight, nn.Parameter)
         self.square_conv.weight = weight
-        for conv, norm in self._branches()[1:]:
+        for conv, norm in self._strip_branches():
             conv.weight.copy_(base.kaiming_uniform(tuple(conv.weight.shape), generator, like=conv.weight))
             norm.weight.zero_()
 
     def _split_(self, weight: Tensor, generator: torch.Generator) -> None:
         """Draw the strips as large as the kernel's own taps, and subtract them from the square kernel."""
         size, kernel = self.spec.kernel, weight.double()
-        places = ({"column": self.column}, {"row": self.row})
-        for (conv, norm), place in zip(self._branches()[1:], places, strict=True):
+        places, square = ({"column": self.column}, {"row": self.row}), kernels.Norm.of(self.square_bn)
+        for (conv, norm), place in zip(self._strip_branches(), places, strict=True):
             noise = base.normal(tuple(conv.weight.shape), generator, like=weight)
             strip = noise * weight.double().square().mean().sqrt()
             conv.weight.copy_(strip)
             kernel = kernel - kernels.embed(strip, size, **place)
             assert norm.running_var is not None
-            assert self.square_bn.running_var is not None
-            norm.running_var.copy_(self.square_bn.running_var)  # the same scale as the square branch, and no shift
-            if self.square_bn.affine:
-                norm.weight.copy_(self.square_bn.weight)
+            norm.running_var.copy_(square.var)  # the same scale as the square branch, and no shift
+            norm.weight.copy_(square.weight)
         self.square_conv.weight.copy_(kernel)
 
-    def _follow_(self, conv: nn.Conv2d, norm: BatchNorm) -> None:
+    def _follow_(self, conv: nn.Conv2d, norm: nn.Module) -> None:
         """Take over what the conv and its norm train, and the mode that they are in."""
         for module in (self.square_conv, self.ver_conv, self.hor_conv, self.ver_bn, self.hor_bn):
             module.requires_grad_(conv.weight.requires_grad)
@@ -236,26 +237,26 @@ class ACBlock(base.Foldable[ACBlockOptions]):
         for _, branch_norm in self._branches():
             branch_norm.train(mode)
 
-    def _branches(self) -> tuple[tuple[nn.Conv2d, BatchNorm], ...]:
-        return (
-            (self.square_conv, self.square_bn),
-            (self.ver_conv, self.ver_bn),
-            (self.hor_conv, self.hor_bn),
-        )
+    def _branches(self) -> tuple[tuple[nn.Conv2d, nn.Module], ...]:
+        return ((self.square_conv, self.square_bn), *self._strip_branches())
+
+    def _strip_branches(self) -> tuple[tuple[nn.Conv2d, BatchNorm], ...]:
+        return ((self.ver_conv, self.ver_bn), (self.hor_conv, self.hor_bn))
 
 
-def _fold_branch(conv: nn.Conv2d, norm: BatchNorm) -> tuple[Tensor, Tensor]:
+def _fold_branch(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:
     bias = None if conv.bias is None else conv.bias.double()
     return kernels.fold_bn(conv.weight.double(), bias, kernels.Norm.of(norm).double())
 
 
-def _fresh_norm(norm: BatchNorm) -> BatchNorm:
-    """Make an affine norm of the same kind with statistics 0 and 1."""
-    assert norm.running_var is not None
-    options: dict[str, Any] = {"device": norm.running_var.device, "dtype": norm.running_var.dtype}
+def _fresh_norm(norm: nn.Module) -> BatchNorm:
+    """Make an affine norm with statistics 0 and 1 that is trained, whatever class the other is of."""
+    var = kernels.Norm.of(norm).var
+    options: dict[str, Any] = {"device": var.device, "dtype": var.dtype}
+    options |= {name: vars(norm)[name] for name in ("eps", "momentum") if name in vars(norm)}
     if isinstance(norm, nn.SyncBatchNorm):
-        options["process_group"] = norm.process_group
-    return type(norm)(norm.num_features, eps=norm.eps, momentum=norm.momentum, **options)
+        return nn.SyncBatchNorm(len(var), process_group=norm.process_group, **options)
+    return nn.BatchNorm2d(len(var), **options)
 
 
 def _identity_norm(conv: nn.Conv2d) -> BatchNorm:
@@ -271,14 +272,15 @@ def _identity_norm(conv: nn.Conv2d) -> BatchNorm:
     return norm.train(conv.training)
 
 
-def _taken_over(norm: BatchNorm, bias: Tensor | None) -> BatchNorm:
+def _taken_over(norm: nn.Module, bias: Tensor | None) -> nn.Module:
     """Copy a norm, sharing its parameters; the bias of the conv before it moves into the running mean."""
     shared: list[object] = [*norm.parameters()]
     if isinstance(norm, nn.SyncBatchNorm):
         shared.append(norm.process_group)  # a connection to other processes has no copy
     norm = copy.deepcopy(norm, memo={id(value): value for value in shared})
     if bias is not None:
-        assert norm.running_mean is not None
+        mean = norm.running_mean
+        assert isinstance(mean, Tensor)
         with torch.no_grad():
-            norm.running_mean.copy_(norm.running_mean.double() - bias.double())
+            mean.copy_(mean.double() - bias.double())
     return norm

@@ -18,7 +18,6 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 from typing_extensions import TypeVar
 
-from surgeon._torch_compat import BatchNorm
 from surgeon.conv.spec import ConvSpec
 from surgeon.nn import Stored
 
@@ -121,6 +120,7 @@ class Block(Operator, abc.ABC, Generic[Opts]):
     paper: ClassVar[str]
     Options: ClassVar[type[BlockOptions]]
     planner: ClassVar[str | None] = None
+    pads_its_input: ClassVar[bool] = False  # True: it pads as `ConvSpec.pads_input` says, so such convs are not refused
 
     @classmethod
     @abc.abstractmethod
@@ -159,10 +159,11 @@ class Block(Operator, abc.ABC, Generic[Opts]):
 
     @classmethod
     @abc.abstractmethod
-    def from_conv(cls, conv: nn.Conv2d, options: Opts, *, norm: BatchNorm | None, generator: torch.Generator) -> Self:
+    def from_conv(cls, conv: nn.Conv2d, options: Opts, *, norm: nn.Module | None, generator: torch.Generator) -> Self:
         """Build the block from a conv that is not refused, with its dtype, device, memory format and training flag.
 
-        The conv's tensors may be shared, never changed. `norm` is the norm to take over, where there is one. What is
+        The conv's tensors may be shared, never changed. `norm` is the norm to take over, where there is one: of any
+        class, but in eval mode it computes the batch norm of its tensors, which `kernels.Norm.of` reads. What is
         random is drawn from `generator`, on the CPU and in float64, so that a model gets the same numbers in any dtype
         (`base.uniform` and its like do that, and draw nothing for a conv on the meta device).
         """
@@ -171,6 +172,9 @@ class Block(Operator, abc.ABC, Generic[Opts]):
     @abc.abstractmethod
     def trials(cls) -> Iterator[Trial]:
         """Convs and options that the contract test tries."""
+
+    # The class and attributes, without tensors, of the conv that it replaces, where that is not torch's own Conv2d.
+    origin: nn.Conv2d | None = None
 
     # The attributes of a conv can be read from the block in its place, too.
     in_channels = property(lambda self: self.spec.c_in)
@@ -182,7 +186,7 @@ class Block(Operator, abc.ABC, Generic[Opts]):
     groups = property(lambda self: self.spec.groups)
     padding_mode = property(lambda self: self.spec.padding_mode)
 
-    def with_norm(self, norm: BatchNorm) -> Self | None:
+    def with_norm(self, norm: nn.Module) -> Self | None:
         """Return a block that computes what this one and the norm behind it do in eval mode, if it can be one."""
         return None
 

@@ -25,7 +25,9 @@ def broken(kind: type[Block], what: str) -> SurgeonError:
 
 
 def refusal(kind: type[Block], spec: ConvSpec, size: tuple[int, int] | None, options: Any) -> str | None:
-    """Ask a block why it cannot replace a conv."""
+    """Ask a block why it cannot replace a conv; not every block pads its input as some convs do."""
+    if spec.pads_input is not None and not kind.pads_its_input:
+        return f"it pads its input by a rule of its own ({spec}), which the block {kind.name} does not do"
     with _calling(kind, "refusal"):
         why: Any = kind.refusal(spec, size, options)
     if why is not None and not isinstance(why, str):

@@ -78,5 +78,5 @@ def _conv(block: OctaveConv, filters: Ranges, channels: Ranges, *, with_bias: bo
         return None
     kernel = block.kernel(filters, channels).detach()
     bias = streams.take(block.bias, filters, 0).detach() if with_bias and block.bias is not None else None
-    spec = block.spec.change(c_in=kernel.shape[1], c_out=kernel.shape[0], stride=(1, 1))
+    spec = block.spec.at_stride_1.change(c_in=kernel.shape[1], c_out=kernel.shape[0])
     return spec.build_with(kernel, bias, like=block.weight)

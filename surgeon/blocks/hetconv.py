@@ -30,7 +30,6 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from surgeon._torch_compat import BatchNorm
 from surgeon.blocks import base
 from surgeon.blocks.base import Trial
 from surgeon.conv import kernels
@@ -78,6 +77,7 @@ class HetConv(base.Foldable[HetConvOptions]):
     paper = "Singh et al. 2019, HetConv, arXiv:1903.04120"
     Options = HetConvOptions
     folds_for_free = False
+    pads_its_input = True
     DERIVED = frozenset({"grouped", "centre", "centre_shift"})
 
     def __init__(self, spec: ConvSpec, p: int, layout: Layout, *, like: Tensor) -> None:
@@ -97,8 +97,8 @@ class HetConv(base.Foldable[HetConvOptions]):
     def derive_(self) -> None:
         """Find the specs of the two convs, and how the input of the 1×1 one is shifted."""
         kh, kw = self.spec.kernel
-        self.grouped = self.spec.change(groups=self.p)
-        self.centre, self.centre_shift = self.spec.part((1, 1), row=kh // 2, column=kw // 2)
+        self.grouped = self.spec.inner.change(groups=self.p)
+        self.centre, self.centre_shift = self.spec.inner.part((1, 1), row=kh // 2, column=kw // 2)
 
     @classmethod
     def refusal(cls, spec: ConvSpec, size: tuple[int, int] | None, options: HetConvOptions) -> str | None:
@@ -148,7 +148,7 @@ class HetConv(base.Foldable[HetConvOptions]):
 
     @classmethod
     def from_conv(
-        cls, conv: nn.Conv2d, options: HetConvOptions, *, norm: BatchNorm | None, generator: torch.Generator
+        cls, conv: nn.Conv2d, options: HetConvOptions, *, norm: nn.Module | None, generator: torch.Generator
     ) -> Self:
         block = cls(ConvSpec.of(conv), options.p, options.layout, like=conv.weight)
         dense: Tensor = conv.weight
@@ -212,7 +212,7 @@ class HetConv(base.Foldable[HetConvOptions]):
 
     def forward(self, input: Tensor) -> Tensor:
         spec = self.spec
-        x = self._sorted(input)
+        x = self._sorted(spec.padded(input))
         seen = x if self.centre_shift is None else kernels.shift(x, self.centre_shift, spec.padding_mode)
         y = kernels.convolve(x, self.weight, None, self.grouped)
         y = kernels.add_convolved_(y, seen, self._pointwise_kernel(), self.centre)
@@ -232,7 +232,7 @@ class HetConv(base.Foldable[HetConvOptions]):
 
     to_dense = fold
 
-    def with_norm(self, norm: BatchNorm) -> Self:
+    def with_norm(self, norm: nn.Module) -> Self:
         block = type(self)(self.spec.change(bias=True), self.p, self.layout, like=self.weight)
         with torch.no_grad():
             if self.layout == "best":

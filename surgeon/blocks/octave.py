@@ -14,6 +14,8 @@ At stride 2 the maps are pooled and then convolved at stride 1:
     paper      h ← pool(h), and l is not pooled on its way to high: it has that resolution already
     pool-both  h ← pool(h), l ← pool(l)
 
+A conv that pads as TensorFlow's SAME does then pads both sides alike, since at stride 1 SAME is that.
+
 A filter of a grouped conv sees the channels of its group only: each path takes the groups that lead from its stream to
 the other, so a depthwise conv has h → h and l → l alone.
 
@@ -31,7 +33,6 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from surgeon._torch_compat import BatchNorm
 from surgeon.blocks.base import Trial
 from surgeon.blocks.fused_octave import FusedOctave
 from surgeon.blocks.two_streams import Streams, TwoStreamBlock, TwoStreamOptions, in_words
@@ -56,6 +57,7 @@ class OctaveConv(TwoStreamBlock[OctaveConvOptions]):
     title = "high and low frequency channels, the low ones at half the resolution"
     paper = "Chen et al. 2019, Drop an Octave, arXiv:1904.05049"
     Options = OctaveConvOptions
+    pads_its_input = True
 
     def __init__(self, conv: nn.Conv2d, options: OctaveConvOptions) -> None:
         """Take over the parameters of a conv that is not refused."""
@@ -71,6 +73,10 @@ class OctaveConv(TwoStreamBlock[OctaveConvOptions]):
             return f"stride {spec.stride[0]}x{spec.stride[1]}: only 1 and 2 are defined for two streams"
         if even := [k for k in spec.kernel if k % 2 == 0]:
             return f"kernel {spec.kernel[0]}x{spec.kernel[1]} has no centre: {even[0]} is even"
+        if isinstance(spec.pads_input, tuple):
+            return (
+                "its padding is not the same on both sides, and would shift the low stream twice as far as the high one"
+            )
         growth = [spec.pads[0] + spec.pads[1], spec.pads[2] + spec.pads[3]]
         if growth != [d * (k - 1) for d, k in zip(spec.dilation, spec.kernel, strict=True)]:
             return "its padding does not keep the size of the map, so the two streams would drift apart"
@@ -99,7 +105,7 @@ class OctaveConv(TwoStreamBlock[OctaveConvOptions]):
 
     @classmethod
     def from_conv(
-        cls, conv: nn.Conv2d, options: OctaveConvOptions, *, norm: BatchNorm | None, generator: torch.Generator
+        cls, conv: nn.Conv2d, options: OctaveConvOptions, *, norm: nn.Module | None, generator: torch.Generator
     ) -> Self:
         return cls(conv, options).train(conv.training)
 
@@ -136,7 +142,7 @@ class OctaveConv(TwoStreamBlock[OctaveConvOptions]):
             to_low = streams.take(to_low, (*streams.others(self.low_in, self.spec.c_in), *self.low_in))
         return made, self._run(torch.cat([pooled, low], 1), to_low, bias_low)
 
-    def with_norm(self, norm: BatchNorm) -> Self:
+    def with_norm(self, norm: nn.Module) -> Self:
         """Fold a norm into all four kernels at once: each of its channels belongs to one stream."""
         made = copy.deepcopy(self)
         weight, bias = kernels.with_norm(self.weight, self.bias, norm)
@@ -154,7 +160,7 @@ class OctaveConv(TwoStreamBlock[OctaveConvOptions]):
         return streams.take(streams.take(self.weight, filters, 0), streams.merged(channels))
 
     def _run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        spec = self.spec.change(c_in=weight.shape[1], c_out=weight.shape[0], stride=(1, 1))
+        spec = self.spec.at_stride_1.change(c_in=weight.shape[1], c_out=weight.shape[0])
         return kernels.convolve(x, weight, bias, spec)
 
     def _grouped(self, high: Tensor, low: Tensor | None) -> Streams:
@@ -198,11 +204,10 @@ class OctaveConv(TwoStreamBlock[OctaveConvOptions]):
                     reads_low,
                     slice(first * per_in - start, last * per_in - start),
                     slice(first * per_out, last * per_out),
-                    spec.change(
+                    spec.at_stride_1.change(
                         c_in=(last - first) * per_in,
                         c_out=(last - first) * per_out,
                         groups=last - first,
-                        stride=(1, 1),
                         bias=False,
                     ),
                 )

@@ -46,9 +46,9 @@ class TwoStreamOptions(base.BlockOptions):
         6, ge=1, description="a conv whose low map would have a shorter side than this writes high channels only"
     )
     strided: Literal["pool", "keep"] = Field(
-        "pool",
-        description="a conv of stride 2 without low channels: pool: it is pooled, then convolved at stride 1, as in "
-        "the paper's code; keep: it stays as it is",
+        "keep",
+        description="a conv of stride 2 without low channels, right behind a region: keep: it stays as it is; pool: it "
+        "is pooled, then convolved at stride 1, as in the paper's code, which saves nothing",
     )
     seams: Literal["remove", "keep"] = Field(
         "remove", description="remove: hand the streams on from conv to conv; keep: each conv splits and joins"

@@ -15,10 +15,11 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from surgeon._torch_compat import BatchNorm
 from surgeon.conv.numbers import cast
 from surgeon.conv.spec import ConvSpec, Pads, is_channels_last
 from surgeon.conv.streams import writes_in_place
+
+_EPS = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,16 +33,17 @@ class Norm:
     eps: float
 
     @classmethod
-    def of(cls, norm: BatchNorm) -> Norm:
-        """Read a norm that keeps running statistics."""
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
+    def of(cls, norm: nn.Module) -> Norm:
+        """Read a norm of any class that keeps running statistics; one that names no eps, as DETR's, has torch's."""
+        mean, var, weight, bias = (getattr(norm, name) for name in ("running_mean", "running_var", "weight", "bias"))
+        assert isinstance(mean, Tensor)
+        assert isinstance(var, Tensor)
         return cls(
-            mean=norm.running_mean,
-            var=norm.running_var,
-            weight=torch.ones_like(norm.running_var) if norm.weight is None else norm.weight,
-            bias=torch.zeros_like(norm.running_var) if norm.bias is None else norm.bias,
-            eps=norm.eps,
+            mean=mean,
+            var=var,
+            weight=weight if isinstance(weight, Tensor) else torch.ones_like(var),
+            bias=bias if isinstance(bias, Tensor) else torch.zeros_like(var),
+            eps=getattr(norm, "eps", _EPS),
         )
 
     def double(self) -> Norm:
@@ -63,7 +65,7 @@ def fold_bn(kernel: Tensor, bias: Tensor | None, norm: Norm) -> tuple[Tensor, Te
     return kernel * scale[:, None, None, None], norm.bias + shift * scale
 
 
-def with_norm(weight: Tensor, bias: Tensor | None, norm: BatchNorm) -> tuple[Tensor, Tensor]:
+def with_norm(weight: Tensor, bias: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Fold a norm into the tensors of the conv before it, in float64, cast once to their dtype."""
     bias64 = None if bias is None else bias.detach().double()
     made = fold_bn(weight.detach().double(), bias64, Norm.of(norm).double())
@@ -98,7 +100,8 @@ def shift(x: Tensor, pads: Pads, mode: str) -> Tensor:
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
-    """Run a conv of this spec with other tensors, whatever its padding mode."""
+    """Run a conv of this spec with other tensors, however it pads."""
+    x, spec = spec.padded(x), spec.inner
     if spec.padding_mode != "zeros":
         x, spec = shift(x, spec.pads, spec.padding_mode), spec.change(padding=(0, 0))
     return nn.functional.conv2d(x, weight, bias, spec.stride, spec.padding, spec.dilation, spec.groups)

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from surgeon._torch_compat import sizes
 from surgeon.conv.spec import is_channels_last
 
 Ranges = tuple[tuple[int, int], ...]
@@ -80,7 +81,7 @@ def part(x: Tensor, low: Sequence[Sequence[int]], dim: int = 1) -> tuple[Tensor,
 
     Where the low ones come last both are parts of one split, whose gradients are put together without filling in zeros.
     """
-    channels = x.shape[dim]
+    channels = sizes(x)[dim]
     if not low:
         return x, None
     if len(low) == 1 and low[0][1] == channels:
@@ -180,8 +181,9 @@ def join(high: Tensor, low: Tensor, ranges: Sequence[Sequence[int]]) -> Tensor:
 def interleave(high: Tensor, low: Tensor, ranges: Sequence[Sequence[int]]) -> Tensor:
     """Put channels of the same resolution into their order; `low` are those in the ranges."""
     axis = _channel_axis(high)
-    channels = high.shape[axis] + low.shape[axis]
-    if tuple(ranges[0]) == (high.shape[axis], channels):
+    border = sizes(high)[axis]
+    channels = border + sizes(low)[axis]
+    if tuple(ranges[0]) == (border, channels):
         return torch.cat([high, low], axis)
     sources = {False: high, True: low}
     places = sorted([(start, stop, True) for start, stop in ranges] + [(*r, False) for r in others(ranges, channels)])

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from surgeon.files import arrays, functions
 from surgeon.files.values import UNKNOWN, Value, bytes_per_number, fits
 
+BLANK = "surgeon.nn.Rewritten"  # a class whose objects are made by calling it, since in memory they are of others
+
 Rule = Callable[[Sequence[Value]], bool]
 _ENCODINGS = ("latin1", "latin-1", "ascii")
 _VIEW, _PARAMETER = "torch._utils._rebuild_tensor", "torch._utils._rebuild_parameter"
@@ -166,6 +168,7 @@ def _is_number(args: Sequence[Value]) -> bool:
 
 
 RULES: dict[str, Rule] = {
+    BLANK: lambda args: not args,
     "collections.OrderedDict": lambda args: not args,
     "collections.Counter": _is_counted,
     "types.SimpleNamespace": lambda args: not args,

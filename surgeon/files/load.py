@@ -10,6 +10,7 @@ Code runs where the user names it, never because a file does. Whatever goes wron
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,9 @@ from surgeon.files.architectures import FETCHING, LIBRARIES, Architecture, is_fa
 from surgeon.files.budget import Budget, is_modest
 from surgeon.files.checkpoints import State
 from surgeon.files.formats.base import MANIFEST
+from surgeon.files.names import class_of
 from surgeon.files.pickles import Trust
+from surgeon.nn import Stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,4 +194,7 @@ def _read(path: Path, trust: Trust, key: str | None = None) -> tuple[nn.Module |
     if kind.runs_unchecked(trust):
         notices.append(f"unpickled {path} without checks (--unsafe-pickle): any code in it has run")
     content, more = checkpoints.content_of(found, str(path), key)
+    for module in content.modules() if isinstance(content, nn.Module) else ():
+        if isinstance(module, Stored):
+            module.recall_(functools.partial(class_of, trust=trust))
     return content, notices + more

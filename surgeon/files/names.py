@@ -156,6 +156,14 @@ def admitted(path: Path, names: Sequence[str], trust: Trust) -> dict[str, object
     return found
 
 
+def class_of(name: str, trust: Trust) -> object:
+    """Find a class that a file names in a text, if it might have named it as a class; None if not."""
+    try:
+        return None if _refusal(name, trust) else _find(name, trust)
+    except _RefusedError:
+        return None
+
+
 def _refusal(name: str, trust: Trust) -> str | None:
     """Say why a name may not even be looked up."""
     if (name := current_name(name)) in HARMLESS or name in NUMPY:

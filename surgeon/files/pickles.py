@@ -93,7 +93,7 @@ class _Room:
 
 def _is_torchs(name: str) -> bool:
     """Whether torch's weights-only reader has a name of its own: a tensor's, or one of what lies around tensors."""
-    is_listed = calls.is_listed(name) and name not in HARMLESS and name not in NUMPY
+    is_listed = calls.is_listed(name) and name not in HARMLESS and name not in NUMPY and name != calls.BLANK
     return is_listed or (name.startswith("torch.") and (name in calls.TYPES or bytes_per_number(name) is not None))
 
 

@@ -196,9 +196,9 @@ class _Walk:
         if arrays.is_ours(target):
             return arrays.objection(target, state)
         kind = self.admitted.get(target.made_by)
-        if target.opcode == "REDUCE":
+        if target.opcode == "REDUCE" and target.made_by != calls.BLANK:
             return self._objection_to_filling_result(target, state)
-        if target.opcode != "NEWOBJ" or not isinstance(kind, type):
+        if target.opcode not in ("NEWOBJ", "REDUCE") or not isinstance(kind, type):
             return "sets the state of what has none"
         if not issubclass(kind, nn.Module):
             return _objection_to_data(kind, state, target.made_by in HARMLESS)

@@ -16,7 +16,7 @@ from surgeon.errors import ModelError, StoreError
 from surgeon.files import calls, formats, whole
 from surgeon.files.names import HARMLESS, NUMPY, PACKAGES, Trust, admitted, lies_in, offered_blocks
 from surgeon.files.steps import Program
-from surgeon.nn import current_name
+from surgeon.nn import Stored, current_name
 
 _HOOKS = "hooks"
 _REGISTERS = ("_parameters", "_buffers", "_modules")
@@ -144,7 +144,7 @@ def _culprits(model: nn.Module) -> Iterator[tuple[str, str]]:
     """Give what cannot be pickled, and why."""
     for path, module in model.named_modules():
         name = path or "the model"
-        if _failure(type(module)) is not None:
+        if not isinstance(module, Stored) and _failure(type(module)) is not None:
             yield name, f"its class {type(module).__qualname__} {_home(type(module))}"
         for attribute, value in vars(module).items():
             if attribute in _REGISTERS or (error := _failure(value)) is None:

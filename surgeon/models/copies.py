@@ -34,6 +34,7 @@ _OF_COPYING = (
     *("__deepcopy__", "__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__"),
     *("__getstate__", "__setstate__"),
 )
+_OF_FILES = {"__getstate__", "__setstate__", "__reduce_ex__", "__deepcopy__"}
 _TORCHS_OWN = vars(nn.Module()).keys()  # _modules, _parameters, hooks
 
 
@@ -154,9 +155,9 @@ def _deepcopy(model: Model, memo: dict[int, Any]) -> Model:
 
 
 def _is_plain(kind: type[nn.Module]) -> bool:
-    """Whether a module of this class is copied by copying its attributes, because it does not define how."""
+    """Whether a module of this class is copied by copying its attributes; what `Stored` defines of it is for files."""
     own = [name for name in _OF_COPYING if getattr(kind, name, None) is not getattr(nn.Module, name, None)]
-    return not own or (issubclass(kind, Stored) and set(own) <= {"__getstate__", "__setstate__"})  # those are for files
+    return not own or (issubclass(kind, Stored) and set(own) <= _OF_FILES)
 
 
 def _is_registry(held: dict[Any, Any]) -> bool:
@@ -192,8 +193,10 @@ def _check_copyable(model: nn.Module) -> None:
 
 
 def kind_of(module: nn.Module) -> type:
-    """Give the class of a module; every GraphModule has one of its own, below that which names its kind."""
+    """Give the class of a module; of a class that was made for one network, such as GraphModules have, what it is of."""
     kind = type(module)
+    if issubclass(kind, Stored):
+        return kind.stored_as()
     is_its_own = isinstance(module, fx.GraphModule) and kind.__qualname__.endswith("GraphModuleImpl")
     return kind.__mro__[1] if is_its_own else kind
 

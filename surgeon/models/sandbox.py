@@ -47,6 +47,7 @@ import torch
 from torch import nn
 
 _LOCK = threading.RLock()
+_READING: list[int] = []  # the threads inside `unpickling`
 _GPUS = ("cuda", "xpu")  # kinds of which there may be several devices, each with a random state
 _LEGACY_SEEDS = 2**32  # NumPy takes no larger ones
 
@@ -156,7 +157,16 @@ def tracing(answer: Callable[..., bool]) -> Iterator[Guard]:
 def unpickling(admitted: Sequence[Any]) -> Iterator[None]:
     """Let torch.load make these things, and no others that another thread has admitted for a file of its own."""
     with _LOCK, torch.serialization.safe_globals(list(admitted)):
-        yield
+        _READING.append(threading.get_ident())
+        try:
+            yield
+        finally:
+            _READING.pop()
+
+
+def is_unpickling() -> bool:
+    """Whether this thread is reading a file that may make no more than what was admitted."""
+    return threading.get_ident() in _READING
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx, nn
 
-from surgeon.analysis import program
+from surgeon.analysis import rewritten
 from surgeon.analysis.islands import Island
 from surgeon.analysis.obstacles import custom_call
 from surgeon.blocks.pairs import make_pair_norm_
@@ -84,7 +84,7 @@ def remove_(
             outcome.seams.append(Seam(island.path, "local", why))
             continue
         outcome.undos += [make_pair_norm_(root.get_submodule(path), low) for path, low in made.norms.items()]
-        outcome.undos.append(program.rewrite_(root, made.graph))
+        outcome.undos.append(rewritten.rewrite_(root, made.graph))
         outcome.seams += made.seams
         outcome.fired += made.fired
         outcome.rewritten += (island.path,)
@@ -94,13 +94,13 @@ def remove_(
 def deploy_(model: nn.Module) -> None:
     """Tidy the graphs of a model whose blocks are deployed: no Identities, and sums in place where possible."""
     for module in model.modules():
-        if isinstance(module, program.Rewritten):
-            new, modules = module.graph, dict(module.named_modules(remove_duplicate=False))
-            _drop_identities_(new, modules)
-            for node in new.nodes:
+        if (known := rewritten.graph_of(module)) is not None:
+            modules = dict(module.named_modules(remove_duplicate=False))
+            _drop_identities_(known, modules)
+            for node in known.nodes:
                 if _adds_to_its_own(node, modules):
                     node.target = streams.add_into
-            program.rewrite_(module, new)
+            rewritten.rewrite_(module, known)
 
 
 def _drop_identities_(new: fx.Graph, modules: dict[str, nn.Module]) -> None:
@@ -130,7 +130,7 @@ def _adds_to_its_own(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
 
 
 def _obstacle(root: nn.Module, island: Island, made: StreamGraph) -> str | None:
-    return program.obstacle(root, island.graph, custom_call) or program.unwritable(root, made.graph)
+    return rewritten.obstacle(root, island.graph, custom_call) or rewritten.unwritable(root, made.graph)
 
 
 def _low_pass_(graph: StreamGraph, places: Sequence[LowPass]) -> None:

@@ -7,7 +7,8 @@ of two streams,
   wanted conv with a large enough low map reads its output; unless that output is added to low channels;
 - a conv reads low channels (alpha_in = alpha) exactly if its input has some; behind a concatenation they are in several
   ranges;
-- a conv with groups writes low channels only if it reads some.
+- a conv with groups writes low channels only if it reads some;
+- a conv that neither reads nor writes low channels stays as it is, and so does one whose swap would save nothing.
 
 For Oct-ResNet and Oct-MobileNet these are the published roles. A plain map that is added to an octave map,
 for example by the shortcut that leads into a region, is low-passed there. A conv that is called twice, or that no graph
@@ -18,200 +19,102 @@ Chen et al. 2019, Drop an Octave, arXiv:1904.05049, section 4.1.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-from torch import fx, nn
+import torch
 
-from surgeon.analysis.islands import Island
-from surgeon.analysis.sites import Site, Survey
-from surgeon.blocks import Together, Wanted, contract
+from surgeon.analysis.sites import Survey, measure_calls
+from surgeon.blocks import Wanted, contract
 from surgeon.blocks.two_streams import TwoStreamOptions
-from surgeon.conv import streams
-from surgeon.octave.layout import Flow, Layout, Step
-from surgeon.octave.rewrite import LowPass
-from surgeon.octave.rules import rule_of
-
-
-@dataclass(slots=True)
-class Roles(Together[TwoStreamOptions]):
-    """What was planned: the options of the convs that are swapped, why others are not, and what is low-passed."""
-
-    low_passes: list[LowPass] = field(default_factory=list)
+from surgeon.octave.region import NO_LOW, Region, Roles, fixed_role
 
 
 def assign(survey: Survey, wanted: Mapping[str, Wanted[TwoStreamOptions]]) -> Roles:
     """Give every wanted conv its role; a conv whose role is refused is left out, and the others are planned anew.
 
-    It is the `planner` of all blocks of two streams.
+    A swap is left out, too, if without it the plan would cost no more. This is the planner of all two-stream blocks.
     """
-    known = {site.path: site for site in survey.sites}
-    refused: dict[str, str] = {}
-    open_ended: set[str] = set()
-    while True:
-        roles = Roles(skips=dict(refused))
-        left = {path: one.options for path, one in wanted.items() if path not in refused}
-        regions = [_Region(survey, one, known, left, roles, open_ended) for one in survey.network.islands]
-        for region in regions:
-            region.assign()
-        if added := {path for region in regions for path in region.added_to_streams()} - open_ended:
-            open_ended |= added
-            continue
-        for path, options in left.items():  # convs that no graph shows
-            if path not in roles.options and path not in roles.skips:
-                roles.options[path] = _fixed(options)
-        found = {path: why for path in roles.options if (why := _refusal(known[path], wanted[path], roles))}
-        if not found:
-            return roles
-        refused |= found
+    planner = _Planner(survey, wanted)
+    made = planner.plan({})
+    while (without := planner.without_an_idle_swap(made)) is not None:
+        made = without
+    return made.roles
 
 
-def _refusal(site: Site, wanted: Wanted[TwoStreamOptions], roles: Roles) -> str | None:
-    assert site.spec is not None
-    return contract.refusal(wanted.block, site.spec, site.size, roles.options[site.path])
+@dataclass(slots=True)
+class _Planned:
+    """The roles with some convs left out, and what was seen of the islands."""
+
+    roles: Roles
+    regions: list[Region]
+    left_out: dict[str, str]
 
 
-def _fixed(options: TwoStreamOptions) -> TwoStreamOptions:
-    before, behind = options.alphas
-    return options.model_copy(update={"alpha_in": before, "alpha_out": behind})
+class _Planner:
+    """Plans all convs of a network together, again and again, until no role is refused and none is idle."""
 
+    def __init__(self, survey: Survey, wanted: Mapping[str, Wanted[TwoStreamOptions]]) -> None:
+        self.survey, self.wanted = survey, wanted
+        self.sites = {site.path: site for site in survey.sites}
+        self._costs: dict[object, int | None] = {}
 
-class _Region:
-    """The octave convs of one island."""
-
-    def __init__(
-        self,
-        survey: Survey,
-        island: Island,
-        sites: Mapping[str, Site],
-        wanted: Mapping[str, TwoStreamOptions],
-        roles: Roles,
-        open_ended: set[str],
-    ) -> None:
-        model = survey.model
-        root = model.get_submodule(island.path)
-        self.survey = survey
-        self.island, self.roles, self.wanted, self.open_ended = island, roles, wanted, open_ended
-        self.low_passed: list[fx.Node] = []
-        self.modules = dict(root.named_modules(remove_duplicate=False))
-        first = {module: path for path, module in reversed(list(model.named_modules(remove_duplicate=False)))}
-        paths = {node: first[self.modules[str(node.target)]] for node in island.graph.nodes if node.op == "call_module"}
-        self.paths = {node: path for node, path in paths.items() if path in wanted}
-        self.sites = {node: sites[path] for node, path in self.paths.items()}
-        self.calls = Counter(self.paths.values())
-        self.layouts: dict[fx.Node, Layout] = {}
-
-    def assign(self) -> None:
-        if not self.paths:
-            return
-        for node in self.island.graph.nodes:
-            flow = self._octave(node) if node in self.paths else self._plain(node)
-            if flow.low_pass and (flow.seam or not self._has_channels(flow.low_pass[0], flow.layout.channels)):
-                flow = Flow(flow.layout.plain)
-            self.layouts[node] = flow.layout
-            self.low_passed += flow.low_pass
-            self.roles.low_passes += [LowPass(self.island.path, node.name, one.name) for one in flow.low_pass]
-
-    def _has_channels(self, node: fx.Node, count: int | None) -> bool:
-        """Whether a value is a map of so many channels: its layout says so, a conv that reads it, or a run."""
-        known = {self.layouts[node].channels} - {None}
-        readers = [self.modules[str(user.target)] for user in node.users if user.op == "call_module"]
-        known |= {conv.in_channels for conv in readers if isinstance(conv, nn.Conv2d)}
-        if not known:
-            shape = self.survey.network.shapes.get(self.island.path, {}).get(node.name, ())
-            known = {shape[-3]} if len(shape) in (3, 4) else set()
-        return known == {count}
-
-    def _plain(self, node: fx.Node) -> Flow:
-        step = self._step(node)
-        return rule_of(step).flow(step, self.layouts)
-
-    def _step(self, node: fx.Node) -> Step:
-        return Step(node, self.modules)
-
-    def added_to_streams(self) -> Iterator[str]:
-        """Name the convs that could write low channels but do not, so that their output would have to be low-passed."""
-        for node in self.low_passed:
-            source: fx.Node | None = node
-            while source is not None and rule_of(self._step(source)).is_channelwise:
-                source = self._step(source).operand
-            if source is None or source not in self.paths or not self._may_open(source):
+    def plan(self, left_out: Mapping[str, str]) -> _Planned:
+        """Plan without some convs, each of which has a reason; the roles that are refused are left out as well."""
+        refused, open_ended = dict(left_out), set[str]()
+        while True:
+            roles = Roles(skips=dict(refused))
+            left = {path: one.options for path, one in self.wanted.items() if path not in refused}
+            islands = self.survey.network.islands
+            regions = [Region(self.survey, one, self.sites, left, roles, open_ended) for one in islands]
+            for region in regions:
+                region.assign()
+            if added := {path for region in regions for path in region.added_to_streams()} - open_ended:
+                open_ended |= added
                 continue
-            if self.wanted[self.paths[source]].alpha_out is None:
-                yield self.paths[source]
+            for path, options in left.items():  # convs that no graph shows
+                if path not in roles.options and path not in roles.skips:
+                    fixed = fixed_role(options)
+                    roles.options |= {path: fixed} if any(fixed.alphas) else {}
+                    roles.skips |= {} if any(fixed.alphas) else {path: NO_LOW}
+            found = {path: why for path in roles.options if (why := self._refusal(path, roles))}
+            if not found:
+                return _Planned(roles, regions, refused)
+            refused |= found
 
-    def _may_open(self, node: fx.Node) -> bool:
-        site, options = self.sites[node], self.roles.options.get(self.paths[node])
+    def without_an_idle_swap(self, made: _Planned) -> _Planned | None:
+        """Plan without a swap that saves nothing, if there is one without which the others cost no more."""
+        flat = [path for path, options in made.roles.options.items() if self._saves_nothing(path, options)]
+        needed = {path for region in made.regions for path in region.needed()} if flat else set()
+        for path in flat:
+            if path not in needed:
+                less = self.plan(made.left_out | {path: "swapping it would save nothing"})
+                if self._macs(less.roles) <= self._macs(made.roles):
+                    return less
+        return None
+
+    def _refusal(self, path: str, roles: Roles) -> str | None:
+        site = self.sites[path]
         assert site.spec is not None
-        reads_low = options is not None and bool(options.alpha_in)
-        return self._is_large(site, self.wanted[self.paths[node]]) and (site.spec.groups == 1 or reads_low)
+        return contract.refusal(self.wanted[path].block, site.spec, site.size, roles.options[path])
 
-    def _octave(self, node: fx.Node) -> Flow:
-        """Give a conv its role, and the layout of its output."""
-        path, site = self.paths[node], self.sites[node]
-        spec = site.spec
-        assert spec is not None
-        options = self.roles.options.get(path) or self._role(node, site)
-        if not any(options.alphas) and (spec.stride == (1, 1) or options.strided == "keep"):
-            self.roles.skips[path] = self._why_plain(node, options)
-            return self._plain(node)
-        self.roles.options[path] = options
-        low = () if options.seams == "keep" else options.ranges(spec)[1]
-        return Flow(Layout(spec.c_out, low))
+    def _saves_nothing(self, path: str, options: TwoStreamOptions) -> bool:
+        before = self.sites[path].cost.macs
+        return before is not None and self._cost(path, options) >= before
 
-    def _role(self, node: fx.Node, site: Site) -> TwoStreamOptions:
-        options, spec = self.wanted[self.paths[node]], site.spec
-        assert spec is not None
-        if self.calls[self.paths[node]] > 1 or options.seams == "keep":
-            return _fixed(options)
-        layout = self._step(node).layout_before(self.layouts)
-        layout = layout.plain if layout.is_point else layout
-        low_in = layout.low if options.alpha_in is None else streams.last(options.alpha_in, spec.c_in)
-        alpha_in = options.alphas[0] if low_in == streams.last(options.alphas[0], spec.c_in) else None
-        reads_low = bool(low_in)
-        alpha_out = options.alpha_out
-        if alpha_out is None:
-            is_read = self._has_large_reader(node) or self.paths[node] in self.open_ended
-            is_open = self._is_large(site, options) and is_read and (spec.groups == 1 or reads_low)
-            alpha_out = options.alpha if is_open else 0.0
-        update: dict[str, object] = {"alpha_in": alpha_in if reads_low else 0.0, "alpha_out": alpha_out}
-        if reads_low and alpha_in is None:
-            update |= {"alpha_in": streams.count(low_in) / spec.c_in, "low_in": low_in}
-        return options.model_copy(update=update)
+    def _macs(self, roles: Roles) -> int:
+        """The multiply-adds of all wanted convs."""
+        made = (self._cost(path, options) for path, options in roles.options.items())
+        return sum(made) + sum(self.sites[path].cost.macs or 0 for path in self.wanted if path not in roles.options)
 
-    def _is_large(self, site: Site, options: TwoStreamOptions) -> bool:
-        """Whether the low map of a conv's output has sides of at least `min_size`; an unknown size counts as large."""
-        sides = [side for call in site.runs for side in call.shape_out[-2:]]
-        return all(-(-side // 2) >= options.min_size for side in sides)
-
-    def _has_large_reader(self, node: fx.Node) -> bool:
-        return any(self._is_large(self.sites[one], self.wanted[self.paths[one]]) for one in self._readers(node))
-
-    def _readers(self, node: fx.Node) -> Iterator[fx.Node]:
-        """Give the wanted convs that read the output of a conv, through steps that two streams can go through."""
-        seen, waiting = {node}, list(node.users)
-        while waiting:
-            user = waiting.pop()
-            if user in seen:
-                continue
-            seen.add(user)
-            if user in self.paths:
-                yield user
-            elif rule_of(self._step(user)).carries:
-                waiting += user.users
-
-    def _why_plain(self, node: fx.Node, options: TwoStreamOptions) -> str:
-        site = self.sites[node]
-        if options.alpha == 0:
-            return "alpha is 0"
-        if self._step(node).layout_before(self.layouts).is_point:
-            return "it works on one pixel, which has no low frequencies"
-        if not self._is_large(site, options):
-            h, w = site.runs[0].shape_out[-2:]
-            least = f"its low map would be {-(-h // 2)}×{-(-w // 2)}, smaller than min_size {options.min_size}"
-            return f"{least}, and its input has no low channels"
+    def _cost(self, path: str, options: TwoStreamOptions) -> int:
+        """The multiply-adds of a conv once it is swapped; equal convs are measured once."""
+        site, block = self.sites[path], self.wanted[path].block
         assert site.spec is not None
-        if site.spec.groups > 1:
-            return "its input has no low channels, and its groups cannot make any"
-        return "it would be the first and the last conv of a region: no octave conv reads it, and it reads none"
+        key = (block, site.spec, options, site.runs)
+        if key not in self._costs:
+            with torch.device("meta"):
+                conv = site.spec.build(like=torch.empty(0, dtype=site.dtype))
+            swapped = contract.from_conv(block, conv, options, norm=None, generator=torch.Generator())
+            self._costs[key] = measure_calls(swapped, site.runs).macs
+        return self._costs[key] or 0

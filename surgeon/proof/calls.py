@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,16 +25,19 @@ def outputs(model: nn.Module, inputs: Inputs, *, seed: int = 0, dtype: torch.dty
 
 
 def local_distance(block: nn.Module, conv: nn.Conv2d, norm: nn.Module | None) -> float:
-    """Run a block, and the conv and norm that it replaces, on the same small random map, in float64 eval mode."""
+    """Run a block, and the conv and norm that it replaces, on the same small random maps, in float64 eval mode."""
     spec = ConvSpec.of(conv)
     top_left, bottom_right = spec.pads[::2], spec.pads[1::2]
     geometry = zip(spec.dilation, spec.kernel, spec.stride, top_left, bottom_right, strict=True)
     sides = [d * (k - 1) + s + 1 + max(before, after) for d, k, s, before, after in geometry]
-    x = torch.randn(2, spec.c_in, *sides, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    before = conv if norm is None else nn.Sequential(conv, norm)
+    is_own = type(conv) is not nn.Conv2d  # what it pads may depend on the size
+    sizes = [[side + more for side in sides] for more in range(max(spec.stride) if is_own else 1)]
+    before, generator = conv if norm is None else nn.Sequential(conv, norm), torch.Generator().manual_seed(0)
+    maps = [torch.randn(2, spec.c_in, *size, generator=generator, dtype=torch.float64) for size in sizes]
     with quietly(), one_thread():
-        outs = [in_mode(module, False)(x.to(conv.weight.device)) for module in (block, before)]
-    return apart(*outs)
+        outs = [[in_mode(module, False)(x.to(conv.weight.device)) for module in (block, before)] for x in maps]
+    found = [apart(*pair) for pair in outs]
+    return math.nan if any(map(math.isnan, found)) else max(found)
 
 
 def evaluating(model: nn.Module, cast: Callable[[Tensor], Tensor] | None = None) -> nn.Module:

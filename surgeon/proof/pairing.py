@@ -5,7 +5,7 @@ a conv and a block are compared as they are. Of a Sequential in which modules we
 others have changed, those that are left are compared in order. Any other module whose submodules have other names in B
 (because somebody folded them into one) is compared as a whole, and the submodules that both have are compared, too.
 A module that one model has and the other replaced by an Identity, or left out, was merged into a neighbour: both are
-compared at the end of that stretch.
+compared at the end of that stretch. So is a norm of which the other model has left only what its class adds to a norm.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import nn
 
 from surgeon._torch_compat import NormBase
 from surgeon.analysis.run import is_conv
-from surgeon.blocks import Operator
+from surgeon.blocks import Operator, norms
+from surgeon.models.copies import kind_of
 from surgeon.models.copies import names as names_of
 
 
@@ -59,7 +60,7 @@ def sites(a: nn.Module, b: nn.Module) -> Pairing:
     return Pairing(
         [path for path, one, other in both if is_site(one) and is_site(other)],
         {path: path for path, _, _ in both},
-        [path for path, one, other in both if _is_moved(one, other) and isinstance(_other(one, other), NormBase)],
+        [path for path, one, other in both if _is_moved(one, other) and (_is_norm(one) or _is_norm(other))],
     )
 
 
@@ -145,7 +146,7 @@ def _aligned(
 
 
 def _are_alike(one: nn.Module, other: nn.Module) -> bool:
-    return type(one) is type(other) or (is_site(one) and is_site(other))
+    return kind_of(one) is kind_of(other) or (is_site(one) and is_site(other))
 
 
 def _shared(model: nn.Module) -> dict[str, Sequence[str]]:
@@ -167,17 +168,25 @@ def _can_be_called(module: nn.Module) -> bool:
 
 
 def _is_moved(one: nn.Module, other: nn.Module) -> bool:
-    """Whether one of the two is an Identity, and the other does something."""
-    return (type(one) is nn.Identity) is not (type(other) is nn.Identity)
+    """Whether one of the two does nothing and the other something, or one is what is left of the other, a norm."""
+    is_one_idle = (type(one) is nn.Identity) is not (type(other) is nn.Identity)
+    return is_one_idle or _is_rest(one, other) or _is_rest(other, one)
 
 
-def _other(one: nn.Module, other: nn.Module) -> nn.Module:
-    return other if type(one) is nn.Identity else one
+def _is_rest(one: nn.Module, norm: nn.Module) -> bool:
+    """Whether a module runs what is left of a norm of this class once a conv before it has taken in what normalises."""
+    names = norms.rest_of(norm)
+    is_row = isinstance(one, norms.NormRest) or (type(one) is nn.Sequential and tuple(one._modules) == names)
+    return is_row and norms.leaves_rest(norm)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, NormBase) or norms.is_batch_norm(module)
 
 
 def _can_be_left_out(module: nn.Module) -> bool:
     """Whether folding takes a module of this kind away without renaming anything."""
-    return isinstance(module, NormBase | nn.Identity)
+    return isinstance(module, nn.Identity) or _is_norm(module)
 
 
 def is_below(path: str, others: Iterable[str]) -> bool:

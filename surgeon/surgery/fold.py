@@ -10,10 +10,10 @@ from functools import partial
 
 from torch import nn
 
-from surgeon._torch_compat import BatchNorm
+from surgeon.analysis import convs
 from surgeon.analysis.network import Network
 from surgeon.analysis.obstacles import custom_call, norms_behind
-from surgeon.blocks import Block, Deployable, Foldable, contract
+from surgeon.blocks import Block, Deployable, Foldable, contract, norms
 from surgeon.conv import kernels
 from surgeon.conv.spec import ConvSpec
 from surgeon.errors import PlanError
@@ -45,63 +45,67 @@ def fold_blocks_(network: Network, *, dense: bool = False) -> tuple[str, ...]:
     folded: dict[tuple[str, ...], nn.Module] = {
         paths: finite(paths[0], "folded", partial(_fold, block), block) for paths, block in blocks
     }
-    deployed, norms = _deployed(network)
+    deployed, folded_in = _deployed(network)
     for paths, made in (folded | deployed).items():  # all of them are built, so nothing can fail half-way
         for path in paths:
             model.set_submodule(path, made)
-    for path in norms:
-        model.set_submodule(path, nn.Identity())
+    rests = {paths: norms.plain_rest(m) for m, paths in network.names.items() if isinstance(m, norms.NormRest)}
+    for paths, rest in (folded_in | (rests if folded else {})).items():
+        for path in paths:
+            model.set_submodule(path, rest)
     if deployed:
         seams.deploy_(model)
     return tuple(paths[0] for paths in folded | deployed)
 
 
-def _deployed(network: Network) -> tuple[dict[tuple[str, ...], nn.Module], list[str]]:
-    """Make the deployment form of every block that has one, with its norm; and list the norms that it has taken in."""
+def _deployed(network: Network) -> tuple[dict[tuple[str, ...], nn.Module], dict[tuple[str, ...], nn.Module]]:
+    """Make the deployment form of every block that has one, with its norm; and what is left of norms folded in so."""
     blocks = {paths: m for m, paths in network.names.items() if isinstance(m, Deployable)}
     for paths, block in blocks.items():
         if why := _customised(block):
             raise PlanError(f"{paths[0]} cannot be folded: {why}", todo=_TODO)
-    norms: list[str] = []
+    rests: dict[tuple[str, ...], nn.Module] = {}
     for paths, norm_paths in norms_behind(network) if blocks else ():
         norm = network.model.get_submodule(norm_paths[0])
-        if paths not in blocks or not isinstance(norm, BatchNorm):
+        if paths not in blocks:
             continue
-        block, how = blocks[paths], f"folded with {norm_paths[0]}"
-        if (made := finite(paths[0], how, partial(block.with_norm, norm), block, norm)) is not None:
+        block, how, core = blocks[paths], f"folded with {norm_paths[0]}", norms.core_of(norm)
+        if (made := finite(paths[0], how, partial(block.with_norm, core), block, core)) is not None:
             blocks[paths] = made
-            norms += norm_paths
-    return {paths: finite(paths[0], "folded", block.deploy, block) for paths, block in blocks.items()}, norms
+            rests[norm_paths] = norms.plain_rest(norm)
+    return {paths: finite(paths[0], "folded", block.deploy, block) for paths, block in blocks.items()}, rests
 
 
 def fold_norms_(network: Network) -> tuple[str, ...]:
     """Fold every batch norm that belongs to one conv or block alone into it, in eval mode; returns the norms' names.
 
-    This is done in float64 and cast once. An Identity takes the place of each norm.
+    This is done in float64 and cast once. What the class of a norm does besides takes its place, or an Identity.
     """
     model, folded = network.model, {}
     for paths, norm_paths in norms_behind(network):
-        module, norm = model.get_submodule(paths[0]), model.get_submodule(norm_paths[0])
-        assert isinstance(norm, BatchNorm)
+        module, norm = model.get_submodule(paths[0]), norms.core_of(model.get_submodule(norm_paths[0]))
         make = partial(module.with_norm, norm) if isinstance(module, Block) else partial(_with_norm, module, norm)
         if (made := finite(paths[0], f"folded with {norm_paths[0]}", make, module, norm)) is not None:
             folded[norm_paths] = (paths, made)
     for norm_paths, (paths, made) in folded.items():
         for path in paths:
             model.set_submodule(path, made)
+        rest = norms.plain_rest(model.get_submodule(norm_paths[0]))
         for path in norm_paths:
-            model.set_submodule(path, nn.Identity())
+            model.set_submodule(path, rest)
     return tuple(norm_paths[0] for norm_paths in folded)
 
 
-def _with_norm(conv: nn.Module, norm: BatchNorm) -> nn.Conv2d:
+def _with_norm(conv: nn.Module, norm: nn.Module) -> nn.Conv2d:
     assert isinstance(conv, nn.Conv2d)
+    spec = convs.read(conv)
+    assert isinstance(spec, ConvSpec)  # no norm belongs to another one
     kernel, bias = kernels.with_norm(conv.weight, conv.bias, norm)
-    return ConvSpec.of(conv).build_with(kernel, bias, like=conv.weight).train(conv.training)
+    return spec.build_with(kernel, bias, like=conv.weight).train(conv.training)
 
 
 def _fold(block: Foldable) -> nn.Conv2d:
-    conv = contract.fold(block)
+    conv = convs.again(block.origin, contract.fold(block))
     give_back_after(conv.weight)
     return conv
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import nn
+from torch import fx, nn
 
 from surgeon.analysis.network import Network
 from surgeon.errors import PassError
@@ -67,5 +67,7 @@ def _snapshot(model: nn.Module) -> Callable[[], None]:
             vars(module).update(state)
             module._modules.clear()
             module._modules.update(children)
+            if isinstance(module, fx.GraphModule):  # its class holds the code of its graph
+                module.recompile()
 
     return restore

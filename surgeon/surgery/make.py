@@ -18,7 +18,7 @@ from surgeon.analysis.sites import Site, Survey, measure_calls
 from surgeon.blocks import BlockOptions, Together, Wanted, contract, registry
 from surgeon.errors import BlockError, PlanError
 from surgeon.models.cost import Cost
-from surgeon.octave.roles import Roles
+from surgeon.octave.region import Roles
 from surgeon.recipes.match import Subject
 from surgeon.recipes.recipe import Recipe, Rule
 from surgeon.surgery.plan import Change, Entry, FunctionalStep, LowPassed, Plan, RecipeText, Total

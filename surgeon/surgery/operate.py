@@ -15,11 +15,11 @@ from functools import partial
 import torch
 from torch import nn
 
-from surgeon._torch_compat import BatchNorm
-from surgeon.analysis import functional
+from surgeon.analysis import convs, functional
 from surgeon.analysis.functional import Functional
 from surgeon.analysis.network import Network
-from surgeon.blocks import Block, contract
+from surgeon.blocks import Block, contract, norms
+from surgeon.conv.spec import ConvSpec
 from surgeon.errors import PassError
 from surgeon.models.memory import give_back_after
 from surgeon.octave import rewrite as seams
@@ -30,11 +30,15 @@ from surgeon.surgery.plan import Entry, Plan
 
 @dataclass(frozen=True, slots=True)
 class Swap:
-    """The conv at a site, the norm that is taken over, and the block that takes their place."""
+    """The conv at a site, the norm that is taken over, and the block that takes their place.
+
+    `norm` is what normalises of the module `behind` the conv; most often that is all of it.
+    """
 
     entry: Entry
     conv: nn.Conv2d  # for a functional convolution, a conv made of its parameters
-    norm: BatchNorm | None
+    norm: nn.Module | None
+    behind: nn.Module | None
     block: Block
 
 
@@ -66,7 +70,7 @@ def prepare(model: nn.Module, plan: Plan) -> tuple[Swap, ...]:
 
 
 def place_(model: nn.Module, swaps: Sequence[Swap], network: Network) -> Callable[[], None]:
-    """Put the blocks under all names of their convs, and an Identity under all names of the norms taken over.
+    """Put the blocks under all names of their convs, and under those of the norms taken over what is left of them.
 
     Returns a function that puts the convs and norms back.
     """
@@ -75,15 +79,17 @@ def place_(model: nn.Module, swaps: Sequence[Swap], network: Network) -> Callabl
     for swap in swaps:
         if swap.entry.functional is None:
             _set_(model, swap.entry.paths, swap.block)
-        if swap.norm is not None:
-            _set_(model, swap.entry.takes_norm, nn.Identity().train(swap.norm.training))
+        if swap.behind is not None and norms.leaves_rest(swap.behind):
+            undos.append(norms.leave_rest_(swap.behind))
+        elif swap.behind is not None:
+            _set_(model, swap.entry.takes_norm, nn.Identity().train(swap.behind.training))
 
     def undo() -> None:
         for swap in swaps:
             if swap.entry.functional is None:
                 _set_(model, swap.entry.paths, swap.conv)
-            if swap.norm is not None:
-                _set_(model, swap.entry.takes_norm, swap.norm)
+            if swap.behind is not None:
+                _set_(model, swap.entry.takes_norm, swap.behind)
         for one in reversed(undos):
             one()
 
@@ -96,20 +102,27 @@ def _functional(entry: Entry) -> Functional:
     return Functional(entry.path, step.spec, step.island, step.step, step.weight, step.bias)
 
 
-def build(entry: Entry, conv: nn.Conv2d, norm: BatchNorm | None, seed: int) -> Block:
-    """Make the block of one entry from the conv (and norm) that it replaces."""
-    generator = _generator(seed, entry.path)
-    return contract.from_conv(entry.block, conv, entry.block_options, norm=norm, generator=generator)
+def build(entry: Entry, conv: nn.Conv2d, norm: nn.Module | None, seed: int) -> Block:
+    """Make the block of one entry from the conv (and norm) that it replaces; it can become that conv's class again."""
+    generator, given = _generator(seed, entry.path), conv
+    is_own = type(conv) is not nn.Conv2d
+    if is_own and isinstance(entry.spec, ConvSpec):
+        given = entry.spec.holding(conv)
+    block = contract.from_conv(entry.block, given, entry.block_options, norm=norm, generator=generator)
+    if is_own:
+        vars(block)["origin"] = convs.shell(conv)  # no module of the network
+    return block
 
 
 def _prepare(model: nn.Module, entry: Entry, seed: int) -> Swap:
     conv = _conv_of(model, entry)
-    norm = model.get_submodule(entry.takes_norm[0]) if entry.takes_norm else None
-    if not isinstance(conv, nn.Conv2d) or not isinstance(norm, BatchNorm | None):
+    behind = model.get_submodule(entry.takes_norm[0]) if entry.takes_norm else None
+    if not isinstance(conv, nn.Conv2d) or not (behind is None or norms.is_batch_norm(behind)):
         raise PassError("operate", f"{entry.path} or the norm behind it is not what the plan says")
+    norm = None if behind is None else norms.core_of(behind)
     sources = [conv] if norm is None else [conv, norm]
     block = finite(entry.path, "swapped", partial(build, entry, conv, norm, seed), *sources, keeps_nan=True)
-    swap = Swap(entry, conv, norm, block)
+    swap = Swap(entry, conv, norm, behind, block)
     give_back_after(conv.weight)
     return swap
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from surgeon.analysis import program as graph
+from surgeon.analysis import rewritten as graph
 from surgeon.analysis.network import Network
 from surgeon.blocks.contract import broken
 from surgeon.conv import numbers

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import surgeon
-from surgeon.analysis.program import Rewritten
+from surgeon.analysis.rewritten import Rewritten
 from surgeon.blocks import registry
 
 
@@ -157,7 +157,7 @@ def test_it_is_stored_and_opens_again(tmp_path: Path, suffix: str, monkeypatch: 
         again = surgeon.load(tmp_path / "net.pt")
     else:
         again = surgeon.load(tmp_path / "net.safetensors", arch="tiny:AffineByHand")
-    assert type(again) is Rewritten
+    assert isinstance(again, Rewritten)
     with torch.no_grad():
         assert torch.equal(again.eval()(x()), converted(x()))
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import surgeon
 from surgeon.analysis import program
-from surgeon.analysis.program import Rewritten
+from surgeon.analysis.rewritten import Rewritten
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "format1"
 # Every function of our own that format 1 names. Where its code lies may change; what it is called in files may not.

@@ -285,7 +285,7 @@ def test_streams_go_from_our_convs_to_those_of_another_distribution(installed: P
     assert plan.rewritten == ("",)
     assert not plan.seams
     assert plan.stream_blocks == ("octave", "other")
-    assert type(surgeon.convert(net, plan)) is surgeon.nn.Rewritten
+    assert isinstance(surgeon.convert(net, plan), surgeon.nn.Rewritten)
 
 
 @pytest.mark.parametrize("what", REFUSED)

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from rich.cells import cell_len
 from rich.console import RenderableType
 from torch import nn
@@ -126,7 +127,8 @@ def test_skips_are_grouped_by_reason_and_nothing_is_said_twice(monkeypatch: pyte
 
 def test_a_survey_says_once_what_holds_for_several_convs(monkeypatch: pytest.MonkeyPatch) -> None:
     class Mine(nn.Conv2d):
-        pass
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(input).abs()
 
     net = nn.Sequential(Mine(3, 3, 3), Mine(3, 3, 3), nn.Conv2d(3, 3, 3))
     lines = _lines(surgeon.survey(net, (1, 3, 9, 9)).__rich__(), 180, monkeypatch)

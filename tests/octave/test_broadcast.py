@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import surgeon
 from surgeon.analysis.network import Network
-from surgeon.analysis.program import Rewritten
+from surgeon.analysis.rewritten import Rewritten
 from surgeon.conv import streams
 from surgeon.surgery import operate
 
@@ -198,7 +198,7 @@ def test_it_goes_through_the_streams_or_there_is_a_seam(name: str) -> None:
         assert relative(fused(x.clone().requires_grad_()), expected) < 1e-5
         assert relative(net(x.clone()), expected) > 1e-3  # so there was something to compare
     assert relative(fused(x.clone()), expected) < 1e-5  # with gradients nothing is added in place
-    assert (type(converted) is Rewritten) == (outcome != LOCAL), plan.seams
+    assert (isinstance(converted, Rewritten)) == (outcome != LOCAL), plan.seams
     assert bool(plan.low_passed) == (outcome in (SOFT, BOTH))
     joins = [seam for seam in plan.seams if seam.kind == "join"]
     assert bool(joins) == (outcome in (SEAM, BOTH)), plan.seams

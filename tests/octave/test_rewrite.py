@@ -18,7 +18,8 @@ from torchvision.models.resnet import BasicBlock
 
 import surgeon
 from surgeon.analysis.network import Network
-from surgeon.analysis.program import Rewritten, decode, encode
+from surgeon.analysis.program import decode, encode
+from surgeon.analysis.rewritten import Rewritten
 from surgeon.blocks.octave import OctaveConv
 from surgeon.blocks.pairs import PairNorm
 from surgeon.errors import ModelError
@@ -160,7 +161,7 @@ def test_a_rule_fires_and_changes_no_bit(name: str) -> None:
     local, free, outcome = both_forms(net, plan)
     assert all(outcome.fired[rule] >= times for rule, times in expected.items()), outcome.fired
     assert not [seam for seam in outcome.seams if seam.kind != "split"]
-    assert type(free) is Rewritten
+    assert isinstance(free, Rewritten)
     for h, w in ((12, 10), (13, 9), (7, 7)):
         x = noise(2, 8, h, w)
         with torch.no_grad():
@@ -282,7 +283,7 @@ def test_real_networks_without_seams_are_themselves_bit_for_bit(name: str) -> No
     net = network(REAL[name])
     plan = surgeon.plan(net, "octave", (1, 3, 224, 224))
     local, free, outcome = both_forms(net, plan)
-    assert type(free) is Rewritten
+    assert isinstance(free, Rewritten)
     assert not outcome.seams
     assert {key: t.shape for key, t in free.state_dict().items()} == {k: t.shape for k, t in net.state_dict().items()}
     for side in (224, 225, 200, 97):
@@ -309,7 +310,7 @@ def test_islands_are_stored_as_data_and_open_again(tmp_path: Path, suffix: str, 
         torch.save(narrow_torchvision("resnet18", num_classes=5).to(dtype), tmp_path / "plain.pt")
         surgeon.save(model, path)
         again = surgeon.load(path, arch=str(tmp_path / "plain.pt"))
-    assert type(again) is Rewritten
+    assert isinstance(again, Rewritten)
     for training in (False, True):
         x = noise(2, 3, 64, 64, dtype=dtype)
         with torch.no_grad():
@@ -347,7 +348,7 @@ def test_original_checkpoints_load_and_the_reverse() -> None:
 def test_it_is_the_same_in_channels_last_and_compiled() -> None:
     net = network(lambda: torchvision.models.ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5))
     model = surgeon.convert(net, "octave", (1, 3, 64, 64), overrides=["rules[1].with.min_size=2"])
-    assert type(model) is Rewritten
+    assert isinstance(model, Rewritten)
     x = noise(2, 3, 64, 64)
     with torch.no_grad():
         expected = model(x)
@@ -412,7 +413,7 @@ def test_functional_dropout_follows_the_mode() -> None:
     for always in (False, True):
         net = network(lambda always=always: Drops(always))
         model = surgeon.convert(net, octave_of(net))
-        assert type(model) is Rewritten
+        assert isinstance(model, Rewritten)
         x = noise(*SHAPE)
         with torch.no_grad():
             assert torch.equal(model.eval()(x), model(x)) is not always

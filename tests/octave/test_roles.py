@@ -39,7 +39,7 @@ def conv(c_in: int = 16, c_out: int = 16, kernel: int = 3, **options: object) ->
 @pytest.mark.parametrize("name", ["resnet50", "resnet101", "resnext50_32x4d"])
 def test_a_bottleneck_resnet_has_the_published_roles(name: str) -> None:
     """Stem plain, alpha_in = 0 behind it; the last stage begins with alpha_out = 0, and the rest of it is plain."""
-    for path, entry in plan(meta(name)).items():
+    for path, entry in plan(meta(name), strided="pool").items():
         stage, begins = path.split(".")[0], path.split(".")[1:] in (["0", "conv1"], ["0", "downsample", "0"])
         if path == "layer4.0.conv2":
             assert shares(entry) == (0, 0)  # pooled, then convolved at stride 1
@@ -54,7 +54,7 @@ def test_mobilenet_v1_has_two_streams_from_the_second_conv_to_the_last_stage() -
     roles = [shares(entry) for entry in entries.values()]
     assert roles[:3] == [None, None, (0, 0.5)]  # stem; a depthwise conv makes no low channels
     assert set(roles[3:22]) == {(0.5, 0.5)}
-    assert roles[22:] == [(0.5, 0), (0, 0), None, None, None]
+    assert roles[22:] == [(0.5, 0), None, None, None, None]
 
 
 def test_the_last_sum_of_a_basic_stage_is_one_of_streams() -> None:
@@ -82,10 +82,63 @@ def test_without_an_input_no_map_is_too_small() -> None:
 
 
 @pytest.mark.parametrize("strided", ["pool", "keep"])
-def test_a_strided_conv_without_low_channels_is_pooled_or_kept(strided: str) -> None:
+def test_a_strided_conv_behind_a_region_is_pooled_if_that_is_asked_for(strided: str) -> None:
     entry = plan(meta("resnet50"), strided=strided)["layer4.0.conv2"]
     assert shares(entry) == ((0, 0) if strided == "pool" else None)
     assert strided == "pool" or "smaller than min_size" in str(entry.skip)
+
+
+@pytest.mark.parametrize("strided", ["pool", "keep"])
+def test_a_strided_conv_that_no_region_leads_to_stays(strided: str) -> None:
+    """Neither the stem, nor a conv of one pixel, nor one whose streams have ended long before."""
+    net = nn.Sequential(conv(16, 16, stride=2), conv(), conv(16, 16, stride=4), conv(16, 16, stride=2), conv())
+    assert [shares(entry) for entry in plan(net, (1, 16, 32, 32), strided=strided).values()] == [
+        *((0, 0.5), (0.5, 0), None, None, None)
+    ]
+    twice = nn.Sequential(nn.GroupNorm(2, 16), conv(16, 16, stride=2), nn.GroupNorm(2, 16), conv(16, 16, stride=2))
+    assert [shares(entry) for entry in plan(twice, (1, 16, 32, 32), strided=strided).values()] == [None, None]
+
+
+class Ends(nn.Module):
+    """The streams end in a strided conv, which takes the low one at the resolution it has: that costs what it saves."""
+
+    def __init__(self, *, is_joined: bool, is_read: bool) -> None:
+        super().__init__()
+        self.one, self.two, self.ends, self.last = conv(), conv(), conv(16, 16, stride=2), conv(16, 16)
+        self.is_joined, self.is_read = is_joined, is_read
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = self.two(self.one(x))
+        made = (self.ends(x), x) if self.is_joined else (self.ends(x),)
+        return (*made, self.last(x)) if self.is_read else made
+
+
+class LoadsInItsOwnWay(Ends):
+    """It cannot become a graph, so every conv splits and joins by itself."""
+
+    def _load_from_state_dict(self, *args: object) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_joined", "is_read", "expected"),
+    [
+        (Ends, True, True, None),
+        (LoadsInItsOwnWay, False, True, None),
+        (Ends, False, True, (0.5, 0)),  # or its input would have to be joined
+        (Ends, True, False, (0.5, 0)),  # or the conv before it would have no reason to write low channels
+    ],
+)
+def test_a_swap_that_saves_nothing_is_left_out_if_the_others_cost_no_more_without_it(
+    kind: type[Ends], is_joined: bool, is_read: bool, expected: tuple[float, float] | None
+) -> None:
+    entries = plan(kind(is_joined=is_joined, is_read=is_read), (1, 16, 32, 32))
+    assert shares(entries["two"]) == (0.5, 0.5)
+    assert shares(entries["ends"]) == expected
+    assert (entries["ends"].skip == "swapping it would save nothing") is (expected is None)
+
+
+def test_a_map_of_one_pixel_has_no_low_channels() -> None:
+    assert not any(shares(entry) for entry in plan(nn.Sequential(conv(), conv()), (1, 16, 1, 1), min_size=1).values())
 
 
 def test_behind_a_concatenation_the_low_channels_lie_where_they_came_from() -> None:

@@ -11,7 +11,7 @@ from helpers import run_surgeon
 from torch import Tensor, nn
 
 import surgeon
-from surgeon.analysis.program import Rewritten
+from surgeon.analysis.rewritten import Rewritten
 from surgeon.octave.rules.elementwise import Elementwise
 from surgeon.octave.stream_graph import StreamGraph, StreamNodes
 
@@ -174,7 +174,7 @@ def test_a_module_whose_class_is_needed_in_training_stays_what_it_is(kind: type[
 @pytest.mark.parametrize("kind", [Net, ReadsAnAttribute, CallsASubmodule, AppendsToAList, HasItsOwn])
 def test_what_a_graph_keeps_stands_in_nobodys_way(kind: type[Net]) -> None:
     converted = surgeon.convert(net_of(kind), "octave", SHAPE)
-    assert type(converted.back) is Rewritten
+    assert isinstance(converted.back, Rewritten)
     converted.train()(torch.randn(SHAPE)).mean().backward()
 
 

@@ -168,6 +168,36 @@ class OwnConv(nn.Conv2d):
         return super().forward(x).abs()
 
 
+class NamedConv(nn.Conv2d):
+    """A Conv2d subclass that adds nothing but an attribute."""
+
+    note = "a class's own"
+
+    def __init__(self, *args: object, **options: object) -> None:
+        super().__init__(*args, **options)
+        self.made_for = "a test"
+
+
+class PadsFirst(nn.Conv2d):
+    """A Conv2d subclass that holds a module which pads its input."""
+
+    def __init__(self, *args: object, sides: int | tuple[int, int, int, int], **options: object) -> None:
+        super().__init__(*args, **options)
+        self.static_padding = nn.ZeroPad2d(sides)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv2d(
+            self.static_padding(x), self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
+        )
+
+
+class ScalesItsWeight(nn.Conv2d):
+    """A Conv2d subclass that convolves with another kernel than its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight * 2, self.bias)
+
+
 class OwnNorm(nn.BatchNorm2d):
     """A BatchNorm2d subclass that computes something else."""
 
