@@ -247,7 +247,7 @@ def test_what_a_conversion_brings_is_counted() -> None:
     found = record.brings
     assert found is not None
     assert record.errors == []
-    assert (found.fronts, found.taken, found.left) == (10, 10, {})
+    assert (found.fronts, found.taken, found.left, found.idle) == (10, 10, {}, [])
     assert found.has_batch_norms
     assert found.dense == 10
     assert found.hetconv is not None
