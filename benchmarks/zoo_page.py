@@ -256,9 +256,12 @@ def without_names(reason: str) -> str:
 
     >>> without_names("it shares its weights with head.0.conv1")
     'it shares its weights with …'
+    >>> without_names("`x.mean(1)` in Gate.forward (gate.py:12, layer1.0) needs the whole map")
+    '`x.mean(1)` in Gate.forward needs the whole map'
     """
-    reason = re.sub(r" \(\w+\.py:\d+\)", "", reason)
-    return re.sub(r"\b\w+(\.\w+)+\b", "…", reason)
+    reason = re.sub(r" \(\w+\.py:\d+(, [\w.]+)?\)", "", reason)
+    parts = re.split(r"(`.*?` in \S+)", reason)  # names in the user's code stay
+    return "".join(one if one.startswith("`") else re.sub(r"\b\w+(\.\w+)+\b", "…", one) for one in parts)
 
 
 def markdown(heads: Sequence[str], body: Any) -> list[str]:

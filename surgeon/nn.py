@@ -24,7 +24,9 @@ HOMES = {
     "OctaveConv": "surgeon.blocks.octave",
     "Pads": "surgeon.conv.spec",
     "PaddedConv2d": "surgeon.conv.padding",
+    "PairFrozenNorm": "surgeon.blocks.pairs",
     "PairNorm": "surgeon.blocks.pairs",
+    "PairSyncNorm": "surgeon.blocks.pairs",
     "Rewritten": "surgeon.analysis.rewritten",
     "SmallResNet": "surgeon.app.demo.net",
 }
@@ -81,6 +83,11 @@ class Stored:
 
     def recall_(self, find: Callable[[str], object]) -> None:
         """Take what the state only names; `find` gives what a name stands for, if the reader of the file admits it."""
+
+    @classmethod
+    def kept_class(cls) -> type[Any] | None:
+        """Give the class that the state only names, where an object has it."""
+        return None
 
     @classmethod
     def stored_as(cls) -> type[Any]:

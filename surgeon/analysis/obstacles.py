@@ -11,7 +11,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from surgeon._torch_compat import NormBase, own_parts_of_a_conv
+from surgeon._torch_compat import own_parts_of_a_conv
 from surgeon.analysis import own_norms
 from surgeon.analysis.network import Network
 from surgeon.analysis.readers import Facts, Graph, is_quantised, reader_name, readers_of
@@ -92,7 +92,10 @@ def norm_behind(facts: Facts, conv: nn.Module) -> tuple[nn.Module | None, str | 
     if len(users) != 1:
         return None, f"its output is read by {' and '.join(readers)}" if users else "nothing reads its output"
     if norm is None or not _is_norm(norm):
-        return None, NO_NORM
+        inside = own_norms.norm_of(users[0], graph.modules)
+        return None, NO_NORM if inside is None else _no_batch_norm(
+            ".".join(filter(None, (graph.names[0], inside[0]))), inside[1]
+        )
     return _judge_norm(facts, graph, conv, norm)
 
 
@@ -102,7 +105,7 @@ def _judge_norm(facts: Facts, graph: Graph, conv: nn.Module, norm: nn.Module) ->
     prefixes = tuple(f"{path}." if path else "" for path in graph.names)
     outside = [path for path in (*facts.names[conv], *facts.names[norm]) if not path.startswith(prefixes)]
     if not norms.is_batch_norm(norm):
-        return None, f"{name} is a {type(norm).__name__}{own_norms.mixes(norm)}; only a batch norm can be taken over"
+        return None, _no_batch_norm(name, type(norm))
     if (count := len(graph.calls[norm])) != 1:
         return None, f"{name} is called {count} times"
     if norm.running_mean is None or norm.running_var is None:
@@ -125,9 +128,12 @@ def _judge_norm(facts: Facts, graph: Graph, conv: nn.Module, norm: nn.Module) ->
     return norm, None
 
 
+def _no_batch_norm(name: str, kind: type[nn.Module]) -> str:
+    return f"{name} is a {kind.__name__}, {own_norms.in_words(kind)}; only a batch norm can be taken over"
+
+
 def _is_norm(module: nn.Module) -> bool:
-    is_one = isinstance(module, NormBase | nn.GroupNorm | nn.LayerNorm) or norms.is_batch_norm(module)
-    return is_one or "norm" in type(module).__name__.lower()
+    return norms.is_batch_norm(module) or own_norms.is_norm_class(type(module))
 
 
 def custom_call(module: nn.Module, name: str) -> str | None:

@@ -6,27 +6,49 @@ it has a bias, norm(x + b) against the norm of x whose running mean is smaller b
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from collections.abc import Mapping
+from weakref import WeakKeyDictionary
 
-from surgeon._torch_compat import NormBase
+import torch
+from torch import Tensor, fx, nn
+
+from surgeon._torch_compat import BatchNorm, NormBase
 from surgeon.blocks import norms
 from surgeon.conv import kernels
 from surgeon.models.copies import in_mode, shadow
 from surgeon.models.sandbox import quietly
 
+_TRIED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 _CLOSE = 1e-10
 _SIZES = ((16, 3, 3), (2, 5, 4), (3, 1, 1))  # batch, height and width of the maps that it is tried on
-_MIXERS: dict[type[nn.Module], str] = {
-    nn.GroupNorm: ", which mixes channels",
-    nn.LayerNorm: ", which mixes channels",
-    NormBase: ", which takes its statistics from each image",  # those that are no batch norm
+_WORDS: dict[type[nn.Module], str] = {
+    nn.GroupNorm: "which mixes channels",
+    nn.LayerNorm: "which mixes channels",
+    nn.RMSNorm: "which mixes channels",
+    BatchNorm: "which has a forward of its own",
+    NormBase: "which takes its statistics from each image",  # those that are no batch norm
 }
 
 
-def mixes(norm: nn.Module) -> str:
-    """Say in words why a norm is no scale and shift of each channel, where its class tells."""
-    return next((said for kind, said in _MIXERS.items() if isinstance(norm, kind)), "")
+def is_norm_class(kind: type[nn.Module]) -> bool:
+    return issubclass(kind, tuple(_WORDS)) or "norm" in kind.__name__.lower()
+
+
+def in_words(kind: type[nn.Module]) -> str:
+    """Say in words why a norm of this class is no scale and shift of each channel, as far as its class tells."""
+    return next((said for known, said in _WORDS.items() if issubclass(kind, known)), "which is no batch norm")
+
+
+def norm_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> tuple[str, type[nn.Module]] | None:
+    """The path and the class of the norm that a step calls, or that tracing has gone into; None if it is of none."""
+    if node.op == "call_module":
+        found = str(node.target), type(modules[str(node.target)])
+    else:
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        if not stack or not stack[-1][0]:
+            return None
+        found = stack[-1]
+    return found if is_norm_class(found[1]) else None
 
 
 def refusal(norm: nn.Module, *, has_bias: bool) -> str | None:
@@ -40,6 +62,28 @@ def refusal(norm: nn.Module, *, has_bias: bool) -> str | None:
             return _measured(norm, has_bias=has_bias)
         except Exception as error:  # it is the user's code
             return f"whose own forward cannot be tried by itself: {(str(error).splitlines() or [''])[0].rstrip('.')}"
+
+
+def is_frozen_alike(norm: nn.Module) -> bool:
+    """Whether a norm that holds buffers alone computes the batch norm of them, in train mode too."""
+    if norms.is_known(norm):
+        return True
+    if norm not in _TRIED:
+        with quietly(seed=0):
+            try:
+                _TRIED[norm] = not any(tensor.is_meta for tensor in norm.buffers()) and _is_the_same_in_training(norm)
+            except Exception:  # it is the user's code
+                _TRIED[norm] = False
+    return _TRIED[norm]
+
+
+def _is_the_same_in_training(norm: nn.Module) -> bool:
+    if _measured(norm, has_bias=False) is not None:
+        return False
+    trained, x = in_mode(shadow(norm, _as_double), True), _map_like(norm, _SIZES[0])
+    before = [tensor.clone() for tensor in trained.buffers()]
+    is_same = _is_close(trained(x), _batch_norm(trained, x))
+    return is_same and all(torch.equal(one, other) for one, other in zip(before, trained.buffers(), strict=True))
 
 
 def _measured(norm: nn.Module, *, has_bias: bool) -> str | None:

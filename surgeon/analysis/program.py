@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from surgeon._torch_compat import ASSERT_IS_NONE
 from surgeon.analysis import signatures
+from surgeon.analysis.places import said
 from surgeon.conv import streams
 from surgeon.nn import LaterFormatError
 
@@ -98,22 +99,20 @@ def unwritable(module: nn.Module, graph: fx.Graph) -> str | None:
         if node.op == "placeholder" and str(node.target).startswith("*"):
             return f"its forward takes {node.target}"
         if node.op == "call_function" and id(node.target) not in _NAMES:
-            return (
-                f"'{node.name}' calls {getattr(node.target, '__name__', node.target)}, which is not on surgeon's list"
-            )
+            return f"{said(node)} calls {getattr(node.target, '__name__', node.target)}, which is not on surgeon's list"
         if node.op == "call_method" and node.target not in METHODS:
-            return f"'{node.name}' calls the method {node.target}, which is not on surgeon's list"
+            return f"{said(node)} calls the method {node.target}, which is not on surgeon's list"
         if node.op in ("call_module", "get_attr") and not _is_path(str(node.target)):
             return f"'{node.target}' holds more than letters, digits, '_' and '-'"
         if node.op in ("call_module", "get_attr") and not _reaches(module, node.op, str(node.target)):
             is_call = node.op == "call_module"
-            return f"'{node.name}' {'calls' if is_call else 'reads'} what is not registered in its module"
+            return f"{said(node)} {'calls' if is_call else 'reads'} what is not registered in its module"
         try:
             _encoded((node.args, node.kwargs))
             if node.target is getattr:
                 _checked(node.args)
         except ValueError as error:
-            return f"'{node.name}' {error}"
+            return f"{said(node)} {error}"
     return None
 
 

@@ -27,6 +27,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from surgeon._torch_compat import ASSERTIONS, ConvNd, NormBase, pytree, saved_tensor_hooks
+from surgeon.analysis import places
 from surgeon.analysis.program import SURROUNDINGS
 from surgeon.analysis.rewritten import graph_of
 from surgeon.blocks import Operator, norms
@@ -73,7 +74,7 @@ def _trace_in_both_modes(module: nn.Module, inputs: Inputs | None, *, stops_earl
     except Exception as error:
         return f"tracing stopped: {where(error)}"
     if node := next((n for n in graphs[0].nodes if _is_open(n)), None):
-        return f"what it does depends on which optional inputs it is given, in '{node.name}'"
+        return f"what it does depends on which optional inputs it is given, in {places.said(node)}"
     for i, other in enumerate(graphs[1:]):
         if difference := _difference(graphs[0], other):
             when = "with and without its optional arguments" if i else "in train and eval mode"
@@ -124,6 +125,7 @@ class _Tracer(fx.Tracer):
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         if entered := [name for name, state in _surroundings().items() if state != self.outside[name]]:
             node.meta[SURROUNDINGS] = entered[0]
+        places.note_(node, self.scope.module_path, _trace_once.__code__)
         return node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -278,15 +280,15 @@ def _as_step(function: FunctionType) -> Callable[..., Any]:
 def _difference(one: fx.Graph, other: fx.Graph) -> str | None:
     """Name the first step in which two graphs differ, or None."""
     ours, theirs = _steps(one), _steps(other)
-    for (name, step), (_, counterpart) in zip(ours, theirs, strict=False):
+    for (node, step), (_, counterpart) in zip(ours, theirs, strict=False):
         if step != counterpart:
-            return f"'{name}'"
+            return places.said(node)
     if len(ours) != len(theirs):
         return f"step {min(len(ours), len(theirs)) + 1}"
     return None
 
 
-def _steps(graph: fx.Graph) -> list[tuple[str, Any]]:
+def _steps(graph: fx.Graph) -> list[tuple[fx.Node, Any]]:
     """List what a graph does."""
     nodes = _essential(graph)
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
@@ -295,7 +297,7 @@ def _steps(graph: fx.Graph) -> list[tuple[str, Any]]:
     for node in nodes:
         kwargs = {k: v for k, v in node.kwargs.items() if not (k == "training" and node.target in _DROPOUTS)}
         args = fx.map_arg((node.args, kwargs), lambda n: label[n])
-        steps.append((str(node.name), (node.op, node.target, args)))
+        steps.append((node, (node.op, node.target, args)))
     return steps
 
 

@@ -91,16 +91,28 @@ def fuse(
     dense: Annotated[
         bool, typer.Option("--dense", help="Also fold blocks that cost less than the conv they fold to.")
     ] = False,
+    keep_norms: Annotated[
+        bool,
+        typer.Option(
+            "--keep-norms",
+            help="Make every block the conv and the norm again that it was made of: the weights load into the class "
+            "that the model had before, and training can go on.",
+        ),
+    ] = False,
     output: Output = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Fold every block that can be folded into one plain conv. The result is saved."""
+    """Fold every block that can be folded into one plain conv. The result is saved.
+
+    Inside modules that fold themselves (RepVGG, MobileOne), blocks become a conv and a norm, as with --keep-norms.
+    """
     with bar() as progress:
         from surgeon.app import commands
         from surgeon.display.convert import fused_data, fused_view
 
-        done = commands.fuse(model, given, progress, dense=dense, output=output, force=force)
+        how = {"dense": dense, "keep_norms": keep_norms}
+        done = commands.fuse(model, given, progress, **how, output=output, force=force)
     show(fused_data(done) if json else fused_view(done))
 
 

@@ -20,7 +20,7 @@ from surgeon.analysis import example as examples
 from surgeon.analysis import sites
 from surgeon.analysis.network import Network
 from surgeon.analysis.sites import Survey
-from surgeon.blocks import Foldable
+from surgeon.blocks import Deployable, Foldable
 from surgeon.errors import CaptureError
 from surgeon.files import architectures, formats
 from surgeon.files import load as source
@@ -78,6 +78,8 @@ class Fused:
     params: tuple[int, int]
     distance: float | None
     path: Path
+    norms: tuple[str, ...] = ()  # that were given back
+    notes: tuple[str, ...] = ()  # what else the user has to know
 
 
 def survey(name: str, given: Given, progress: Progress = silent) -> Survey:
@@ -158,6 +160,7 @@ def fuse(
     progress: Progress = silent,
     *,
     dense: bool = False,
+    keep_norms: bool = False,
     output: Path | None = None,
     force: bool = False,
 ) -> Fused:
@@ -170,16 +173,26 @@ def fuse(
         check_writable(model, given.trust)
     progress("looking for an input", 0.3)
     network = _network(model, given)
-    folded, distance = fold_all_(network, dense=dense, progress=parts(progress, 0.4, 0.9))
-    cheaper = sorted({m.name for m in model.modules() if isinstance(m, Foldable)})
-    if cheaper:
-        stays = f"{', '.join(cheaper)} is not folded, because it costs less than the conv it folds to"
-        _log.info(f"{stays}; --dense folds it too")
-    elif not folded:
+    done = fold_all_(network, dense=dense, keep_norms=keep_norms, progress=parts(progress, 0.4, 0.9))
+    if done.warning is not None:
+        _log.warning(done.warning)
+    if stays := _what_stays(model, keep_norms=keep_norms):
+        _log.info(stays)
+    elif not done.blocks:
         _log.info("the model has no block that can be folded; it is written unchanged")
     progress(f"writing {path}", 0.9)
     _save(loaded, path, given.trust, force=force)
-    return Fused(folded, (params, _count(model)), distance, path)
+    return Fused(done.blocks, (params, _count(model)), done.distance, path, done.norms, done.notes)
+
+
+def _what_stays(model: nn.Module, *, keep_norms: bool) -> str | None:
+    """Say which blocks were not folded, and why."""
+    if cheaper := sorted({m.name for m in model.modules() if isinstance(m, Foldable)}):
+        stays = f"{', '.join(cheaper)} is not folded, because it costs less than the conv it folds to"
+        return f"{stays}; --dense folds it too"
+    if keep_norms and (whole := sorted({m.name for m in model.modules() if isinstance(m, Deployable)})):
+        return f"{', '.join(whole)} is left as it is: no conv and norm compute the same"
+    return None
 
 
 def verify(name_a: str, name_b: str, given: Given, progress: Progress = silent) -> Report:

@@ -26,6 +26,50 @@ _BEHIND = ("drop", "act")  # what timm's norms run behind the norm, in this orde
 _CALLS = ("__call__", "_call_impl", "__getattr__", "__getattribute__")  # with one of its own a class may do anything
 
 
+class HasRest(Stored, nn.Module):
+    """A module that runs children behind something else; `then` names them, in order."""
+
+    then: tuple[str, ...] = ()
+
+    def behind(self, x: Tensor) -> Tensor:
+        for name in self.then:
+            x = self._modules[name](x)  # type: ignore[misc] # looked up among modules, since a file may name anything
+        return x
+
+    def __setstate__(self, state: Any) -> None:
+        then, held = state.get("then", ()), state.get("_modules")
+        if not isinstance(then, tuple) or not isinstance(held, dict) or not all(held.get(name) for name in then):
+            raise ValueError(f"{type(self).__name__} lacks the modules that it runs")
+        super().__setstate__(state)
+
+
+class NormRest(HasRest):
+    """What is left of a norm that a block has taken over: its children, under their names, and its attributes.
+
+    `origin` is the full name of the class that it had, and `base` that of the class in the table whose forward it had.
+    """
+
+    __module__ = "surgeon.nn"
+
+    origin: str
+    base: str
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.behind(input)
+
+    def plain(self) -> nn.Sequential:
+        """Give torch's own module that does the same, with the same keys in a state dict."""
+        return _in_a_row(self, self.then)
+
+    def extra_repr(self) -> str:
+        return f"of {self.origin}"
+
+    def __setstate__(self, state: Any) -> None:
+        if not isinstance(state.get("origin"), str) or str(state.get("base")) not in TABLE:
+            raise ValueError("NormRest does not say what it is the rest of")
+        super().__setstate__(state)
+
+
 class FrozenNorm(Stored, nn.Module):
     """A batch norm whose statistics, scale and shift are buffers, in train mode too: (n, c, h, w) → the same."""
 
@@ -38,46 +82,16 @@ class FrozenNorm(Stored, nn.Module):
     running_var: Tensor
 
     def forward(self, input: Tensor) -> Tensor:
-        scale = self.weight * (self.running_var + self.eps).rsqrt()  # (c,), in the order of torchvision's: bit by bit
-        shift = self.bias - self.running_mean * scale
-        return input * scale[:, None, None] + shift[:, None, None]
+        scale, shift = self.scale_and_shift()
+        return input * scale + shift
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """(c, 1, 1) each, in the order of torchvision's arithmetic, so that the bits are the same."""
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        return scale[:, None, None], (self.bias - self.running_mean * scale)[:, None, None]
 
     def extra_repr(self) -> str:
         return f"{len(self.weight)}, eps={self.eps}"
-
-
-class NormRest(Stored, nn.Module):
-    """What is left of a norm that a block has taken over: its children, under their names, and its attributes.
-
-    `then` names the children that run, in order; `origin` is the full name of the class that it had, and `base` that of
-    the class in the table whose forward it had.
-    """
-
-    __module__ = "surgeon.nn"
-
-    origin: str
-    base: str
-    then: tuple[str, ...]
-
-    def forward(self, input: Tensor) -> Tensor:
-        for name in self.then:
-            input = getattr(self, name)(input)
-        return input
-
-    def plain(self) -> nn.Sequential:
-        """Give torch's own module that does the same, with the same keys in a state dict."""
-        return _in_a_row(self, self.then)
-
-    def extra_repr(self) -> str:
-        return f"of {self.origin}"
-
-    def __setstate__(self, state: Any) -> None:
-        then, held = state.get("then"), state.get("_modules")
-        if not isinstance(then, tuple) or not isinstance(held, dict) or not all(held.get(name) for name in then):
-            raise ValueError("NormRest lacks the modules that it runs")
-        if not isinstance(state.get("origin"), str) or state.get("base") not in TABLE:
-            raise ValueError("NormRest does not say what it is the rest of")
-        super().__setstate__(state)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +119,7 @@ TABLE: dict[str, Written] = {f"{home}.{name}": written for home in _TIMMS for na
     "torchvision.ops.misc.FrozenBatchNorm2d": _OWN,
     "detectron2.layers.batch_norm.FrozenBatchNorm2d": _OWN,
     "surgeon.nn.FrozenNorm": _OWN,
-    "surgeon.nn.PairNorm": _OWN,
+    **{f"surgeon.nn.{name}": _OWN for name in ("PairNorm", "PairSyncNorm", "PairFrozenNorm")},
 }
 
 
@@ -127,19 +141,22 @@ def is_known(module: nn.Module) -> bool:
     written = _written(type(module))
     if written is None:
         return False
-    others = {name for name, child in module._modules.items() if child is not None} - {*written.behind, *written.inside}
+    others = {name for name, child in module._modules.items() if child is not None}
+    others -= {*rest_of(module), *written.inside}
     return not others and all(name in module._parameters or name in module._buffers for name in TENSORS)
 
 
 def rest_of(module: nn.Module) -> tuple[str, ...]:
     """Name the children of a norm that run behind it, in order."""
+    if isinstance(module, HasRest):
+        return module.then
     written = _written(type(module)) or _OWN
     return tuple(name for name in written.behind if module._modules.get(name) is not None)
 
 
 def leaves_rest(module: nn.Module) -> bool:
     """Whether more is left of a norm than an Identity once a block has taken it over."""
-    return bool((_written(type(module)) or _OWN).behind)
+    return bool(module.then if isinstance(module, HasRest) else (_written(type(module)) or _OWN).behind)
 
 
 def core_of(norm: nn.Module) -> nn.Module:
@@ -149,9 +166,12 @@ def core_of(norm: nn.Module) -> nn.Module:
     """
     if not leaves_rest(norm):
         return norm
-    written, rest = _written(type(norm)), rest_of(norm)
-    assert written is not None
-    return _without(norm, written.core or type(norm), rest)
+    return _without(norm, core_class_of(norm), rest_of(norm))
+
+
+def core_class_of(norm: nn.Module) -> type[nn.Module]:
+    """The class of what normalises in a norm whose class is known."""
+    return (_written(type(norm)) or _OWN).core or type(norm)
 
 
 def leave_rest_(norm: nn.Module) -> Callable[[], None]:
@@ -191,6 +211,8 @@ def restore(rest: NormRest, norm: nn.Module) -> nn.Module:
     vars(made).update(_parameters=dict(norm._parameters), _buffers=dict(norm._buffers))
     vars(made).update(_modules=norm._modules | rest._modules, training=norm.training)
     vars(made)["_non_persistent_buffers_set"] = set(norm._non_persistent_buffers_set)
+    if isinstance(made, HasRest):
+        made.then = rest.then
     if written.core is FrozenNorm and not is_frozen(norm):
         raise TypeError(f"a {kind.__name__} holds buffers, and this norm is a {type(norm).__name__}")
     return made
@@ -221,6 +243,8 @@ def _without(norm: nn.Module, kind: type[nn.Module], rest: tuple[str, ...]) -> n
     )
     made._modules = {name: child for name, child in norm._modules.items() if name not in rest}
     made._non_persistent_buffers_set = set(norm._non_persistent_buffers_set)
+    if isinstance(made, HasRest):
+        made.then = ()
     return made
 
 

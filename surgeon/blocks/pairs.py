@@ -1,10 +1,11 @@
-"""A batch norm that also takes a feature map in two streams.
+"""Batch norms that also take a feature map in two streams.
 
     norm(join(h, l)) = join(norm[high] h, norm[low] l)
 
 with the norm's own tensors, cut: its channels are independent of each other. Exact in eval mode. In train mode the low
 stream is a sample of a quarter of the pixels: its mean and variance are the same, and its running variance, which torch
-corrects by n/(n−1), is that of the smaller n.
+corrects by n/(n−1), is that of the smaller n. What the class of a norm runs behind it (an activation) runs on each
+stream.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from typing import overload
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from surgeon.conv import streams
+from surgeon._torch_compat import BatchNorm
+from surgeon.blocks import norms
+from surgeon.blocks.norms import FrozenNorm, HasRest
+from surgeon.conv import kernels, streams
 from surgeon.conv.streams import Pair, Ranges
-from surgeon.nn import Stored, become_
+from surgeon.nn import become_
 
 
-class PairNorm(Stored, nn.BatchNorm2d):
+class PairNorm(HasRest, nn.BatchNorm2d):
     """(n, c, h, w) → the same, as any BatchNorm2d; or (high, low) → (high, low). `low` are ranges of channels."""
 
     __module__ = "surgeon.nn"
@@ -35,16 +39,16 @@ class PairNorm(Stored, nn.BatchNorm2d):
 
     def forward(self, input: Tensor | Pair) -> Tensor | Pair:
         if isinstance(input, Tensor):
-            return super().forward(input)
+            return self.behind(super().forward(input))
         factor = self._factor()
+        high, low = streams.others(self.low, self.num_features), self.low
         return (
-            self._normed(input[0], streams.others(self.low, self.num_features), factor),
-            self._normed(input[1], self.low, factor),
+            self.behind(self._normed(input[0], high, factor)),
+            self.behind(self._normed(input[1], low, factor)),
         )
 
     def extra_repr(self) -> str:
-        usual = super().extra_repr()  # type: ignore[no-untyped-call]
-        return f"{usual}, low {' '.join(f'{start}:{stop}' for start, stop in self.low)}"
+        return f"{super().extra_repr()}, {_in_words(self.low)}"  # type: ignore[no-untyped-call]
 
     def _factor(self) -> float:
         """Count a batch, and say what weight it has in the running statistics."""
@@ -67,9 +71,105 @@ class PairNorm(Stored, nn.BatchNorm2d):
         return made
 
 
+class PairSyncNorm(HasRest, nn.SyncBatchNorm):
+    """A SyncBatchNorm of two streams: each is what torch's makes of its channels, over all processes of the group."""
+
+    __module__ = "surgeon.nn"
+
+    low: Ranges
+
+    @overload
+    def forward(self, input: Tensor) -> Tensor: ...
+
+    @overload
+    def forward(self, input: Pair) -> Pair: ...
+
+    def forward(self, input: Tensor | Pair) -> Tensor | Pair:
+        if isinstance(input, Tensor):
+            return self.behind(super().forward(input))
+        counted = self.num_batches_tracked
+        before = None if counted is None else counted.clone()
+        made = []
+        for x, ranges in zip(input, (streams.others(self.low, self.num_features), self.low), strict=True):
+            if counted is not None and before is not None:
+                counted.copy_(before)  # both streams are one batch
+            made.append(self.behind(self._normed(x, ranges)))
+        return made[0], made[1]
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {_in_words(self.low)}"  # type: ignore[no-untyped-call]
+
+    def _normed(self, x: Tensor, ranges: Ranges) -> Tensor:
+        """Run torch's own forward with the tensors of some channels."""
+        part: nn.SyncBatchNorm = nn.Module.__new__(nn.SyncBatchNorm)
+        vars(part).update(vars(self))
+        names = ("weight", "bias", "running_mean", "running_var")
+        cut = {name: streams.take(t, ranges, 0) for name in names if (t := getattr(self, name)) is not None}
+        part._parameters, part._buffers = {}, self._buffers | {name: cut.get(name) for name in names}
+        made: Tensor = part.forward(x)
+        if self.training and len(ranges) > 1:  # those were copies
+            for name in names[2:]:
+                if name in cut:
+                    _put_back_(getattr(self, name), cut[name], ranges)
+        return made
+
+
+class PairFrozenNorm(HasRest, FrozenNorm):
+    """A batch norm of two streams that is not trained."""
+
+    __module__ = "surgeon.nn"
+
+    low: Ranges
+
+    @overload
+    def forward(self, input: Tensor) -> Tensor: ...
+
+    @overload
+    def forward(self, input: Pair) -> Pair: ...
+
+    def forward(self, input: Tensor | Pair) -> Tensor | Pair:
+        scale, shift = self.scale_and_shift()
+        if isinstance(input, Tensor):
+            return self.behind(input * scale + shift)
+        both = zip(input, (streams.others(self.low, len(scale)), self.low), strict=True)
+        high, low = (x * streams.take(scale, part, 0) + streams.take(shift, part, 0) for x, part in both)
+        return self.behind(high), self.behind(low)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {_in_words(self.low)}"
+
+
+def pair_kind(norm: nn.Module, *, is_tried: bool = False) -> type[nn.Module] | None:
+    """The class in which a norm takes two streams; None where nobody knows what its class does in train mode.
+
+    One that is not trained, and that somebody has tried, is known.
+    """
+    if not norms.is_known(norm):
+        return PairFrozenNorm if is_tried and norms.is_frozen(norm) else None
+    core = norms.core_class_of(norm)
+    for kind, forward, paired in (
+        (nn.BatchNorm2d, BatchNorm.forward, PairNorm),
+        (nn.SyncBatchNorm, nn.SyncBatchNorm.forward, PairSyncNorm),
+    ):
+        if issubclass(core, paired) or (issubclass(core, kind) and core.forward is forward):
+            return paired
+    return PairFrozenNorm if norms.is_frozen(norm) else None
+
+
 def make_pair_norm_(norm: nn.Module, low: Ranges) -> Callable[[], None]:
-    """Let a BatchNorm2d take pairs; it stays the object it is. Returns a function that undoes this."""
-    return become_(norm, PairNorm, low=low)
+    """Let a batch norm take pairs; it stays the object it is. Returns a function that undoes this."""
+    kind = pair_kind(norm, is_tried=True)
+    assert kind is not None
+    added: dict[str, object] = {"low": low}
+    if rest := norms.rest_of(norm):  # files of earlier versions have none
+        added["then"] = rest
+    if not hasattr(norm, "eps"):
+        added["eps"] = kernels.Norm.of(norm).eps
+    return become_(norm, kind, **added)
+
+
+def _in_words(low: Ranges) -> str:
+    return f"low {' '.join(f'{start}:{stop}' for start, stop in low)}"
 
 
 def _put_back_(stored: Tensor, changed: Tensor, ranges: Ranges) -> None:

@@ -110,7 +110,8 @@ def _written(options: Mapping[str, object]) -> str:
 def _stream_lines(plan: Plan) -> Iterator[str]:
     """Say what is done besides the swaps of octave convs, and where their streams cannot go on."""
     for one in plan.low_passed:
-        yield f"low-passed: '{one.operand}'{_inside(one.island)}, where '{one.step}' adds it to two streams"
+        names = f"'{one.operand}', where '{one.step}' adds it to two streams"
+        yield f"low-passed{_inside(one.island)}: {one.said or names}"
     if plan.rewritten:
         named = ", ".join(path or "the model itself" for path in plan.rewritten[:3])
         more = f" and {len(plan.rewritten) - 3} more" if len(plan.rewritten) > 3 else ""

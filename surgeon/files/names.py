@@ -125,8 +125,10 @@ def on_path(folder: Path, *, first: bool) -> Iterator[None]:
     sys.path.insert(0 if first else len(sys.path), entry)
     try:
         yield
-    finally:
-        sys.path.remove(entry)
+    finally:  # the folder may have been there before, at another place, where it stays
+        places = [i for i, one in enumerate(sys.path) if one == entry]
+        if places:
+            del sys.path[places[0 if first else -1]]
 
 
 def admitted(path: Path, names: Sequence[str], trust: Trust) -> dict[str, object]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from surgeon.errors import ModelError, StoreError
 from surgeon.files import calls, formats, whole
@@ -28,6 +28,7 @@ def check_writable(model: nn.Module, trust: Trust = Trust()) -> None:  # noqa: B
     Raises:
         StoreError: the attribute that cannot be, and what to do.
     """
+    check_graphs(model)
     if (error := _failure(model)) is None:
         _check_attributes(model, trust)
         return
@@ -37,6 +38,21 @@ def check_writable(model: nn.Module, trust: Trust = Trust()) -> None:  # noqa: B
         todo="Use a function or class with a name of its own in a module, or remove it; or write only the weights, "
         "-o NAME.safetensors.",
     )
+
+
+def check_graphs(model: nn.Module) -> None:
+    """Make sure that a model holds no GraphModule of which a file would be a program.
+
+    Raises:
+        StoreError: it holds one; what can be written instead.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, fx.GraphModule) and _objection(module, Trust()) is not None:
+            raise StoreError(
+                f"{path or 'the model'} is a GraphModule, whose file would be a program that runs when it is opened",
+                todo="Write its weights, NAME.safetensors, and open them with --arch file.py:make (or arch=…), where "
+                "make() builds the GraphModule anew; or give the network that it was traced from.",
+            )
 
 
 def unreadable(path: Path, trust: Trust) -> str | None:

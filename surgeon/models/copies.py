@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import os
 import traceback
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from surgeon.models.aliases import copied_together
 from surgeon.nn import Stored
 
 Model = TypeVar("Model", bound=nn.Module)
-_OURS_AND_TORCHS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+_OURS_AND_TORCHS = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[1]}{os.sep}")
 _ATOMIC = frozenset(
     {type(None), bool, int, float, str, bytes, type, torch.dtype, ConvSpec}
 )  # what copy.deepcopy does not copy
@@ -193,7 +194,7 @@ def _check_copyable(model: nn.Module) -> None:
 
 
 def kind_of(module: nn.Module) -> type:
-    """Give the class of a module; of a class that was made for one network, such as GraphModules have, what it is of."""
+    """Give the class of a module; where that was made for one network, as a GraphModule's is, its base."""
     kind = type(module)
     if issubclass(kind, Stored):
         return kind.stored_as()

@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import fx, nn
 
+from surgeon.analysis import own_norms, places
 from surgeon.analysis.obstacles import custom_call
 from surgeon.conv.streams import Ranges
+from surgeon.models.copies import kind_of
 
 _IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
 
@@ -72,13 +74,27 @@ class Step:
     modules: Modules
 
     @property
-    def name(self) -> str:
-        return self.node.name
+    def said(self) -> str:
+        """What messages call it."""
+        return places.said(self.node, None if self.module is None else kind_of(self.module))
+
+    @property
+    def said_of_all(self) -> str:
+        """What messages call all steps of its kind."""
+        return places.said_of_all(self.node, None if self.module is None else kind_of(self.module))
 
     @property
     def module(self) -> nn.Module | None:
         """The module that it calls."""
         return self.modules[str(self.node.target)] if self.node.op == "call_module" else None
+
+    @property
+    def need(self) -> str:
+        """Why two streams are joined for it, where no rule says more."""
+        if self.is_customised or (norm := own_norms.norm_of(self.node, self.modules)) is None:
+            return f"{self.said} needs the whole map"
+        path, kind = norm
+        return f"{path} is a {kind.__name__}, {own_norms.in_words(kind)}: the two streams have to be joined for it"
 
     @property
     def is_customised(self) -> bool:

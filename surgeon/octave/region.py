@@ -10,15 +10,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import fx, nn
+from torch.nn import functional as F
 
 from surgeon.analysis import rewritten
 from surgeon.analysis.islands import Island
 from surgeon.analysis.obstacles import custom_call
 from surgeon.analysis.sites import Site, Survey
 from surgeon.analysis.uses import used_of_its_class
-from surgeon.blocks import Together
+from surgeon.blocks import Operator, Together
 from surgeon.blocks.two_streams import TwoStreamOptions
 from surgeon.conv import streams
+from surgeon.models.copies import kind_of
 from surgeon.octave.layout import Flow, Layout, Step
 from surgeon.octave.rewrite import LowPass
 from surgeon.octave.rules import rule_of
@@ -69,7 +71,11 @@ class Region:
             self.layouts[node] = flow.layout
             self.seams |= {node} if flow.seam else set()
             self.low_passed += flow.low_pass
-            self.roles.low_passes += [LowPass(self.island.path, node.name, one.name) for one in flow.low_pass]
+            self.roles.low_passes += [self._low_pass(node, one) for one in flow.low_pass]
+
+    def _low_pass(self, node: fx.Node, operand: fx.Node) -> LowPass:
+        said = f"{self._step(operand).said}, where {self._step(node).said} adds it to two streams"
+        return LowPass(self.island.path, node.name, operand.name, said)
 
     def _has_channels(self, node: fx.Node, count: int | None) -> bool:
         """Whether a value is a map of so many channels: its layout says so, a conv that reads it, or a run."""
@@ -186,20 +192,25 @@ class Region:
         return all(-(-side // 2) >= options.min_size for side in sides) and max(sides, default=2) > 1
 
     def _has_large_reader(self, node: fx.Node) -> bool:
-        return any(self._is_large(self.sites[one], self.wanted[self.paths[one]]) for one in self._readers(node))
+        readers, _ = self._readers(node)
+        return any(self._is_large(self.sites[one], self.wanted[self.paths[one]]) for one in readers)
 
-    def _readers(self, node: fx.Node) -> Iterator[fx.Node]:
-        """Give the wanted convs that read the output of a conv, through steps that two streams can go through."""
+    def _readers(self, node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
+        """Give what reads a conv through steps that two streams can go through: wanted convs, and where streams end."""
         seen, waiting = {node}, list(node.users)
+        readers, ends = [], []
         while waiting:
-            user = waiting.pop()
+            user = waiting.pop(0)
             if user in seen:
                 continue
             seen.add(user)
             if user in self.paths:
-                yield user
+                readers.append(user)
             elif rule_of(self._step(user)).carries:
                 waiting += user.users
+            else:
+                ends.append(user)
+        return readers, ends
 
     def _why_plain(self, node: fx.Node, options: TwoStreamOptions) -> str:
         site = self.sites[node]
@@ -215,7 +226,26 @@ class Region:
         assert site.spec is not None
         if site.spec.groups > 1:
             return "its input has no low channels, and its groups cannot make any"
-        return "it would be the first and the last conv of a region: no octave conv reads it, and it reads none"
+        return f"it reads no low channels, and {self._why_unread(node)}"
+
+    def _why_unread(self, node: fx.Node) -> str:
+        """Say why no octave conv reads what a conv gives."""
+        readers, ends = self._readers(node)
+        if readers:
+            return "the convs that read it have maps too small for two streams"
+        if not ends:
+            return "nothing reads it"
+        step = self._step(ends[0])
+        if step.node.op == "output" and self.island.path:
+            kind = kind_of(self.survey.model.get_submodule(self.island.path)).__name__
+            return f"two streams would end right behind it: no graph is known of the code that calls its {kind}"
+        if step.node.op == "output":
+            return "two streams would end right behind it, at the output of the network"
+        if isinstance(step.module, nn.Conv2d | Operator):
+            return "two streams would end right behind it: the conv that reads it stays"
+        if isinstance(step.module, nn.GroupNorm | nn.LayerNorm) or step.node.target in (F.group_norm, F.layer_norm):
+            return f"two streams would end right behind it, in {step.said_of_all}, which mixes channels"
+        return f"two streams would end right behind it, in {step.said_of_all}, which needs the whole map"
 
 
 def fixed_role(options: TwoStreamOptions) -> TwoStreamOptions:

@@ -6,6 +6,7 @@ under all its names. A block that no single conv can replace first takes in the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 from torch import nn
@@ -19,15 +20,20 @@ from surgeon.conv.spec import ConvSpec
 from surgeon.errors import PlanError
 from surgeon.models.memory import give_back_after
 from surgeon.octave import rewrite as seams
+from surgeon.surgery import give_back
 from surgeon.surgery.finite import finite
+from surgeon.surgery.give_back import Paths, Return
 
 _TODO = "Undo what was changed since it was converted, or train and deploy it unfolded."
 
 
-def fold_blocks_(network: Network, *, dense: bool = False) -> tuple[str, ...]:
+def fold_blocks_(
+    network: Network, *, dense: bool = False, returns: Mapping[Paths, Return] | None = None, deploys: bool = True
+) -> tuple[str, ...]:
     """Replace every foldable block of a network by the conv it folds to; returns their names.
 
-    Blocks that cost less than that conv stay, unless `dense` asks for them too.
+    Blocks that cost less than that conv stay, unless `dense` asks for them too. Those in `returns` become a conv and
+    the norm that they have taken over. With `deploys`, blocks that no single conv can replace get their deployed form.
 
     The running statistics are folded in, whatever mode the model is in; the mode stays the same.
 
@@ -42,20 +48,25 @@ def fold_blocks_(network: Network, *, dense: bool = False) -> tuple[str, ...]:
         alone = "it is the whole model; call its fold() to make the conv" if "" in paths else None
         if why := alone or _customised(block) or block.unfoldable():
             raise PlanError(f"{paths[0] or 'the model'} cannot be folded: {why}", todo=_TODO)
-    folded: dict[tuple[str, ...], nn.Module] = {
-        paths: finite(paths[0], "folded", partial(_fold, block), block) for paths, block in blocks
-    }
-    deployed, folded_in = _deployed(network)
-    for paths, made in (folded | deployed).items():  # all of them are built, so nothing can fail half-way
+    stood = {paths: module for module, paths in network.names.items()}
+    folded: dict[Paths, nn.Module] = {}
+    for paths, block in blocks:
+        if (origin := (returns or {}).get(paths)) is not None:
+            folded |= give_back.make(paths, block, origin, stood.get(origin.norm))
+        else:
+            folded[paths] = finite(paths[0], "folded", partial(_fold, block), block)
+    deployed, folded_in = _deployed(network) if deploys else ({}, {})
+    rests = {paths: norms.plain_rest(m) for paths, m in stood.items() if isinstance(m, norms.NormRest)}
+    rests = {paths: rest for paths, rest in rests.items() if blocks and paths not in folded}
+    for paths, made in (folded | deployed).items():  # all are built, so nothing can fail half-way
         for path in paths:
             model.set_submodule(path, made)
-    rests = {paths: norms.plain_rest(m) for m, paths in network.names.items() if isinstance(m, norms.NormRest)}
-    for paths, rest in (folded_in | (rests if folded else {})).items():
+    for paths, rest in (folded_in | rests).items():
         for path in paths:
             model.set_submodule(path, rest)
     if deployed:
         seams.deploy_(model)
-    return tuple(paths[0] for paths in folded | deployed)
+    return tuple(paths[0] for paths in (*dict(blocks), *deployed))
 
 
 def _deployed(network: Network) -> tuple[dict[tuple[str, ...], nn.Module], dict[tuple[str, ...], nn.Module]]:

@@ -216,6 +216,7 @@ class LowPassed(Form):
     island: str
     step: str
     operand: str
+    said: str = ""  # both, in the user's words
 
 
 class SeamLeft(Form):

@@ -10,13 +10,16 @@ from torch import nn
 from surgeon.analysis import fingerprint as fingerprints
 from surgeon.analysis import sites
 from surgeon.analysis.network import Network
+from surgeon.analysis.self_folding import SelfFoldings
+from surgeon.blocks import Foldable
 from surgeon.errors import StoreError
 from surgeon.files.architectures import Architecture
 from surgeon.files.load import build, build_named_in_file
 from surgeon.files.pickles import Trust
-from surgeon.models.copies import duplicate, shadow
+from surgeon.models.copies import duplicate, kind_of, shadow
 from surgeon.proof.distance import as_double
 from surgeon.proof.evidence import Replay
+from surgeon.surgery import give_back
 from surgeon.surgery import manifest as manifests
 from surgeon.surgery.check import check
 from surgeon.surgery.fold import fold_blocks_
@@ -30,11 +33,13 @@ def redo_(model: nn.Module, steps: Sequence[Operation], before: Sequence[Operati
     done = [*history(model), *before]
     for step in steps:
         if step.plan is None:
-            fold_blocks_(Network(model, called_with=planned_inputs(done)), dense=step.dense)
+            network = Network(model, called_with=planned_inputs(done))
+            returns = give_back.recorded(network, done, step)
+            fold_blocks_(network, dense=step.dense, returns=returns, deploys=not step.keep_norms)
         else:
             plan = Plan.model_validate(step.plan)
             network = Network(model, called_with=plan.inputs)
-            check(plan, sites.survey(network))  # it may have come with a file
+            check(plan, sites.survey(network), is_recorded=True)  # it may have come with a file
             operate_(model, plan, network)
         done.append(step)
     return model
@@ -101,6 +106,29 @@ def lapse(a: nn.Module, b: nn.Module) -> str | None:
         "B's history does not begin at A, and decides nothing: B was made from another model, or a tensor of A, "
         "if only a counter, has changed since"
     )
+
+
+def folded_since(replayed: nn.Module, b: nn.Module) -> str | None:
+    """Say that B was folded by its own methods, or its blocks by others, after surgeon had made it; None if it was not.
+
+    Then its history says less than all, and a replay of it is another network.
+    """
+    ours, theirs = (dict(one.named_modules(remove_duplicate=False)) for one in (b, replayed))
+    shared = ours.keys() & theirs.keys()
+    changed = [
+        *(ours.keys() ^ theirs.keys()),
+        *(path for path in shared if kind_of(ours[path]) is not kind_of(theirs[path])),
+    ]
+    blocks = tuple(path for path, module in theirs.items() if isinstance(module, Foldable))
+    foldings, where = SelfFoldings(replayed), []
+    for path in sorted(changed):
+        block = next((one for one in blocks if f"{path}.".startswith(f"{one}.")), None)
+        if (found := block or foldings.around([path])) is None:
+            return None
+        where.append(f"{found}, which is a block" if isinstance(found, str) else f"{found.path} ({found.kind})")
+    if not where:
+        return None
+    return f"B was folded by other code after surgeon had made it, at {where[0]}; it is compared without its history"
 
 
 def done_again(a: nn.Module, steps: Sequence[Operation]) -> Replay:

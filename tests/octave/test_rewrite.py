@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
+import tiny
 import torch
 import torchvision
 from helpers import narrow, narrow_torchvision, on_meta, relative, run_surgeon, shake_
 from small_networks import MobileNetV1, small_densenet
+from timm.layers.norm_act import BatchNormAct2d, FrozenBatchNormAct2d, GroupNormAct
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock
+from torchvision.ops.misc import FrozenBatchNorm2d
 
 import surgeon
 from surgeon.analysis.network import Network
@@ -98,6 +103,15 @@ class Classifier(nn.Module):
         return self.fc(torch.flatten(self.pooling(self.second(self.first(x))), 1))
 
 
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "a subclass": type("Renamed", (nn.BatchNorm2d,), {}),
+    "synchronised": nn.SyncBatchNorm,
+    "frozen": FrozenBatchNorm2d,
+    "timm's frozen one": FrozenBatchNormAct2d,
+    "timm's frozen one with GELU": lambda c: FrozenBatchNormAct2d(c, act_layer="gelu"),
+    **{f"timm's with {act}": partial(BatchNormAct2d, act_layer=act) for act in ("relu", "silu", "gelu", "prelu")},
+    "timm's with dropout": partial(BatchNormAct2d, drop_layer=nn.Dropout),
+}
 FIXED = {"alpha_in": 0.5, "alpha_out": 0.5}
 RULES: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {
     "split of join": (lambda: nn.Sequential(conv(), conv()), {"split(join)": 1}),
@@ -108,6 +122,7 @@ RULES: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {
     "dropout": (lambda: Between(nn.Dropout(0.5)), {"elementwise": 1}),
     "a norm": (lambda: Between(nn.BatchNorm2d(8)), {"norm": 1}),
     "a norm without affine": (lambda: Between(nn.BatchNorm2d(8, affine=False)), {"norm": 1}),
+    **{f"a norm: {name}": (lambda make=make: Between(make(8)), {"norm": 1}) for name, make in NORMS.items()},
     "a number": (lambda: Between(lambda x: 2 * x + 1), {"product": 1, "sum": 1}),
     "a sum": (Residual, {"sum": 1, "product": 1}),
     "a sum in place": (lambda: Residual(in_place=True), {"sum": 1}),
@@ -193,7 +208,26 @@ def test_fused_it_computes_the_same(name: str) -> None:
 
 UNSEEN: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a step on no list": (lambda: Between(lambda x: x.flip(-1)), "'flip' needs the whole map"),
-    "a norm of its own kind": (lambda: Between(nn.GroupNorm(2, 8)), "'step' needs the whole map"),
+    "a norm of its own kind": (
+        lambda: Between(nn.GroupNorm(2, 8)),
+        " is a GroupNorm, which mixes channels: the two streams",
+    ),
+    "a norm that tracing goes into": (
+        lambda: Between(GroupNormAct(8, 2)),
+        " is a GroupNormAct, which mixes channels: the two streams",
+    ),
+    "an instance norm": (
+        lambda: Between(nn.InstanceNorm2d(8)),
+        " is a InstanceNorm2d, which takes its statistics from",
+    ),
+    "a norm with a forward of its own": (
+        lambda: Between(tiny.OwnNorm(8)),
+        " is a OwnNorm, which has a forward of its own: the two streams have to be joined for it",
+    ),
+    "a norm with a softmax behind it": (
+        lambda: Between(BatchNormAct2d(8, act_layer=nn.Softmax2d, inplace=None)),
+        " runs its act (Softmax2d), which needs the whole map",
+    ),
     "a softmax over channels": (lambda: Between(nn.Softmax2d()), "'step' needs the whole map"),
     "a plain conv": (lambda: Between(nn.Sequential(conv(), nn.ReLU())), "'step_0' needs the whole map"),
 }
@@ -211,7 +245,7 @@ def test_what_cannot_be_moved_stays_a_seam_with_the_reason(name: str) -> None:
         assert torch.equal(local(noise(*SHAPE)), free(noise(*SHAPE)))
     longer = network(lambda: nn.Sequential(conv(), nn.ReLU(), *build().children()))
     plan = octave_of(longer, "0", "2", "3", **FIXED)
-    assert any(seam.kind == "join" and reason.split("'")[2] in seam.reason for seam in plan.seams), plan.seams
+    assert any(seam.kind == "join" and reason.rpartition("'")[2] in seam.reason for seam in plan.seams), plan.seams
 
 
 def test_an_in_place_step_on_no_list_is_seen_by_all_that_read_after_it() -> None:
@@ -427,13 +461,41 @@ class TrainsItsOwnWay(nn.Sequential):
         return self
 
 
-def test_what_a_graph_would_lose_keeps_its_class_and_the_plan_says_why() -> None:
+def test_a_mode_of_its_own_is_kept() -> None:
     net = network(lambda: TrainsItsOwnWay(conv(), nn.BatchNorm2d(8), conv()))
+    model = surgeon.convert(net, octave_of(net))
+    assert isinstance(model, Rewritten)
+    assert not model.train()[1].training
+    assert model[2].training
+
+
+class StoresItself(nn.Sequential):
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+class NamesItsGraph(nn.Sequential):
+    def graph(self) -> int:
+        return 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        (StoresItself, "StoresItself has its own __getstate__, which copies and files of a rewritten graph would not"),
+        (NamesItsGraph, "NamesItsGraph has its own graph, a name that a rewritten graph uses for itself"),
+    ],
+)
+def test_what_a_graph_would_lose_keeps_its_class_and_the_plan_says_why(kind: type[nn.Sequential], why: str) -> None:
+    net = network(lambda: kind(conv(), nn.BatchNorm2d(8), conv()))
     plan = octave_of(net)
-    assert [(seam.kind, seam.reason) for seam in plan.seams] == [
-        ("local", "TrainsItsOwnWay has its own train, which a rewritten graph would not have")
-    ]
-    assert type(surgeon.convert(net, plan)) is TrainsItsOwnWay
+    [seam] = plan.seams
+    assert seam.kind == "local"
+    assert why in seam.reason
+    assert type(surgeon.convert(net, plan)) is kind
+
+
+def test_hooks_are_not_skipped() -> None:
     hooked = network(lambda: nn.Sequential(nn.Sequential(conv(), nn.ReLU()), conv()))
     hooked[0].register_forward_hook(lambda *_: None)
     assert "hooks are attached to 0" in octave_of(hooked).seams[0].reason

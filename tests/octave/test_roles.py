@@ -113,17 +113,21 @@ class Ends(nn.Module):
         return (*made, self.last(x)) if self.is_read else made
 
 
-class LoadsInItsOwnWay(Ends):
+class StaysItself(Ends):
     """It cannot become a graph, so every conv splits and joins by itself."""
 
-    def _load_from_state_dict(self, *args: object) -> None: ...
+    program = "an attribute with a name that a rewritten graph uses for itself"
+
+    def __init__(self, **how: bool) -> None:
+        super().__init__(**how)
+        self.program = type(self).program
 
 
 @pytest.mark.parametrize(
     ("kind", "is_joined", "is_read", "expected"),
     [
         (Ends, True, True, None),
-        (LoadsInItsOwnWay, False, True, None),
+        (StaysItself, False, True, None),
         (Ends, False, True, (0.5, 0)),  # or its input would have to be joined
         (Ends, True, False, (0.5, 0)),  # or the conv before it would have no reason to write low channels
     ],
@@ -197,8 +201,35 @@ def test_one_conv_alone_is_no_region() -> None:
     with pytest.raises(PlanError, match="nothing is swapped"):
         surgeon.convert(nn.Sequential(conv(), nn.ReLU()), {"surgeon": 1, "title": "T", "rules": [{"swap": "octave"}]},
                         (1, 16, 32, 32))  # fmt: skip
-    entry = plan(nn.Sequential(conv(), nn.ReLU()), (1, 16, 32, 32))["0"]
-    assert "no octave conv reads it, and it reads none" in str(entry.skip)
+
+
+class CallsWithWords(nn.Sequential):
+    """Its own code cannot be traced; that of the modules that it calls can."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for one in self:
+            x = one(x) if float(x.sum()) < 1e9 else x
+        return x
+
+
+END = "two streams would end right behind it"
+LONELY = {
+    f"{END}, at the output of the network": nn.Sequential(conv(), nn.ReLU()),
+    f"{END}, in a GroupNorm, which mixes channels": nn.Sequential(conv(), nn.ReLU(), nn.GroupNorm(2, 16), conv()),
+    f"{END}, in an Upsample, which needs the whole map": nn.Sequential(
+        conv(), nn.Upsample(scale_factor=3, mode="bicubic"), conv()
+    ),
+    f"{END}: the conv that reads it stays": nn.Sequential(conv(), conv(16, 16, 2)),
+    f"{END}: no graph is known of the code that calls its Inner": CallsWithWords(
+        type("Inner", (nn.Sequential,), {})(conv(), nn.ReLU()), conv()
+    ),
+    "the convs that read it have maps too small for two streams": nn.Sequential(conv(), conv(16, 16, stride=4)),
+}
+
+
+@pytest.mark.parametrize("why", LONELY)
+def test_a_conv_whose_streams_would_end_at_once_says_where(why: str) -> None:
+    assert next(iter(plan(LONELY[why], (1, 16, 32, 32)).values())).skip == f"it reads no low channels, and {why}"
 
 
 def test_squeezing_convs_work_on_one_pixel_and_stay() -> None:
@@ -209,7 +240,7 @@ def test_squeezing_convs_work_on_one_pixel_and_stay() -> None:
 def test_the_plan_of_the_command_line_tells_of_streams(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_surgeon("plan", "torchvision:resnet18", "-r", "octave") == 0
     told = " ".join(capsys.readouterr().out.split())
-    assert "low-passed: 'maxpool', where 'add' adds it to two streams" in told
+    assert "low-passed: 'maxpool' (MaxPool2d), where `out += identity` in BasicBlock.forward (resnet.py:" in told
     assert "this turns the forward of the model itself into a graph" in told
     assert "no seam is left" in told
 

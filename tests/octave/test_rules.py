@@ -7,8 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torchvision.ops.misc import FrozenBatchNorm2d
 
 import surgeon
 from surgeon.analysis.program import FUNCTIONS, METHODS
@@ -38,6 +40,10 @@ STEPS: dict[str, tuple[nn.Module | Callable[[Tensor], Tensor], str]] = {
     "an ACBlock": (surgeon.convert(nn.Sequential(nn.Conv2d(8, 8, 3)), "acnet")[0], "conv"),
     "a norm": (nn.BatchNorm2d(8), "norm"),
     "a norm of pairs": (PairNorm(8), "norm"),
+    "a norm with an activation": (BatchNormAct2d(8), "norm"),
+    "a norm with a softmax over channels": (BatchNormAct2d(8, act_layer=nn.Softmax2d, inplace=None), "norm with more"),
+    "a frozen norm": (FrozenBatchNorm2d(8), "norm"),
+    "a synchronised norm": (nn.SyncBatchNorm(8), "norm"),
     "another norm": (nn.GroupNorm(2, 8), "other"),
     "a ReLU": (nn.ReLU(), "elementwise"),
     "a ReLU with a hook": (hooked(), "other"),

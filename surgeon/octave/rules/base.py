@@ -31,7 +31,7 @@ class StreamRule(abc.ABC):
 
     def obstacle(self, step: Step, flow: Flow, graph: StreamGraph) -> str | None:
         """Say why the streams cannot go through this step of a graph."""
-        return None if flow.layout.low else flow.seam or f"'{step.name}' needs the whole map"
+        return None if flow.layout.low else flow.seam or step.need
 
     def rewrite(self, step: Step, graph: StreamGraph) -> StreamNodes | None:
         """Insert steps on two streams before a step without obstacle; None means that the step stays as it is now."""
@@ -54,4 +54,4 @@ class WholeMap(StreamRule):
 def whole_map(step: Step, layouts: Layouts, layout: Layout | None = None) -> Flow:
     """Give the result of a step that needs the whole map."""
     has_streams = any(layouts[value].is_octave for value in step.node.all_input_nodes)
-    return Flow(layout or Layout(), f"'{step.name}' needs the whole map" if has_streams else None)
+    return Flow(layout or Layout(), step.need if has_streams else None)

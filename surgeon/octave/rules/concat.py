@@ -33,7 +33,7 @@ class Concat(StreamRule):
         counts = [one.channels for one in found]
         if any(count is None for count in counts):
             joined = whole_map(step, layouts)
-            why = f"the number of channels that '{step.name}' puts side by side is not known"
+            why = f"the number of channels that {step.said} puts side by side is not known"
             return Flow(joined.layout, joined.seam and why)
         low: list[tuple[int, int]] = []
         at = 0
@@ -49,7 +49,7 @@ class Concat(StreamRule):
                 highs.append(graph.streams[part].high)
                 lows.append(graph.streams[part].low)
             else:
-                highs.append(graph.whole(part, f"'{step.name}' reads it"))
+                highs.append(graph.whole(part, f"{step.said} reads it"))
         return StreamNodes(graph.call(torch.cat, highs, 1), graph.call(torch.cat, lows, 1))
 
 

@@ -28,6 +28,20 @@ METHODS = {
     *("relu", "relu_", "sigmoid", "sigmoid_", "tanh", "clamp", "clamp_", "abs", "exp", "neg", "square", "contiguous"),
     *("clone", "detach"),
 }
+# What timm's norms run behind them; elsewhere tracing goes into such a module.
+_TIMMS = {
+    *(f"activations.{name}" for name in ("Swish", "Mish", "Sigmoid", "Tanh", "HardSwish", "HardSigmoid", "HardMish")),
+    *(f"activations.{name}" for name in ("GELU", "GELUTanh", "QuickGELU", "PReLU")),
+    *(f"activations_me.{name}Me" for name in ("Swish", "Mish", "HardSigmoid", "HardSwish", "HardMish")),
+}
+TIMMS = {f"{home}.{name}" for home in ("timm.layers", "timm.models.layers") for name in _TIMMS}
+
+
+def is_elementwise(module: nn.Module) -> bool:
+    """Whether a module treats every number by itself, and all in the same way."""
+    kind = type(module)
+    known = kind in MODULES or kind is nn.PReLU or f"{kind.__module__}.{kind.__qualname__}" in TIMMS
+    return known and (not isinstance(module, nn.PReLU) or module.num_parameters == 1)
 
 
 class Elementwise(StreamRule):
@@ -37,8 +51,8 @@ class Elementwise(StreamRule):
     is_channelwise = True
 
     def matches(self, step: Step) -> bool:
-        has_one_slope = type(step.module) is nn.PReLU and step.module.num_parameters == 1
-        return has_one_slope or step.calls(MODULES, FUNCTIONS, METHODS)
+        is_known = step.module is not None and is_elementwise(step.module)
+        return is_known or step.calls((), FUNCTIONS, METHODS)
 
     def flow(self, step: Step, layouts: Layouts) -> Flow:
         """Let a map through; a bound may be a number for all of it or for each channel, not a map of its own."""

@@ -39,7 +39,7 @@ class Octave(StreamRule):
             pair = graph.split(source, block.low_in, self.flow(step, graph.layouts).seam)
             given: tuple[fx.Node, fx.Node | None] = (pair.high, pair.low)
         else:
-            given = (graph.whole(source, f"'{step.name}' reads high channels only"), None)
+            given = (graph.whole(source, f"{step.said} reads high channels only"), None)
         both = graph.graph.call_module(str(step.node.target), (given,))
         if block.low_out:
             return graph.parts(both)

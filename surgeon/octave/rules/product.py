@@ -35,7 +35,7 @@ class Product(StreamRule):
         if is_alike and all(one.scales(first) or one.low == first.low for one in points):
             return Flow(first)
         joined = whole_map(step, layouts, broadcast(layouts[value].plain for value in nodes))
-        return Flow(joined.layout, joined.seam and f"'{step.name}' adds or multiplies streams with other channels")
+        return Flow(joined.layout, joined.seam and f"{step.said} adds or multiplies streams with other channels")
 
     def rewrite(self, step: Step, graph: StreamGraph) -> StreamNodes:
         highs: dict[fx.Node, fx.Node] = {}

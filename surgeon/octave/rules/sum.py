@@ -39,14 +39,14 @@ class Sum(Product):
 
     def obstacle(self, step: Step, flow: Flow, graph: StreamGraph) -> str | None:
         if flow.low_pass:
-            return flow.seam or f"'{step.name}' adds a plain map"
+            return flow.seam or f"{step.said} adds a plain map"
         return super().obstacle(step, flow, graph)
 
 
 def _unlike(step: Step, plain: fx.Node, one: Layout, other: Layout) -> str | None:
     """Say why a plain map cannot be low-passed where it is added to an octave map."""
     if step.is_in_place and plain is step.operand and (plain.op == "placeholder" or step.is_read_later(plain)):
-        return f"'{step.name}' writes its sum into a plain map that is read elsewhere, too"
+        return f"{step.said} writes its sum into a plain map that is read elsewhere, too"
     if one.channels not in (None, other.channels):
-        return f"'{step.name}' adds a map of {one.channels} to one of {other.channels} channels"
+        return f"{step.said} adds a map of {one.channels} to one of {other.channels} channels"
     return None
