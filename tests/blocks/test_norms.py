@@ -202,6 +202,18 @@ def test_frozen_statistics_stay_buffers_and_are_not_trained() -> None:
 
 
 @every_kind
+def test_with_kept_norms_the_weights_load_into_the_users_own_network(kind: str) -> None:
+    make = TAKEN[kind][0]
+    net = network(make)
+    kept = surgeon.fuse(surgeon.convert(net, "acnet", SHAPE), keep_norms=True)
+    assert [type(module) for module in kept] == [type(module) for module in net]
+    own = network(make)
+    own.load_state_dict(kept.state_dict(), strict=True)
+    assert relative(own(x()), net(x())) <= EXACT
+    assert surgeon.verify(net, kept, SHAPE).equivalent
+
+
+@every_kind
 def test_for_timing_a_norm_of_any_class_is_folded_into_a_plain_conv(kind: str) -> None:
     net = network(TAKEN[kind][0])
     folded = copy.deepcopy(net)
