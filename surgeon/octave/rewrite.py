@@ -27,7 +27,7 @@ from surgeon.blocks.pairs import make_pair_norm_
 from surgeon.blocks.two_streams import TwoStreamBlock, TwoStreams
 from surgeon.conv import streams
 from surgeon.octave.rules import rule_of
-from surgeon.octave.stream_graph import Seam, StreamGraph, listed
+from surgeon.octave.stream_graph import Seam, StreamGraph, StreamNodes, listed
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +185,7 @@ def _lead_through_(graph: StreamGraph, node: fx.Node) -> None:
         made = rule.rewrite(step, graph)
     if made is not None:
         graph.replace_(node, made)
-        if step.is_in_place and step.operand is not None:
+        if step.is_in_place and step.operand is not None and isinstance(made, StreamNodes):
             graph.renew_(step.operand, made)
         graph.fired[rule.name] += 1
         graph.has_gained |= rule.carries
