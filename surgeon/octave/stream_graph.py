@@ -22,7 +22,6 @@ from surgeon.conv import streams
 from surgeon.conv.streams import Ranges
 from surgeon.octave.layout import Layout, Step
 
-
 # Functions and methods that may give a view of what they are given.
 _VIEWS = frozenset(
     {"getitem", "chunk", "split", "narrow", "unbind", "view", "view_as", "reshape", "flatten", "unflatten", "expand"}
