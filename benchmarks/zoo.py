@@ -6,7 +6,9 @@ a line; a sweep that is started again continues from there.
 
     python benchmarks/zoo.py --jobs 2                       # torchvision, and the smallest of every family of timm
     python benchmarks/zoo.py --only 'timm:*repvgg*' --again
+    python benchmarks/zoo.py --plans-only --jobs 16 --budget 480 --timeout 90    # what the recipes bring, in minutes
     python benchmarks/zoo.py --write-docs                   # and docs/zoo.md
+    python benchmarks/zoo.py --finished --write-docs --also other.jsonl          # with what another machine has found
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
+import math
 import os
 import platform
 import re
@@ -23,8 +26,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -32,8 +36,10 @@ import torchvision
 from jobs import Child, recorded
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from zoo_network import Case, Record, examine
-from zoo_page import NOT_RUN, complaints, page, show
+from zoo_brings import plan_only
+from zoo_network import examine
+from zoo_page import NOT_RUN, complaints, page, show, show_gains
+from zoo_record import Case, Record
 
 import surgeon
 
@@ -50,13 +56,16 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=900, help="seconds that one network may take")
     parser.add_argument("--memory", type=float, default=8, help="GiB that one network may take")
     parser.add_argument("--again", action="store_true", help="examine finished networks again")
-    parser.add_argument("--out", type=Path, default=ROOT / "out" / "zoo.jsonl")
+    parser.add_argument("--plans-only", action="store_true", help="only plan, to see what the recipes bring")
+    parser.add_argument("--budget", type=float, help="start nothing after so many seconds; large networks come first")
+    parser.add_argument("--out", type=Path, help="what is finished  [default: out/zoo.jsonl, or out/zoo-plans.jsonl]")
+    parser.add_argument("--also", type=Path, nargs="+", default=[], metavar="FILE", help="more files of finished ones")
     parser.add_argument("--finished", action="store_true", help="examine nothing, only show what is finished")
     parser.add_argument("--write-docs", action="store_true", help="write docs/zoo.md from all that is finished")
     run(parser.parse_args())
 
 
-def examine_here(case: Case, into: Path, memory: float) -> None:
+def examine_here(case: Case, into: Path, memory: float, plans_only: bool) -> None:
     """Run as the process of one network, whose memory is limited."""
     limit = int(memory * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
@@ -64,17 +73,22 @@ def examine_here(case: Case, into: Path, memory: float) -> None:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         sys.stdout = sys.stderr = log
-        examine(case, str(into)).write()
+        (plan_only if plans_only else examine)(case, str(into)).write()
 
 
 def run(options: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no process is left behind
+    full, plans = ROOT / "out" / "zoo.jsonl", ROOT / "out" / "zoo-plans.jsonl"
+    options.out = options.out or (plans if options.plans_only else full)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    known = list(recorded(options.out))
+    files = dict.fromkeys((full, plans, *options.also, options.out))
+    known = [line for file in files for line in recorded(file)]
     chosen = {line["chosen"]: (line["name"], line["parameters"]) for line in known if "chosen" in line}
     remembered = set(chosen)
     every = cases(every=options.all or bool(options.only), chosen=chosen)
     wanted = small_first(case for case in every if is_wanted(case, options))
+    if options.budget:
+        wanted.sort(key=lambda case: -case.parameters)
     if options.list:
         print("\n".join(f"{case.name:50} {case.family}" for case in wanted))
         return
@@ -82,19 +96,48 @@ def run(options: argparse.Namespace) -> None:
         new = ((key, *found) for key, found in chosen.items() if key not in remembered)
         lines = ({"chosen": key, "name": name, "parameters": parameters} for key, name, parameters in new)
         file.writelines(json.dumps(line) + "\n" for line in lines)
-    done = {line["name"] for line in known if "family" in line} if not options.again else set()
+    latest = merged(line for file in files for line in recorded(file))
+    done = {name for name, one in latest.items() if is_finished(one, plans_only=options.plans_only)}
+    done = set() if options.again else done
     sweep([case for case in wanted if case.name not in done] if not options.finished else [], options)
-    found = {line.pop("name"): line for line in recorded(options.out) if "family" in line}
-    latest = [Record(name, **{k: v for k, v in line.items() if k != "versions"}) for name, line in found.items()]
-    rest = [Record(case.name, case.family, left_out=NOT_RUN) for case in wanted if case.name not in found]
+    latest = merged(line for file in files for line in recorded(file))
+    rest = [Record(case.name, case.family, left_out=NOT_RUN) for case in wanted if case.name not in latest]
     names = {case.name for case in wanted}
-    records = [record for record in latest if record.name in names]
-    show(records, Console(width=max(Console().width, 130)))
+    records = [record for name, record in latest.items() if name in names]
+    console = Console(width=max(Console().width, 130))
+    show_gains(records, console) if options.plans_only else show(records, console)
     if options.write_docs:
         (ROOT / "docs" / "zoo.md").write_text(
-            page(sorted([*latest, *rest], key=lambda record: record.name), versions()), encoding="utf-8"
+            page(sorted([*latest.values(), *rest], key=lambda record: record.name), versions()), encoding="utf-8"
         )
     sys.exit(any(record.status in ("failed", "wrong") for record in records))
+
+
+def is_finished(record: Record, *, plans_only: bool) -> bool:
+    """Whether a network need not be looked at again."""
+    was_run = record.left_out != NOT_RUN
+    return (record.brings is not None or bool(record.left_out and was_run)) if plans_only else was_run
+
+
+def merged(lines: Iterable[dict[str, Any]]) -> dict[str, Record]:
+    """Give the latest record of every network; one that was only planned adds what conversions bring to it.
+
+    A network that was only planned counts as not run.
+    """
+    found: dict[str, Record] = {}
+    for line in lines:
+        if "family" not in line:
+            continue
+        record = Record(**{key: value for key, value in line.items() if key not in ("versions", "plans_only")})
+        before = found.get(record.name)
+        if line.get("plans_only") and before is not None:
+            before.brings = record.brings or before.brings
+            before.errors = [*before.errors, *record.errors]
+        elif line.get("plans_only"):
+            found[record.name] = replace(record, left_out=record.left_out or (None if record.errors else NOT_RUN))
+        else:
+            found[record.name] = replace(record, brings=record.brings or (before.brings if before else None))
+    return found
 
 
 def is_wanted(case: Case, options: argparse.Namespace) -> bool:
@@ -121,7 +164,7 @@ def cases(*, every: bool, chosen: dict[str, tuple[str, int]]) -> list[Case]:
 
     `chosen` remembers the smallest ones, and how many parameters they have.
     """
-    found = []
+    found, listed = [], on_the_page()
     for name in torchvision.models.list_models():
         module = torchvision.models.get_model_builder(name).__module__
         parameters = next(iter(torchvision.models.get_model_weights(name))).meta["num_params"]
@@ -130,11 +173,19 @@ def cases(*, every: bool, chosen: dict[str, tuple[str, int]]) -> list[Case]:
         names = [name for name in timm.list_models(module=family) if not name.startswith("test_")]
         if not every and names:
             key = f"{family} of timm {timm.__version__}"
-            chosen[key] = chosen.get(key) or min(((name, size_of(name)) for name in names), key=lambda found: found[1])
+            among = [name for name in names if name in listed] or names  # counting all of them takes minutes
+            chosen[key] = chosen.get(key) or min(((name, size_of(name)) for name in among), key=lambda found: found[1])
             found.append(Case(f"timm:{chosen[key][0]}", family, chosen[key][1]))
         else:
             found += [Case(f"timm:{name}", family) for name in names]
     return found
+
+
+def on_the_page() -> set[str]:
+    """List the networks of timm in docs/zoo.md, if the page is of the version that is here."""
+    path = ROOT / "docs" / "zoo.md"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return {*re.findall(r"timm:(\w+)", text)} if f"timm {timm.__version__}," in text else set()
 
 
 def size_of(name: str) -> int:
@@ -157,9 +208,9 @@ class Worker:
     start: float
 
     @classmethod
-    def begin(cls, case: Case, folder: Path, memory: float) -> Worker:
+    def begin(cls, case: Case, folder: Path, memory: float, plans_only: bool) -> Worker:
         into = folder / f"{re.sub(r'[^a-z0-9]+', '-', case.name)}.json"
-        return cls(case, Child.begin(lambda: examine_here(case, into, memory)), into, time.monotonic())
+        return cls(case, Child.begin(lambda: examine_here(case, into, memory, plans_only)), into, time.monotonic())
 
     def finished(self, timeout: float) -> Record | None:
         """Give the record once the process has ended, however it did, or has taken too long."""
@@ -184,7 +235,9 @@ def sweep(todo: Sequence[Case], options: argparse.Namespace) -> None:
     if not todo:
         return
     torch.set_num_threads(1)
-    examine(Case("timm:test_efficientnet", ""))  # what is imported by that is there in every copy of this process
+    end = time.monotonic() + options.budget if options.budget else math.inf
+    first = plan_only if options.plans_only else examine
+    first(Case("timm:test_efficientnet", ""))  # what is imported by that is there in every copy of this process
     waiting, running, failures = list(reversed(todo)), [], 0
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     screen = Progress(*columns, console=Console(stderr=True), auto_refresh=False)  # no thread, for copies are made
@@ -192,15 +245,17 @@ def sweep(todo: Sequence[Case], options: argparse.Namespace) -> None:
         task = progress.add_task("", total=len(todo))
         try:
             while waiting or running:
+                if time.monotonic() > end:
+                    waiting.clear()
                 while waiting and len(running) < options.jobs:
-                    running.append(Worker.begin(waiting.pop(), Path(folder), options.memory))
+                    running.append(Worker.begin(waiting.pop(), Path(folder), options.memory, options.plans_only))
                 progress.update(task, description=f"{failures} failed   {', '.join(one.case.name for one in running)}")
                 progress.refresh()
                 time.sleep(0.2)
                 ended = [(one, record) for one in running if (record := one.finished(options.timeout)) is not None]
                 for worker, record in ended:
                     running.remove(worker)
-                    append(record, options.out)
+                    append(record, options.out, plans_only=options.plans_only)
                     progress.advance(task)
                     if faults := complaints(record):
                         failures += 1
@@ -210,9 +265,10 @@ def sweep(todo: Sequence[Case], options: argparse.Namespace) -> None:
                 worker.process.kill()
 
 
-def append(record: Record, out: Path) -> None:
+def append(record: Record, out: Path, *, plans_only: bool) -> None:
+    mark = {"plans_only": True} if plans_only else {}
     with out.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({**asdict(record), "versions": versions()}) + "\n")
+        file.write(json.dumps({**asdict(record), **mark, "versions": versions()}) + "\n")
 
 
 def versions() -> dict[str, str]:

@@ -8,136 +8,35 @@ float64 and eval mode. How far a network is from what it was is measured here in
 
 from __future__ import annotations
 
-import copy
-import json
-import math
-import resource
 import tempfile
-import time
-import traceback
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from zoo_brings import brings_of
+from zoo_record import NO_CONV, Case, Found, Record
+from zoo_start import build, calibrate_, distance, example_for, nudged, outputs, shake_, torchvision_kind
 
 import surgeon
 from surgeon.analysis.network import Network
-from surgeon.api import decide
 from surgeon.models.copies import duplicate
 from surgeon.recipes.recipe import load
 from surgeon.surgery.convert import carry_out_
+from surgeon.surgery.decide import decide
 
 # Relative L2: a wrong result is above the first; networks of ordinary depth and scale stay below the second.
 LIMIT = {"float64": 1e-10, "float32": 1e-4}
 USUAL = {"float64": 1e-12, "float32": 1e-5}
-NO_CONV = "it has no Conv2d"
-NO_MEMORY = ("can't allocate memory", "MemoryError", "std::bad_alloc")
 # In a network of more convs or parameters octave is not verified but by its own check and by what it is deployed as.
 FEW, LARGE = 40, 100_000_000
 SMALL_MAPS = ("rules[1].with.min_size=2",)  # for octave: the inputs here are small, and so are the maps
 # At 32 pixels the last maps of most networks are one pixel, where only the centre tap of a kernel is seen.
 SIDES = (64, 32, 96, 128, 160, 192)
-# Detectors: small images instead of 800 pixels, and what they find is not thrown away because random scores are low.
-SMALL = {"min_size": 128, "max_size": 160}
-ARGUMENTS = {
-    "faster_rcnn": {**SMALL, "box_score_thresh": 0.0},
-    "mask_rcnn": {**SMALL, "box_score_thresh": 0.0, "box_detections_per_img": 10},
-    "keypoint_rcnn": {**SMALL, "box_score_thresh": 0.0, "box_detections_per_img": 10},
-    "retinanet": {**SMALL, "score_thresh": 0.0},
-    "fcos": {**SMALL, "score_thresh": 0.0},
-    "ssd": {"score_thresh": 0.0},
-    "ssdlite": {"score_thresh": 0.0},
-}
-Found = TypeVar("Found")
-
-
-class Case(NamedTuple):
-    """An architecture: `name` as surgeon takes it, `family` the module that defines it."""
-
-    name: str
-    family: str
-    parameters: int = 0  # by which a sweep is ordered; 0 where nobody has counted
-    is_brief: bool = False  # a smaller network of this family has gone the whole way
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        return ARGUMENTS.get(self.family, {}) if self.name.startswith("torchvision:") else {}
-
-
-@dataclass
-class Record:
-    """What was found out about one network; it is written after every step, so that a crash loses nothing."""
-
-    name: str
-    family: str
-    left_out: str | None = None  # why it cannot be examined here
-    parameters: int | None = None
-    dtype: str = ""
-    input: list[list[int]] = field(default_factory=list)
-    moved_by_input: float | None = None  # relative L2 between its outputs for two inputs: 0 would show nothing
-    sites: int | None = None
-    swapped: int | None = None
-    skipped: dict[str, int] = field(default_factory=dict)  # by reason
-    dense: int | None = None  # 3×3 convs with groups=1, Conv2d and its subclasses
-    dense_swapped: int | None = None
-    dense_skipped: dict[str, int] = field(default_factory=dict)
-    islands: int | None = None
-    octaves: int | None = None  # convs that the octave recipe swaps
-    rewritten: int | None = None  # islands whose graph it rewrites
-    seams: dict[str, int] = field(default_factory=dict)  # that it leaves, by reason
-    opaque: dict[str, str] = field(default_factory=dict)  # path → why it could not be traced
-    apart: dict[str, float] = field(default_factory=dict)  # relative L2 to the original, by step
-    moved_by_rounding: float | None = None  # by one unit in the last place of every weight, where `apart` is unusual
-    verdicts: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    wrong: list[str] = field(default_factory=list)
-    errors: list[dict[str, str]] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-    megabytes: int | None = None
-    step: str = ""  # what is going on
-    into: str | None = None
-
-    @property
-    def status(self) -> str:
-        if self.left_out:
-            return "left out"
-        return "failed" if self.errors else "wrong" if self.wrong else "right"
-
-    def attempt(self, step: str, work: Callable[..., Found], *given: Any) -> Found | None:
-        """Do one step; time it, and note the error if there is one."""
-        self.step, start = step, time.perf_counter()
-        self.write()
-        try:
-            return work(*given)
-        except Exception as error:
-            self.note_error(error)
-            return None
-        finally:
-            self.seconds[step] = round(time.perf_counter() - start, 2)
-            self.megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-            self.write()
-
-    def note_error(self, error: Exception) -> None:
-        said = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        self.note(said[:400], f"{'/'.join(Path(frame.filename).parts[-2:])}:{frame.lineno} in {frame.name}")
-
-    def note(self, error: str, place: str) -> None:
-        if any(sign in error + place for sign in NO_MEMORY):
-            self.left_out = f"{self.step} does not fit into the memory that it may use"
-        else:
-            self.errors.append({"step": self.step or "start", "error": error, "place": place})
-
-    def write(self) -> None:
-        if self.into is not None:
-            Path(self.into).write_text(json.dumps(asdict(self)), encoding="utf-8")
 
 
 @dataclass
@@ -183,30 +82,7 @@ def operate(study: Study) -> None:
         if not study.case.is_brief:
             approximate("hetconv", "hetconv-p4", study, surveyed)
         deploy_octave(study, surveyed)
-
-
-def build(case: Case) -> nn.Module:
-    """Make the network as surgeon would, with numbers that hide no mistake."""
-    return shake_(surgeon.load(case.name, arch_args=case.arguments).eval())
-
-
-def shake_(model: nn.Module) -> nn.Module:
-    """Give small random changes to every parameter and statistic whose numbers are all the same.
-
-    A fresh norm, a layer scale of 1e-6, a head of zeros, and a strip of an ACBlock before training let every mistake
-    through.
-    """
-    generator = torch.Generator().manual_seed(0)
-    norms = {name for name, module in model.named_modules() if "Norm" in type(module).__name__}
-    buffers = [(name, tensor) for name, tensor in model.named_buffers() if name.rpartition(".")[0] in norms]
-    for name, tensor in (*model.named_parameters(), *buffers):
-        if tensor.is_floating_point() and tensor.numel() and bool((tensor == tensor.flatten()[0]).all()):
-            low, high = (0.5, 2.0) if name.endswith("running_var") else (0.3, 1.0)
-            noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64) * (high - low) + low
-            if sum(side > 1 for side in tensor.shape) > 1 or name.endswith(("bias", "running_mean", "beta")):
-                noise = (noise - (low + high) / 2) * 0.3
-            tensor.data.copy_(noise)
-    return model
+    study.record.brings = study.attempt("brings", brings_of, study.case)
 
 
 def begin(case: Case, model: nn.Module, record: Record) -> Study:
@@ -230,49 +106,6 @@ def begin(case: Case, model: nn.Module, record: Record) -> Study:
                 return Study(case, record, model, example, before)
             refusals[f"the output is empty or not finite ({side}, {dtype})"] = None
     raise ValueError(f"no input is accepted: {'; '.join(refusals)}")
-
-
-def calibrate_(model: nn.Module, example: Sequence[Any]) -> nn.Module:
-    """Set the statistics of every batch norm near those of what goes through it.
-
-    With other statistics the signal dies out in a deep network, and a comparison shows nothing.
-    """
-    generator = torch.Generator().manual_seed(1)
-
-    def set_(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0].detach().double()
-        means = x.transpose(0, 1).flatten(1).mean(1) / 3  # all of it, and only differences would be left
-        size = x.square().mean() + 0.003
-        noise = torch.rand(2, len(means), generator=generator, dtype=torch.float64)
-        norm.running_mean.copy_(means + (noise[0] - 0.5) * 0.2 * size.sqrt())
-        norm.running_var.copy_(size * 4.0 ** (noise[1] - 0.5))  # 0.5 to 2 times
-
-    norms = [m for m in model.modules() if isinstance(getattr(m, "running_var", None), Tensor)]
-    hooks = [norm.register_forward_pre_hook(set_) for norm in norms]
-    try:
-        outputs(model, example)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return model
-
-
-def example_for(case: Case, channels: int, side: int, dtype: torch.dtype, seed: int = 0) -> tuple[Any, ...]:
-    """Make what is handed to the network: an image, a pair of them, a clip, or a list of images for a detector."""
-    generator = torch.Generator().manual_seed(seed)
-    kind = torchvision_kind(case)
-    shape = (1, channels, *([16] if kind == "video" else []), side, side)
-    count = 2 if kind == "optical_flow" else 1
-    images = [torch.rand(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(count)]
-    return ([image[0] for image in images],) if kind == "detection" else tuple(images)
-
-
-def torchvision_kind(case: Case) -> str:
-    """Say to which part of torchvision.models a network belongs: '' for classification and for timm."""
-    library, _, name = case.name.partition(":")
-    if library != "torchvision":
-        return ""
-    return (torchvision.models.get_model_builder(name).__module__.split(".")[2:-1] or [""])[0]
 
 
 def survey(study: Study) -> surgeon.Survey:
@@ -445,34 +278,7 @@ def check_shapes(step: str, converted: nn.Module, study: Study) -> None:
         study.record.wrong.append(f"{step}: the output is not finite")
 
 
-def outputs(model: nn.Module, example: Sequence[Any]) -> list[Tensor]:
-    """Run a network; return all floating point tensors in its output that hold numbers."""
-    torch.manual_seed(0)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        out = model(*pytree.tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, example))
-    out = vars(out) if hasattr(out, "__dataclass_fields__") else out
-    return [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point() and t.numel()]
-
-
-def distance(after: Sequence[Tensor], before: Sequence[Tensor]) -> float:
-    """Relative L2 of the output that is furthest apart; infinite where shapes differ."""
-    if [t.shape for t in after] != [t.shape for t in before]:
-        return math.inf
-    pairs = zip(after, before, strict=True)
-    return max(((b - a).norm() / a.norm().clamp_min(1e-300)).item() for b, a in pairs)
-
-
 def same(one: Any, other: Any) -> bool:
     if not isinstance(one, Tensor):
         return repr(one) == repr(other)
     return one.dtype == other.dtype and torch.equal(one.nan_to_num(), other.nan_to_num())
-
-
-def nudged(model: nn.Module, seed: int) -> nn.Module:
-    """Copy a network, with every weight moved by one unit in the last place."""
-    torch.manual_seed(seed)
-    model = copy.deepcopy(model)
-    for parameter in model.parameters():
-        parameter.data.mul_(1 + torch.finfo(parameter.dtype).eps * torch.sign(torch.randn_like(parameter)))
-    return model

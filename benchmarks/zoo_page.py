@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import re
+import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from zoo_network import LIMIT, USUAL, Record
+from zoo_network import LIMIT, USUAL
+from zoo_record import Brings, Record
 
+SAVES_LITTLE = ("network", "MACs", "swapped", "convs that stay, and why most do")
+ENOUGH = 0.65  # the share of the multiply-adds that octave should leave at most
 NOT_RUN = "not run here, for time"
-HEADS = ("network", "convs", "swapped", "dense 3×3", "convert", "fuse", "octave", "seams", "islands", "s", "result")
+HEADS = (
+    *("network", "convs", "swapped", "dense 3×3", "norms", "convert", "fuse", "octave", "MACs", "seams", "islands"),
+    *("s", "result"),
+)
 
 
 def show(records: Sequence[Record], console: Console) -> None:
@@ -22,6 +29,21 @@ def show(records: Sequence[Record], console: Console) -> None:
         table.add_row(*row)
     console.print(table)
     console.print(", ".join(f"{count} {status}" for status, count in Counter(r.status for r in records).items()))
+
+
+def show_gains(records: Sequence[Record], console: Console) -> None:
+    """Show what the recipes bring, of networks that were only planned."""
+    table = Table("network", "norms", "hetconv", "octave", "swapped", "idle", "convs that stay, and why most do")
+    for record in records:
+        if (one := record.brings) is not None:
+            norms, octave = brought(one)
+            hetconv = "" if one.hetconv is None else f"×{one.hetconv:.2f}"
+            why = f"{one.stays.get(one.why, 0)}: {one.why}" if one.why else ""
+            table.add_row(record.name, norms, hetconv, octave, str(one.octaves), str(len(one.idle)), why)
+        elif record.errors:
+            table.add_row(record.name, *[""] * 5, "; ".join(complaints(record)))
+    console.print(table)
+    console.print("\n".join(gains(records)), markup=False)
 
 
 def rows(records: Sequence[Record]) -> Iterator[tuple[str, ...]]:
@@ -35,7 +57,15 @@ def rows(records: Sequence[Record]) -> Iterator[tuple[str, ...]]:
         count = ("" if one is None else str(one) for one in (record.sites, record.swapped))
         seams = str(len(record.seams)) if record.octaves else ""
         seconds = f"{sum(record.seconds.values()):.0f}"
-        yield (record.name, *count, dense, *apart, str(record.octaves or ""), seams, islands, seconds, record.status)
+        norms, macs = brought(record.brings)
+        octave = (str(record.octaves or ""), macs, seams)
+        yield (record.name, *count, dense, norms, *apart, *octave, islands, seconds, record.status)
+
+
+def brought(found: Brings | None) -> tuple[str, str]:
+    """Write how many norms are taken over, and what share of the multiply-adds octave leaves."""
+    norms = f"{found.taken} of {found.fronts}" if found and found.fronts else ""
+    return norms, f"×{found.octave:.2f}" if found and found.octave is not None else ""
 
 
 def page(records: Sequence[Record], versions: dict[str, str]) -> str:
@@ -51,10 +81,14 @@ def page(records: Sequence[Record], versions: dict[str, str]) -> str:
         "Written by `python benchmarks/zoo.py --write-docs`.",
         "",
         "- `swapped`, `dense 3×3`: convs that `acnet` swaps, and how many of those that are 3×3 without groups.",
+        "- `norms`: of the ACBlocks in front of a batch norm of any class, those that take it over, and so are exact",
+        "  in train mode, too.",
         "- `convert`, `fuse`: relative L2 of the output that is furthest apart. Before fusing, the strips of the",
         "  ACBlocks are given numbers, as training would.",
         "- `octave`, `seams`: convs that `octave` swaps, and kinds of places where its two streams are still joined or",
-        "  split.",
+        "  split. The inputs are small here, and it swaps what has a map of two pixels.",
+        "- `MACs`: the share of the multiply-adds that `octave` leaves at the size that the network is made for",
+        "  (planned only; a detector sees 320 pixels).",
         "- `islands`: `whole` where the network can be traced, else into how many parts it falls.",
         "",
         f"With {', '.join(f'{name} {version}' for name, version in versions.items())}.",
@@ -81,8 +115,40 @@ def totals(records: Sequence[Record], done: Sequence[Record]) -> list[str]:
         f"- `acnet` swaps {swapped} of {total} dense 3×3 convs of {len(dense)} networks, {swapped / (total or 1):.1%}.",
         f"- Relative L2 after converting or fusing: at most {max(usual, default=0.0):.1e}"
         + (f"; {swaps} more, where rounding decides the order of the outputs (below)." if swaps else "."),
+        *gains(records),
         f"- Traced as a whole: {sum(is_whole(record) for record in done)} of {len(done)} networks.",
     ]
+
+
+def gains(records: Sequence[Record]) -> list[str]:
+    """Sum up what conversions bring, over all networks that were planned."""
+    planned = [record.brings for record in records if record.brings]
+    if not planned:
+        return []
+    taken, fronts = sum(one.taken for one in planned), sum(one.fronts for one in planned)
+    suited = [1.0 if one.octave is None else one.octave for one in planned if is_suited(one)]
+    idle = sum(len(one.idle) for one in planned)
+    share = f"{taken / fronts:.1%}" if fronts else "none"
+    return [
+        "- ACBlocks in front of a batch norm that take it over, and are exact in train mode: "
+        f"{taken} of {fronts}, {share}.",
+        *median_of(suited),
+        f"- Swaps of `octave` that save nothing: {idle}.",
+    ]
+
+
+def median_of(suited: Sequence[float]) -> Iterator[str]:
+    if suited:
+        little = sum(one <= ENOUGH for one in suited)
+        yield (
+            f"- `octave` leaves ×{statistics.median(suited):.2f} of the multiply-adds in the median of {len(suited)} "
+            f"networks that have dense 3×3 convs and batch norms; in {little} of them ×{ENOUGH} or less."
+        )
+
+
+def is_suited(found: Brings) -> bool:
+    """Whether a network has what octave saves at."""
+    return bool(found.dense) and found.has_batch_norms
 
 
 def sections(records: Sequence[Record], done: Sequence[Record]) -> list[tuple[str, tuple[str, ...], list[Any]]]:
@@ -107,12 +173,44 @@ def sections(records: Sequence[Record], done: Sequence[Record]) -> list[tuple[st
             far,
         ),
         ("Fewer than 95 % of the dense 3×3 convs swapped", ("network", "swapped", "reasons"), few),
+        ("Why ACBlocks do not take over the batch norm behind them", counted, untaken(records)),
+        (f"More than ×{ENOUGH} of the multiply-adds left by `octave`", SAVES_LITTLE, costly(records)),
+        ("Swaps of `octave` that save nothing", ("network", "convs"), idles(records)),
         ("Why convs stay under `acnet`", counted, reasons(done, "skipped")),
         ("Why dense 3×3 convs stay under `acnet`", counted, reasons(done, "dense_skipped")),
         ("Why networks are not one island", ("networks", "reason"), untraced(done)),
         ("Why the two streams of `octave` are joined or split", ("networks", "reason"), seams(done)),
         ("Left out", ("networks", "reason"), [(", ".join(names), reason) for reason, names in left.items()]),
     ]
+
+
+def untaken(records: Sequence[Record]) -> list[tuple[str, ...]]:
+    """Count the reasons why a norm is not taken over."""
+    convs: Counter[str] = Counter()
+    networks: Counter[str] = Counter()
+    for record in records:
+        found: Counter[str] = Counter()
+        for reason, count in (record.brings.left if record.brings else {}).items():
+            found[without_names(reason)] += count
+        convs.update(found)
+        networks.update(found.keys())
+    return [(str(count), str(networks[reason]), reason) for reason, count in convs.most_common()]
+
+
+def costly(records: Sequence[Record]) -> list[tuple[str, ...]]:
+    """List the networks with dense convs and norms where octave saves too little, and why most of their convs stay."""
+    found = [(record.name, one) for record in records if (one := record.brings) and is_suited(one)]
+    found = [(name, one) for name, one in found if one.octave is None or one.octave > ENOUGH]
+    found.sort(key=lambda pair: -(pair[1].octave or 1.0))
+    return [
+        (name, f"×{one.octave or 1.0:.2f}", str(one.octaves), f"{one.stays.get(one.why, 0)}: {one.why}")
+        for name, one in found
+    ]
+
+
+def idles(records: Sequence[Record]) -> list[tuple[str, ...]]:
+    found = [(record.name, record.brings.idle) for record in records if record.brings and record.brings.idle]
+    return [(name, ", ".join([*idle[:5], *["…"] * (len(idle) > 5)])) for name, idle in found]
 
 
 def is_whole(record: Record) -> bool:

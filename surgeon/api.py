@@ -27,7 +27,6 @@ from surgeon.analysis.example import Example
 from surgeon.analysis.network import Network
 from surgeon.analysis.sites import Survey
 from surgeon.blocks import Block
-from surgeon.blocks.two_streams import TwoStreamOptions
 from surgeon.errors import CaptureError, Fault, ModelError, RecipeError, VerifyError
 from surgeon.files import load as source
 from surgeon.files.architectures import Architecture
@@ -43,15 +42,13 @@ from surgeon.proof import verify as equivalence
 from surgeon.proof.report import Report
 from surgeon.recipes import recipe as recipes
 from surgeon.recipes.recipe import Recipe
-from surgeon.surgery import check as checks
-from surgeon.surgery import gains, replay
+from surgeon.surgery import gains, give_back, replay
 from surgeon.surgery import history as histories
 from surgeon.surgery.advice import Advice, advise
-from surgeon.surgery.convert import carry_out_
-from surgeon.surgery.foresee import foresee
+from surgeon.surgery.decide import carry_out, plan_for
 from surgeon.surgery.fuse import fold_all_
 from surgeon.surgery.history import Operation
-from surgeon.surgery.make import make, recount
+from surgeon.surgery.make import on_a_guess
 from surgeon.surgery.manifest import manifest
 from surgeon.surgery.plan import Plan
 
@@ -80,6 +77,7 @@ def plan(
     example: Example | None = None,
     *,
     overrides: Sequence[str] = (),
+    bake: bool = False,
     time: bool = False,
     seed: int = 0,
     progress: Progress = silent,
@@ -87,6 +85,7 @@ def plan(
     """Decide for every conv what a recipe makes of it; the model is not touched.
 
     `recipe` is the name of a bundled one, a path, a dict or a `Recipe`; `overrides` are as `--set` takes them. With
+    `bake`, tensors that weight norm, spectral norm or pruning compute are made permanent where convs are swapped. With
     `time` it is carried out on a copy, and the plan says how long both networks take once they are fused.
 
     >>> [entry.swap for entry in plan(nn.Sequential(nn.Conv2d(3, 8, 3)), "acnet").convs]
@@ -96,9 +95,10 @@ def plan(
         RecipeError: the recipe is wrong; all its errors are reported at once. PlanError: a rule claims no conv.
     """
     with ordinary():
-        surveyed = survey(model, example, progress=parts(progress, 0, 0.3 if time else 0.6))
-        progress("planning", 0.3 if time else 0.6)
-        decided = decide(_recipe(recipe, overrides), surveyed, seed=seed)
+        progress("looking for an input", 0)
+        network = network_for(model, example)
+        progress("planning", 0.3)
+        decided, surveyed = plan_for(network, _recipe(recipe, overrides), bake=bake, seed=seed)
         return gains.timed(decided, surveyed, parts(progress, 0.5, 1)) if time else decided
 
 
@@ -120,35 +120,8 @@ def advised(surveyed: Survey, *, seed: int, progress: Progress = silent) -> Advi
     bundled = [recipes.load(name) for name in recipes.bundled()]
     advice = advise(surveyed, bundled, seed=seed, progress=progress)
     if surveyed.inputs is not None and surveyed.inputs.is_guess:
-        _log.warning(_on_a_guess(surveyed.inputs, *bundled))
+        _log.warning(on_a_guess(surveyed.inputs, *bundled))
     return advice
-
-
-def decide(recipe: Recipe, surveyed: Survey, *, seed: int) -> Plan:
-    """Make a plan, and add what it leads to; that it rests on a guessed input is logged."""
-    decided = foresee(make(recipe, surveyed, seed=seed), surveyed)
-    if surveyed.inputs is not None and surveyed.inputs.is_guess:
-        _log.warning(_on_a_guess(surveyed.inputs, recipe))
-    return decided
-
-
-def settle(plan: Plan, surveyed: Survey) -> Plan:
-    """Make sure that a plan can be carried out on a model, and count anew what it leads to: it may have been edited."""
-    checks.check(plan, surveyed)
-    return foresee(recount(plan, surveyed), surveyed)
-
-
-def _on_a_guess(inputs: Inputs, *planned_with: Recipe) -> str:
-    """Say what plans take from an input that nobody gave, and how to give it."""
-    rules = [rule for recipe in planned_with for rule in recipe.rules]
-    sized = [f"`size` of {rule}" for rule in rules if rule.match.needs_size]
-    planned = {str(rule.swap) for rule in rules if isinstance(rule.options, TwoStreamOptions)}
-    sized += [f"`min_size` of {block}" for block in sorted(planned)]
-    what = " and ".join([*sized, "all costs"])
-    is_image = not inputs.kwargs and [len(shape) for shape in inputs.shapes] == [4]
-    like = f"{','.join(map(str, inputs.shapes[0][:2]))},H,W" if is_image else inputs.text
-    guess = f"{what} are for {inputs}, a guess that the model accepts"
-    return f"no --input was given; {guess}. If yours is another, pass --input {like} (from Python, example=)"
 
 
 def convert(
@@ -157,6 +130,7 @@ def convert(
     example: Example | None = None,
     *,
     overrides: Sequence[str] = (),
+    bake: bool = False,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Model:
@@ -169,7 +143,7 @@ def convert(
     """
     with ordinary():
         own = duplicate(checked(model))
-        return convert_(own, how, example, overrides=overrides, seed=seed, progress=progress)
+        return convert_(own, how, example, overrides=overrides, bake=bake, seed=seed, progress=progress)
 
 
 def convert_(
@@ -178,6 +152,7 @@ def convert_(
     example: Example | None = None,
     *,
     overrides: Sequence[str] = (),
+    bake: bool = False,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Model:
@@ -187,18 +162,17 @@ def convert_(
     """
     with ordinary():
         progress("looking at the network", 0)
-        surveyed = sites.survey(network_for(model, example, plan=how if isinstance(how, Plan) else None, seed=seed))
+        network = network_for(model, example, plan=how if isinstance(how, Plan) else None, seed=seed)
         progress("planning", 0.2)
-        if isinstance(how, Plan):
-            decided = settle(how, surveyed)
-        else:
-            decided = decide(_recipe(how, overrides), surveyed, seed=seed)
-        carry_out_(decided, surveyed.network, parts(progress, 0.3, 1))
+        wanted = how if isinstance(how, Plan) else _recipe(how, overrides)
+        carry_out(wanted, network, bake=bake, seed=seed, progress=parts(progress, 0.3, 1))
     return model
 
 
 def new_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     """Give the trainable parameters of a model's blocks that an optimizer, made before `convert_`, does not train.
+
+    After `fuse_` these are the parameters of the convs and norms that blocks have become again.
 
     Add them with `optimizer.add_param_group({"params": surgeon.new_parameters(model, optimizer)})`, with a learning
     rate of their own if they need one. What a block has taken over from its conv is trained as before; parameters that
@@ -211,35 +185,58 @@ def new_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[n
     """
     known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     blocks = [module for module in model.modules() if isinstance(module, Block)]
-    held = {id(one): one for block in blocks for one in block.parameters() if one.requires_grad}
+    back = give_back.given_back(model, histories.history(model))
+    held = {id(one): one for module in (*blocks, *back) for one in module.parameters() if one.requires_grad}
     return [parameter for key, parameter in held.items() if key not in known]
 
 
 def fuse(
-    model: Model, example: Example | None = None, *, dense: bool = False, seed: int = 0, progress: Progress = silent
+    model: Model,
+    example: Example | None = None,
+    *,
+    dense: bool = False,
+    keep_norms: bool = False,
+    seed: int = 0,
+    progress: Progress = silent,
 ) -> Model:
-    """Return a copy of `model` in which every foldable block is one plain conv again.
+    """Return a copy of `model` in which every block is one plain conv again, or a few of them.
 
-    Blocks that cost less than the conv they fold to (HetConv) stay, unless `dense` asks for them too. `history` of
-    the result says how far folding moved the output for the example.
+    Blocks that cost less than one conv (HetConv) become a few, unless `dense` asks for one. `history` of the result
+    says how far folding moved the output for the example.
+
+    With `keep_norms` every block that took over a norm becomes a conv without that norm and the norm, each under its
+    own name and of its own class: the weights load into the class that the model had before it was converted, and
+    training can go on. Blocks inside modules that fold themselves (RepVGG, MobileOne) do so without being asked.
 
     >>> type(fuse(convert(nn.Sequential(nn.Conv2d(3, 8, 3)), "acnet"))[0]).__name__
     'Conv2d'
+    >>> make = lambda: nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8))
+    >>> make().load_state_dict(fuse(convert(make(), "acnet"), keep_norms=True).state_dict())
+    <All keys matched successfully>
 
     Raises:
-        PlanError: a block that cannot be folded as it is now; nothing is done.
+        PlanError: a block that cannot be folded as it is now, or a norm that cannot be given back; nothing is done.
     """
     with ordinary():
-        return fuse_(duplicate(checked(model)), example, dense=dense, seed=seed, progress=progress)
+        own = duplicate(checked(model))
+        return fuse_(own, example, dense=dense, keep_norms=keep_norms, seed=seed, progress=progress)
 
 
 def fuse_(
-    model: Model, example: Example | None = None, *, dense: bool = False, seed: int = 0, progress: Progress = silent
+    model: Model,
+    example: Example | None = None,
+    *,
+    dense: bool = False,
+    keep_norms: bool = False,
+    seed: int = 0,
+    progress: Progress = silent,
 ) -> Model:
     """Fold the blocks of `model` itself, and return it."""
     with ordinary():
         progress("looking for an input", 0)
-        fold_all_(network_for(model, example, seed=seed), dense=dense, progress=parts(progress, 0.2, 1))
+        network = network_for(model, example, seed=seed)
+        done = fold_all_(network, dense=dense, keep_norms=keep_norms, progress=parts(progress, 0.2, 1))
+    done.say(_log)
     return model
 
 
@@ -289,10 +286,16 @@ def _verify(a: nn.Module, b: nn.Module, example: Any, seed: int, progress: Progr
     again = replay.done_again(a, steps) if steps else None
     progress("comparing", 0.4)
     is_approximate = any(map(replay.is_approximate, steps))
-    found = equivalence.verify(a, b, known, replay=again, approximate=is_approximate, seed=seed)
+    reference, taken = replay.as_baked(a, steps)
+    if again is not None and (since := replay.folded_since(again.exact, b)) is not None:
+        found = equivalence.verify(a, b, known, seed=seed)
+        return replace(found, remarks=(*found.remarks, since))
+    found = equivalence.verify(reference, b, known, replay=again, approximate=is_approximate, seed=seed)
     if steps and not found and histories.content_hash(b) != steps[-1].result:
         changed = f"B's tensors were changed after {steps[-1].operation} had made it"
         found = replace(found, remarks=(*found.remarks, changed))
+    if taken:
+        found = replace(found, remarks=(*found.remarks, f"A is compared with baked tensors in {', '.join(taken)}"))
     if not steps and (lapse := replay.lapse(a, b)) is not None:
         found = replace(found, remarks=(*found.remarks, lapse))
     return found

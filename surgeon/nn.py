@@ -26,6 +26,7 @@ HOMES = {
     "PaddedConv2d": "surgeon.conv.padding",
     "PairFrozenNorm": "surgeon.blocks.pairs",
     "PairNorm": "surgeon.blocks.pairs",
+    "PairRest": "surgeon.blocks.pairs",
     "PairSyncNorm": "surgeon.blocks.pairs",
     "Rewritten": "surgeon.analysis.rewritten",
     "SmallResNet": "surgeon.app.demo.net",
@@ -83,6 +84,11 @@ class Stored:
 
     def recall_(self, find: Callable[[str], object]) -> None:
         """Take what the state only names; `find` gives what a name stands for, if the reader of the file admits it."""
+
+    @classmethod
+    def kept_class(cls) -> type[Any] | None:
+        """Give the class that the state only names, where an object has it."""
+        return None
 
     @classmethod
     def stored_as(cls) -> type[Any]:

@@ -15,10 +15,11 @@ import timm
 import torch
 import torchvision
 import zoo
+import zoo_brings
 import zoo_network
 import zoo_page
 from torch import Tensor, nn
-from zoo_network import Case, Record
+from zoo_record import Brings, Case, Record
 
 import surgeon
 
@@ -218,6 +219,7 @@ def test_the_page_counts_what_was_found() -> None:
     fine = Record("a", "", dtype="float64", sites=4, swapped=3, dense=4, dense_swapped=3, islands=1)
     fine.octaves, fine.seams = 2, {"join: 'add_3' needs the whole map": 1}
     fine.apart = {"convert": 0.0, "fuse": 2e-11}
+    fine.brings = Brings("1×3×224×224", 100, 4, True, 3, 2, {"bn1 has a hook": 1}, 0.5, 0.7, 2, stays={"x": 1, "y": 2})
     fine.skipped = fine.dense_skipped = {"it shares its weights with head.conv": 1}
     failed = Record(
         "b",
@@ -228,8 +230,55 @@ def test_the_page_counts_what_was_found() -> None:
     )
     page = zoo_page.page([fine, failed, Record("c", "", left_out="it has no Conv2d")], {"surgeon": "1"})
     assert "- 3 architectures: 1 failed, 1 left out, 1 right." in page
-    assert "| a | 4 | 3 | 3 of 4 | 0e+00 | 2e-11 | 2 | 1 | whole | 0 | right |" in page
+    assert "| a | 4 | 3 | 3 of 4 | 2 of 3 | 0e+00 | 2e-11 | 2 | ×0.70 | 1 | whole | 0 | right |" in page
     assert "| b | p, q: E: a \\| b (x.py:1) |" in page
     assert "| 1 | 1 | it shares its weights with … |" in page
     assert "| 2 | join: 'add' needs the whole map |" in page
     assert "| c | it has no Conv2d |" in page
+    assert "that take it over, and are exact in train mode: 2 of 3, 66.7%." in page
+    assert "`octave` leaves ×0.70 of the multiply-adds in the median of 1 networks" in page
+    assert "- Swaps of `octave` that save nothing: 0." in page
+    assert "| 1 | 1 | bn1 has a hook |" in page
+    assert "| a | ×0.70 | 2 | 2: y |" in page
+
+
+def test_what_a_conversion_brings_is_counted() -> None:
+    record = zoo_brings.plan_only(Case("timm:test_resnet", ""))
+    found = record.brings
+    assert found is not None
+    assert record.errors == []
+    assert (found.fronts, found.taken, found.left, found.idle) == (10, 10, {}, [])
+    assert found.has_batch_norms
+    assert found.dense == 10
+    assert found.hetconv is not None
+    assert found.octave is not None
+    assert found.octave < 1
+    assert found.why
+
+
+def test_a_swap_without_streams_is_idle() -> None:
+    net = nn.Sequential(*[nn.Conv2d(16, 16, 3, padding=1) for _ in range(3)])
+    plan = surgeon.plan(net, {"rules": [{"swap": "octave", "with": {"alpha": 0.5}}]}, (1, 16, 32, 32))
+    assert plan.swaps
+    assert not any(zoo_brings._is_idle(entry) for entry in plan.swaps)
+    plain = plan.swaps[0].model_copy(update={"options": {"alpha_in": 0.0, "alpha_out": 0.0}})
+    assert zoo_brings._is_idle(plain)
+
+
+def test_convs_in_front_of_a_norm_of_any_class_are_found() -> None:
+    class OwnNorm(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).relu()
+
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), OwnNorm(8), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.BatchNorm2d(8)).eval()
+    assert zoo_brings.in_front_of_norms(net, (torch.rand(1, 3, 16, 16),)) == ({"0"}, True)
+
+
+def test_files_of_several_machines_are_merged() -> None:
+    planned = {"name": "a", "family": "f", "plans_only": True, "brings": {"octave": 0.5}}
+    whole = {"name": "a", "family": "f", "sites": 3, "versions": {}}
+    for lines in ([planned, whole], [whole, planned]):
+        (record,) = zoo.merged(lines).values()
+        assert (record.sites, record.left_out, record.brings) == (3, None, Brings(octave=0.5))
+    (record,) = zoo.merged([planned]).values()
+    assert (record.left_out, record.brings) == (zoo_page.NOT_RUN, Brings(octave=0.5))

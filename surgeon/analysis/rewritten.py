@@ -14,6 +14,7 @@ no file may hold: a GraphModule keeps its class, and gets the new graph.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import sys
 import types
@@ -43,7 +44,7 @@ _OF_COPYING = (
 )
 _MARK = "surgeon.rewritten"  # in the meta of a GraphModule
 _NO_PROGRAM: Data = {"inputs": []}
-_CLASSES: dict[tuple[type[nn.Module] | None, str], type[Rewritten]] = {}
+_CLASSES: dict[tuple[type[nn.Module], str], type[Rewritten]] = {}
 
 
 class Rewritten(Stored, nn.Module):
@@ -62,7 +63,7 @@ class Rewritten(Stored, nn.Module):
     origin: str
     _run: Callable[..., Any]
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Rewritten:
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         return object.__new__(cls)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -80,12 +81,13 @@ class Rewritten(Stored, nn.Module):
         return f"was {self.origin}, {len(self.program['steps'])} steps"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Rewritten:
+        made: Rewritten
         made = memo[id(self)] = type(self).__new__(type(self))
         vars(made).update((name, copy.deepcopy(value, memo)) for name, value in vars(self).items())
         return made
 
     def __copy__(self) -> Rewritten:
-        made = type(self).__new__(type(self))
+        made: Rewritten = type(self).__new__(type(self))
         vars(made).update(vars(self))
         return made
 
@@ -99,6 +101,10 @@ class Rewritten(Stored, nn.Module):
             "torch.jit.script",
             todo="Use torch.jit.trace(model, example) or torch.export.",
         )
+
+    @classmethod
+    def kept_class(cls) -> type[Any] | None:
+        return cls._theirs
 
     @classmethod
     def stored_as(cls) -> type[Any]:
@@ -168,13 +174,14 @@ def rewrite_(module: nn.Module, graph: fx.Graph) -> Callable[[], None]:
     graph.lint()
     if isinstance(module, fx.GraphModule):
         return _replace_graph_(module, graph)
-    kind = type(module)
+    theirs: type[nn.Module] | None
     if isinstance(module, Rewritten):
-        theirs, origin, signature = kind._theirs, module.origin, data.signature_of(module.program)
+        theirs, origin = type(module)._theirs, module.origin
+        program = data.encode(graph, data.signature_of(module.program))
     else:
-        theirs, origin = kind, f"{kind.__module__}.{kind.__qualname__}"
-        signature = signatures.of_forward(kind, sum(node.op == "placeholder" for node in graph.nodes))
-    program = data.encode(graph, signature)
+        theirs, origin = type(module), f"{type(module).__module__}.{type(module).__qualname__}"
+        count = sum(node.op == "placeholder" for node in graph.nodes)
+        program = data.encode(graph, signatures.of_forward(theirs, count))
     return become_(module, _class_of(theirs, program), program=program, origin=origin, _run=data.compiled(program))
 
 
@@ -234,38 +241,45 @@ def unkept(theirs: type[nn.Module]) -> str | None:
 
 
 def _class_of(theirs: type[nn.Module] | None, program: Data) -> type[Rewritten]:
-    """Make the class of a module that was of class `theirs`, or find it: its forward has the signature of theirs.
+    """Give the class of a module that was of class `theirs`, whose forward has the signature of theirs.
 
-    `theirs` is None where the class is not known.
+    Modules of one class have one class again. `theirs` is None where it is not known.
     """
     signature = data.signature_of(program)
-    key = theirs, str([(one.name, one.kind, repr(one.default)) for one in signature.parameters.values()])
-    if key in _CLASSES:
-        return _CLASSES[key]
-    known = None if theirs is None else signatures.of_forward(theirs, len(signature.parameters))
-    if known is not None and _is_same(known, signature):
-        signature = known  # it has annotations, too
-    like = None if theirs is None else signatures.vars_of(theirs, "forward")
-    space: dict[str, Any] = {
-        "__module__": "surgeon.nn",
-        "__qualname__": "Rewritten",
-        "__doc__": theirs.__doc__ if theirs else Rewritten.__doc__,
-        "forward": signatures.forward(signature, like),
-        "_theirs": theirs,
-    }
     if theirs is None:
-        space["__getattr__"] = _missing
-    bases = (Rewritten,) if theirs is None else (Rewritten, theirs)
-    made: Any = types.new_class("Rewritten", bases, exec_body=lambda body: body.update(space))
-    if theirs is not None:
+        return _made((Rewritten,), signatures.forward(signature), __getattr__=_missing)
+    key = theirs, str(_inputs(signature))
+    if key not in _CLASSES:
+        known = signatures.of_forward(theirs, len(signature.parameters))
+        if known is not None and _inputs(known) == _inputs(signature):
+            signature = known  # it has annotations, too
+        forward = signatures.forward(signature, signatures.vars_of(theirs, "forward"))
+        space = {"_theirs": theirs, "__init__": _built(theirs), "__doc__": theirs.__doc__}
+        made = _CLASSES.setdefault(key, _made((Rewritten, theirs), forward, **space))
         ForkingPickler.register(made, _reduced_for_a_process)
-    return _CLASSES.setdefault(key, made)
+    return _CLASSES[key]
 
 
-def _is_same(one: Signature, other: Signature) -> bool:
-    """Whether two signatures take the same, whatever they say of its types."""
-    ours, theirs = one.parameters.values(), other.parameters.values()
-    return [(p.name, p.kind, repr(p.default)) for p in ours] == [(p.name, p.kind, repr(p.default)) for p in theirs]
+def _made(bases: tuple[type, ...], forward: Callable[..., Any], **space: Any) -> type[Rewritten]:
+    space |= {"__module__": "surgeon.nn", "__qualname__": "Rewritten", "forward": forward}
+    made: Any = types.new_class("Rewritten", bases, exec_body=lambda body: body.update(space))
+    return made  # type: ignore[no-any-return]
+
+
+def _inputs(signature: Signature) -> list[tuple[Any, ...]]:
+    """Say what a signature takes, whatever it says of types."""
+    return [(one.name, one.kind, repr(one.default)) for one in signature.parameters.values()]
+
+
+def _built(theirs: type[nn.Module]) -> Callable[..., None]:
+    """Let `type(self)(…)`, in a method of a class, build an object of that class: it has no graph."""
+
+    @functools.wraps(theirs.__init__)
+    def build(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        object.__setattr__(self, "__class__", theirs)
+        theirs.__init__(self, *args, **kwargs)
+
+    return build
 
 
 def _reduced_for_a_process(module: Rewritten) -> tuple[Any, ...]:
@@ -276,7 +290,8 @@ def _reduced_for_a_process(module: Rewritten) -> tuple[Any, ...]:
 def _blank(theirs: type[nn.Module]) -> Rewritten:
     """Make an object without a state; what is the signature of its forward is known with the state."""
     kind = _class_of(theirs, _NO_PROGRAM)
-    return kind.__new__(kind)
+    made: Rewritten = kind.__new__(kind)
+    return made
 
 
 def _imported(origin: str) -> object:

@@ -18,13 +18,13 @@ _KINDS = {
     "either": Parameter.POSITIONAL_OR_KEYWORD,
     "keyword": Parameter.KEYWORD_ONLY,
 }
-_NAMES = {kind: name for name, kind in _KINDS.items()}
+_NAMES: dict[Any, str] = {kind: name for name, kind in _KINDS.items()}
 
 Written = list[list[Any]]  # for each parameter its name, its kind, and its default if it has one
 
 
 def of_forward(kind: type, count: int) -> Signature | None:
-    """Give the signature of the forward of a class, without self; None if it does not take `count` inputs one by one."""
+    """Give the signature of the forward of a class, without self; None if it takes other than `count` single inputs."""
     try:
         signature = inspect.signature(vars_of(kind, "forward"))
     except (TypeError, ValueError):  # it is no function of Python

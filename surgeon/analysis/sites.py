@@ -21,6 +21,7 @@ from surgeon.analysis.network import Network
 from surgeon.analysis.obstacles import custom_call, norm_behind, obstacle
 from surgeon.analysis.readers import Facts, reader_name
 from surgeon.analysis.run import Call
+from surgeon.analysis.self_folding import SelfFolding, SelfFoldings
 from surgeon.blocks import Block
 from surgeon.conv.spec import ConvSpec
 from surgeon.display.shown import Shown
@@ -46,6 +47,7 @@ class Site:
     cost: Cost  # of the conv alone, all calls of a run
     norm_cost: Cost  # of the norm that can be taken over
     functional: Functional | None = None  # where it is a call of F.conv2d, and no module yet
+    folds_itself: SelfFolding | None = None  # a module around it whose class folds its convs and norms
 
     @property
     def path(self) -> str:
@@ -106,6 +108,8 @@ def survey(network: Network) -> Survey:
         *(_functional_site(facts, costs, one, called) for one in functional),
         *(_unseen_site(name, calls) for name, calls in called.items() if facts.is_unseen(name, known)),
     )
+    foldings = SelfFoldings(model)
+    sites = tuple(replace(site, folds_itself=foldings.around(site.paths)) for site in sites)
     blocks = Counter(m.name for m in model.modules() if isinstance(m, Block))
     weights = {facts.names[m][0]: m.weight for m in facts.convs() if isinstance(m, nn.Conv2d)}
     weights |= {one.path: conv_of(model, one).weight for one in functional if one.spec is not None}
@@ -206,13 +210,19 @@ def measure_calls(module: nn.Module, calls: Sequence[Call]) -> Cost:
     if not calls:
         return stored
     shapes = Counter(call.shape_in for call in calls)
-    dtype = next((p.dtype for p in module.parameters()), None)
-    runs = [
-        measure(module, [torch.empty(shape, device="meta", dtype=dtype)]).times(count)
-        for shape, count in shapes.items()
-    ]
+    runs = [_measured(module, shape).times(count) for shape, count in shapes.items()]
     return replace(
         stored,
         macs=sum(run.macs for run in runs if run.macs is not None),
         activations=sum(run.activations for run in runs if run.activations is not None),
     )
+
+
+def _measured(module: nn.Module, shape: tuple[int, ...]) -> Cost:
+    """Measure one call without numbers, or with zeros where the module asks for the values of its input."""
+    held = next(module.parameters(), None)
+    dtype, device = (None, None) if held is None else (held.dtype, held.device)
+    try:
+        return measure(module, [torch.empty(shape, device="meta", dtype=dtype)])
+    except Exception:
+        return measure(module, [torch.zeros(shape, device=device, dtype=dtype)])

@@ -1,57 +1,57 @@
-"""What the code around a module uses of the module's class, and would miss if the class were another.
+"""Whether the code around a module asks of which class exactly it is.
 
-A rewritten island keeps its attributes and submodules, but not the methods, properties and name of its class. A run
-shows who calls them in eval mode; code that runs in training only, or in a hook, has to be read: its instructions name
-what they load.
+A rewritten island keeps its attributes and submodules, and it inherits the methods and properties of its class, whose
+own forward is never needed for them: a method that calls convs or norms by itself gives them plain maps, which they
+take. So `isinstance` is right, too. But its class is another one, which bears another name: `type(x) is Net` is false
+from then on, and so is a look at the name of the class. Code that runs in training only, or in a hook, is not seen in a
+run, so it is read: its instructions name what they load.
 """
 
 from __future__ import annotations
 
-import dis
 import functools
-from collections.abc import Collection, Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from surgeon.models.copies import names
+from surgeon.nn import Stored
 
-_SEQUENCE = {"__iter__": "iterates over it", "__getitem__": "takes it apart by index", "__len__": "asks for its length"}
-_ITERATORS = frozenset({"enumerate", "iter", "len", "list", "reversed", "tuple", "zip"})
-_QUESTIONS = frozenset({"isinstance", "issubclass", "type"})
-_NOISE = frozenset({"CACHE", "COPY_FREE_VARS", "EXTENDED_ARG", "NOP", "PRECALL", "PUSH_NULL", "RESUME"})
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_OF_CONTAINERS = frozenset(dir(nn.Sequential)) | frozenset(dir(nn.ModuleDict))
 _ONCE = ("__init__", "__new__", "extra_repr", "__repr__")  # the model is built before anything is rewritten
 
 
 def used_of_its_class(model: nn.Module, path: str) -> str | None:
-    """Say what code outside a submodule uses of its class: a method, a property, its name, or that it is a sequence."""
+    """Say what code outside a submodule asks for its exact class, which a rewritten graph does not have."""
     module = model.get_submodule(path)
-    own, kinds = _of_its_class(module), {kind.__name__ for kind in _between(type(module))}
+    if isinstance(module, fx.GraphModule | Stored):  # it keeps its class, or has been rewritten before
+        return None
+    named = type(module).__name__
     for place, parts, function in _functions_around(model, module, path):
-        codes = [*_codes(function)]
+        codes = [*codes_of(function)]
         words = {word for code in codes for word in _words(code)}
         if parts is not None and not words & {part for part in parts if not part.isdigit()}:
             continue  # it does not know the module
-        for code in codes:
-            if found := _use(code, path.rpartition(".")[2], own, kinds):
-                return f"{place} {found}, which a rewritten graph would not have"
+        if any(_asks_for_the_class(code, named) for code in codes):
+            return f"{place} asks whether the class of it is {named} itself, and not one that inherits it"
     return None
+
+
+def own_reader(kind: type[nn.Module], name: str) -> str | None:
+    """Name the method that torch calls by itself, such as `train`, in which a class of the user's reads an attribute.
+
+    Methods that forward calls are steps of its graph, and are not meant.
+    """
+    called = {one for one in dir(nn.Module) if callable(getattr(nn.Module, one))} - {"forward", *_ONCE}
+    own = [(one, value) for base in _between(kind) for one, value in vars(base).items() if one in called]
+    return next((one for one, value in own if any(name in _words(code) for code in codes_of(value))), None)
 
 
 def _between(kind: type[nn.Module]) -> list[type]:
     """The class of a module and those between it and nn.Module."""
     return [one for one in kind.__mro__ if issubclass(one, nn.Module) and one is not nn.Module]
-
-
-def _of_its_class(module: nn.Module) -> frozenset[str]:
-    """What can be read from a module because of its class alone, beyond what every module has."""
-    found = {name for kind in type(module).__mro__ for name in vars(kind)} - {*dir(nn.Module)}
-    held = {*vars(module), *module._modules, *module._parameters, *module._buffers}
-    return frozenset(found - held - {"__dict__", "__weakref__", "__annotations__", "__constants__"})
 
 
 def _functions_around(
@@ -76,7 +76,7 @@ def _functions_around(
                 yield f"{type(holder).__name__}.{name}", parts, value
 
 
-def _codes(value: Any) -> Iterator[CodeType]:
+def codes_of(value: Any) -> Iterator[CodeType]:
     """Give the code of a function, and of the functions in it."""
     if isinstance(value, functools.partial | functools.partialmethod):
         value = value.func
@@ -95,52 +95,6 @@ def _words(code: CodeType) -> set[str]:
     return {*code.co_names, *code.co_freevars, *(part for part in code.co_consts if isinstance(part, str))}
 
 
-def _use(code: CodeType, last: str, own: Collection[str], kinds: Collection[str]) -> str | None:
-    """Find what code uses of the class of a module; `last` is the last part of the module's name.
-
-    A list has an `append`, too, so what a container of torch's has counts only where it is read from that name.
-    """
-    known = _words(code)
-    steps = [step for step in dis.get_instructions(code) if step.opname not in _NOISE]
-    for before, step in pairwise(steps):
-        name, is_named = _loads(step), bool(last) and _loads(before) == last
-        if name in own and (is_named or (name not in _OF_CONTAINERS and not _is_self(code, before))):
-            return f"reads its '{name}'"
-    texts = {part for part in code.co_consts if isinstance(part, str)}
-    if "getattr" in known and (named := sorted(texts & {*own})):
-        return f"reads its '{named[0]}'"
-    if known & _QUESTIONS and (named := sorted({*code.co_names, *code.co_freevars} & {*kinds})):
-        return f"asks whether it is a {named[0]}"
-    return _use_as_sequence(steps, last, own)
-
-
-def _use_as_sequence(steps: Sequence[dis.Instruction], last: str, own: Collection[str]) -> str | None:
-    for i, step in enumerate(steps[:-1]):
-        if not last or _loads(step) != last:
-            continue
-        called, after = steps[i - 2].argval if i > 1 else None, steps[i + 1].opname
-        for method, what in _SEQUENCE.items():
-            is_asked = {
-                "__iter__": after == "GET_ITER" or (called in _ITERATORS - {"len"} and after.startswith("CALL")),
-                "__len__": called == "len" and after.startswith("CALL"),
-                "__getitem__": any(map(_takes_an_item, steps[i + 2 : i + 4])),
-            }
-            if method in own and is_asked[method]:
-                return what
-    return None
-
-
-def _takes_an_item(step: dis.Instruction) -> bool:
-    return step.opname.startswith("BINARY_S") or (step.opname == "BINARY_OP" and step.argrepr == "[]")
-
-
-def _loads(step: dis.Instruction) -> str | None:
-    """The attribute that an instruction loads."""
-    return str(step.argval) if step.opname in ("LOAD_ATTR", "LOAD_METHOD") else None
-
-
-def _is_self(code: CodeType, step: dis.Instruction) -> bool:
-    """Whether an instruction loads the object whose method this is."""
-    loaded = step.argval[-1] if isinstance(step.argval, tuple) else step.argval
-    is_first = bool(code.co_argcount) and loaded == code.co_varnames[0]
-    return step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and (is_first or loaded == "self")
+def _asks_for_the_class(code: CodeType, named: str) -> bool:
+    """Whether code takes the class of something and knows the name of this one; `super()` needs no class by name."""
+    return bool({"type", "__class__"} & {*code.co_names}) and named in _words(code)

@@ -15,8 +15,8 @@ Ding et al. 2019, ACNet, arXiv:1908.03930, section 3 and eq. 4–6; placement `b
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from typing import Any, Literal, Self
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 from pydantic import Field, model_validator
@@ -27,6 +27,8 @@ from surgeon.blocks import base, norms
 from surgeon.blocks.base import Trial
 from surgeon.conv import kernels
 from surgeon.conv.spec import ConvSpec, Pads
+
+Norm = TypeVar("Norm", bound=nn.Module)
 
 
 class ACBlockOptions(base.BlockOptions):
@@ -67,8 +69,9 @@ class ACBlock(base.Foldable[ACBlockOptions]):
     title = "k×k + k×1 + 1×k branches, each with a norm; folds back to one conv"
     paper = "Ding et al. 2019, ACNet, arXiv:1908.03930"
     Options = ACBlockOptions
+    gives_norm_back = True
     pads_its_input = True
-    DERIVED = frozenset({"row", "column", "ver_shift", "hor_shift"})
+    DERIVED = frozenset({"row", "column", "ver_shift", "hor_shift", "pads_first"})
 
     def __init__(self, spec: ConvSpec, norm: nn.Module, *, like: Tensor, placement: str = "skeleton") -> None:
         """Lay out the branches with tensors like `like`, uninitialised kernels, and norms like `norm`."""
@@ -89,6 +92,7 @@ class ACBlock(base.Foldable[ACBlockOptions]):
         kh, kw = self.spec.kernel
         self.row, self.column = (kh // 2, kw // 2) if self.placement == "skeleton" else (kh - 1, kw - 1)
         (_, self.ver_shift), (_, self.hor_shift) = self._strips()
+        self.pads_first = None if self.spec.pads_input is None else self.spec
 
     def _strips(self) -> tuple[tuple[ConvSpec, Pads | None], tuple[ConvSpec, Pads | None]]:
         """Give the specs of the two strips, the vertical one first, and their shifts."""
@@ -129,9 +133,8 @@ class ACBlock(base.Foldable[ACBlockOptions]):
     ) -> Self:
         own = _identity_norm(conv) if norm is None else _taken_over(norm, conv.bias)
         is_scratch = options.init == "scratch"
-        block = cls(
-            ConvSpec.of(conv), _fresh_norm(own) if is_scratch else own, like=conv.weight, placement=options.placement
-        )
+        square = _started_anew(own) if is_scratch else own
+        block = cls(ConvSpec.of(conv), square, like=conv.weight, placement=options.placement)
         with torch.no_grad():
             if is_scratch:
                 block._start_from_scratch_(options.gamma or 1.0, generator)
@@ -158,29 +161,52 @@ class ACBlock(base.Foldable[ACBlockOptions]):
                     yield Trial(spec, options, with_norm=True)
 
     def forward(self, input: Tensor) -> Tensor:
-        x, mode = self.spec.padded(input), self.spec.padding_mode
+        x = input if self.pads_first is None else self.pads_first.padded(input)
+        ver = hor = x
+        if self.ver_shift is not None:
+            ver = kernels.shift(x, self.ver_shift, self.spec.padding_mode)
+        if self.hor_shift is not None:
+            hor = kernels.shift(x, self.hor_shift, self.spec.padding_mode)
         square = self.square_bn(self.square_conv(x))
-        ver = self.ver_bn(self.ver_conv(x if self.ver_shift is None else kernels.shift(x, self.ver_shift, mode)))
-        hor = self.hor_bn(self.hor_conv(x if self.hor_shift is None else kernels.shift(x, self.hor_shift, mode)))
-        return square + ver + hor  # type: ignore[no-any-return]
+        return square + self.ver_bn(self.ver_conv(ver)) + self.hor_bn(self.hor_conv(hor))  # type: ignore[no-any-return]
+
+    def __prepare_scriptable__(self) -> Self:
+        if self.ver_shift is not None or self.hor_shift is not None:
+            raise base.unscriptable(self, " whose strips see a shifted input, unless it is fused first")
+        if self.pads_first is not None:
+            raise base.unscriptable(self, " that pads its input first, unless it is fused first")
+        return self
 
     def role(self) -> base.Role:
         return {"placement": self.placement}
 
     def fold(self) -> nn.Conv2d:
-        size = self.spec.kernel
         with torch.no_grad():
-            square, square_bias = _fold_branch(self.square_conv, self.square_bn)
-            ver, ver_bias = _fold_branch(self.ver_conv, self.ver_bn)
-            hor, hor_bias = _fold_branch(self.hor_conv, self.hor_bn)
-            kernel, bias = kernels.add(
-                (square, square_bias),
-                (kernels.embed(ver, size, column=self.column), ver_bias),
-                (kernels.embed(hor, size, row=self.row), hor_bias),
-            )
+            folded = [kernels.fold_bn(kernel, None, norm) for kernel, norm in self._laid_out()]
+            kernel, bias = kernels.add(*folded)
         conv = self.spec.build_with(kernel, bias, like=self.square_conv.weight)
         conv.requires_grad_(self.square_conv.weight.requires_grad)
         return conv.train(self.training)
+
+    def fold_keeping_norm(self) -> tuple[nn.Conv2d, nn.Module]:
+        own = self.square_bn
+        with torch.no_grad():
+            kernel, numbers = kernels.keep_bn(
+                self._laid_out(), scales=own.weight is not None, shifts=own.bias is not None
+            )
+            conv = self.spec.build_with(kernel, None, like=self.square_conv.weight)
+            norm = _copied(own)
+            numbers.write_(norm)
+        conv.requires_grad_(self.square_conv.weight.requires_grad)
+        return conv.train(self.training), norm
+
+    def _laid_out(self) -> list[tuple[Tensor, kernels.Norm]]:
+        """Give the kernel of each branch, as large as the square one, and its norm, in float64."""
+        places: tuple[dict[str, int], ...] = ({}, {"column": self.column}, {"row": self.row})
+        return [
+            (kernels.embed(conv.weight.double(), self.spec.kernel, **place), kernels.Norm.behind(conv, norm))
+            for (conv, norm), place in zip(self._branches(), places, strict=True)
+        ]
 
     def unfoldable(self) -> str | None:
         for name in ("square_bn", "ver_bn", "hor_bn"):
@@ -244,11 +270,6 @@ class ACBlock(base.Foldable[ACBlockOptions]):
         return ((self.ver_conv, self.ver_bn), (self.hor_conv, self.hor_bn))
 
 
-def _fold_branch(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    bias = None if conv.bias is None else conv.bias.double()
-    return kernels.fold_bn(conv.weight.double(), bias, kernels.Norm.of(norm).double())
-
-
 def _fresh_norm(norm: nn.Module) -> BatchNorm:
     """Make an affine norm with statistics 0 and 1 that is trained, whatever class the other is of."""
     var = kernels.Norm.of(norm).var
@@ -257,6 +278,17 @@ def _fresh_norm(norm: nn.Module) -> BatchNorm:
     if isinstance(norm, nn.SyncBatchNorm):
         return nn.SyncBatchNorm(len(var), process_group=norm.process_group, **options)
     return nn.BatchNorm2d(len(var), **options)
+
+
+def _started_anew(norm: nn.Module) -> nn.Module:
+    """Make a norm like another one, with statistics 0 and 1; one that is not trained becomes one that is."""
+    if not isinstance(norm, BatchNorm) or norm.weight is None:
+        return _fresh_norm(norm)
+    made = _copied(norm)
+    made.reset_running_stats()
+    if made.bias is not None:
+        nn.init.zeros_(made.bias)
+    return made
 
 
 def _identity_norm(conv: nn.Conv2d) -> BatchNorm:
@@ -274,13 +306,16 @@ def _identity_norm(conv: nn.Conv2d) -> BatchNorm:
 
 def _taken_over(norm: nn.Module, bias: Tensor | None) -> nn.Module:
     """Copy a norm, sharing its parameters; the bias of the conv before it moves into the running mean."""
-    shared: list[object] = [*norm.parameters()]
-    if isinstance(norm, nn.SyncBatchNorm):
-        shared.append(norm.process_group)  # a connection to other processes has no copy
-    norm = copy.deepcopy(norm, memo={id(value): value for value in shared})
+    made = _copied(norm, shared=[*norm.parameters()])
     if bias is not None:
-        mean = norm.running_mean
+        mean = made.running_mean
         assert isinstance(mean, Tensor)
         with torch.no_grad():
             mean.copy_(mean.double() - bias.double())
-    return norm
+    return made
+
+
+def _copied(norm: Norm, shared: Sequence[object] = ()) -> Norm:
+    """Copy a norm; what is `shared` stays the same object in both."""
+    connection = [norm.process_group] if isinstance(norm, nn.SyncBatchNorm) else []  # to other processes; has no copy
+    return copy.deepcopy(norm, memo={id(value): value for value in (*shared, *connection)})

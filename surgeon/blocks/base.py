@@ -19,6 +19,7 @@ from torch import nn
 from typing_extensions import TypeVar
 
 from surgeon.conv.spec import ConvSpec
+from surgeon.errors import CaptureError
 from surgeon.nn import Stored
 
 
@@ -63,6 +64,12 @@ class Operator(Stored, nn.Module):
     """One step of a graph: tracing does not look into it."""
 
     spec: ConvSpec  # of the conv that it replaces
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Answer torch.jit.script, which asks this first; a block of another distribution may well be for it."""
+        if type(self).__module__ == "surgeon.nn":
+            raise unscriptable(self)
+        return self
 
     def role(self) -> Role:
         """Say what its tensors mean beyond their names and shapes, where they have the same ones in another role.
@@ -120,6 +127,7 @@ class Block(Operator, abc.ABC, Generic[Opts]):
     paper: ClassVar[str]
     Options: ClassVar[type[BlockOptions]]
     planner: ClassVar[str | None] = None
+    gives_norm_back: ClassVar[bool] = False  # it folds into a conv and a norm as well: `Foldable.fold_keeping_norm`
     is_cheaper: ClassVar[bool] = False  # whether it is meant to save multiply-adds
     pads_its_input: ClassVar[bool] = False  # True: it pads as `ConvSpec.pads_input` says, so such convs are not refused
 
@@ -182,7 +190,10 @@ class Block(Operator, abc.ABC, Generic[Opts]):
     # The class and attributes, without tensors, of the conv that it replaces, where that is not torch's own Conv2d.
     origin: nn.Conv2d | None = None
 
-    # The attributes of a conv can be read from the block in its place, too.
+    # The attributes of a conv can be read from the block in its place, too; torch.jit.script need not compile them.
+    __jit_unused_properties__ = (
+        *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"),
+    )
     in_channels = property(lambda self: self.spec.c_in)
     out_channels = property(lambda self: self.spec.c_out)
     kernel_size = property(lambda self: self.spec.kernel)
@@ -209,6 +220,14 @@ class Foldable(Block[Opts]):
         The arithmetic is done in float64 and cast once to the block's dtype.
         """
 
+    def fold_keeping_norm(self) -> tuple[nn.Conv2d, nn.Module] | None:
+        """Return a conv without bias and a norm that compute in eval mode, one after the other, what this block does.
+
+        A block that takes over norms gives them back here: of the class that was taken over, with tensors of its own,
+        and such that training can go on with it. The block is left as it was. None: it has no norm to give back.
+        """
+        return None
+
     def unfoldable(self) -> str | None:
         """Say why the block as it is now, after whatever was done to it, cannot be folded."""
         return None
@@ -219,11 +238,29 @@ class Foldable(Block[Opts]):
 
 
 class Deployable(Block[Opts]):
-    """A block that no single conv can replace, but that can be deployed in a form of several plain convs."""
+    """A block that can be deployed in a form of several plain convs: a single one cannot replace it, or costs more.
+
+    A history records by which rules a model was folded, so that what an earlier version left alone stays as it is.
+    """
+
+    deployed_since: ClassVar[int] = 1  # the first rules of folding that deploy it
 
     @abc.abstractmethod
     def deploy(self) -> nn.Module:
         """Return that form, of the block as it is in eval mode; the block is left as it was."""
+
+    def undeployable(self) -> str | None:
+        """Say why this block has no such form; it is then left as it is."""
+        return None
+
+
+def unscriptable(block: nn.Module, why: str = "") -> CaptureError:
+    """Say that torch.jit.script cannot compile a block, and what can be done instead."""
+    kind = type(block).__name__
+    return CaptureError(
+        f"torch.jit.script cannot compile {'an' if kind[0] in 'AEIOU' else 'a'} {kind}{why}",
+        todo="Use torch.jit.trace(model, example) or torch.export.",
+    )
 
 
 def kaiming_uniform(shape: tuple[int, ...], generator: torch.Generator, *, like: torch.Tensor) -> torch.Tensor:

@@ -50,10 +50,29 @@ def fold(block: Foldable) -> nn.Conv2d:
         made: Any = block.fold()
     if not isinstance(made, nn.Conv2d):
         raise broken(type(block), f"its fold returned a {type(made).__name__} instead of a Conv2d")
+    _check_geometry(block, made, "fold")
+    return made
+
+
+def fold_keeping_norm(block: Foldable) -> tuple[nn.Conv2d, nn.Module] | None:
+    """Let a block fold itself into a conv without bias and a norm; None if it cannot."""
+    with _calling(type(block), "fold_keeping_norm"):
+        made: Any = block.fold_keeping_norm()
+    if made is None:
+        return None
+    if not isinstance(made, tuple) or len(made) != 2 or not all(isinstance(one, nn.Module) for one in made):
+        raise broken(type(block), "its fold_keeping_norm returned no conv and norm")
+    conv, norm = made
+    if not isinstance(conv, nn.Conv2d) or conv.bias is not None:
+        raise broken(type(block), f"its fold_keeping_norm returned {conv!r} instead of a Conv2d without bias")
+    _check_geometry(block, conv, "fold_keeping_norm")
+    return conv, norm
+
+
+def _check_geometry(block: Foldable, made: nn.Conv2d, what: str) -> None:
     found, wanted = ConvSpec.of(made), block.spec
     if (found.c_in, found.c_out, found.stride) != (wanted.c_in, wanted.c_out, wanted.stride):
-        raise broken(type(block), f"its fold returned a conv {found}, in place of {wanted}")
-    return made
+        raise broken(type(block), f"its {what} returned a conv {found}, in place of {wanted}")
 
 
 @contextlib.contextmanager

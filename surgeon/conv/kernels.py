@@ -10,7 +10,8 @@ Ding et al. 2019, ACNet, arXiv:1908.03930, eq. 4–6 and section 3.3.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from surgeon.conv.numbers import cast
 from surgeon.conv.spec import ConvSpec, Pads, is_channels_last
 from surgeon.conv.streams import writes_in_place
 
+_LARGEST_SHARE = 16.0  # of a strip in a kernel that keeps the first branch's scale
+_LARGEST_VARIANCE = 2.0**15  # float16 ends at twice that
 _EPS = 1e-5
 
 
@@ -46,6 +49,23 @@ class Norm:
             eps=getattr(norm, "eps", _EPS),
         )
 
+    @classmethod
+    def behind(cls, conv: nn.Conv2d, norm: nn.Module) -> Norm:
+        """Read a norm that has taken in the bias of the conv before it, in float64."""
+        numbers = cls.of(norm).double()
+        return numbers if conv.bias is None else replace(numbers, mean=numbers.mean - conv.bias.double())
+
+    def write_(self, norm: nn.Module) -> None:
+        """Give these numbers to a norm, cast once to its dtypes; what it does not have is left out.
+
+        Raises:
+            PlanError: a dtype does not hold one of them.
+        """
+        stored = {"running_mean": self.mean, "running_var": self.var, "weight": self.weight, "bias": self.bias}
+        for name, numbers in stored.items():
+            if (tensor := getattr(norm, name)) is not None:
+                tensor.copy_(cast(numbers, tensor.dtype, name))
+
     def double(self) -> Norm:
         tensors = {f.name: getattr(self, f.name).double() for f in fields(self) if f.name != "eps"}
         return Norm(**tensors, eps=self.eps)
@@ -70,6 +90,63 @@ def with_norm(weight: Tensor, bias: Tensor | None, norm: nn.Module) -> tuple[Ten
     bias64 = None if bias is None else bias.detach().double()
     made = fold_bn(weight.detach().double(), bias64, Norm.of(norm).double())
     return cast(made[0], weight.dtype, "weight"), cast(made[1], weight.dtype, "bias")
+
+
+def keep_bn(
+    branches: Sequence[tuple[Tensor, Norm]], *, scales: bool = True, shifts: bool = True
+) -> tuple[Tensor, Norm]:
+    """Sum parallel convs that have a norm each, into one conv without bias and one norm behind it.
+
+    Each branch is a kernel (out, in/groups, kh, kw), all of one shape, and its norm; all are float64. With the scale
+    s_i = γ_i/√(v_i + ε_i) of each branch the sum is Σ s_i·(F_i∗x − μ_i) + β_i (Ding et al. 2019, eq. 4–6). It is also
+
+        s·(F∗x − μ) + β,   F = Σ s_i/s·F_i,   μ = Σ s_i/s·μ_i,   β = Σ β_i
+
+    for any s, so s is chosen channel by channel. It is s_0, the first branch's own, where |s_0| is at least 1/16 of the
+    largest of the other scales, and 1 elsewhere: no kernel is divided by next to nothing. μ is then the mean of F∗x.
+    Its variance is not known, as nothing is known of how the branches are correlated; it is taken as if they were not:
+
+        v = Σ (s_i/s)²·v_i,   γ = s·√(v + ε_0)
+
+    Where the scales of the other branches are 0, this is the first branch, bit for bit. Where v would be too large for
+    float16, s is 1, too. Without `scales` γ is 1: then v = v_0 and s = 1/√(v_0 + ε_0). Without `shifts` β is 0, and μ
+    takes its place: μ = Σ s_i/s·μ_i − β_i/s.
+
+    >>> norm = Norm(*(torch.tensor([n], dtype=torch.float64) for n in (1.0, 3.0, 2.0, 5.0)), eps=1.0)
+    >>> kernel, made = keep_bn([(torch.ones(1, 1, 1, 1), norm), (torch.ones(1, 1, 1, 1), norm)])
+    >>> kernel.item(), made.mean.item(), made.var.item(), made.bias.item()
+    (2.0, 2.0, 6.0, 10.0)
+    """
+    norms = [norm for _, norm in branches]
+    first, means, betas = norms[0], torch.stack([n.mean for n in norms]), torch.stack([n.bias for n in norms])
+    keeps, shares, scale, var = _shares(norms, scales=scales, shifts=shifts)
+    kernel = torch.stack([one * share[:, None, None, None] for (one, _), share in zip(branches, shares, strict=True)])
+    mean, bias, weight = (shares * means).sum(0), betas.sum(0), torch.ones_like(first.weight)
+    if scales:
+        kept = first.weight * torch.sqrt((var + first.eps) / (first.var + first.eps))  # exact where var is the first's
+        weight = torch.where(keeps, kept, torch.sqrt(var + first.eps))
+    if not shifts:
+        mean, bias = mean - bias / scale, torch.zeros_like(bias)
+    return kernel.sum(0), Norm(mean, var, weight, bias, first.eps)
+
+
+def _shares(norms: Sequence[Norm], *, scales: bool, shifts: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Choose s for each channel; returns where it is s_0, s_i/s (branches, out), s, and the variance of F∗x."""
+    own_scales = torch.stack([norm.weight / torch.sqrt(norm.var + norm.eps) for norm in norms])
+    first, others = own_scales[0], own_scales[1:].abs().amax(0)
+    variances, one = torch.stack([norm.var for norm in norms]), torch.ones_like(first)
+    divisor = torch.where(first == 0, one, first)  # whatever comes after a scale of 0 adds nothing
+    shares = torch.cat([one[None], own_scales[1:] / divisor])
+    var = (shares.square() * variances).sum(0)
+    keeps = (first.abs() * _LARGEST_SHARE >= others) & ((var <= _LARGEST_VARIANCE) | (others == 0))
+    if not scales:
+        scale = 1 / torch.sqrt(norms[0].var + norms[0].eps)
+        return torch.ones_like(keeps), own_scales / scale, scale, variances[0]
+    if not shifts:
+        keeps &= first != 0
+    alone = (own_scales.square() * variances).sum(0)
+    scale, var = torch.where(keeps, divisor, one), torch.where(keeps, var, alone)
+    return keeps, torch.where(keeps, shares, own_scales), scale, var
 
 
 def embed(strip: Tensor, kernel: tuple[int, int], *, row: int = 0, column: int = 0) -> Tensor:

@@ -60,10 +60,10 @@ def _closing(advice: Advice) -> Iterator[str]:
     yield "parameters and MACs are those of the network once it is converted and fused, as it is deployed"
     if free is not None:
         trains = f"; {_factor(free.training)} multiply-adds while it is trained" if free.training else ""
-        yield f"costs nothing once it is fused, to make the network better by training: {free.recipe}{trains}"
+        yield f"for training further, at no cost once it is fused: {free.recipe}{trains}"
     if most is not None:
         keeps = "" if most.keeps_function else "; retrain the network"
-        yield f"saves most, to make the network cheaper: {most.recipe}, MACs ×{most.saves:.2f}{keeps}"
+        yield f"for a cheaper network: {most.recipe} saves most, MACs ×{most.saves:.2f}{keeps}"
     elif advice.cost.macs:
         yield "no bundled recipe saves 5 % of the multiply-adds of this network"
 

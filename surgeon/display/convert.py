@@ -48,6 +48,9 @@ def fused_view(fused: Fused) -> RenderableType:
     before, after = fused.params
     folded = words.counted(len(fused.folded), "block")
     lines = [f"folded: {folded}, {words.amount(before)} → {words.amount(after)} parameters"]
+    if fused.norms:
+        lines.append(f"given back: {words.counted(len(fused.norms), 'norm')}, each behind the conv that it belongs to")
+    lines += fused.notes
     if fused.distance is not None:
         lines.append(f"whole network, before and after, in its own dtype: relative L2 {fused.distance:.1e}")
     return Group(*map(Line, [*lines, f"written: {fused.path}"]))

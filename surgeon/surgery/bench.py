@@ -125,21 +125,20 @@ def run(
 
 
 def compare(
-    before: nn.Module, after: nn.Module, inputs: Inputs, *, rounds: int = 15, progress: Progress = silent
-) -> tuple[Timing, Timing]:
-    """Time two models as they are deployed, with blocks and norms folded, on this very input.
+    models: Sequence[tuple[str, nn.Module]], inputs: Inputs, *, rounds: int = 15, progress: Progress = silent
+) -> tuple[Timing, ...]:
+    """Time models with labels as they are deployed, with blocks and norms folded, on this very input.
 
     Raises:
         CaptureError: one of them does not run.
     """
     setting = Setting(inputs.batch, torch.get_num_threads())
     ready = []
-    for i, (label, model) in enumerate((("the model as it is", before), ("the converted model", after))):
-        progress(f"warming up {label}", 0.15 * i)
+    for i, (label, model) in enumerate(models):
+        progress(f"warming up {label}", 0.3 * i / len(models))
         ready.append(_prepare(label, "folded", deployed(model, inputs)[0], inputs, setting))
     _take_turns(ready, rounds, parts(progress, 0.3, 1), "timing")
-    first, second = (_timing(one, ready[0], setting) for one in ready)
-    return first, second
+    return tuple(_timing(one, ready[0], setting) for one in ready)
 
 
 def deployed(model: nn.Module, inputs: Inputs | None = None) -> tuple[nn.Module, bool]:

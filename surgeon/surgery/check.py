@@ -13,6 +13,7 @@ from surgeon.analysis.sites import Site, Survey
 from surgeon.blocks import contract
 from surgeon.errors import PlanError
 from surgeon.recipes.forms import plain_words
+from surgeon.surgery import give_back
 from surgeon.surgery.plan import Entry, FunctionalStep, Plan
 
 _SURVEY = "`surgeon survey MODEL` lists the names of all convs."
@@ -23,18 +24,22 @@ _LOW_PASSED = "Take that entry out of `low_passed`: a seam stays there."
 _STAY = "Give convs that cannot be swapped `skip: reason` instead of `swap`, or take them out of the plan."
 
 
-def check(plan: Plan, survey: Survey) -> None:
+def check(plan: Plan, survey: Survey, given: str | None = None, *, is_recorded: bool = False) -> None:
     """Make sure that a plan, perhaps edited by hand, can be carried out on this model as it stands.
+
+    `given` is the fingerprint that the model had before what the plan bakes was baked. A plan that a history has
+    recorded was carried out before; what is only unwise does not count then.
 
     Raises:
         PlanError: the plan does not fit; the message lists everything that is wrong.
     """
-    if not fingerprints.fits(plan.model, survey.model):
+    if not (fingerprints.fits(plan.model, survey.model) if given is None else plan.model == given):
         raise PlanError(
-            f"the plan is for another network ({plan.model}; this one is {survey.fingerprint})",
+            f"the plan is for another network ({plan.model}; this one is {given or survey.fingerprint})",
             todo="Make one for this network: surgeon plan MODEL --recipe … -o plan.yaml.",
         )
-    misfits = [*_misfits(plan, survey), *_lost_low_passes(plan, survey), *_repeated(plan)]
+    unwise = [] if is_recorded else _unwise(plan, survey)
+    misfits = [*_misfits(plan, survey), *unwise, *_lost_low_passes(plan, survey), *_repeated(plan)]
     if misfits:
         raise PlanError(
             "the plan cannot be carried out as it stands",
@@ -62,6 +67,15 @@ def _misfits(plan: Plan, survey: Survey) -> Iterator[_Misfit]:
             yield _Misfit(entry.path, f"there is no such conv{nearest}", _SURVEY)
         elif entry.swap is not None and (found := _misfit(entry, site, survey)) is not None:
             yield _Misfit(entry.path, *found)
+
+
+def _unwise(plan: Plan, survey: Survey) -> Iterator[_Misfit]:
+    """List swaps after which a module that folds itself would fold something else."""
+    sites = {site.path: site for site in survey.sites}
+    for entry in plan.swaps:
+        site = sites.get(entry.path)
+        if site and (why := give_back.refusal(site, entry.block, takes_norm=bool(entry.takes_norm))) is not None:
+            yield _Misfit(entry.path, why, _STAY)
 
 
 def _lost_low_passes(plan: Plan, survey: Survey) -> Iterator[_Misfit]:

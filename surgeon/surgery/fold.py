@@ -6,6 +6,7 @@ under all its names. A block that no single conv can replace first takes in the 
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from functools import partial
 
 from torch import nn
@@ -19,15 +20,27 @@ from surgeon.conv.spec import ConvSpec
 from surgeon.errors import PlanError
 from surgeon.models.memory import give_back_after
 from surgeon.octave import rewrite as seams
+from surgeon.surgery import give_back
 from surgeon.surgery.finite import finite
+from surgeon.surgery.give_back import Paths, Return
+from surgeon.surgery.history import RULES
 
 _TODO = "Undo what was changed since it was converted, or train and deploy it unfolded."
 
 
-def fold_blocks_(network: Network, *, dense: bool = False) -> tuple[str, ...]:
-    """Replace every foldable block of a network by the conv it folds to; returns their names.
+def fold_blocks_(
+    network: Network,
+    *,
+    dense: bool = False,
+    returns: Mapping[Paths, Return] | None = None,
+    deploys: bool = True,
+    rules: int = RULES,
+) -> tuple[str, ...]:
+    """Replace every block of a network by the conv it folds to, or by its deployment form; returns their names.
 
-    Blocks that cost less than that conv stay, unless `dense` asks for them too.
+    Blocks that cost less than one conv are deployed in several, unless `dense` asks for that conv. Those in `returns`
+    become a conv and the norm that they have taken over. Without `deploys`, no block gets its deployment form. `rules`
+    are those by which a recorded operation was carried out.
 
     The running statistics are folded in, whatever mode the model is in; the mode stays the same.
 
@@ -35,6 +48,30 @@ def fold_blocks_(network: Network, *, dense: bool = False) -> tuple[str, ...]:
         PlanError: a block that cannot be folded as it is now; nothing is done.
     """
     model = network.model
+    blocks = _foldable(network, dense=dense)
+    stood = {paths: module for module, paths in network.names.items()}
+    folded: dict[Paths, nn.Module] = {}
+    for paths, block in blocks:
+        if (origin := (returns or {}).get(paths)) is not None:
+            folded |= give_back.make(paths, block, origin, stood.get(origin.norm))
+        else:
+            folded[paths] = finite(paths[0], "folded", partial(_fold, block), block)
+    deployed, folded_in = _deployed(network, rules, folded) if deploys else ({}, {})
+    rests = {paths: norms.plain_rest(m) for paths, m in stood.items() if isinstance(m, norms.NormRest)}
+    rests = {paths: rest for paths, rest in rests.items() if blocks and paths not in folded}
+    for paths, made in (folded | deployed).items():  # all are built, so nothing can fail half-way
+        for path in paths:
+            model.set_submodule(path, made)
+    for paths, rest in (folded_in | rests).items():
+        for path in paths:
+            model.set_submodule(path, rest)
+    if deployed:
+        seams.deploy_(model)
+    return tuple(paths[0] for paths in (*dict(blocks), *deployed))
+
+
+def _foldable(network: Network, *, dense: bool) -> list[tuple[Paths, Foldable]]:
+    """List the blocks that fold to one conv, once it is known that all of them can."""
     blocks = [
         (paths, m) for m, paths in network.names.items() if isinstance(m, Foldable) and (dense or m.folds_for_free)
     ]
@@ -42,25 +79,28 @@ def fold_blocks_(network: Network, *, dense: bool = False) -> tuple[str, ...]:
         alone = "it is the whole model; call its fold() to make the conv" if "" in paths else None
         if why := alone or _customised(block) or block.unfoldable():
             raise PlanError(f"{paths[0] or 'the model'} cannot be folded: {why}", todo=_TODO)
-    folded: dict[tuple[str, ...], nn.Module] = {
-        paths: finite(paths[0], "folded", partial(_fold, block), block) for paths, block in blocks
+    return blocks
+
+
+def rules_for(network: Network, *, dense: bool = False) -> int:
+    """Give the first rules of folding that do to the blocks of a network what today's do."""
+    blocks = [m for m in network.names if isinstance(m, Deployable) and not (dense and isinstance(m, Foldable))]
+    return max((block.deployed_since for block in blocks if block.undeployable() is None), default=1)
+
+
+def _deployed(
+    network: Network, rules: int, folded: Collection[Paths]
+) -> tuple[dict[Paths, nn.Module], dict[Paths, nn.Module]]:
+    """Make the deployment form of every block that has one, with its norm; and what is left of norms folded in so.
+
+    A block that is the whole model stays: no module holds it.
+    """
+    blocks = {
+        paths: m
+        for m, paths in network.names.items()
+        if isinstance(m, Deployable) and m.deployed_since <= rules and paths not in folded and "" not in paths
     }
-    deployed, folded_in = _deployed(network)
-    for paths, made in (folded | deployed).items():  # all of them are built, so nothing can fail half-way
-        for path in paths:
-            model.set_submodule(path, made)
-    rests = {paths: norms.plain_rest(m) for m, paths in network.names.items() if isinstance(m, norms.NormRest)}
-    for paths, rest in (folded_in | (rests if folded else {})).items():
-        for path in paths:
-            model.set_submodule(path, rest)
-    if deployed:
-        seams.deploy_(model)
-    return tuple(paths[0] for paths in folded | deployed)
-
-
-def _deployed(network: Network) -> tuple[dict[tuple[str, ...], nn.Module], dict[tuple[str, ...], nn.Module]]:
-    """Make the deployment form of every block that has one, with its norm; and what is left of norms folded in so."""
-    blocks = {paths: m for m, paths in network.names.items() if isinstance(m, Deployable)}
+    blocks = {paths: block for paths, block in blocks.items() if block.undeployable() is None}
     for paths, block in blocks.items():
         if why := _customised(block):
             raise PlanError(f"{paths[0]} cannot be folded: {why}", todo=_TODO)

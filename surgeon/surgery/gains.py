@@ -52,7 +52,8 @@ def can_be_timed(model: nn.Module, inputs: Inputs | None) -> Inputs:
 def compared(plan: Plan, before: nn.Module, after: nn.Module, inputs: Inputs, progress: Progress = silent) -> Plan:
     """Time a network and the one that a plan has made of it, and add that to the plan."""
     rounds = 15
-    first, second = bench.compare(before, after, inputs, rounds=rounds, progress=progress)
+    models = [("the model as it is", before), ("the converted model", after)]
+    first, second = bench.compare(models, inputs, rounds=rounds, progress=progress)
     time = Timed(
         before=first.seconds,
         after=second.seconds,

@@ -11,7 +11,7 @@ import ctypes
 import hashlib
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -25,6 +25,12 @@ from surgeon.surgery.plan import Plan
 
 _ATTRIBUTE = "surgeon_provenance"
 FORMAT = 2  # of histories and manifests; 1 is read as well
+RULES = 2  # by which `fuse` folds today; before 2, it left HetConvs as they were
+_LATER = (
+    "rules",
+    "keep_norms",
+    "returned",
+)  # fields that older releases do not know, so that they read all that they can
 _MOST_STEPS = 64  # that are done again, when a file asks for it
 
 
@@ -45,11 +51,14 @@ class Operation:
     plan: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=dict)
     dense: bool = False  # fuse: blocks that cost less than their conv were folded too
+    rules: int = 1  # fuse: the rules of folding that it followed; 1 leaves HetConvs as they are
+    keep_norms: bool = False  # fuse: every block became the conv and the norm that it had been made of
+    returned: tuple[str, ...] = ()  # fuse: the blocks that did so because the network around them folds itself
     measured: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __repr__(self) -> str:
         """Say in one line what was done: a plan and its recipe would fill pages."""
-        facts = [f"dense={self.dense}"] if self.dense else []
+        facts = [f"{name}=True" for name in ("dense", "keep_norms") if getattr(self, name)]
         if self.plan is not None:
             convs, recipe = self.plan.get("convs", ()), self.plan.get("recipe", {})
             swapped = sum("swap" in entry for entry in convs)
@@ -75,7 +84,13 @@ def record_(model: nn.Module, step: Operation) -> None:
 
 def set_history_(model: nn.Module, steps: Sequence[Operation]) -> None:
     """Give a model another history."""
-    setattr(model, _ATTRIBUTE, {"format": FORMAT, "history": [asdict(step) for step in steps]})
+    setattr(model, _ATTRIBUTE, {"format": FORMAT, "history": [_stored(step) for step in steps]})
+
+
+def _stored(step: Operation) -> dict[str, Any]:
+    """Give an operation as plain data; a field that was added later is left out where it says nothing."""
+    defaults = {one.name: one.default for one in fields(step) if one.name in _LATER}
+    return {name: value for name, value in asdict(step).items() if name not in defaults or value != defaults[name]}
 
 
 def as_data(model: nn.Module) -> dict[str, Any]:
@@ -96,8 +111,10 @@ def steps_in(data: Any, where: str = f"the attribute {_ATTRIBUTE} of the model")
             raise foreign(where)
         steps = _HISTORY.validate_python(data["history"])
         for step in steps:
-            if (step.plan is None) != (step.operation == "fuse"):
+            if (step.plan is None) != (step.operation == "fuse") or step.rules < 1:
                 raise foreign(where)
+            if step.rules > RULES:
+                raise _later(where)
             if step.plan is not None:
                 Plan.model_validate(step.plan)
     except ValidationError as error:

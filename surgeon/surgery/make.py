@@ -16,11 +16,14 @@ import torch
 from surgeon.analysis.example import PASS_ONE
 from surgeon.analysis.sites import Site, Survey, measure_calls
 from surgeon.blocks import BlockOptions, Together, Wanted, contract, registry
+from surgeon.blocks.two_streams import TwoStreamOptions
 from surgeon.errors import BlockError, PlanError
+from surgeon.models.call import Inputs
 from surgeon.models.cost import Cost
 from surgeon.octave.region import Roles
 from surgeon.recipes.match import Subject
 from surgeon.recipes.recipe import Recipe, Rule
+from surgeon.surgery import give_back
 from surgeon.surgery.plan import Change, Entry, FunctionalStep, LowPassed, Plan, RecipeText, Total
 
 _NO_RULE = "no rule claims it"
@@ -59,6 +62,19 @@ def make(recipe: Recipe, survey: Survey, *, seed: int = 0) -> Plan:
             "convs": entries,
         }
     )
+
+
+def on_a_guess(inputs: Inputs, *planned_with: Recipe) -> str:
+    """Say what plans take from an input that nobody gave, and how to give it."""
+    rules = [rule for recipe in planned_with for rule in recipe.rules]
+    sized = [f"`size` of {rule}" for rule in rules if rule.match.needs_size]
+    planned = {str(rule.swap) for rule in rules if isinstance(rule.options, TwoStreamOptions)}
+    sized += [f"`min_size` of {block}" for block in sorted(planned)]
+    what = " and ".join([*sized, "all costs"])
+    is_image = not inputs.kwargs and [len(shape) for shape in inputs.shapes] == [4]
+    like = f"{','.join(map(str, inputs.shapes[0][:2]))},H,W" if is_image else inputs.text
+    guess = f"{what} are for {inputs}, a guess that the model accepts"
+    return f"no --input was given; {guess}. If yours is another, pass --input {like} (from Python, example=)"
 
 
 def _claims(rule: Rule, site: Site) -> bool:
@@ -101,7 +117,7 @@ def _planned_together(survey: Survey, claimed: Sequence[tuple[Site, Rule | None]
         if rule is None or rule.swap is None or rule.options is None or site.obstacle is not None:
             continue
         block = registry()[rule.swap]
-        if block.planner is not None:
+        if block.planner is not None and give_back.refusal(site, block, takes_norm=False) is None:
             wanted.setdefault(block.planner, {})[site.path] = Wanted(block, rule.options)
     roles = Roles()
     for planner, theirs in wanted.items():
@@ -207,9 +223,13 @@ def _skip(site: Site, rule: Rule | None, roles: Roles) -> str | None:
         return rule.leave
     assert rule.swap is not None
     assert rule.options is not None
+    block = registry()[rule.swap]
     if why := site.obstacle or roles.skips.get(site.path):
         return why
-    return contract.refusal(registry()[rule.swap], site.spec, site.size, roles.options.get(site.path, rule.options))
+    options = roles.options.get(site.path, rule.options)
+    if (why := contract.refusal(block, site.spec, site.size, options)) is not None:
+        return why
+    return give_back.refusal(site, block, takes_norm=block.takes_norm(options) and bool(site.norm))
 
 
 def _changes(before: Cost, after: Cost) -> dict[str, Change]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import surgeon
+from surgeon.analysis import program
 from surgeon.analysis.rewritten import Rewritten
 from surgeon.blocks import registry
 
@@ -165,8 +166,8 @@ def test_it_is_stored_and_opens_again(tmp_path: Path, suffix: str, monkeypatch: 
 def test_what_goes_wrong_on_the_way_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     net = network(LIFTED["with a norm"][0])
     before, kind = copy.deepcopy(net.state_dict()), type(net)
-    forward = Rewritten.forward
-    monkeypatch.setattr(Rewritten, "forward", lambda module, x: 2 * forward(module, x))
+    compiled = program.compiled
+    monkeypatch.setattr(program, "compiled", lambda data: lambda module, x: 2 * compiled(data)(module, x))
     with pytest.raises(surgeon.errors.CaptureError):
         surgeon.convert_(net, "acnet", SHAPE)
     assert type(net) is kind
@@ -180,3 +181,14 @@ def test_it_trains() -> None:
     converted(x()).square().sum().backward()
     block = converted.get_submodule("conv2d")
     assert block.square_conv.weight.grad.abs().sum() > 0
+
+
+class FreezesItsKernel(tiny.AffineByHand):
+    def train(self, mode: bool = True) -> FreezesItsKernel:
+        self.weight.requires_grad_(mode)
+        return super().train(mode)
+
+
+def test_a_kernel_that_the_mode_of_its_class_reads_stays_where_it_is() -> None:
+    [entry] = [one for one in surgeon.plan(network(FreezesItsKernel), "acnet", SHAPE).convs if one.functional]
+    assert entry.skip == "FreezesItsKernel has its own train, which reads 'weight'"

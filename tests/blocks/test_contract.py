@@ -311,3 +311,21 @@ def test_timm_folds_it_too(kind: type[Block], trial: Trial) -> None:
     x = input_of(trial)
     assert relative(deployed(x), model(x)) <= EXACT
     assert type(model[0][0]) is kind
+
+
+@every_foldable
+def test_a_block_that_gives_a_norm_back_computes_the_same(kind: type[Block], trial: Trial) -> None:
+    """In float64, with all norms shaken; a tap or a mean that is a millionth off would be seen."""
+    block, x = shake_(replaced(kind, trial, original(trial)), seed=3).eval(), input_of(trial)
+    assert isinstance(block, Foldable)
+    before, made = state(block), block.fold_keeping_norm()
+    assert (made is not None) is kind.gives_norm_back
+    if made is None:
+        return
+    conv, norm = made
+    assert conv.bias is None
+    assert relative(norm(conv(x)), block(x)) < EXACT
+    assert is_same(before, state(block))
+    assert not {id(one) for one in norm.parameters()} & {id(one) for one in block.parameters()}
+    conv.weight.data.view(-1)[0] += 1e-6
+    assert relative(norm(conv(x)), block(x)) > EXACT

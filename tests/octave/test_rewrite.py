@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -460,13 +461,41 @@ class TrainsItsOwnWay(nn.Sequential):
         return self
 
 
-def test_what_a_graph_would_lose_keeps_its_class_and_the_plan_says_why() -> None:
+def test_a_mode_of_its_own_is_kept() -> None:
     net = network(lambda: TrainsItsOwnWay(conv(), nn.BatchNorm2d(8), conv()))
+    model = surgeon.convert(net, octave_of(net))
+    assert isinstance(model, Rewritten)
+    assert not model.train()[1].training
+    assert model[2].training
+
+
+class StoresItself(nn.Sequential):
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+class NamesItsGraph(nn.Sequential):
+    def graph(self) -> int:
+        return 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        (StoresItself, "StoresItself has its own __getstate__, which copies and files of a rewritten graph would not"),
+        (NamesItsGraph, "NamesItsGraph has its own graph, a name that a rewritten graph uses for itself"),
+    ],
+)
+def test_what_a_graph_would_lose_keeps_its_class_and_the_plan_says_why(kind: type[nn.Sequential], why: str) -> None:
+    net = network(lambda: kind(conv(), nn.BatchNorm2d(8), conv()))
     plan = octave_of(net)
-    assert [(seam.kind, seam.reason) for seam in plan.seams] == [
-        ("local", "TrainsItsOwnWay has its own train, which a rewritten graph would not have")
-    ]
-    assert type(surgeon.convert(net, plan)) is TrainsItsOwnWay
+    [seam] = plan.seams
+    assert seam.kind == "local"
+    assert why in seam.reason
+    assert type(surgeon.convert(net, plan)) is kind
+
+
+def test_hooks_are_not_skipped() -> None:
     hooked = network(lambda: nn.Sequential(nn.Sequential(conv(), nn.ReLU()), conv()))
     hooked[0].register_forward_hook(lambda *_: None)
     assert "hooks are attached to 0" in octave_of(hooked).seams[0].reason

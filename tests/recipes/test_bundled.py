@@ -12,6 +12,7 @@ import torchvision
 from torch import nn
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops.misc import FrozenBatchNorm2d
 
 import surgeon
 from surgeon.recipes import recipe as recipes
@@ -31,7 +32,7 @@ def _convnext() -> nn.Module:
 
 @functools.cache
 def _detector() -> nn.Module:
-    options = {"norm_layer": nn.BatchNorm2d, "trainable_layers": 5}
+    options = {"norm_layer": FrozenBatchNorm2d, "trainable_layers": 5}
     backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, **options)
     return RetinaNet(backbone, 3, min_size=96, max_size=96).eval()
 
@@ -98,7 +99,7 @@ def test_backbone_recipes_leave_the_pyramid_and_the_heads_of_a_detector() -> Non
     for plan in (acnet, octave):
         assert plan.swaps
         assert all(entry.path.startswith("backbone.body.") for entry in plan.swaps)
-    assert all(entry.takes_norm and entry.note is None for entry in acnet.swaps)  # exact in training, too
+    assert all(entry.takes_norm and entry.note is None for entry in acnet.swaps)  # frozen ones: exact in training, too
     assert len(acnet.swaps) == 16
     assert _skips(acnet) == {"no rule claims it", "the feature pyramid has no norms"}
     assert _saves(octave) < 1

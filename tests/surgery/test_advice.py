@@ -48,8 +48,8 @@ def test_it_says_what_to_take_for_what() -> None:
     assert found.saves_most is not None
     assert found.saves_most.saves == min(row.saves for row in found.offers)
     *_, free, most = str(found).splitlines()
-    assert free.startswith("costs nothing once it is fused, to make the network better by training: acnet; ×1.6")
-    assert most.startswith(f"saves most, to make the network cheaper: {found.saves_most.recipe}, MACs ×0.")
+    assert free.startswith("for training further, at no cost once it is fused: acnet; ×1.6")
+    assert most.startswith(f"for a cheaper network: {found.saves_most.recipe} saves most, MACs ×0.")
 
 
 def test_acnet_is_free_only_where_it_keeps_the_function() -> None:
@@ -144,7 +144,7 @@ def test_the_command_prints_the_table_and_json(saved: Path, capsys: pytest.Captu
     assert run_surgeon("recipes", "--for", "net.pt", "-i", "1,3,32,32") == 0
     printed = capsys.readouterr().out
     assert printed.startswith("4 convs, ")
-    assert "saves most, to make the network cheaper: " in printed
+    assert "for a cheaper network: " in printed
     assert run_surgeon("recipes", "--for", "net.pt", "-i", "1,3,32,32", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["free"] == "acnet"
