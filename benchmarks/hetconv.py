@@ -4,30 +4,34 @@ The promise is the ratio of executed multiply-adds, dense / HetConv; the goal is
 those of the paper's networks (channels at the size of their feature map), in NCHW and in channels_last.
 
     python benchmarks/hetconv.py --batch 8 --rounds 25
+
+With `--deployed`, a HetConv against the plain convs that `surgeon fuse` makes of it.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 
 import torch
 from torch import nn
 
 from surgeon.analysis import example as examples
-from surgeon.blocks.hetconv import HetConv, HetConvOptions
+from surgeon.blocks.hetconv import HetConv, HetConvOptions, Layout
 from surgeon.surgery import bench
 from surgeon.surgery.bench import Setting, Timing
 
 SHAPES = ((128, 28), (256, 14), (512, 7))
+LAYOUTS: tuple[Layout, ...] = ("block", "interleaved", "best")
 GOAL = 0.8
 
 
-def layer(channels: int, p: int | None) -> nn.Module:
+def layer(channels: int, p: int | None, layout: Layout = "block") -> HetConv | nn.Conv2d:
     """A 3×3 conv, or a HetConv in its place."""
     conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
     if p is None:
         return conv
-    return HetConv.from_conv(conv, HetConvOptions(p=p), norm=None, generator=torch.Generator())
+    return HetConv.from_conv(conv, HetConvOptions(p=p, layout=layout), norm=None, generator=torch.Generator())
 
 
 def main() -> None:
@@ -36,8 +40,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--train", action="store_true", help="a training step instead of a pass in eval mode")
+    parser.add_argument("--deployed", action="store_true", help="a HetConv against the plain convs of fuse")
     options = parser.parse_args()
     settings = [Setting(options.batch, options.threads, last, train=options.train) for last in (False, True)]
+    if options.deployed:
+        deployed(settings, options.batch, options.rounds)
+        return
     columns = ("layer", "format", "dense ms", "P", "ms", "promised", "speed-up", "share", "quartiles of the share")
     print("{:>8} {:>13} {:>9} {:>3} {:>7} {:>9} {:>9} {:>6}   {}".format(*columns))
     for channels, side in SHAPES:
@@ -46,6 +54,23 @@ def main() -> None:
         for dense, *thin in (timings[:3], timings[3:]):
             for one in thin:
                 show(f"{channels}@{side}", dense, one)
+
+
+def deployed(settings: list[Setting], batch: int, rounds: int) -> None:
+    """Print the time of the deployed form over that of the block, for every layer, format, P and layout."""
+    print(f"{'layer':>8} {'format':>13} {'P':>3} {'layout':>11} {'block ms':>9} {'ms':>7} {'ratio':>6}   quartiles")
+    for (channels, side), p, layout in itertools.product(SHAPES, (4, 8), LAYOUTS):
+        block = layer(channels, p, layout)
+        assert isinstance(block, HetConv)
+        models = [("block", block), ("deployed", block.deploy())]
+        timings = bench.run(models, examples.make((1, channels, side, side)), settings, rounds=rounds)
+        for one, other in itertools.pairwise(timings):
+            if other.model != "deployed":
+                continue
+            kind = "channels_last" if one.setting.channels_last else "NCHW"
+            times = f"{one.seconds * 1e3:9.2f} {other.seconds * 1e3:7.2f} {other.time_ratio:6.2f}"
+            low, high = other.quartiles
+            print(f"{f'{channels}@{side}':>8} {kind:>13} {p:>3} {layout:>11} {times}   {low:.2f} … {high:.2f}")
 
 
 def show(name: str, dense: Timing, one: Timing) -> None:

@@ -198,6 +198,15 @@ calls("torchvision:models.resnet.torch.hub.load", "x", "y")
 calls("timm.models.resnet.torch", "x")
 calls("timm.layers.torch.load", "SECRET")
 calls("torch.fx.graph_module.reduce_graph_module", {"_code": "import os"}, "import os")
+for _line in (
+    "",
+    "open('x', 'w')\n",
+    "__import__('os').system('touch x')\n",
+):  # the one graph that is read, and near it
+    _sum = "def forward(self, input):\n  s = self.spatial(input)\n  return s + self.pointwise(input)"
+    _held = {"spatial": None, "pointwise": None}
+    _state = {"_code": _line + _sum, "_parameters": {}, "_buffers": {}, "_modules": _held}
+    calls("torch.fx.graph_module.reduce_graph_module", _state, f"{_line}import torch")
 calls("torch.fx.GraphModule", {}, "x")
 calls("torch.fx._symbolic_trace.symbolic_trace", "x")
 calls("torch.jit.ScriptModule")

@@ -24,10 +24,10 @@ from zoo_start import build, calibrate_, distance, example_for, nudged, outputs,
 
 import surgeon
 from surgeon.analysis.network import Network
-from surgeon.api import decide
 from surgeon.models.copies import duplicate
 from surgeon.recipes.recipe import load
 from surgeon.surgery.convert import carry_out_
+from surgeon.surgery.decide import decide
 
 # Relative L2: a wrong result is above the first; networks of ordinary depth and scale stay below the second.
 LIMIT = {"float64": 1e-10, "float32": 1e-4}

@@ -42,15 +42,13 @@ from surgeon.proof import verify as equivalence
 from surgeon.proof.report import Report
 from surgeon.recipes import recipe as recipes
 from surgeon.recipes.recipe import Recipe
-from surgeon.surgery import check as checks
 from surgeon.surgery import gains, give_back, replay
 from surgeon.surgery import history as histories
 from surgeon.surgery.advice import Advice, advise
-from surgeon.surgery.convert import carry_out_
-from surgeon.surgery.foresee import foresee
+from surgeon.surgery.decide import carry_out, plan_for
 from surgeon.surgery.fuse import fold_all_
 from surgeon.surgery.history import Operation
-from surgeon.surgery.make import make, on_a_guess, recount
+from surgeon.surgery.make import on_a_guess
 from surgeon.surgery.manifest import manifest
 from surgeon.surgery.plan import Plan
 
@@ -79,6 +77,7 @@ def plan(
     example: Example | None = None,
     *,
     overrides: Sequence[str] = (),
+    bake: bool = False,
     time: bool = False,
     seed: int = 0,
     progress: Progress = silent,
@@ -86,6 +85,7 @@ def plan(
     """Decide for every conv what a recipe makes of it; the model is not touched.
 
     `recipe` is the name of a bundled one, a path, a dict or a `Recipe`; `overrides` are as `--set` takes them. With
+    `bake`, tensors that weight norm, spectral norm or pruning compute are made permanent where convs are swapped. With
     `time` it is carried out on a copy, and the plan says how long both networks take once they are fused.
 
     >>> [entry.swap for entry in plan(nn.Sequential(nn.Conv2d(3, 8, 3)), "acnet").convs]
@@ -95,9 +95,10 @@ def plan(
         RecipeError: the recipe is wrong; all its errors are reported at once. PlanError: a rule claims no conv.
     """
     with ordinary():
-        surveyed = survey(model, example, progress=parts(progress, 0, 0.3 if time else 0.6))
-        progress("planning", 0.3 if time else 0.6)
-        decided = decide(_recipe(recipe, overrides), surveyed, seed=seed)
+        progress("looking for an input", 0)
+        network = network_for(model, example)
+        progress("planning", 0.3)
+        decided, surveyed = plan_for(network, _recipe(recipe, overrides), bake=bake, seed=seed)
         return gains.timed(decided, surveyed, parts(progress, 0.5, 1)) if time else decided
 
 
@@ -123,26 +124,13 @@ def advised(surveyed: Survey, *, seed: int, progress: Progress = silent) -> Advi
     return advice
 
 
-def decide(recipe: Recipe, surveyed: Survey, *, seed: int) -> Plan:
-    """Make a plan, and add what it leads to; that it rests on a guessed input is logged."""
-    decided = foresee(make(recipe, surveyed, seed=seed), surveyed)
-    if surveyed.inputs is not None and surveyed.inputs.is_guess:
-        _log.warning(on_a_guess(surveyed.inputs, recipe))
-    return decided
-
-
-def settle(plan: Plan, surveyed: Survey) -> Plan:
-    """Make sure that a plan can be carried out on a model, and count anew what it leads to: it may have been edited."""
-    checks.check(plan, surveyed)
-    return foresee(recount(plan, surveyed), surveyed)
-
-
 def convert(
     model: Model,
     how: Plan | RecipeLike,
     example: Example | None = None,
     *,
     overrides: Sequence[str] = (),
+    bake: bool = False,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Model:
@@ -155,7 +143,7 @@ def convert(
     """
     with ordinary():
         own = duplicate(checked(model))
-        return convert_(own, how, example, overrides=overrides, seed=seed, progress=progress)
+        return convert_(own, how, example, overrides=overrides, bake=bake, seed=seed, progress=progress)
 
 
 def convert_(
@@ -164,6 +152,7 @@ def convert_(
     example: Example | None = None,
     *,
     overrides: Sequence[str] = (),
+    bake: bool = False,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Model:
@@ -173,13 +162,10 @@ def convert_(
     """
     with ordinary():
         progress("looking at the network", 0)
-        surveyed = sites.survey(network_for(model, example, plan=how if isinstance(how, Plan) else None, seed=seed))
+        network = network_for(model, example, plan=how if isinstance(how, Plan) else None, seed=seed)
         progress("planning", 0.2)
-        if isinstance(how, Plan):
-            decided = settle(how, surveyed)
-        else:
-            decided = decide(_recipe(how, overrides), surveyed, seed=seed)
-        carry_out_(decided, surveyed.network, parts(progress, 0.3, 1))
+        wanted = how if isinstance(how, Plan) else _recipe(how, overrides)
+        carry_out(wanted, network, bake=bake, seed=seed, progress=parts(progress, 0.3, 1))
     return model
 
 
@@ -213,10 +199,10 @@ def fuse(
     seed: int = 0,
     progress: Progress = silent,
 ) -> Model:
-    """Return a copy of `model` in which every foldable block is one plain conv again.
+    """Return a copy of `model` in which every block is one plain conv again, or a few of them.
 
-    Blocks that cost less than the conv they fold to (HetConv) stay, unless `dense` asks for them too. `history` of
-    the result says how far folding moved the output for the example.
+    Blocks that cost less than one conv (HetConv) become a few, unless `dense` asks for one. `history` of the result
+    says how far folding moved the output for the example.
 
     With `keep_norms` every block that took over a norm becomes a conv without that norm and the norm, each under its
     own name and of its own class: the weights load into the class that the model had before it was converted, and
@@ -300,13 +286,16 @@ def _verify(a: nn.Module, b: nn.Module, example: Any, seed: int, progress: Progr
     again = replay.done_again(a, steps) if steps else None
     progress("comparing", 0.4)
     is_approximate = any(map(replay.is_approximate, steps))
+    reference, taken = replay.as_baked(a, steps)
     if again is not None and (since := replay.folded_since(again.exact, b)) is not None:
         found = equivalence.verify(a, b, known, seed=seed)
         return replace(found, remarks=(*found.remarks, since))
-    found = equivalence.verify(a, b, known, replay=again, approximate=is_approximate, seed=seed)
+    found = equivalence.verify(reference, b, known, replay=again, approximate=is_approximate, seed=seed)
     if steps and not found and histories.content_hash(b) != steps[-1].result:
         changed = f"B's tensors were changed after {steps[-1].operation} had made it"
         found = replace(found, remarks=(*found.remarks, changed))
+    if taken:
+        found = replace(found, remarks=(*found.remarks, f"A is compared with baked tensors in {', '.join(taken)}"))
     if not steps and (lapse := replay.lapse(a, b)) is not None:
         found = replace(found, remarks=(*found.remarks, lapse))
     return found

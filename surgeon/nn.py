@@ -26,6 +26,7 @@ HOMES = {
     "PaddedConv2d": "surgeon.conv.padding",
     "PairFrozenNorm": "surgeon.blocks.pairs",
     "PairNorm": "surgeon.blocks.pairs",
+    "PairRest": "surgeon.blocks.pairs",
     "PairSyncNorm": "surgeon.blocks.pairs",
     "Rewritten": "surgeon.analysis.rewritten",
     "SmallResNet": "surgeon.app.demo.net",

@@ -63,6 +63,7 @@ def test_every_old_address_leads_to_a_new_one() -> None:
         "NormRest",
         "PaddedConv2d",
         "PairFrozenNorm",
+        "PairRest",
         "PairSyncNorm",
     }  # since their first file
     assert {name.rpartition(".")[2] for name in surgeon.nn.MOVED.values()} | never_elsewhere == set(surgeon.nn.__all__)

@@ -65,7 +65,7 @@ def again(origin: nn.Conv2d | None, conv: nn.Conv2d) -> nn.Conv2d:
     >>> type(again(shell(Mine(3, 8, 3)), nn.Conv2d(3, 8, 3, bias=False))).__name__
     'Mine'
     """
-    if origin is None:
+    if not isinstance(origin, nn.Conv2d):
         return conv
     try:
         made = _twin(origin, {"weight": conv.weight, "bias": conv.bias})

@@ -19,6 +19,7 @@ from torch import fx, nn
 from surgeon._torch_compat import ConvNd
 from surgeon.analysis import rewritten as graph
 from surgeon.analysis.islands import Island
+from surgeon.analysis.uses import own_reader
 from surgeon.conv.spec import ConvSpec, Pair
 
 _ARGUMENTS = inspect.Signature(
@@ -75,8 +76,8 @@ def _described(
             )
         elif not isinstance(root.get_submodule(target.rpartition(".")[0]), ConvNd):
             spec = _spec(held, given, has_bias=bias is not None)
-            shared = _shared(root, kernel)
-            yield Functional(path, spec, island.path, node.name, target, bias_target, obstacle=shared or why)
+            held_back = _shared(root, kernel) or _read_by_its_class(root, target, bias_target)
+            yield Functional(path, spec, island.path, node.name, target, bias_target, obstacle=held_back or why)
 
 
 def conv_of(model: nn.Module, one: Functional) -> nn.Conv2d:
@@ -156,6 +157,16 @@ def _parameter(root: nn.Module, target: str) -> nn.Parameter | None:
     except AttributeError:
         return None
     return found if isinstance(found, nn.Parameter) else None
+
+
+def _read_by_its_class(root: nn.Module, *targets: str) -> str | None:
+    """Say which method of torch's, that a class has its own of, would miss a parameter that goes into a module."""
+    for target in filter(None, targets):
+        owner, _, name = target.rpartition(".")
+        kind = type(root.get_submodule(owner))
+        if (method := own_reader(kind, name)) is not None:
+            return f"{kind.__name__} has its own {method}, which reads '{name}'"
+    return None
 
 
 def _is_buffer(root: nn.Module, target: str) -> bool:

@@ -19,7 +19,7 @@ from surgeon.blocks import Block, norms
 
 NO_NORM = "no norm follows"
 COMPUTING_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
-_BAKE = "--bake (from Python, bake=True) makes its tensors permanent"
+BAKE = "--bake (from Python, bake=True) makes its tensors permanent"
 
 
 def norms_behind(network: Network) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
@@ -39,7 +39,7 @@ def obstacle(facts: Facts, module: nn.Module) -> str | None:
         return "its weight is quantised; swap convs before a network is quantised"
     if not isinstance(module, nn.Conv2d):
         return f"{type(module).__name__}: only Conv2d is swapped"
-    if computed := _computed(module):
+    if computed := computes_its_tensors(module):
         return computed
     if custom := custom_call(module, "it"):
         return f"{custom}, which a block would not have"
@@ -68,13 +68,13 @@ def obstacle(facts: Facts, module: nn.Module) -> str | None:
     return None
 
 
-def _computed(conv: nn.Conv2d) -> str | None:
+def computes_its_tensors(conv: nn.Conv2d) -> str | None:
     """Say what computes a weight or a bias: a parametrization, or a hook, as pruning and older weight norms have."""
     if parametrize.is_parametrized(conv):
-        return f"a parametrization computes its weight; {_BAKE}"
+        return f"a parametrization computes its weight; {BAKE}"
     for hook in conv._forward_pre_hooks.values():
         if isinstance(hook, COMPUTING_HOOKS):
-            return f"a hook ({type(hook).__name__}) computes its tensors; {_BAKE}"
+            return f"a hook ({type(hook).__name__}) computes its tensors; {BAKE}"
     return None
 
 

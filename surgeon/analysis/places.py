@@ -54,9 +54,18 @@ def said(node: fx.Node, kind: type[nn.Module] | None = None) -> str:
 def said_of_all(node: fx.Node, kind: type[nn.Module] | None = None) -> str:
     """Name a step so that steps of the same class, or of the same line, are named alike."""
     if node.op == "call_module" and kind is not None:
-        return f"{'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}"
+        return with_article(kind)
     place = _place_of(node)
     return said(node) if place is None else _written(node.name, place, "")
+
+
+def with_article(kind: type) -> str:
+    """Name one module of a class.
+
+    >>> with_article(nn.Identity), with_article(nn.GroupNorm)
+    ('an Identity', 'a GroupNorm')
+    """
+    return f"{'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}"
 
 
 def _place_of(node: fx.Node) -> Place | None:

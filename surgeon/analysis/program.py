@@ -30,7 +30,7 @@ from surgeon.nn import LaterFormatError
 Data = dict[str, Any]
 _FORMAT = 2
 SURROUNDINGS = "surroundings"  # in the meta of a step: what its module has entered before it, such as torch.no_grad
-_PART = re.compile(r"[\w-]+")  # of a module's path: it stands in quotes in the Python that is made
+_PART = re.compile(r"[\w/:-]+")  # of a module's path: it stands in quotes in the Python that is made
 _OPERATORS = (
     "add iadd sub isub mul imul truediv itruediv floordiv mod pow neg getitem eq ne lt le gt ge and_ or_ matmul"
 )
@@ -58,7 +58,7 @@ _METHODS = (
 _ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim"})
 _STREAMS = (
     *(streams.split, streams.join, streams.interleave, streams.low_pass, streams.pool, streams.take),
-    *(streams.lift_to, streams.crop_to, streams.add_into),
+    *(streams.lift_to, streams.crop_to, streams.halve_to, streams.add_into),
 )
 
 
@@ -103,7 +103,7 @@ def unwritable(module: nn.Module, graph: fx.Graph) -> str | None:
         if node.op == "call_method" and node.target not in METHODS:
             return f"{said(node)} calls the method {node.target}, which is not on surgeon's list"
         if node.op in ("call_module", "get_attr") and not _is_path(str(node.target)):
-            return f"'{node.target}' holds more than letters, digits, '_' and '-'"
+            return f"'{node.target}' holds more than letters, digits and '_-/:'"
         if node.op in ("call_module", "get_attr") and not _reaches(module, node.op, str(node.target)):
             is_call = node.op == "call_module"
             return f"{said(node)} {'calls' if is_call else 'reads'} what is not registered in its module"

@@ -210,13 +210,19 @@ def measure_calls(module: nn.Module, calls: Sequence[Call]) -> Cost:
     if not calls:
         return stored
     shapes = Counter(call.shape_in for call in calls)
-    dtype = next((p.dtype for p in module.parameters()), None)
-    runs = [
-        measure(module, [torch.empty(shape, device="meta", dtype=dtype)]).times(count)
-        for shape, count in shapes.items()
-    ]
+    runs = [_measured(module, shape).times(count) for shape, count in shapes.items()]
     return replace(
         stored,
         macs=sum(run.macs for run in runs if run.macs is not None),
         activations=sum(run.activations for run in runs if run.activations is not None),
     )
+
+
+def _measured(module: nn.Module, shape: tuple[int, ...]) -> Cost:
+    """Measure one call without numbers, or with zeros where the module asks for the values of its input."""
+    held = next(module.parameters(), None)
+    dtype, device = (None, None) if held is None else (held.dtype, held.device)
+    try:
+        return measure(module, [torch.empty(shape, device="meta", dtype=dtype)])
+    except Exception:
+        return measure(module, [torch.zeros(shape, device=device, dtype=dtype)])

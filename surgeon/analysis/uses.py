@@ -39,6 +39,16 @@ def used_of_its_class(model: nn.Module, path: str) -> str | None:
     return None
 
 
+def own_reader(kind: type[nn.Module], name: str) -> str | None:
+    """Name the method that torch calls by itself, such as `train`, in which a class of the user's reads an attribute.
+
+    Methods that forward calls are steps of its graph, and are not meant.
+    """
+    called = {one for one in dir(nn.Module) if callable(getattr(nn.Module, one))} - {"forward", *_ONCE}
+    own = [(one, value) for base in _between(kind) for one, value in vars(base).items() if one in called]
+    return next((one for one, value in own if any(name in _words(code) for code in codes_of(value))), None)
+
+
 def _between(kind: type[nn.Module]) -> list[type]:
     """The class of a module and those between it and nn.Module."""
     return [one for one in kind.__mro__ if issubclass(one, nn.Module) and one is not nn.Module]

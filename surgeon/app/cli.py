@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from surgeon._version import __version__
-from surgeon.app.options import Force, Json, Model, Output, Seed, Sets, Time, about_models
+from surgeon.app.options import Bake, Force, Json, Model, Output, Seed, Sets, Time, about_models
 from surgeon.app.stopping import Stopped, stoppable
 from surgeon.app.terminal import NobodyReads, bar, complain, complain_of, notes, parsing, results_only, show, show_file
 from surgeon.errors import PassError, SurgeonError, printable
@@ -61,6 +61,7 @@ def convert(
     ] = None,
     plan: Annotated[Path | None, typer.Option(help="Carry out this plan file instead of a recipe.")] = None,
     sets: Sets = None,
+    bake: Bake = False,
     output: Output = None,
     force: Force = False,
     time: Time = False,
@@ -78,7 +79,7 @@ def convert(
 
         how = plans.read(plan) if plan is not None else str(recipe)
         done = commands.convert(
-            model, how, given, progress, overrides=sets or (), output=output, force=force, time=time
+            model, how, given, progress, overrides=sets or (), bake=bake, output=output, force=force, time=time
         )
     show(converted_data(done) if json else converted_view(done))
 
@@ -89,7 +90,7 @@ def fuse(
     model: Model,
     given: "Given",
     dense: Annotated[
-        bool, typer.Option("--dense", help="Also fold blocks that cost less than the conv they fold to.")
+        bool, typer.Option("--dense", help="Fold blocks that cost less than one conv (HetConv) into one all the same.")
     ] = False,
     keep_norms: Annotated[
         bool,
@@ -103,7 +104,7 @@ def fuse(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Fold every block that can be folded into one plain conv. The result is saved.
+    """Fold every block into one plain conv, or a few where that costs less. The result is saved.
 
     Inside modules that fold themselves (RepVGG, MobileOne), blocks become a conv and a norm, as with --keep-norms.
     """
@@ -163,6 +164,7 @@ def plan(
     given: "Given",
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="A recipe: a file, or the name of a bundled one.")],
     sets: Sets = None,
+    bake: Bake = False,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="FILE", help="Write the plan as .yaml or .json, to edit and apply."),
@@ -178,7 +180,7 @@ def plan(
 
         if output is not None:
             commands.claim_plan(output, model, recipe, given, force=force)
-        decided = commands.plan(model, recipe, given, progress, overrides=sets or (), time=time)
+        decided = commands.plan(model, recipe, given, progress, overrides=sets or (), bake=bake, time=time)
         if output is not None:
             commands.write_plan(decided, output, force=force)
             if json:

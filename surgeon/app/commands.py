@@ -38,8 +38,9 @@ from surgeon.surgery import bench as benching
 from surgeon.surgery import gains
 from surgeon.surgery import manifest as manifests
 from surgeon.surgery.advice import Advice
+from surgeon.surgery.bake import all_baked
 from surgeon.surgery.bench import Timing, Trials
-from surgeon.surgery.convert import carry_out_
+from surgeon.surgery.decide import carry_out, plan_for
 from surgeon.surgery.fuse import fold_all_
 from surgeon.surgery.plan import Plan
 from surgeon.surgery.replay import rebuild
@@ -96,15 +97,14 @@ def plan(
     progress: Progress = silent,
     *,
     overrides: Sequence[str] = (),
+    bake: bool = False,
     time: bool = False,
 ) -> Plan:
     """Decide what a recipe makes of a model, and with `time` how long both take."""
     wanted = recipes.load(recipe, overrides)
     network = _load_and_look(name, given, parts(progress, 0, 0.3), to_plan=True)
-    progress("looking at the convs", 0.3)
-    surveyed = sites.survey(network)
-    progress("planning", 0.5)
-    decided = surgery.decide(wanted, surveyed, seed=given.seed)
+    progress("looking at the convs and planning", 0.3)
+    decided, surveyed = plan_for(network, wanted, bake=bake, seed=given.seed)
     return gains.timed(decided, surveyed, parts(progress, 0.6, 1)) if time else decided
 
 
@@ -122,6 +122,7 @@ def convert(
     progress: Progress = silent,
     *,
     overrides: Sequence[str] = (),
+    bake: bool = False,
     output: Path | None,
     force: bool,
     time: bool = False,
@@ -133,20 +134,15 @@ def convert(
     progress(f"loading {name}", 0)
     loaded = _load(name, given)
     if formats.of_suffix(path).holds_modules:
-        check_writable(loaded.model, given.trust)
+        bakes = bool(wanted.baked) if isinstance(wanted, Plan) else bake
+        check_writable(all_baked(loaded.model) if bakes else loaded.model, given.trust)
     progress("looking for an input", 0.1)
     planned = wanted if isinstance(wanted, Plan) else None
     network = _network(loaded.model, given, plan=planned, to_plan=planned is None)
-    progress("looking at the convs", 0.2)
-    surveyed = sites.survey(network)
-    progress("planning", 0.3)
-    if isinstance(wanted, Plan):
-        decided = surgery.settle(wanted, surveyed)
-    else:
-        decided = surgery.decide(wanted, surveyed, seed=given.seed)
+    progress("looking at the convs and planning", 0.2)
     inputs = gains.can_be_timed(loaded.model, network.inputs) if time else None
-    original = duplicate(loaded.model) if time else None
-    check = carry_out_(decided, network, parts(progress, 0.4, 0.6 if time else 0.9))
+    original, most = duplicate(loaded.model) if time else None, 0.6 if time else 0.9
+    decided, check = carry_out(wanted, network, bake=bake, seed=given.seed, progress=parts(progress, 0.3, most))
     if original is not None and inputs is not None:
         decided = gains.compared(decided, original, loaded.model, inputs, parts(progress, 0.6, 0.9))
     progress(f"writing {path}", 0.9)

@@ -65,6 +65,14 @@ Output = Annotated[
     Path | None,
     typer.Option("--output", "-o", metavar="FILE", help="Where to write; .safetensors writes weights and a manifest."),
 ]
+Bake = Annotated[
+    bool,
+    typer.Option(
+        "--bake",
+        help="Make the tensors that weight norm, spectral norm or pruning compute permanent, as they are in eval mode, "
+        "in convs that are swapped.",
+    ),
+]
 Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="PATH=VALUE", help="Override a value of the recipe: rules[0].with.init=split."),

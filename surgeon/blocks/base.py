@@ -128,6 +128,7 @@ class Block(Operator, abc.ABC, Generic[Opts]):
     Options: ClassVar[type[BlockOptions]]
     planner: ClassVar[str | None] = None
     gives_norm_back: ClassVar[bool] = False  # it folds into a conv and a norm as well: `Foldable.fold_keeping_norm`
+    is_cheaper: ClassVar[bool] = False  # whether it is meant to save multiply-adds
     pads_its_input: ClassVar[bool] = False  # True: it pads as `ConvSpec.pads_input` says, so such convs are not refused
 
     @classmethod
@@ -148,6 +149,11 @@ class Block(Operator, abc.ABC, Generic[Opts]):
     @classmethod
     def note(cls, options: Opts, norm_obstacle: str | None) -> str | None:
         """Say what the plan should add about a swap; `norm_obstacle` is why no norm is taken over, if none is."""
+        return None
+
+    @classmethod
+    def remedy(cls, reason: str) -> str | None:
+        """Say what would let more convs become this block, where `reason` keeps most of them as they are."""
         return None
 
     @classmethod
@@ -232,11 +238,20 @@ class Foldable(Block[Opts]):
 
 
 class Deployable(Block[Opts]):
-    """A block that no single conv can replace, but that can be deployed in a form of several plain convs."""
+    """A block that can be deployed in a form of several plain convs: a single one cannot replace it, or costs more.
+
+    A history records by which rules a model was folded, so that what an earlier version left alone stays as it is.
+    """
+
+    deployed_since: ClassVar[int] = 1  # the first rules of folding that deploy it
 
     @abc.abstractmethod
     def deploy(self) -> nn.Module:
         """Return that form, of the block as it is in eval mode; the block is left as it was."""
+
+    def undeployable(self) -> str | None:
+        """Say why this block has no such form; it is then left as it is."""
+        return None
 
 
 def unscriptable(block: nn.Module, why: str = "") -> CaptureError:

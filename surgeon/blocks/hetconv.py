@@ -5,7 +5,8 @@
 It is exactly the dense convolution whose off-centre taps are zero outside the K×K pairs, at 1/P + (1 − 1/P)/K² of its
 cost. It is executed as a K×K convolution in P groups and a 1×1 convolution over all channels, 1/P + 1/K²: the pairs
 inside a group have their centre tap in the K×K kernel, and the 1×1 kernel is zero there, by construction. Only the taps
-that the function has are parameters, so training and weight decay cannot pull two copies of one tap apart.
+that the function has are parameters, so training and weight decay cannot pull two copies of one tap apart. Deployed, it
+is these two convs, as plain ones of torch.
 
 Which pairs are K×K is the layout, for filter i of N:
 
@@ -30,7 +31,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from surgeon.blocks import base
+from surgeon.blocks import base, sum_of_convs
 from surgeon.blocks.base import Trial
 from surgeon.conv import kernels
 from surgeon.conv.grouping import best_groups, share_kept
@@ -61,7 +62,7 @@ class HetConvOptions(base.BlockOptions):
         return self
 
 
-class HetConv(base.Foldable[HetConvOptions]):
+class HetConv(base.Foldable[HetConvOptions], base.Deployable[HetConvOptions]):
     """A cheaper stand-in for a dense k×k conv: (n, c_in, h, w) → (n, c_out, h', w'). Approximates it, by design.
 
     Parameters, with filters and channels sorted: `weight` (out, in/p, kh, kw), the k×k kernels of a group's filters
@@ -73,12 +74,14 @@ class HetConv(base.Foldable[HetConvOptions]):
     __module__ = "surgeon.nn"
 
     name = "hetconv"
-    title = "k×k kernels for one in p channels of a filter, 1×1 for the others"
+    title = "k×k kernels for one in p channels of a filter, 1×1 for the others; fuse makes two plain convs of it"
     paper = "Singh et al. 2019, HetConv, arXiv:1903.04120"
     Options = HetConvOptions
     folds_for_free = False
+    deployed_since = 2
     pads_its_input = True
     DERIVED = frozenset({"grouped", "centre", "centre_shift"})
+    is_cheaper = True
 
     def __init__(self, spec: ConvSpec, p: int, layout: Layout, *, like: Tensor) -> None:
         """Lay out parameters like `like`, uninitialised."""
@@ -125,6 +128,10 @@ class HetConv(base.Foldable[HetConvOptions]):
         if options.init == "scratch":
             return "starts at random: what the conv has learnt is lost"
         return "approximates the conv: taps are left out; retrain the network"
+
+    @classmethod
+    def remedy(cls, reason: str) -> str | None:
+        return "another `p` would change that" if "would do" in reason else None
 
     @classmethod
     def ideal_share(cls, spec: ConvSpec, options: HetConvOptions) -> float:
@@ -231,6 +238,40 @@ class HetConv(base.Foldable[HetConvOptions]):
         return conv.train(self.training)
 
     to_dense = fold
+
+    def undeployable(self) -> str | None:
+        if self.spec.pads_input is None:
+            return None
+        return "it pads its input by a rule of its own, which no plain module does"
+
+    def deploy(self) -> nn.Module:
+        """Return the sum of a k×k conv in p groups and a 1×1 conv, both plain ones of torch; see `sum_of_convs`.
+
+        The 1×1 conv sees and gives channels in the network's own order, so only the k×k conv needs them sorted.
+        """
+        filters, channels = self._orders()
+        with torch.no_grad():
+            kernel = self._pointwise_kernel()[filters.argsort()][:, channels.argsort()]
+        spatial = self.grouped.build_with(self.weight.detach(), None, like=self.weight)
+        pointwise = self.centre.change(dilation=(1, 1)).build_with(kernel, self.bias, like=self.weight)
+        orders = {"channel_order": channels.clone(), "filter_place": filters.argsort()}
+        spatial.requires_grad_(self.weight.requires_grad)
+        pointwise.requires_grad_(self.pointwise.requires_grad)
+        made = sum_of_convs.make(spatial, self._at_the_centre(pointwise), **({} if self.layout == "block" else orders))
+        return made.train(self.training)
+
+    def _at_the_centre(self, conv: nn.Conv2d) -> nn.Module:
+        """Let a 1×1 conv see what the centre taps see, where its own padding cannot do that.
+
+        Kernels are odd, so both borders of an axis are alike, and an axis is either cropped or padded.
+        """
+        if self.centre_shift is None:
+            return conv
+        top, _, left, _ = self.centre_shift
+        padded = ConvSpec.of(conv).change(padding=(max(top, 0), max(left, 0)), padding_mode=self.spec.padding_mode)
+        crop = (min(left, 0), min(left, 0), min(top, 0), min(top, 0))  # last axis first
+        made = padded.build_with(conv.weight.detach(), conv.bias, like=conv.weight)
+        return nn.Sequential(nn.ZeroPad2d(crop), made)
 
     def with_norm(self, norm: nn.Module) -> Self:
         block = type(self)(self.spec.change(bias=True), self.p, self.layout, like=self.weight)

@@ -36,6 +36,10 @@ class HasRest(Stored, nn.Module):
             x = self._modules[name](x)  # type: ignore[misc] # looked up among modules, since a file may name anything
         return x
 
+    def left(self) -> nn.Module:
+        """What is left of it once what comes before those children is folded into a conv."""
+        return _in_a_row(self, self.then)
+
     def __setstate__(self, state: Any) -> None:
         then, held = state.get("then", ()), state.get("_modules")
         if not isinstance(then, tuple) or not isinstance(held, dict) or not all(held.get(name) for name in then):
@@ -56,10 +60,6 @@ class NormRest(HasRest):
 
     def forward(self, input: Tensor) -> Tensor:
         return self.behind(input)
-
-    def plain(self) -> nn.Sequential:
-        """Give torch's own module that does the same, with the same keys in a state dict."""
-        return _in_a_row(self, self.then)
 
     def extra_repr(self) -> str:
         return f"of {self.origin}"
@@ -187,12 +187,13 @@ def leave_rest_(norm: nn.Module) -> Callable[[], None]:
 
 
 def plain_rest(norm: nn.Module) -> nn.Module:
-    """Give a module of torch's own that does what is left of a norm once it is folded into a conv."""
-    if isinstance(norm, NormRest):
-        return norm.plain()
+    """Give a module that does what is left of a norm once it is folded into a conv, with the same keys.
+
+    It is torch's own, unless it takes two streams.
+    """
     if not leaves_rest(norm):
         return nn.Identity()
-    return _in_a_row(norm, rest_of(norm))
+    return norm.left() if isinstance(norm, HasRest) else _in_a_row(norm, rest_of(norm))
 
 
 def restore(rest: NormRest, norm: nn.Module) -> nn.Module:

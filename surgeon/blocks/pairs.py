@@ -24,12 +24,37 @@ from surgeon.conv.streams import Pair, Ranges
 from surgeon.nn import become_
 
 
-class PairNorm(HasRest, nn.BatchNorm2d):
-    """(n, c, h, w) → the same, as any BatchNorm2d; or (high, low) → (high, low). `low` are ranges of channels."""
+class PairRest(HasRest):
+    """What is left of a norm of two streams that has been folded into the conv before it."""
 
     __module__ = "surgeon.nn"
 
+    @overload
+    def forward(self, input: Tensor) -> Tensor: ...
+
+    @overload
+    def forward(self, input: Pair) -> Pair: ...
+
+    def forward(self, input: Tensor | Pair) -> Tensor | Pair:
+        return self.behind(input) if isinstance(input, Tensor) else (self.behind(input[0]), self.behind(input[1]))
+
+
+class OfPairs(HasRest):
+    """A norm of two streams."""
+
     low: Ranges
+
+    def left(self) -> nn.Module:
+        made = PairRest()
+        made.training = self.training
+        made.then, made._modules = self.then, {name: self._modules[name] for name in self.then}
+        return made
+
+
+class PairNorm(OfPairs, nn.BatchNorm2d):
+    """(n, c, h, w) → the same, as any BatchNorm2d; or (high, low) → (high, low). `low` are ranges of channels."""
+
+    __module__ = "surgeon.nn"
 
     @overload
     def forward(self, input: Tensor) -> Tensor: ...
@@ -71,12 +96,10 @@ class PairNorm(HasRest, nn.BatchNorm2d):
         return made
 
 
-class PairSyncNorm(HasRest, nn.SyncBatchNorm):
+class PairSyncNorm(OfPairs, nn.SyncBatchNorm):
     """A SyncBatchNorm of two streams: each is what torch's makes of its channels, over all processes of the group."""
 
     __module__ = "surgeon.nn"
-
-    low: Ranges
 
     @overload
     def forward(self, input: Tensor) -> Tensor: ...
@@ -114,12 +137,10 @@ class PairSyncNorm(HasRest, nn.SyncBatchNorm):
         return made
 
 
-class PairFrozenNorm(HasRest, FrozenNorm):
+class PairFrozenNorm(OfPairs, FrozenNorm):
     """A batch norm of two streams that is not trained."""
 
     __module__ = "surgeon.nn"
-
-    low: Ranges
 
     @overload
     def forward(self, input: Tensor) -> Tensor: ...

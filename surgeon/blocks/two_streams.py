@@ -75,6 +75,14 @@ class TwoStreamOptions(base.BlockOptions):
         return low_in, streams.last(behind, spec.c_out)
 
 
+# What would change that a conv stays, by words of the reason.
+_REMEDIES = {
+    "min_size": "a larger input would change that, or a smaller `min_size`",
+    "mixes channels": "two streams go through batch norms, not through norms that mix channels",
+    "needs the whole map": "two streams go through steps that treat every channel alone",
+    "its groups cannot make any": "convs without groups before them would have to write low channels",
+    "no graph is known": "`surgeon survey MODEL` says why its code cannot be traced",
+}
 Opts = TypeVar("Opts", bound=TwoStreamOptions, default=Any)
 
 
@@ -124,8 +132,16 @@ class TwoStreamBlock(TwoStreams, base.Deployable[Opts]):
     """A block that two streams go through. `keeps_seams`: it splits and joins them by itself, at every call."""
 
     planner = "surgeon.octave.roles:assign"
+    is_cheaper = True
 
     keeps_seams: bool
+
+    @classmethod
+    def remedy(cls, reason: str) -> str | None:
+        for words, remedy in _REMEDIES.items():
+            if words in reason:
+                return remedy
+        return None
 
 
 def in_words(ranges: Ranges) -> str:

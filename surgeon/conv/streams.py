@@ -37,6 +37,18 @@ def last(alpha: float, channels: int) -> Ranges:
     return ((channels - low, channels),) if low else ()
 
 
+def share(low: int, channels: int) -> float:
+    """The share α with ⌊αC⌋ = low.
+
+    >>> share(48, 104), last(share(48, 104), 104)
+    (0.46153846153846156, ((56, 104),))
+    >>> all(last(share(low, c), c) == ((c - low, c),) for c in range(2, 300) for low in range(1, c))
+    True
+    """
+    alpha = low / channels
+    return alpha if math.floor(alpha * channels) == low else math.nextafter(alpha, 1)
+
+
 def count(ranges: Sequence[Sequence[int]]) -> int:
     return sum(stop - start for start, stop in ranges)
 
@@ -54,6 +66,16 @@ def others(ranges: Sequence[Sequence[int]], channels: int) -> Ranges:
 def moved(ranges: Sequence[Sequence[int]], by: int) -> Ranges:
     """The same ranges after `by` other channels."""
     return tuple((start + by, stop + by) for start, stop in ranges)
+
+
+def within(ranges: Sequence[Sequence[int]], start: int, stop: int) -> Ranges:
+    """Those of the channels from `start` to `stop` that are in the ranges, counted from `start`.
+
+    >>> within(((2, 4), (6, 8)), 3, 7)
+    ((0, 1), (3, 4))
+    """
+    cut = ((max(first, start), min(last, stop)) for first, last in ranges)
+    return tuple((first - start, last - start) for first, last in cut if first < last)
 
 
 def merged(ranges: Sequence[Sequence[int]]) -> Ranges:
@@ -122,6 +144,11 @@ def lift_to(low: Tensor, high: Tensor) -> Tensor:
 def crop_to(fine: Tensor, high: Tensor) -> Tensor:
     """What is left of a map at the size of `high`, from the top left."""
     return fine[..., : high.shape[-2], : high.shape[-1]]
+
+
+def halve_to(low: Tensor, high: Tensor) -> Tensor:
+    """What is left of a low map at half the size of `high`, rounded up, from the top left."""
+    return low[..., : -(-high.shape[-2] // 2), : -(-high.shape[-1] // 2)]
 
 
 def add_into(x: Tensor, y: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from surgeon.surgery.plan import Entry, Plan
 
+_BAKED = "what computed tensors is taken away; these stay as they are in eval mode until they are trained on"
 _MOST_NAMES = 3  # of the convs that stay, where not every conv is shown
 
 
@@ -27,7 +28,7 @@ def plan_view(
 
     `measured` are lines about the plan carried out, and `written` is where the plan, or what it made, lies.
     """
-    parts: list[RenderableType] = []
+    parts: list[RenderableType] = [Line(plan.saves_little)] if plan.saves_little else []
     common = words.shared((entry.note or "", entry.path) for entry in plan.swaps)
     if plan.swaps:
         table = words.table("conv", "geometry", "becomes", "parameters", "MACs", "activations", "remark")
@@ -40,6 +41,8 @@ def plan_view(
             parts.append(Line(f"all {words.convs(len(paths))} swapped: {note}"))
         else:
             parts.append(Listing(f"{words.convs(len(paths))} swapped: {note}", paths, most))
+    if plan.baked:
+        parts.append(Listing(f"{words.convs(len(plan.baked))} baked: {_BAKED}", plan.baked, most))
     for reason, paths in _stay(plan).items():
         says = f"{words.convs(len(paths))} {'stays' if len(paths) == 1 else 'stay'}: {reason}"
         parts.append(Listing(says, paths, most))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
+from surgeon.blocks import sum_of_convs
 from surgeon.files import arrays, functions
 from surgeon.files.values import UNKNOWN, Value, bytes_per_number, fits
 
@@ -162,6 +163,31 @@ def _is_zone(args: Sequence[Value]) -> bool:
     return (len(args) == 1 or is_named) and args[0].made_by == "datetime.timedelta"
 
 
+def _is_sum(args: Sequence[Value]) -> bool:
+    """Take (state, imports) of a GraphModule whose source is one that surgeon knows; see `sum_of_convs`."""
+    if len(args) != 2 or args[0].opcode != "EMPTY_DICT":
+        return False
+    names = [key.literal for key in args[0].parts[::2]]
+    state = dict(zip(names, args[0].parts[1::2], strict=True))
+    if len(state) != len(names) or not state.keys() <= sum_of_convs.OF_MODULES | sum_of_convs.OF_GRAPHS:
+        return False
+    code, *held = (state.get(name) for name in (sum_of_convs.CODE, "_parameters", "_buffers", "_modules"))
+    if code is None or any(one is None or one.opcode != "EMPTY_DICT" for one in held):
+        return False
+    parameters, buffers, modules = ([key.literal for key in one.parts[::2]] for one in held if one is not None)
+    unread = [value for name, value in state.items() if name in sum_of_convs.OF_GRAPHS]
+    is_plain = not parameters and all(map(_is_plain, unread)) and len(set(modules)) == len(modules)
+    return is_plain and sum_of_convs.knows(code.literal, args[1].literal, frozenset(buffers), frozenset(modules))
+
+
+def _is_plain(value: Value) -> bool:
+    """Whether something holds only numbers, text and containers of them, or is the tracer that torch notes."""
+    return all(
+        part.literal is not UNKNOWN or part.name == sum_of_convs.TRACER or part.opcode in ("EMPTY_DICT", "EMPTY_LIST")
+        for part in value.all_parts()
+    )
+
+
 def _is_number(args: Sequence[Value]) -> bool:
     """Take the digits of a decimal number; with more of them, what is computed with it would take long."""
     return len(args) == 1 and isinstance(args[0].literal, str) and len(args[0].literal) <= 100
@@ -199,6 +225,7 @@ RULES: dict[str, Rule] = {
     _PARAMETER: _is_parameter,
     f"{_PARAMETER}_with_state": _is_parameter_with_state,
     "torch._tensor._rebuild_from_type_v2": _is_typed,
+    sum_of_convs.REDUCE: _is_sum,
     **arrays.RULES,
 }
 _TENSORS = frozenset(

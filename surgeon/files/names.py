@@ -24,6 +24,7 @@ import torch.fx
 from torch import nn
 
 from surgeon import blocks
+from surgeon.blocks import sum_of_convs
 from surgeon.errors import ModelError
 from surgeon.files import functions
 from surgeon.files.plain import is_enum, obstacle
@@ -75,6 +76,15 @@ _STANDARD: dict[str, object] = {
     **{f"pathlib.{kind.__name__}": kind for kind in (pathlib.PurePosixPath, pathlib.PureWindowsPath)},
     **{f"pathlib.{kind.__name__}": kind for kind in (pathlib.PosixPath, pathlib.WindowsPath)},
 }
+
+
+# What torch.save writes of the one kind of GraphModule that is read, and what stands for it here. `calls` asks of every
+# one whether it is of that kind; nothing of torch.fx is called.
+class NoTracer:
+    """Stands where torch notes with what a graph was traced."""
+
+
+GRAPHS: dict[str, object] = {sum_of_convs.REDUCE: sum_of_convs.rebuild, sum_of_convs.TRACER: NoTracer}
 
 # Classes of torchvision and timm that honest models hold as values, besides those of torch.nn (one model of each
 # family was looked at). Any other could be a network that fetches what it is told to, put where a forward calls it.
@@ -144,6 +154,8 @@ def admitted(path: Path, names: Sequence[str], trust: Trust) -> dict[str, object
             todo=f"Save what is inside: torch.save(model.{inner}, …).",
         )
     refused = {name: why for name in names if (why := _refusal(name, trust))}
+    if sum_of_convs.TRACER in names and sum_of_convs.REDUCE not in names:
+        refused[sum_of_convs.TRACER] = _PROGRAM
     found: dict[str, object] = {}
     for name in () if refused else names:
         try:
@@ -151,11 +163,20 @@ def admitted(path: Path, names: Sequence[str], trust: Trust) -> dict[str, object
         except _RefusedError as error:
             refused[name] = str(error)
     if refused:
-        reasons = sorted(set(refused.values()))
-        listed = [", ".join(n for n in refused if refused[n] == why) + f" ({why})" for why in reasons]
-        problem = f"{path} holds names that may not be loaded: {'; '.join(listed)}"
-        raise ModelError(problem, todo=_way_out(refused), refused=tuple(refused))
+        raise _refused(path, refused)
     return found
+
+
+def unknown_graph(path: Path) -> ModelError:
+    """Make the error for a GraphModule that is none of surgeon's."""
+    return _refused(path, {sum_of_convs.REDUCE: _PROGRAM})
+
+
+def _refused(path: Path, refused: Mapping[str, str]) -> ModelError:
+    reasons = sorted(set(refused.values()))
+    listed = [", ".join(n for n in refused if refused[n] == why) + f" ({why})" for why in reasons]
+    problem = f"{path} holds names that may not be loaded: {'; '.join(listed)}"
+    return ModelError(problem, todo=_way_out(refused), refused=tuple(refused))
 
 
 def class_of(name: str, trust: Trust) -> object:
@@ -168,7 +189,7 @@ def class_of(name: str, trust: Trust) -> object:
 
 def _refusal(name: str, trust: Trust) -> str | None:
     """Say why a name may not even be looked up."""
-    if (name := current_name(name)) in HARMLESS or name in NUMPY:
+    if (name := current_name(name)) in HARMLESS or name in NUMPY or name in GRAPHS:
         return None
     if name.startswith("__main__."):
         return _SCRIPT
@@ -188,6 +209,8 @@ class _RefusedError(Exception):
 def _find(name: str, trust: Trust) -> object:
     """Import what the name stands for, and judge that, not the name."""
     name = current_name(name)
+    if name in GRAPHS:
+        return GRAPHS[name]
     found = _STANDARD[name] if name in _STANDARD else _imported(name)
     if name in HARMLESS or name in NUMPY:
         return found

@@ -22,8 +22,18 @@ from surgeon._torch_compat import pickle_program
 from surgeon.errors import ModelError
 from surgeon.files import arrays, calls
 from surgeon.files.faults import damaged
-from surgeon.files.names import HARMLESS, NUMPY, PACKAGES, Trust, admitted, lies_in, offered_blocks, on_path
-from surgeon.files.steps import Lengths, Program
+from surgeon.files.names import (
+    HARMLESS,
+    NUMPY,
+    PACKAGES,
+    Trust,
+    admitted,
+    lies_in,
+    offered_blocks,
+    on_path,
+    unknown_graph,
+)
+from surgeon.files.steps import UNKNOWN_GRAPH, Lengths, Program
 from surgeon.files.values import bytes_per_number
 from surgeon.models.sandbox import unpickling
 from surgeon.nn import MOVED, LaterFormatError
@@ -103,6 +113,8 @@ def _follow(path: Path, program: Program, found: Mapping[str, object], trust: Tr
         culprit = program.objection(found, trust, lengths)
     except (IndexError, KeyError, ValueError) as error:  # it takes from the stack or the memo what is not there
         raise _unreadable(path, error) from error
+    if culprit == UNKNOWN_GRAPH:
+        raise unknown_graph(path)
     if culprit is not None:
         raise _distrusted(path, culprit)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
+from surgeon.blocks.sum_of_convs import is_ours
 from surgeon.files import formats
 from surgeon.files.architectures import Architecture, files_run
 from surgeon.files.atomic import claim, write_atomically
@@ -34,7 +35,7 @@ def to_open_again(model: nn.Module, path: Path, architecture: Architecture | Non
     """Say what a user has to give to open a file that was just written, if anything."""
     if not formats.of_suffix(path).holds_modules:
         return f"to open {path} again, name its network with --arch" if architecture is None else None
-    kinds = list(map(type, reversed(list(model.modules()))))
+    kinds = [type(m) for m in reversed(list(model.modules())) if not is_ours(m)]
     foreign = _foreign(kinds)
     of_values = {package for package in packages(model) if package not in foreign}  # of an Enum, a function …
     flags = [_admission(module, kind) for module, kind in sorted(foreign.items())]

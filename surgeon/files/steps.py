@@ -19,12 +19,14 @@ from typing import IO, Any
 
 from torch import nn
 
+from surgeon.blocks import sum_of_convs
 from surgeon.files import arrays, calls, functions
 from surgeon.files.names import HARMLESS, STORED, Trust, lies_in
 from surgeon.files.plain import is_named_tuple, keeps_hash, slots_of
 from surgeon.files.values import UNKNOWN, Value, bytes_per_number, excess
 
 Lengths = Callable[[str, int], int | None]  # key and claimed bytes of a storage → the bytes that the file has for it
+UNKNOWN_GRAPH = "holds a GraphModule that is none of surgeon's"
 _CHANGING = ("BUILD", "APPEND", "APPENDS", "SETITEM", "SETITEMS")  # these change what they take, and leave it
 
 
@@ -129,6 +131,8 @@ class _Walk:
             kind = self.admitted.get(value.name)
             if value.name == functions.GETATTR:
                 return "stores builtins.getattr"
+            if value.name == sum_of_convs.REDUCE:
+                return UNKNOWN_GRAPH
             if isinstance(kind, type) and issubclass(kind, nn.Module) and not _may_be_stored(value.name, self.trust):
                 return f"stores the class {value.name}, which another module could call with arguments from the file"
         if opcode == "REDUCE":
@@ -152,11 +156,15 @@ class _Walk:
         if not calls.is_listed(called.name):
             return f"calls {called.name or 'what it has made'}"
         if not calls.is_allowed(called.name, arguments):
+            if called.name == sum_of_convs.REDUCE:
+                return UNKNOWN_GRAPH
             return f"calls {called.name} with {self._found_in(arguments)}"
         if called.name == "functools.partial" and not self._may_be_called(arguments.parts[0]):
             return f"calls {called.name} with {arguments.parts[0].name}"
         if called.name in ("builtins.set", "builtins.frozenset") and arguments.parts:
             return self._objection_to_keys(arguments.parts[0].parts)
+        if called.name == sum_of_convs.REDUCE:
+            arguments.check_()
         return None
 
     def _found_in(self, arguments: Value) -> str:

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.utils import parametrize
 
+from surgeon.blocks.sum_of_convs import is_ours
 from surgeon.errors import ModelError, StoreError
 from surgeon.files import calls, formats, whole
-from surgeon.files.names import HARMLESS, NUMPY, PACKAGES, Trust, admitted, lies_in, offered_blocks
-from surgeon.files.steps import Program
+from surgeon.files.names import HARMLESS, NUMPY, PACKAGES, Trust, admitted, lies_in, offered_blocks, unknown_graph
+from surgeon.files.steps import UNKNOWN_GRAPH, Program
 from surgeon.nn import Stored, current_name
 
 _HOOKS = "hooks"
@@ -33,10 +35,13 @@ def check_writable(model: nn.Module, trust: Trust = Trust()) -> None:  # noqa: B
         _check_attributes(model, trust)
         return
     where, what = next(_culprits(model), ("the model", str(error)))
+    computed = {type(module) for module in model.modules() if parametrize.is_parametrized(module)}
+    way_out = "Use a function or class with a name of its own in a module, or remove it"
+    if computed and all(issubclass(kind, nn.Conv2d) for kind in computed):
+        way_out = "Convert it with --bake, which makes the tensors of convs permanent"
     raise StoreError(
         f"{where} cannot be written to a file: {what}",
-        todo="Use a function or class with a name of its own in a module, or remove it; or write only the weights, "
-        "-o NAME.safetensors.",
+        todo=f"{way_out}; or write only the weights, -o NAME.safetensors.",
     )
 
 
@@ -96,8 +101,9 @@ def _check_attributes(model: nn.Module, trust: Trust) -> None:
     if _objection(model, trust) is None:
         return
     for path, module in model.named_modules():
+        unwritten = (*_REGISTERS, "_graph") if is_ours(module) else _REGISTERS
         for attribute, value in vars(module).items():
-            if attribute in _REGISTERS or (why := _objection(value, trust)) is None:
+            if attribute in unwritten or (why := _objection(value, trust)) is None:
                 continue
             where = _place(path, attribute)
             raise StoreError(
@@ -124,6 +130,8 @@ def _objection(value: object, trust: Trust) -> str | None:
         why = program.objection(admitted(Path("its pickle"), names, trust), trust, lambda _, size: size)
     except ModelError as error:
         return error.problem
+    if why == UNKNOWN_GRAPH:
+        return unknown_graph(Path("its pickle")).problem
     return why and f"its pickle {why}"
 
 

@@ -130,7 +130,9 @@ def shadow(model: Model, cast: Callable[[Tensor], Tensor] | None = None) -> Mode
 
 def _deepcopy(model: Model, memo: dict[int, Any]) -> Model:
     """Do what copy.deepcopy does, in a third of the time: most of what a module holds is empty, or needs no copy."""
-    plain = [module for module in model.modules() if _is_plain(type(module))]
+    graphs = [module for module in model.modules() if isinstance(module, fx.GraphModule)]
+    below = {module for graph in graphs for module in graph.modules()}  # it looks at them while it is copied
+    plain = [module for module in model.modules() if module not in below and _is_plain(type(module))]
     twins = [type(module).__new__(type(module)) for module in plain]
     memo |= {id(module): twin for module, twin in zip(plain, twins, strict=True)}
 

@@ -23,13 +23,14 @@ class Layout:
 
     `low` is empty for a plain map. `is_fine`: a step of the network has pooled both, and the low channels have the
     resolution of the high ones. `is_point`: it is one pixel, so it can be combined with maps of any size; a number is
-    a point of one channel.
+    a point of one channel. `parts`: it is several maps, and these are the channels of each.
     """
 
     channels: int | None = None
     low: Ranges = ()
     is_fine: bool = False
     is_point: bool = False
+    parts: Ranges = ()
 
     @property
     def is_octave(self) -> bool:
@@ -37,7 +38,7 @@ class Layout:
 
     @property
     def plain(self) -> Layout:
-        return replace(self, low=(), is_fine=False)
+        return replace(self, low=(), is_fine=False, parts=())
 
     def scales(self, other: Layout) -> bool:
         """Whether this is one number for all of another map, or one for each of its channels."""
@@ -91,10 +92,22 @@ class Step:
     @property
     def need(self) -> str:
         """Why two streams are joined for it, where no rule says more."""
-        if self.is_customised or (norm := own_norms.norm_of(self.node, self.modules)) is None:
+        if (norm := self.norm) is None:
             return f"{self.said} needs the whole map"
         path, kind = norm
         return f"{path} is a {kind.__name__}, {own_norms.in_words(kind)}: the two streams have to be joined for it"
+
+    @property
+    def need_of_all(self) -> str:
+        """Where two streams end at it, in words that steps of its kind share."""
+        if (norm := self.norm) is None:
+            return f"in {self.said_of_all}, which needs the whole map"
+        return f"in {places.with_article(norm[1])}, {own_norms.in_words(norm[1])}"
+
+    @property
+    def norm(self) -> tuple[str, type[nn.Module]] | None:
+        """The path and class of the norm that it is, or is a step of, as far as that is what it computes."""
+        return None if self.is_customised else own_norms.norm_of(self.node, self.modules)
 
     @property
     def is_customised(self) -> bool:

@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import fx, nn
-from torch.nn import functional as F
 
 from surgeon.analysis import rewritten
 from surgeon.analysis.islands import Island
@@ -180,11 +180,24 @@ class Region:
         if alpha_out is None:
             is_read = self._has_large_reader(node) or self.paths[node] in self.open_ended
             is_open = self._is_large(site, options) and is_read and (spec.groups == 1 or reads_low)
-            alpha_out = options.alpha if is_open else 0.0
+            alpha_out = self._share(spec.c_out, options.alpha) if is_open else 0.0
         update: dict[str, object] = {"alpha_in": alpha_in if reads_low else 0.0, "alpha_out": alpha_out}
         if reads_low and alpha_in is None:
-            update |= {"alpha_in": streams.count(low_in) / spec.c_in, "low_in": low_in}
+            alpha_in = streams.share(streams.count(low_in), spec.c_in)
+            are_last = low_in == streams.last(alpha_in, spec.c_in)
+            update |= {"alpha_in": alpha_in, "low_in": None if are_last else low_in}
         return options.model_copy(update=update)
+
+    def _share(self, channels: int, alpha: float) -> float:
+        """The share of low channels in a map: so many less than alpha says that no conv with groups has one cut.
+
+        All maps with as many channels have the same share, so that they can be added.
+        """
+        specs = [site.spec for site in self.sites.values() if site.spec is not None and site.spec.groups > 1]
+        groups = {spec.c_in // spec.groups for spec in specs if spec.c_in == channels}
+        groups |= {spec.c_out // spec.groups for spec in specs if spec.c_out == channels}
+        low, unit = math.floor(alpha * channels), math.lcm(*groups)
+        return streams.share(low - low % unit, channels) if low % unit and low > unit else alpha
 
     def _is_large(self, site: Site, options: TwoStreamOptions) -> bool:
         """Whether the low map of a conv's output has sides of at least `min_size`; an unknown size counts as large."""
@@ -243,9 +256,7 @@ class Region:
             return "two streams would end right behind it, at the output of the network"
         if isinstance(step.module, nn.Conv2d | Operator):
             return "two streams would end right behind it: the conv that reads it stays"
-        if isinstance(step.module, nn.GroupNorm | nn.LayerNorm) or step.node.target in (F.group_norm, F.layer_norm):
-            return f"two streams would end right behind it, in {step.said_of_all}, which mixes channels"
-        return f"two streams would end right behind it, in {step.said_of_all}, which needs the whole map"
+        return f"two streams would end right behind it, {step.need_of_all}"
 
 
 def fixed_role(options: TwoStreamOptions) -> TwoStreamOptions:

@@ -27,7 +27,7 @@ from surgeon.blocks.pairs import make_pair_norm_
 from surgeon.blocks.two_streams import TwoStreamBlock, TwoStreams
 from surgeon.conv import streams
 from surgeon.octave.rules import rule_of
-from surgeon.octave.stream_graph import Seam, StreamGraph, listed
+from surgeon.octave.stream_graph import Seam, StreamGraph, StreamNodes, listed
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,37 +96,15 @@ def remove_(
 
 
 def deploy_(model: nn.Module) -> None:
-    """Tidy the graphs of a model whose blocks are deployed: no Identities, and sums in place where possible.
-
-    What is left of a norm that took two streams is called on each of them.
-    """
+    """Tidy the graphs of a model whose blocks are deployed: no Identities, and sums in place where possible."""
     for module in model.modules():
         if (known := rewritten.graph_of(module)) is not None:
             modules = dict(module.named_modules(remove_duplicate=False))
-            _call_on_each_stream_(known, modules)
             _drop_identities_(known, modules)
             for node in known.nodes:
                 if _adds_to_its_own(node, modules):
                     node.target = streams.add_into
             rewritten.rewrite_(module, known)
-
-
-def _call_on_each_stream_(new: fx.Graph, modules: dict[str, nn.Module]) -> None:
-    """Take apart the calls of a row of modules that is given a pair: such a row is no module of two streams."""
-    for node in list(new.nodes):
-        if node.op != "call_module" or type(row := modules[str(node.target)]) is not nn.Sequential:
-            continue
-        given = node.args[0]
-        if isinstance(given, fx.Node):
-            continue
-        for part in list(node.users):
-            value = given[part.args[1]]
-            with new.inserting_before(part):
-                for name in row._modules:
-                    value = new.call_module(f"{node.target}.{name}", (value,))
-            part.replace_all_uses_with(value)
-            new.erase_node(part)
-        new.erase_node(node)
 
 
 def _drop_identities_(new: fx.Graph, modules: dict[str, nn.Module]) -> None:
@@ -207,7 +185,7 @@ def _lead_through_(graph: StreamGraph, node: fx.Node) -> None:
         made = rule.rewrite(step, graph)
     if made is not None:
         graph.replace_(node, made)
-        if step.is_in_place and step.operand is not None:
+        if step.is_in_place and step.operand is not None and isinstance(made, StreamNodes):
             graph.renew_(step.operand, made)
         graph.fired[rule.name] += 1
         graph.has_gained |= rule.carries

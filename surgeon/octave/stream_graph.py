@@ -22,6 +22,13 @@ from surgeon.conv import streams
 from surgeon.conv.streams import Ranges
 from surgeon.octave.layout import Layout, Step
 
+# Functions and methods that may give a view of what they are given.
+_VIEWS = frozenset(
+    {"getitem", "chunk", "split", "narrow", "unbind", "view", "view_as", "reshape", "flatten", "unflatten", "expand"}
+    | {"expand_as", "squeeze", "unsqueeze", "permute", "transpose", "swapaxes", "t", "detach", "contiguous", "to"}
+    | {"float", "double", "half", "type_as", "unfold"}
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Seam:
@@ -138,10 +145,16 @@ class StreamGraph:
                 with self.graph.inserting_before(step.node):
                     whole = self.whole(source, reason)
                 step.node.replace_input_with(source, whole)
-                if step.is_in_place:  # steps that read it later have to see the change
+                if step.is_in_place or self._is_changed_through(step.node):  # steps that read it later have to see that
                     del self.streams[source]
                     source.replace_all_uses_with(whole)
                     self.layouts[whole] = self.layouts[source].plain
+
+    def _is_changed_through(self, node: fx.Node) -> bool:
+        """Whether the result of a step is a view of its input, and it or a view of it is changed in place."""
+        if str(getattr(node.target, "__name__", node.target)) not in _VIEWS:
+            return False
+        return any(self.step(user).is_in_place or self._is_changed_through(user) for user in node.users)
 
     def erase_replaced_(self) -> None:
         for node in reversed(self._done):

@@ -176,7 +176,8 @@ def _is_moved(one: nn.Module, other: nn.Module) -> bool:
 def _is_rest(one: nn.Module, norm: nn.Module) -> bool:
     """Whether a module runs what is left of a norm of this class once a conv before it has taken in what normalises."""
     names = norms.rest_of(norm)
-    is_row = isinstance(one, norms.NormRest) or (type(one) is nn.Sequential and tuple(one._modules) == names)
+    is_ours = isinstance(one, norms.HasRest) and not norms.is_batch_norm(one)
+    is_row = is_ours or (type(one) is nn.Sequential and tuple(one._modules) == names)
     return is_row and norms.leaves_rest(norm)
 
 

@@ -24,17 +24,18 @@ _LOW_PASSED = "Take that entry out of `low_passed`: a seam stays there."
 _STAY = "Give convs that cannot be swapped `skip: reason` instead of `swap`, or take them out of the plan."
 
 
-def check(plan: Plan, survey: Survey, *, is_recorded: bool = False) -> None:
+def check(plan: Plan, survey: Survey, given: str | None = None, *, is_recorded: bool = False) -> None:
     """Make sure that a plan, perhaps edited by hand, can be carried out on this model as it stands.
 
-    A plan that a history has recorded was carried out before; what is only unwise does not count then.
+    `given` is the fingerprint that the model had before what the plan bakes was baked. A plan that a history has
+    recorded was carried out before; what is only unwise does not count then.
 
     Raises:
         PlanError: the plan does not fit; the message lists everything that is wrong.
     """
-    if not fingerprints.fits(plan.model, survey.model):
+    if not (fingerprints.fits(plan.model, survey.model) if given is None else plan.model == given):
         raise PlanError(
-            f"the plan is for another network ({plan.model}; this one is {survey.fingerprint})",
+            f"the plan is for another network ({plan.model}; this one is {given or survey.fingerprint})",
             todo="Make one for this network: surgeon plan MODEL --recipe … -o plan.yaml.",
         )
     unwise = [] if is_recorded else _unwise(plan, survey)

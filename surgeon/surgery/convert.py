@@ -24,8 +24,10 @@ from surgeon.surgery.selfcheck import (
 
 
 @ordinary()
-def carry_out_(checked: Plan, network: Network, progress: Progress = silent) -> SelfCheck:
+def carry_out_(checked: Plan, network: Network, progress: Progress = silent, *, parent: str | None = None) -> SelfCheck:
     """Operate on a network, measure what was done, and record it in the model's history.
+
+    `parent` hashes the model's tensors as they were before what the plan bakes was baked.
 
     Raises:
         PlanError: there is nothing to swap. PassError: a block that should keep the function does not.
@@ -38,7 +40,7 @@ def carry_out_(checked: Plan, network: Network, progress: Progress = silent) -> 
             todo="`surgeon plan` gives the reason for every conv.",
         )
     model, inputs = network.model, network.inputs
-    parent = content_hash(model)
+    parent = parent or content_hash(model)
     progress("building blocks", 0.1)
     swaps = prepare(model, checked)
     check = check_sites(swaps, checked.seed, parts(progress, 0.2, 0.5))

@@ -6,7 +6,7 @@ under all its names. A block that no single conv can replace first takes in the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 
 from torch import nn
@@ -23,17 +23,24 @@ from surgeon.octave import rewrite as seams
 from surgeon.surgery import give_back
 from surgeon.surgery.finite import finite
 from surgeon.surgery.give_back import Paths, Return
+from surgeon.surgery.history import RULES
 
 _TODO = "Undo what was changed since it was converted, or train and deploy it unfolded."
 
 
 def fold_blocks_(
-    network: Network, *, dense: bool = False, returns: Mapping[Paths, Return] | None = None, deploys: bool = True
+    network: Network,
+    *,
+    dense: bool = False,
+    returns: Mapping[Paths, Return] | None = None,
+    deploys: bool = True,
+    rules: int = RULES,
 ) -> tuple[str, ...]:
-    """Replace every foldable block of a network by the conv it folds to; returns their names.
+    """Replace every block of a network by the conv it folds to, or by its deployment form; returns their names.
 
-    Blocks that cost less than that conv stay, unless `dense` asks for them too. Those in `returns` become a conv and
-    the norm that they have taken over. With `deploys`, blocks that no single conv can replace get their deployed form.
+    Blocks that cost less than one conv are deployed in several, unless `dense` asks for that conv. Those in `returns`
+    become a conv and the norm that they have taken over. Without `deploys`, no block gets its deployment form. `rules`
+    are those by which a recorded operation was carried out.
 
     The running statistics are folded in, whatever mode the model is in; the mode stays the same.
 
@@ -41,13 +48,7 @@ def fold_blocks_(
         PlanError: a block that cannot be folded as it is now; nothing is done.
     """
     model = network.model
-    blocks = [
-        (paths, m) for m, paths in network.names.items() if isinstance(m, Foldable) and (dense or m.folds_for_free)
-    ]
-    for paths, block in blocks:
-        alone = "it is the whole model; call its fold() to make the conv" if "" in paths else None
-        if why := alone or _customised(block) or block.unfoldable():
-            raise PlanError(f"{paths[0] or 'the model'} cannot be folded: {why}", todo=_TODO)
+    blocks = _foldable(network, dense=dense)
     stood = {paths: module for module, paths in network.names.items()}
     folded: dict[Paths, nn.Module] = {}
     for paths, block in blocks:
@@ -55,7 +56,7 @@ def fold_blocks_(
             folded |= give_back.make(paths, block, origin, stood.get(origin.norm))
         else:
             folded[paths] = finite(paths[0], "folded", partial(_fold, block), block)
-    deployed, folded_in = _deployed(network) if deploys else ({}, {})
+    deployed, folded_in = _deployed(network, rules, folded) if deploys else ({}, {})
     rests = {paths: norms.plain_rest(m) for paths, m in stood.items() if isinstance(m, norms.NormRest)}
     rests = {paths: rest for paths, rest in rests.items() if blocks and paths not in folded}
     for paths, made in (folded | deployed).items():  # all are built, so nothing can fail half-way
@@ -69,9 +70,37 @@ def fold_blocks_(
     return tuple(paths[0] for paths in (*dict(blocks), *deployed))
 
 
-def _deployed(network: Network) -> tuple[dict[tuple[str, ...], nn.Module], dict[tuple[str, ...], nn.Module]]:
-    """Make the deployment form of every block that has one, with its norm; and what is left of norms folded in so."""
-    blocks = {paths: m for m, paths in network.names.items() if isinstance(m, Deployable)}
+def _foldable(network: Network, *, dense: bool) -> list[tuple[Paths, Foldable]]:
+    """List the blocks that fold to one conv, once it is known that all of them can."""
+    blocks = [
+        (paths, m) for m, paths in network.names.items() if isinstance(m, Foldable) and (dense or m.folds_for_free)
+    ]
+    for paths, block in blocks:
+        alone = "it is the whole model; call its fold() to make the conv" if "" in paths else None
+        if why := alone or _customised(block) or block.unfoldable():
+            raise PlanError(f"{paths[0] or 'the model'} cannot be folded: {why}", todo=_TODO)
+    return blocks
+
+
+def rules_for(network: Network, *, dense: bool = False) -> int:
+    """Give the first rules of folding that do to the blocks of a network what today's do."""
+    blocks = [m for m in network.names if isinstance(m, Deployable) and not (dense and isinstance(m, Foldable))]
+    return max((block.deployed_since for block in blocks if block.undeployable() is None), default=1)
+
+
+def _deployed(
+    network: Network, rules: int, folded: Collection[Paths]
+) -> tuple[dict[Paths, nn.Module], dict[Paths, nn.Module]]:
+    """Make the deployment form of every block that has one, with its norm; and what is left of norms folded in so.
+
+    A block that is the whole model stays: no module holds it.
+    """
+    blocks = {
+        paths: m
+        for m, paths in network.names.items()
+        if isinstance(m, Deployable) and m.deployed_since <= rules and paths not in folded and "" not in paths
+    }
+    blocks = {paths: block for paths, block in blocks.items() if block.undeployable() is None}
     for paths, block in blocks.items():
         if why := _customised(block):
             raise PlanError(f"{paths[0]} cannot be folded: {why}", todo=_TODO)

@@ -22,6 +22,7 @@ from surgeon.models.sandbox import quietly
 from surgeon.octave.rewrite import Outcome
 from surgeon.surgery.operate import keep_seams, operate_
 from surgeon.surgery.plan import Plan, SeamLeft
+from surgeon.surgery.worth import saves_little
 
 Cast = Callable[[Tensor], Tensor]
 
@@ -29,10 +30,15 @@ Cast = Callable[[Tensor], Tensor]
 def foresee(plan: Plan, survey: Survey) -> Plan:
     """Add to a plan what its octave convs lead to: islands that become graphs, seams that stay, costs of the whole.
 
-    It is carried out on a copy; on one without numbers if the network runs without them.
+    It also says if a plan that was meant to save saves little, and why. The plan is carried out on a copy; on one
+    without numbers if the network runs without them.
     """
-    if not plan.has_streams:
-        return plan
+    made = _with_streams(plan, survey) if plan.has_streams else plan
+    return made.model_copy(update={"saves_little": saves_little(made)})
+
+
+def _with_streams(plan: Plan, survey: Survey) -> Plan:
+    """Say which islands of a plan with octave convs become graphs, which seams stay, and what the whole costs."""
     paths = [island.path for island in survey.network.islands]
     left = {one.island: one.reason for one in plan.seams if one.kind == "local"}  # in a plan that was made before
     left |= {path: why for path in paths if (why := used_of_its_class(survey.model, path))}

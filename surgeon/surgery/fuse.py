@@ -5,19 +5,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx, nn
 
 from surgeon.analysis.network import Network
 from surgeon.analysis.self_folding import SelfFolding
-from surgeon.errors import PassError
+from surgeon.errors import PassError, PlanError, VerifyError
+from surgeon.models.call import Inputs
 from surgeon.models.copies import shadow
 from surgeon.models.progress import Progress, silent
 from surgeon.models.sandbox import ordinary
 from surgeon.proof import calls
 from surgeon.proof.distance import worst
 from surgeon.surgery import give_back
-from surgeon.surgery.fold import fold_blocks_
+from surgeon.surgery.fold import fold_blocks_, rules_for
 from surgeon.surgery.give_back import Paths, Return
 from surgeon.surgery.history import Operation, content_hash, history, planned_inputs, record_, versions
 from surgeon.surgery.selfcheck import check_finite, is_far, outputs_of
@@ -51,7 +53,7 @@ def fold_all_(
     themselves do so always.
 
     Raises:
-        PlanError: the network overflows when its blocks are folded, or a norm cannot go back to where it was.
+        PlanError: it overflows, or does not run, when its blocks are folded, or a norm cannot go back to where it was.
         PassError: it moved the output by more than rounding can. The model is as it was.
     """
     model, inputs = network.model, network.inputs
@@ -61,24 +63,20 @@ def fold_all_(
     returns = give_back.returns(network, history(model), everywhere=keep_norms, dense=dense)
     notes = _notes(network, returns)
     progress("folding, and running the network as it is then", 0.5)
-    restore, original = _snapshot(model), shadow(model)
+    restore, original, rules = _snapshot(model), shadow(model), 1 if keep_norms else rules_for(network, dense=dense)
     is_planned = inputs is not None and planned is not None and inputs.text == planned.text
     distance = None
     try:
         looked = network if is_planned else Network(model, called_with=planned)
         folded = fold_blocks_(looked, dense=dense, returns=returns, deploys=not keep_norms)
         if before is not None and inputs is not None:
-            after = calls.outputs(model, inputs)
-            check_finite(model, before, after, "folding")
-            distance = worst(after, before)
-            if is_far(model, original, inputs, before, after):
-                raise PassError("fuse", f"the network is {distance:.1e} from what it was before its blocks were folded")
+            distance = _distance(model, original, inputs, before)
     except BaseException:
         restore()
         raise
     if folded:
         measured = {"folded": len(folded)} | ({} if distance is None else {"whole": distance})
-        how = {"dense": dense, "keep_norms": keep_norms}
+        how: dict[str, Any] = {"dense": dense, "keep_norms": keep_norms, "rules": rules}
         returned = () if keep_norms else tuple(paths[0] for paths in returns)
         made = content_hash(model)
         record_(model, Operation("fuse", parent, made, None, versions(), **how, returned=returned, measured=measured))
@@ -100,6 +98,28 @@ def _next(one: SelfFolding, more: int) -> str:
     others, call = (f", as {more} more do", f"{one.how}, and the same of the others,") if more else ("", one.how)
     call = one.how if one.folds_all else call
     return f"{one}{others}, so blocks in it became a conv and a norm again; call {call} next"
+
+
+def _distance(model: nn.Module, original: nn.Module, inputs: Inputs, before: Any) -> float:
+    """Measure how far folding has moved the output, and refuse what rounding does not explain."""
+    after = _outputs_now(model, inputs)
+    check_finite(model, before, after, "folding")
+    distance = worst(after, before)
+    if is_far(model, original, inputs, before, after):
+        raise PassError("fuse", f"the network is {distance:.1e} from what it was before its blocks were folded")
+    return distance
+
+
+def _outputs_now(model: nn.Module, inputs: Inputs) -> Any:
+    """Run a network that ran before its blocks were folded."""
+    try:
+        return calls.outputs(model, inputs)
+    except VerifyError as error:
+        raise PlanError(
+            f"with its blocks folded, {error.problem}",
+            todo="Change the code that reads what plain convs in place of a block do not have; --dense (in Python, "
+            "dense=True) makes one conv of each HetConv, which has all that a conv has.",
+        ) from error
 
 
 def _snapshot(model: nn.Module) -> Callable[[], None]:

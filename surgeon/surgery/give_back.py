@@ -15,6 +15,7 @@ from functools import partial
 
 from torch import nn
 
+from surgeon.analysis import convs
 from surgeon.analysis.network import Network
 from surgeon.analysis.obstacles import custom_call
 from surgeon.analysis.self_folding import SelfFolding, SelfFoldings
@@ -102,7 +103,8 @@ def make(paths: Paths, block: Foldable, origin: Return, rest: nn.Module | None) 
         PlanError: the block cannot be folded into a conv and a norm, or a dtype does not hold the numbers.
     """
     if not origin.norm:
-        return {paths: finite(paths[0], "folded", partial(_alone, block, origin), block)}
+        alone = finite(paths[0], "folded", partial(_alone, block, origin), block)
+        return {paths: convs.again(block.origin, alone)}
     made = finite(paths[0], "folded into a conv and a norm", partial(_pair, block), block)
     if made is None:
         raise PlanError(
@@ -114,6 +116,7 @@ def make(paths: Paths, block: Foldable, origin: Return, rest: nn.Module | None) 
     if origin.bias:
         weight = conv.weight
         conv.bias = nn.Parameter(weight.new_zeros(len(weight)), requires_grad=weight.requires_grad)
+    conv = convs.again(block.origin, conv)
     return {paths: conv, origin.norm: _whole(paths[0], norm, rest)}
 
 

@@ -25,7 +25,12 @@ from surgeon.surgery.plan import Plan
 
 _ATTRIBUTE = "surgeon_provenance"
 FORMAT = 2  # of histories and manifests; 1 is read as well
-_LATER = ("keep_norms", "returned")  # fields that older releases do not know, so that they read all that they can
+RULES = 2  # by which `fuse` folds today; before 2, it left HetConvs as they were
+_LATER = (
+    "rules",
+    "keep_norms",
+    "returned",
+)  # fields that older releases do not know, so that they read all that they can
 _MOST_STEPS = 64  # that are done again, when a file asks for it
 
 
@@ -46,6 +51,7 @@ class Operation:
     plan: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=dict)
     dense: bool = False  # fuse: blocks that cost less than their conv were folded too
+    rules: int = 1  # fuse: the rules of folding that it followed; 1 leaves HetConvs as they are
     keep_norms: bool = False  # fuse: every block became the conv and the norm that it had been made of
     returned: tuple[str, ...] = ()  # fuse: the blocks that did so because the network around them folds itself
     measured: dict[str, Any] = field(default_factory=dict, compare=False)
@@ -105,8 +111,10 @@ def steps_in(data: Any, where: str = f"the attribute {_ATTRIBUTE} of the model")
             raise foreign(where)
         steps = _HISTORY.validate_python(data["history"])
         for step in steps:
-            if (step.plan is None) != (step.operation == "fuse"):
+            if (step.plan is None) != (step.operation == "fuse") or step.rules < 1:
                 raise foreign(where)
+            if step.rules > RULES:
+                raise _later(where)
             if step.plan is not None:
                 Plan.model_validate(step.plan)
     except ValidationError as error:

@@ -238,6 +238,8 @@ class Plan(Shown, Form):
     seed: _Whole = 0
     recipe: RecipeText
     total: Total
+    baked: tuple[str, ...] = ()  # convs whose computed tensors are made permanent before they are swapped
+    saves_little: str | None = None  # why, of a plan that was meant to save multiply-adds
     rewritten: tuple[str, ...] = ()  # islands that become graphs, so that octave streams go from conv to conv
     low_passed: tuple[LowPassed, ...] = ()
     seams: tuple[SeamLeft, ...] = ()

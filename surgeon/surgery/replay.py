@@ -21,6 +21,7 @@ from surgeon.proof.distance import as_double
 from surgeon.proof.evidence import Replay
 from surgeon.surgery import give_back
 from surgeon.surgery import manifest as manifests
+from surgeon.surgery.bake import bake_
 from surgeon.surgery.check import check
 from surgeon.surgery.fold import fold_blocks_
 from surgeon.surgery.history import Operation, content_hash, history, planned_inputs, set_history_
@@ -28,18 +29,26 @@ from surgeon.surgery.operate import operate_
 from surgeon.surgery.plan import Plan
 
 
-def redo_(model: nn.Module, steps: Sequence[Operation], before: Sequence[Operation] = ()) -> nn.Module:
-    """Carry out recorded operations again on `model` itself, and return it; its history lacks those in `before`."""
+def redo_(
+    model: nn.Module, steps: Sequence[Operation], before: Sequence[Operation] = (), *, like: nn.Module | None = None
+) -> nn.Module:
+    """Carry out recorded operations again on `model` itself, and return it; its history lacks those in `before`.
+
+    `like` is the model in its own dtype, if this one was cast: tensors are baked as they were there.
+    """
     done = [*history(model), *before]
     for step in steps:
         if step.plan is None:
             network = Network(model, called_with=planned_inputs(done))
             returns = give_back.recorded(network, done, step)
-            fold_blocks_(network, dense=step.dense, returns=returns, deploys=not step.keep_norms)
+            deploys = not step.keep_norms
+            fold_blocks_(network, dense=step.dense, returns=returns, deploys=deploys, rules=step.rules)
         else:
             plan = Plan.model_validate(step.plan)
+            given = fingerprints.fingerprint(model) if plan.baked else None
+            bake_(model, plan.baked, like)
             network = Network(model, called_with=plan.inputs)
-            check(plan, sites.survey(network), is_recorded=True)  # it may have come with a file
+            check(plan, sites.survey(network), given, is_recorded=True)  # it may have come with a file
             operate_(model, plan, network)
         done.append(step)
     return model
@@ -48,9 +57,9 @@ def redo_(model: nn.Module, steps: Sequence[Operation], before: Sequence[Operati
 def redo_rounding_(model: nn.Module, steps: Sequence[Operation]) -> nn.Module:
     """Do the same in float64, but round every tensor to its dtype between two operations, as a file does."""
     for i, step in enumerate(steps[:-1]):
-        exact = redo_(shadow(model, as_double), [step], steps[:i])
+        exact = redo_(shadow(model, as_double), [step], steps[:i], like=model)
         redo_(model, [step], steps[:i]).load_state_dict(exact.state_dict())
-    return redo_(shadow(model, as_double), steps[-1:], steps[:-1])
+    return redo_(shadow(model, as_double), steps[-1:], steps[:-1], like=model)
 
 
 def rebuild(manifest: str, given: Architecture | None, stored: int = 0, *, trust: Trust, seed: int) -> nn.Module:
@@ -133,8 +142,21 @@ def folded_since(replayed: nn.Module, b: nn.Module) -> str | None:
 
 def done_again(a: nn.Module, steps: Sequence[Operation]) -> Replay:
     """Repeat the steps on a copy."""
-    exact = redo_(shadow(a, as_double), steps)
+    exact = redo_(shadow(a, as_double), steps, like=a)
     return Replay(exact, exact if len(steps) == 1 else redo_rounding_(duplicate(a), steps))
+
+
+def as_baked(a: nn.Module, steps: Sequence[Operation]) -> tuple[nn.Module, tuple[str, ...]]:
+    """Give A with the tensors that the steps bake, and the names of these convs.
+
+    They are computed in the dtype that A has, as they were when they were baked; in float64 they would be others.
+    """
+    names = tuple(name for step in steps if step.plan is not None for name in Plan.model_validate(step.plan).baked)
+    if not names:
+        return a, ()
+    bare = shadow(a)
+    bake_(bare, names)
+    return bare, names
 
 
 def is_approximate(step: Operation) -> bool:

@@ -181,3 +181,14 @@ def test_it_trains() -> None:
     converted(x()).square().sum().backward()
     block = converted.get_submodule("conv2d")
     assert block.square_conv.weight.grad.abs().sum() > 0
+
+
+class FreezesItsKernel(tiny.AffineByHand):
+    def train(self, mode: bool = True) -> FreezesItsKernel:
+        self.weight.requires_grad_(mode)
+        return super().train(mode)
+
+
+def test_a_kernel_that_the_mode_of_its_class_reads_stays_where_it_is() -> None:
+    [entry] = [one for one in surgeon.plan(network(FreezesItsKernel), "acnet", SHAPE).convs if one.functional]
+    assert entry.skip == "FreezesItsKernel has its own train, which reads 'weight'"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import relative, shake_
+from helpers import shake_
 from torch import Tensor, fx, nn
 
 import surgeon
@@ -23,12 +23,16 @@ def scaled(x: Tensor, by: int) -> Tensor:
 
 
 def untraceable(x: Tensor) -> Tensor:
-    return x if float(x.sum()) > -1e30 else -x
+    return x if float(x.detach().sum()) > -1e30 else -x
+
+
+def layers() -> nn.Module:
+    kinds = [layer for c in (3, 16, 16) for layer in (nn.Conv2d(c, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())]
+    return nn.Sequential(*kinds)
 
 
 def traced() -> fx.GraphModule:
-    layers = [layer for c in (3, 16, 16) for layer in (nn.Conv2d(c, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())]
-    return fx.symbolic_trace(nn.Sequential(*layers))
+    return fx.symbolic_trace(layers())
 
 
 def imported() -> fx.GraphModule:
@@ -36,7 +40,7 @@ def imported() -> fx.GraphModule:
     root, graph = nn.Module(), fx.Graph()
     held = {
         "/stem/Conv": nn.Conv2d(3, 16, 3, padding=1, bias=False),
-        "onnx::BN 1": nn.BatchNorm2d(16),
+        "onnx::BN_1": nn.BatchNorm2d(16),
         "/body/Conv": nn.Conv2d(16, 16, 3, padding=1),
         "Block_0": nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()),
         "/last/Conv": nn.Conv2d(16, 16, 3, padding=1),
@@ -47,7 +51,7 @@ def imported() -> fx.GraphModule:
     root.register_parameter("gain", nn.Parameter(torch.rand(1, 16, 1, 1) + 0.5))
     x = graph.placeholder("input")
     x = graph.call_module("/stem/Conv", (x,))
-    x = graph.call_method("relu", (graph.call_module("onnx::BN 1", (x,)),))
+    x = graph.call_method("relu", (graph.call_module("onnx::BN_1", (x,)),))
     x = graph.call_module("Block_0", (graph.call_module("/body/Conv", (x,)),))
     y = graph.call_function(torch.conv2d, (x, graph.get_attr("kernel")), {"padding": 1})
     x = graph.call_function(scaled, (graph.call_function(torch.add, (x, y)), 2))
@@ -78,7 +82,9 @@ def test_every_conv_is_found(name: str) -> None:
     make, count = NETS[name]
     survey = surgeon.survey(make(), SHAPE)
     assert len(survey.sites) == count
-    assert [site.obstacle for site in survey.sites if site.obstacle] == []
+    # what becomes of F.conv2d in a network of another class has to be stored, and a function of the user's cannot be
+    expected = ["'scaled' calls scaled, which is not on surgeon's list"] if name == "inside another" else []
+    assert [site.obstacle for site in survey.sites if site.obstacle] == expected
     assert [island.path for island in survey.network.islands] == [""]
 
 
@@ -98,19 +104,20 @@ def test_every_block_takes_its_convs(net: nn.Module, recipe: str) -> None:
 
 def test_streams_are_led_through_and_it_stays_a_graph_module() -> None:
     torch.manual_seed(0)
-    net = shake_(traced()).eval()
+    network = shake_(layers()).eval()
+    net = fx.symbolic_trace(network)
     plan = surgeon.plan(net, "octave", SHAPE, overrides=OVERRIDES["octave"])
     assert plan.rewritten == ("",)
     assert not plan.seams
     converted, x = surgeon.convert(net, plan), torch.randn(SHAPE)
     assert isinstance(converted, fx.GraphModule)
-    assert '0 = getattr(self, "0")' in converted.code or "self" in converted.code
-    separate = surgeon.convert(net, "octave", SHAPE, overrides=[*OVERRIDES["octave"], "rules[1].with.seams=keep"])
+    assert converted.code != net.code
+    of_network = surgeon.convert(network, "octave", SHAPE, overrides=OVERRIDES["octave"])
     with torch.no_grad():
-        assert relative(converted(x), separate(x)) < 1e-5
-    converted.recompile()
+        assert torch.equal(converted(x), of_network(x))
+        converted.recompile()
+        assert torch.equal(copy.deepcopy(converted)(x), of_network(x))
     converted.graph.lint()
-    assert [type(site).__name__ for site in surgeon.survey(converted, SHAPE).sites] == []
 
 
 def test_what_is_not_on_our_lists_is_no_seam_of_a_graph_module_with_streams() -> None:

@@ -105,6 +105,7 @@ def test_in_every_geometry_it_is_the_masked_conv(case: tuple[ConvSpec, int, str]
         expected = reference(conv, masked(conv.weight, block), x)
         assert relative(block(x), expected) <= 1e-12
         assert relative(block.fold()(x), expected) <= 1e-12
+        assert relative(block.deploy()(x), expected) <= 1e-12
 
 
 @pytest.mark.parametrize("layout", ["block", "interleaved", "best"])
@@ -334,13 +335,14 @@ def test_from_the_command_line_it_is_approximate_and_says_how_far(
     assert all(0.1 < site["isolated"] < 2 for site in swapped)
 
 
-def test_fuse_leaves_it_unless_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fuse_makes_one_conv_of_it_only_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     net = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
     converted = surgeon.convert(net, "hetconv-p4", (1, 8, 12, 12))
     surgeon.save(converted, tmp_path / "net.pt")
-    assert run_surgeon("fuse", tmp_path / "net.pt", "-o", tmp_path / "same.pt") == 0
-    assert "--dense" in capsys.readouterr().err
-    assert isinstance(surgeon.load(tmp_path / "same.pt")[0], HetConv)
+    assert run_surgeon("fuse", tmp_path / "net.pt", "-o", tmp_path / "few.pt") == 0
+    assert "--allow" not in capsys.readouterr().err  # surgeon opens it as it is
+    assert [type(one) for one in surgeon.load(tmp_path / "few.pt")[0].children()] == [nn.Conv2d, nn.Sequential]
+    assert run_surgeon("verify", tmp_path / "net.pt", tmp_path / "few.pt") == 0
     assert run_surgeon("fuse", tmp_path / "net.pt", "-o", tmp_path / "dense.pt", "--dense") == 0
     assert type(surgeon.load(tmp_path / "dense.pt")[0]) is nn.Conv2d
     assert run_surgeon("verify", tmp_path / "net.pt", tmp_path / "dense.pt") == 0

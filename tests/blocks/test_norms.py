@@ -20,6 +20,7 @@ import surgeon
 from surgeon.analysis.network import Network
 from surgeon.blocks import norms
 from surgeon.blocks.acblock import ACBlock
+from surgeon.surgery.fold import fold_norms_
 from surgeon.surgery.operate import place_, prepare
 
 SHAPE = (1, 3, 12, 12)
@@ -198,6 +199,15 @@ def test_frozen_statistics_stay_buffers_and_are_not_trained() -> None:
     optimizer.step()
     assert all(torch.equal(before[name], tensor) for name, tensor in square.state_dict().items())
     assert any(parameter.grad is not None and parameter.grad.any() for parameter in converted[0].ver_bn.parameters())
+
+
+@every_kind
+def test_for_timing_a_norm_of_any_class_is_folded_into_a_plain_conv(kind: str) -> None:
+    net = network(TAKEN[kind][0])
+    folded = copy.deepcopy(net)
+    assert fold_norms_(Network(folded)) == ("1", "3")
+    assert {type(module).__module__.partition(".")[0] for module in folded.modules()} <= {"torch"}
+    assert relative(folded(x()), net(x())) <= EXACT
 
 
 @pytest.mark.parametrize("init", ["split", "scratch"])

@@ -132,3 +132,22 @@ def test_add_is_the_sum_of_parallel_convs(count: int) -> None:
     assert relative(F.conv2d(x, kernel, bias, groups=2), expected) <= EXACT
     kernel[0, 0, 0, 0] += 1e-6
     assert relative(F.conv2d(x, kernel, bias, groups=2), expected) > 1e3 * EXACT
+
+
+def _norm(mean: float, var: float, weight: float, bias: float) -> Norm:
+    return Norm(*(torch.tensor([one], dtype=torch.float64) for one in (mean, var, weight, bias)), eps=0.0)
+
+
+@pytest.mark.parametrize(("weight", "scale"), [(2.0, 2.0), (0.5, 0.5), (0.01, 1.0), (0.0, 1.0), (-0.5, -0.5)])
+def test_a_sum_of_normed_convs_is_a_conv_and_a_norm(weight: float, scale: float) -> None:
+    """y = Σ s_i(F_i·x − μ_i) + β_i with F = 3, 5, and all variances 1; a scale below 1/16 of the other is not taken."""
+    branches = [
+        (torch.full((1, 1, 1, 1), one, dtype=torch.float64), _norm(2 * one, 1, w, 7))
+        for one, w in ((3, weight), (5, 1))
+    ]
+    kernel, norm = kernels.keep_bn(branches)
+    assert (norm.weight / norm.var.sqrt()).item() == pytest.approx(scale)
+    assert kernel.item() == pytest.approx((3 * weight + 5) / scale)
+    assert norm.mean.item() == pytest.approx((6 * weight + 10) / scale)
+    assert norm.bias.item() == 14
+    assert norm.var.item() == pytest.approx((weight**2 + 1) / scale**2)

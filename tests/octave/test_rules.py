@@ -19,7 +19,7 @@ from surgeon.blocks.pairs import PairNorm
 from surgeon.conv import streams
 from surgeon.octave import rules
 from surgeon.octave.layout import Layout, Step
-from surgeon.octave.rules import concat, elementwise, product, rule_of, spatial
+from surgeon.octave.rules import concat, elementwise, enlarge, product, rule_of, spatial
 from surgeon.octave.rules import sum as sums
 
 
@@ -62,6 +62,22 @@ STEPS: dict[str, tuple[nn.Module | Callable[[Tensor], Tensor], str]] = {
     "a mean over pixels by a function": (lambda x: torch.mean(x, dim=[-1, -2]), "spatial"),
     "a mean over channels": (lambda x: x.mean(1), "other"),
     "a mean of everything": (lambda x: torch.mean(x), "other"),
+    "a slice of channels": (lambda x: x[:, 2:4], "select"),
+    "a slice of pixels": (lambda x: x[:, :, 2:4], "other"),
+    "an image of a batch": (lambda x: x[0], "select"),
+    "a split": (lambda x: x.split(4, 1), "split"),
+    "chunks by a function": (lambda x: torch.chunk(x, 2, dim=1), "split"),
+    "an enlarged map": (nn.Upsample(scale_factor=2), "enlarge"),
+    "an enlarged map by a function": (lambda x: F.interpolate(x, scale_factor=(2.0, 3.0)), "enlarge"),
+    "an enlarged map of a fixed size": (lambda x: F.interpolate(x, 8), "other"),
+    "a map enlarged by half": (nn.Upsample(scale_factor=1.5), "other"),
+    "a smoothly enlarged map": (nn.Upsample(scale_factor=2, mode="bilinear"), "other"),
+    "a height": (lambda x: x.size(-2), "shape"),
+    "a number of channels": (lambda x: x.size(1), "other"),
+    "height and width": (lambda x: x.shape[-2:], "shape"),
+    "a whole shape": (lambda x: x.shape, "other"),
+    "a shape with the channels": (lambda x: x.shape[:2], "other"),
+    "a dtype": (lambda x: x.dtype, "shape"),
     "a low-pass": (lambda x: streams.low_pass(x, [[4, 8]]), "low_pass"),
     "a flip": (lambda x: x.flip(-1), "other"),
     "a power": (lambda x: operator.pow(x, 2), "other"),
@@ -111,13 +127,13 @@ def test_every_rule_is_found_in_the_folder_and_matched_here() -> None:
 def test_streams_go_through_a_step_exactly_if_they_come_out_of_it() -> None:
     """A rule that does not carry streams writes no low channels, but for a conv, which makes them itself."""
     for rule in rules.rules():
-        if rule.carries or rule.name == "octave":
+        if rule.carries or rule.name in ("octave", "shape"):
             assert type(rule).rewrite is not rules.StreamRule.rewrite
         else:
             assert type(rule).rewrite is rules.StreamRule.rewrite
 
 
-@pytest.mark.parametrize("module", [elementwise, sums, product, concat, spatial], ids=lambda one: one.__name__)
+@pytest.mark.parametrize("module", [elementwise, sums, product, concat, spatial, enlarge], ids=lambda one: one.__name__)
 def test_no_rule_asks_for_a_step_that_no_stored_graph_may_hold(module: object) -> None:
     known = set(map(id, FUNCTIONS.values()))
     assert not {one.__name__ for one in getattr(module, "FUNCTIONS", ()) if id(one) not in known}

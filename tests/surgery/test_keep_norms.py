@@ -301,6 +301,17 @@ def test_two_streams_keep_the_keys_that_they_have() -> None:
     assert isinstance(surgeon.history(fused)[-1].plan, dict)  # nothing was folded, and nothing is recorded
 
 
+def test_beside_two_streams_blocks_give_norms_back_and_the_replay_agrees() -> None:
+    layers = [nn.Conv2d(3, 8, 1), *conv_norm(8, 8), *conv_norm(8, 8), *conv_norm(8, 8), nn.Conv2d(8, 4, 3)]
+    net = made(lambda: nn.Sequential(*layers))
+    rules = [{"swap": "acblock", "match": {"name": "10"}}, {"swap": "octave", "match": {"kernel": [1, 3]}}]
+    converted = shake_(surgeon.convert(net, {"rules": rules}, (1, 3, 64, 64)), 3, gently=True)
+    fused = surgeon.fuse(converted, keep_norms=True)
+    assert [type(one) for one in fused.children()][:-1] == [type(one) for one in converted.children()][:-1]
+    assert type(fused.get_submodule("10")) is nn.Conv2d
+    assert surgeon.verify(converted, fused).equivalent
+
+
 def test_the_command_line_keeps_norms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     converted = trained(made())
     surgeon.save(converted, tmp_path / "net.acnet.pt")

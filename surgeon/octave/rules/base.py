@@ -10,6 +10,8 @@ from __future__ import annotations
 import abc
 from typing import ClassVar
 
+from torch import fx
+
 from surgeon.octave.layout import Flow, Layout, Layouts, Step
 from surgeon.octave.stream_graph import StreamGraph, StreamNodes
 
@@ -33,8 +35,11 @@ class StreamRule(abc.ABC):
         """Say why the streams cannot go through this step of a graph."""
         return None if flow.layout.low else flow.seam or step.need
 
-    def rewrite(self, step: Step, graph: StreamGraph) -> StreamNodes | None:
-        """Insert steps on two streams before a step without obstacle; None means that the step stays as it is now."""
+    def rewrite(self, step: Step, graph: StreamGraph) -> StreamNodes | fx.Node | None:
+        """Insert steps on two streams before a step without obstacle: they give two streams again, or one map.
+
+        None means that the step stays as it is now.
+        """
         raise NotImplementedError(f"no streams come out of the rule {self.name}")
 
 

@@ -1,0 +1,144 @@
+"""The sum of a spatial and a 1×1 conv, as a module that is torch's own: a `torch.fx.GraphModule` with a known graph.
+
+    y = spatial(x) + pointwise(x)                                   one after the other, in the order of x
+    y = spatial(x[channel_order])[filter_place] + pointwise(x)      where the groups of `spatial` are no runs of x
+
+No module of torch adds the results of two others, and a class of surgeon's would have to be installed where the network
+is deployed. So the sum is a graph. torch saves a graph as Python source, which runs when torch opens the file. surgeon
+never runs that source: `rebuild` compares it, as a syntax tree, with what torch writes for these two graphs, and makes
+the module from its own graph. Any other source is refused.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+REDUCE = "torch.fx.graph_module.reduce_graph_module"  # what torch.save writes that a GraphModule is made by
+TRACER = "torch.fx._symbolic_trace.Tracer"  # what it holds once torch itself has opened it
+CODE = "_code"
+CONVS, ORDERS = frozenset({"spatial", "pointwise"}), frozenset({"channel_order", "filter_place"})
+# What a GraphModule has beyond other modules. None of it is read.
+OF_GRAPHS = frozenset(
+    {"_code", "_lineno_map", "_prologue_start", "_tracer_cls", "_tracer_extras", "_graphmodule_cls_name", "meta"}
+    | {"_replace_hooks", "_create_node_hooks", "_erase_node_hooks", "_deepcopy_hooks", "shape_env"}
+)
+OF_MODULES = frozenset(vars(nn.Module()))
+# What torch imports around a graph, whether the graph uses it or not.
+_IMPORTS = """
+NoneType = type(None)
+from math import inf
+from math import nan
+from torch import device
+import torch
+import torch.fx._pytree as fx_pytree
+import torch.utils._pytree as pytree
+"""
+_LONGEST = 2000  # characters that are parsed
+
+
+def make(
+    spatial: nn.Module, pointwise: nn.Module, *, channel_order: Tensor | None = None, filter_place: Tensor | None = None
+) -> fx.GraphModule:
+    """Make the sum of two modules; the orders of channels and filters around `spatial` are both given, or none.
+
+    >>> x = torch.randn(1, 4, 5, 5)
+    >>> spatial, pointwise = nn.Conv2d(4, 4, 3, padding=1, groups=2), nn.Conv2d(4, 4, 1)
+    >>> bool((make(spatial, pointwise)(x) == spatial(x) + pointwise(x)).all())
+    True
+    """
+    held: dict[str, Any] = {"spatial": spatial, "pointwise": pointwise}
+    if channel_order is not None:
+        held |= {"channel_order": channel_order, "filter_place": filter_place}
+    return fx.GraphModule(held, _graph(is_ordered=channel_order is not None))
+
+
+def is_ours(module: nn.Module) -> bool:
+    """Whether a module is such a sum, with nothing added to it that a file may not hold."""
+    if not isinstance(module, fx.GraphModule) or type(module).__mro__[1] is not fx.GraphModule:
+        return False
+    if vars(module).keys() - OF_MODULES - OF_GRAPHS - {"_graph"}:
+        return False
+    held = {*module._buffers}
+    return _is_text(module.code, is_ordered=held == ORDERS) and held in (set(), ORDERS) and {*module._modules} == CONVS
+
+
+def knows(code: object, imports: object, buffers: frozenset[str], modules: frozenset[str]) -> bool:
+    """Whether the source in a file is that of a sum, and whether it holds what a sum holds."""
+    if not isinstance(code, str) or not isinstance(imports, str) or modules != CONVS:
+        return False
+    is_known = buffers in (frozenset(), ORDERS) and _is_text(code, is_ordered=bool(buffers))
+    return is_known and _statements(imports) <= _statements(_IMPORTS) | _statements(_imports_of_today())
+
+
+def rebuild(body: Mapping[str, Any], imports: str) -> fx.GraphModule:
+    """Make the sum whose state and source are in a file; the source is compared, and not run.
+
+    Raises:
+        ValueError: it is no sum, or holds what a sum does not hold.
+    """
+    buffers, modules = body["_buffers"], body["_modules"]
+    if not knows(body[CODE], imports, frozenset(buffers), frozenset(modules)) or body["_parameters"]:
+        raise ValueError("a GraphModule in it is none that surgeon writes")
+    if not all(isinstance(one, nn.Module) for one in modules.values()):
+        raise ValueError("a GraphModule in it holds something else in place of modules")
+    if not all(map(_is_order, buffers.values())):
+        raise ValueError("a GraphModule in it holds something else in place of an order of channels")
+    made = make(**modules, **buffers)
+    vars(made).update((name, value) for name, value in body.items() if name in OF_MODULES)
+    return made
+
+
+def _is_order(value: object) -> bool:
+    """Whether something is a tensor of the numbers from 0 on, each once."""
+    if not isinstance(value, Tensor) or value.dtype != torch.int64 or value.dim() != 1:
+        return False
+    return value.is_meta or torch.equal(value.sort().values, torch.arange(len(value), device=value.device))
+
+
+def _graph(*, is_ordered: bool) -> fx.Graph:
+    graph = fx.Graph()
+    x = graph.placeholder("input")
+    seen = graph.call_method("index_select", (x, 1, graph.get_attr("channel_order"))) if is_ordered else x
+    spatial = graph.call_module("spatial", (seen,))
+    if is_ordered:
+        spatial = graph.call_method("index_select", (spatial, 1, graph.get_attr("filter_place")))
+    graph.output(graph.call_function(operator.add, (spatial, graph.call_module("pointwise", (x,)))))
+    return graph
+
+
+@functools.cache
+def _known(*, is_ordered: bool) -> str:
+    """The syntax tree of the source that torch writes for one of the two graphs."""
+    return _tree(_graph(is_ordered=is_ordered).python_code("self").src)
+
+
+@functools.cache
+def _imports_of_today() -> str:
+    """What the installed torch imports around a graph."""
+    imports: str = make(nn.Identity(), nn.Identity()).__reduce__()[1][1]
+    return imports
+
+
+def _is_text(code: str, *, is_ordered: bool) -> bool:
+    try:
+        return len(code) < _LONGEST and _tree(code) == _known(is_ordered=is_ordered)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+
+
+def _tree(code: str) -> str:
+    return ast.dump(ast.parse(code))
+
+
+def _statements(code: str) -> set[str]:
+    try:
+        return {ast.dump(one) for one in ast.parse(code).body} if len(code) < _LONGEST else {code}
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return {code}
