@@ -21,8 +21,8 @@ from zoo_record import NO_CONV, Brings, Case, Record
 from zoo_start import example_for, torchvision_kind
 
 import surgeon
-from surgeon.api import decide
 from surgeon.recipes.recipe import load
+from surgeon.surgery.decide import decide
 
 DETECTOR = {"min_size": 320, "max_size": 320}  # pixels, so that there are maps of some size to save at
 
