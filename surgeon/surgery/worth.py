@@ -8,12 +8,13 @@ from __future__ import annotations
 import re
 
 from surgeon.blocks import Block, registry
+from surgeon.display import words
 from surgeon.errors import SurgeonError
 from surgeon.recipes import recipe as recipes
 from surgeon.recipes.recipe import Recipe
 from surgeon.surgery.plan import Entry, Plan
 
-_NUMBER = re.compile(r"\d+")
+_NUMBER = re.compile(r"\d+(, \d+)*")
 LEAST = 0.05  # of the multiply-adds, which a plan should save
 
 
@@ -30,7 +31,7 @@ def saves_little(plan: Plan) -> str | None:
     share = sum(entry.macs.before for entry in plan.convs if entry.macs) / total.before
     if share < 2 * LEAST:
         others = "the others are in linear layers and matrix products, which no swap of convs changes"
-        return f"{_saves(saved)}: its convs do {share:.0%} of them; {others}".replace("%", " %")
+        return f"{_saves(saved)}: its convs do {100 * share:.0f} % of them; {others}"
     return f"{_saves(saved)}: {_main_reason(plan, blocks, recipe)}"
 
 
@@ -53,8 +54,9 @@ def _main_reason(plan: Plan, blocks: list[type[Block]], recipe: Recipe | None) -
         return f"all {len(plan.convs)} convs are swapped, and each saves little; other options may save more"
     found = max(stay.values(), key=_macs)
     reason = str(max(found, key=lambda entry: _macs([entry])).skip)
-    verb = "conv stays" if len(found) == 1 else "convs stay"
-    return f"{len(found)} of {len(plan.convs)} {verb} because {reason}; {_remedy(reason, found, blocks, recipe)}"
+    stays = "stays" if len(found) == 1 else "stay"
+    said = f"{len(found)} of {words.convs(len(plan.convs))} {stays} because {reason}"
+    return f"{said}; {_remedy(reason, found, blocks, recipe)}"
 
 
 def _macs(entries: list[Entry]) -> int:
