@@ -166,7 +166,7 @@ STEPS: dict[str, tuple[Callable[..., Tensor], str]] = {
     "its largest pixels": (lambda n, y, s, x: F.max_pool2d(y, 3, 1, 1, return_indices=True)[0], LOCAL),
     "a pooling of torch's own": (lambda n, y, s, x: torch.max_pool2d(y, 3, 1, 1), FREE),
     "a head of one channel, to which more are added": (_broadcast_head, FREE),
-    "beside a product that broadcasts": (_two_channels, SEAM),
+    "beside a product that broadcasts": (_two_channels, FREE),
 }
 
 
