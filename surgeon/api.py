@@ -97,7 +97,7 @@ def plan(
     with ordinary():
         progress("looking for an input", 0)
         network = network_for(model, example)
-        progress("planning", 0.3)
+        progress("planning", 0.3 if time else 0.6)
         decided, surveyed = plan_for(network, _recipe(recipe, overrides), bake=bake, seed=seed)
         return gains.timed(decided, surveyed, parts(progress, 0.5, 1)) if time else decided
 

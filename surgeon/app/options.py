@@ -20,15 +20,19 @@ Arch = Annotated[
     typer.Option(help="The network that a file of weights belongs to: torchvision:resnet50, or a model file like it."),
 ]
 ArchArg = Annotated[
-    list[str] | None, typer.Option(metavar="NAME=VALUE", help="An argument for building the network; may be repeated.")
+    list[str] | None,
+    typer.Option("--arch-arg", metavar="NAME=VALUE", help="An argument for building the network; may be repeated."),
 ]
 Weights = Annotated[
     str | None,
-    typer.Option(metavar="KEY", help="Which weights of a checkpoint to take: a key (ema), or a prefix (student)."),
+    typer.Option(
+        "--weights", metavar="KEY", help="Which weights of a checkpoint to take: a key (ema), or a prefix (student)."
+    ),
 ]
 Allow = Annotated[
     list[str] | None,
     typer.Option(
+        "--allow",
         metavar="PACKAGE",
         help="Let a pickled model name modules of this package; may be repeated. Otherwise SURGEON_ALLOW counts, or "
         "`allow` of [tool.surgeon] in pyproject.toml.",
@@ -54,6 +58,7 @@ Seed = Annotated[
 Device = Annotated[
     str | None,
     typer.Option(
+        "--device",  # typer 0.27 takes the metavar for the name otherwise
         metavar="DEVICE",
         help="Where to run models: cpu, cuda, cuda:1 or mps. Files are for every device. Otherwise SURGEON_DEVICE "
         "counts, or `device` of [tool.surgeon] in pyproject.toml, or cpu.",
