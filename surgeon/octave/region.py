@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import fx, nn
@@ -136,10 +136,10 @@ class Region:
             node = self._step(node).operand
         return node
 
-    def needed(self) -> Iterator[str]:
-        """Name the convs that are swapped whatever they save.
+    def needed(self, flat: Collection[str]) -> Iterator[str]:
+        """Name the convs that are swapped even if they are among the `flat` ones, which save no multiply-adds.
 
-        Such a conv writes low channels, or reads some that nothing else has to join, or was to be pooled.
+        Such a conv writes low channels, or reads some for which joining them would be dearer, or was to be pooled.
         """
         is_left = self._is_left()
         for node, path in self.paths.items():
@@ -147,11 +147,8 @@ class Region:
             if options is None or spec is None or options.seams == "keep" or self.calls[path] > 1:
                 continue
             low_in, low_out = options.ranges(spec)
-            if (
-                low_out
-                or (low_in and not is_left and not self._is_joined_for_others(node))
-                or self._is_pooled(node, options)
-            ):
+            spares_join = low_in and not is_left and self._spares_a_join(node, flat)
+            if low_out or spares_join or self._is_pooled(node, options):
                 yield path
 
     def _is_left(self) -> bool:
@@ -161,10 +158,22 @@ class Region:
         obstacle = rewritten.obstacle(root, graph, custom_call) or rewritten.unwritable(root, graph)
         return bool(obstacle or used_of_its_class(self.survey.model, self.island.path))
 
-    def _is_joined_for_others(self, node: fx.Node) -> bool:
-        """Whether what a conv reads is one map anyway, or is joined into one for another step."""
+    def _spares_a_join(self, node: fx.Node, flat: Collection[str]) -> bool:
+        """Whether what a conv reads would have to be joined without it, and that would write more than is written now.
+
+        All flat convs that read the map are taken together. At stride 2, in maps of the size of the input, one writes
+        the pooled high channels (¼) and its output twice more (¼ each; once with groups); a join: up(low), all.
+        """
         source = self._step(node).operand
-        return source is None or not self.layouts[source].is_octave or any(user in self.seams for user in source.users)
+        if source is None or not self.layouts[source].is_octave or any(user in self.seams for user in source.users):
+            return False
+        low, written = streams.count(self.layouts[source].low), 0.0
+        channels = self.layouts[source].channels or 0
+        for user in source.users:
+            spec = self.sites[user].spec if self.paths.get(user) in flat else None
+            if spec is not None:
+                written += (channels - low) / 4 + spec.c_out / (2 if spec.groups == 1 else 4)
+        return written < low + channels
 
     def _role(self, node: fx.Node, site: Site) -> TwoStreamOptions:
         options, spec = self.wanted[self.paths[node]], site.spec

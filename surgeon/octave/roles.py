@@ -85,7 +85,7 @@ class _Planner:
     def without_an_idle_swap(self, made: _Planned) -> _Planned | None:
         """Plan without a swap that saves nothing, if there is one without which the others cost no more."""
         flat = [path for path, options in made.roles.options.items() if self._saves_nothing(path, options)]
-        needed = {path for region in made.regions for path in region.needed()} if flat else set()
+        needed = {path for region in made.regions for path in region.needed(flat)} if flat else set()
         for path in flat:
             if path not in needed:
                 less = self.plan(made.left_out | {path: "swapping it would save nothing"})
