@@ -104,7 +104,7 @@ def fuse(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Fold every block into one plain conv, or a few where that costs less. The result is saved.
+    """Fold every block into one plain conv, or a few that cost less. The result is saved.
 
     Inside modules that fold themselves (RepVGG, MobileOne), blocks become a conv and a norm, as with --keep-norms.
     """
@@ -235,7 +235,7 @@ def recipes(
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of recipes, for editors.")] = False,
     json: Json = False,
 ) -> None:
-    """List the bundled recipes, print one, or say what each of them would do to a model.
+    """List the recipes, print one, or compare them for a model.
 
     All other options say how that model is read.
     """
