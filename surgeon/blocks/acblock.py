@@ -318,4 +318,6 @@ def _taken_over(norm: nn.Module, bias: Tensor | None) -> nn.Module:
 def _copied(norm: Norm, shared: Sequence[object] = ()) -> Norm:
     """Copy a norm; what is `shared` stays the same object in both."""
     connection = [norm.process_group] if isinstance(norm, nn.SyncBatchNorm) else []  # to other processes; has no copy
-    return copy.deepcopy(norm, memo={id(value): value for value in (*shared, *connection)})
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for p in norm.parameters()}
+    memo |= {id(buffer): buffer.detach().clone() for buffer in norm.buffers()}
+    return copy.deepcopy(norm, memo=memo | {id(value): value for value in (*shared, *connection)})
