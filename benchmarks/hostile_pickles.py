@@ -36,6 +36,9 @@ class Named:
     def __init__(self, name: str) -> None:
         self.module, _, self.name = name.rpartition(":") if ":" in name else name.rpartition(".")
 
+    def __repr__(self) -> str:
+        return f"{self.module}.{self.name}"
+
     def __call__(self) -> None:
         raise AssertionError("it is pickled, never called")
 

@@ -58,9 +58,18 @@ def section(name: str, one: Mapping[str, Any]) -> Iterator[str]:
     for recipe, row in one["recipes"].items():
         if row["swapped"]:
             yield f"| {' | '.join(_cells(recipe, row, one['convs']))} |"
-    if idle := [f"`{recipe}`" for recipe, row in one["recipes"].items() if not row["swapped"]]:
-        yield from ("", f"These swap nothing here: {', '.join(idle)}.")
+    for why, names in _idle(one).items():
+        yield from ("", f"Nothing is swapped by {', '.join(names)}: {why}.")
     yield ""
+
+
+def _idle(one: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Group the recipes that swap nothing by the main reason."""
+    found: dict[str, list[str]] = {}
+    for recipe, row in one["recipes"].items():
+        if not row["swapped"]:
+            found.setdefault(row["why"], []).append(f"`{recipe}`")
+    return found
 
 
 def _how(one: Mapping[str, Any]) -> str:

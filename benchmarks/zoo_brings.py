@@ -15,14 +15,16 @@ from typing import Any
 import timm
 import torch
 import torchvision
+import yaml
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from zoo_record import NO_CONV, Brings, Case, Record
 from zoo_start import example_for, torchvision_kind
 
 import surgeon
-from surgeon.api import decide
-from surgeon.recipes.recipe import load
+from surgeon.recipes.recipe import from_dict, load
+from surgeon.surgery.decide import decide
+from surgeon.surgery.plan import Entry
 
 DETECTOR = {"min_size": 320, "max_size": 320}  # pixels, so that there are maps of some size to save at
 
@@ -81,7 +83,7 @@ def _brings(case: Case, model: nn.Module, device: str) -> Brings | None:
         found.hetconv = _share(hetconv)
     if (octave := _planned("octave", surveyed)) is not None:
         found.octave, found.octaves = _share(octave), len(octave.swaps)
-        found.idle = [entry.path for entry in octave.swaps if _is_idle(entry)]
+        found.idle = [entry.path for entry in octave.swaps if _is_idle(entry, octave, surveyed)]
         reasons = (re.sub(r"\d+×\d+", "…", entry.skip) for entry in octave.convs if entry.skip)  # of maps of any size
         found.stays = dict(Counter(reasons))
     return found
@@ -147,7 +149,18 @@ def _share(plan: surgeon.Plan) -> float | None:
     return round(macs.after / macs.before, 4) if macs and macs.before else None
 
 
-def _is_idle(entry: Any) -> bool:
-    """Whether an octave conv has no low channels on either side, or costs what the conv did."""
-    is_plain = not entry.options.get("alpha_in") and not entry.options.get("alpha_out")
-    return is_plain or (entry.macs is not None and entry.macs.after >= entry.macs.before)
+def _is_idle(entry: Entry, octave: surgeon.Plan, surveyed: surgeon.Survey) -> bool:
+    """Whether an octave conv has no low channels on either side, or a plan that leaves it alone costs no more.
+
+    A conv that itself saves nothing may be why another one has two streams.
+    """
+    if not entry.options.get("alpha_in") and not entry.options.get("alpha_out"):
+        return True
+    if entry.macs is None or entry.macs.after < entry.macs.before:
+        return False
+    wanted = yaml.safe_load(load("octave").text)
+    alone = {"leave": "to see what it is swapped for", "match": {"name": list(entry.paths)}}
+    without = decide(from_dict(wanted | {"rules": [alone, *wanted["rules"]]}), surveyed, seed=0)
+    return all(
+        getattr(without.total, cost).after <= getattr(octave.total, cost).after for cost in ("macs", "activations")
+    )

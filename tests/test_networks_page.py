@@ -44,7 +44,7 @@ def _result() -> dict[str, Any]:
     return {
         "input": "1×3×8×8", "arguments": {"a": 1}, "convs": 4, "params": 1000, "macs": 2_000_000_000, "ms": 12.34,
         "rounds": 7, "threads": 2, "machine": "a machine", "versions": {"torch": "2", "surgeon": "1"},
-        "recipes": {"acnet": row, "octave": less | timed, "hetconv-p4": row | {"swapped": 0}},
+        "recipes": {"acnet": row, "octave": less | timed, "hetconv-p4": row | {"swapped": 0, "why": "its groups"}},
     }  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def test_a_network_is_a_row_of_the_overview_and_a_table() -> None:
     assert "| net | 2.00 G | 12 | ×1.00 | swaps nothing | ×0.61, time ×0.50 ? |" in text
     assert "| `acnet` | 3 of 4 | kept; 1 in eval mode only | ×1.00 | ×1.00 | ×1.60 |  |  |" in text
     assert "| `octave` | 3 of 4 | approximated | ×1.00 | ×0.61 | ×1.60 | ×0.50 ? | 0.45 … 0.55 |" in text
-    assert "These swap nothing here: `hetconv-p4`." in text
+    assert "Nothing is swapped by `hetconv-p4`: its groups." in text
     assert "12.3 ms as it is, with its norms folded; 2 threads of a machine, one image, median of 7 rounds" in text
     untimed = copy.deepcopy(_result()) | {"ms": None}
     assert "Not timed." in "\n".join(networks_page.section("lib:net", untimed))

@@ -75,7 +75,9 @@ def _place_of(node: fx.Node) -> Place | None:
 
 def _written(name: str, place: Place, module: str) -> str:
     function = place.code.co_qualname.rpartition("<locals>.")[2]
-    where = f"{Path(place.code.co_filename).name}:{place.line}" + (f", {module}" if module else "")
+    file = Path(place.code.co_filename).name
+    file = "GraphModule.code" if file.startswith("<eval_with_key>") else file  # which torch.fx has made
+    where = f"{file}:{place.line}" + (f", {module}" if module else "")
     return f"{_expression(place) or repr(name)} in {function} ({where})"
 
 

@@ -14,7 +14,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -29,7 +29,10 @@ _CALLS = ("__call__", "_call_impl", "__getattr__", "__getattribute__")  # with o
 class HasRest(Stored, nn.Module):
     """A module that runs children behind something else; `then` names them, in order."""
 
-    then: tuple[str, ...] = ()
+    if TYPE_CHECKING:
+        then: tuple[str, ...]
+    else:
+        then = ()
 
     def behind(self, x: Tensor) -> Tensor:
         for name in self.then:
@@ -55,11 +58,14 @@ class NormRest(HasRest):
 
     __module__ = "surgeon.nn"
 
-    origin: str
-    base: str
+    if TYPE_CHECKING:  # torch.jit.script looks at the annotations of a class, and does not understand these
+        origin: str
+        base: str
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.behind(input)
+        for module in self.children():  # as in `then`: it has no others
+            input = module(input)
+        return input
 
     def extra_repr(self) -> str:
         return f"of {self.origin}"
@@ -67,6 +73,8 @@ class NormRest(HasRest):
     def __setstate__(self, state: Any) -> None:
         if not isinstance(state.get("origin"), str) or str(state.get("base")) not in TABLE:
             raise ValueError("NormRest does not say what it is the rest of")
+        if tuple(state.get("_modules", ())) != state.get("then"):
+            raise ValueError("NormRest holds other modules than it runs")
         super().__setstate__(state)
 
 
@@ -75,11 +83,12 @@ class FrozenNorm(Stored, nn.Module):
 
     __module__ = "surgeon.nn"
 
-    eps: float
-    weight: Tensor
-    bias: Tensor
-    running_mean: Tensor
-    running_var: Tensor
+    if TYPE_CHECKING:
+        eps: float
+        weight: Tensor
+        bias: Tensor
+        running_mean: Tensor
+        running_var: Tensor
 
     def forward(self, input: Tensor) -> Tensor:
         scale, shift = self.scale_and_shift()

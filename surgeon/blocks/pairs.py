@@ -16,7 +16,7 @@ from typing import overload
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from surgeon._torch_compat import BatchNorm
+from surgeon._torch_compat import BatchNorm, sizes
 from surgeon.blocks import norms
 from surgeon.blocks.norms import FrozenNorm, HasRest
 from surgeon.conv import kernels, streams
@@ -152,7 +152,7 @@ class PairFrozenNorm(OfPairs, FrozenNorm):
         scale, shift = self.scale_and_shift()
         if isinstance(input, Tensor):
             return self.behind(input * scale + shift)
-        both = zip(input, (streams.others(self.low, len(scale)), self.low), strict=True)
+        both = zip(input, (streams.others(self.low, sizes(scale)[0]), self.low), strict=True)
         high, low = (x * streams.take(scale, part, 0) + streams.take(shift, part, 0) for x, part in both)
         return self.behind(high), self.behind(low)
 

@@ -5,7 +5,7 @@ The network is looked at once. A recipe that cannot be planned here is a row tha
 
 from __future__ import annotations
 
-from collections import Counter
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,8 +20,9 @@ from surgeon.models.progress import Progress, silent
 from surgeon.recipes.recipe import Recipe
 from surgeon.surgery.foresee import foresee
 from surgeon.surgery.make import make
-from surgeon.surgery.plan import Change, Gained
+from surgeon.surgery.plan import Change, Gained, Plan
 
+_NAMES = re.compile(r"[\w.×]*\d[\w.×]*")  # with a number in them: stages.0.0, 4×4
 WORTH = 0.95  # of the multiply-adds: a recipe that leaves more than that saves next to nothing
 
 
@@ -99,8 +100,7 @@ def _offer(recipe: Recipe, survey: Survey, seed: int) -> Offer:
         is_for_others = isinstance(error, PlanError) and "rule" in error.facts
         problem = "there is no conv of the kind that it is for" if is_for_others else error.problem
         return Offer(recipe.name, recipe.title, error=problem)
-    reasons = Counter(entry.skip for entry in plan.convs if entry.skip)
-    why, stay = next(iter(reasons.most_common(1)), (None, 0))
+    why, stay = _main_reason(recipe, plan)
     if not plan.swaps:
         return Offer(recipe.name, recipe.title, why=why, stay=stay)
     return Offer(
@@ -114,3 +114,17 @@ def _offer(recipe: Recipe, survey: Survey, seed: int) -> Offer:
         why=why,
         stay=stay,
     )
+
+
+def _main_reason(recipe: Recipe, plan: Plan) -> tuple[str | None, int]:
+    """Give the reason why most convs stay that the recipe would swap; why most stay, if it swaps all that it would.
+
+    Reasons that differ only in names and numbers are one; the first of them is given.
+    """
+    wanted = {str(rule) for rule in recipe.rules if rule.swap is not None}
+    stay = [entry for entry in plan.convs if entry.skip]
+    alike: dict[str, list[str]] = {}
+    for entry in [one for one in stay if one.rule in wanted] or stay:
+        alike.setdefault(_NAMES.sub("…", entry.skip or ""), []).append(entry.skip or "")
+    most = max(alike.values(), key=len, default=[])
+    return (most[0] if most else None), len(most)

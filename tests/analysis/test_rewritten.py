@@ -215,7 +215,14 @@ def _doctored(origin: str, **attributes: Any) -> Any:
 
 @pytest.mark.parametrize(
     "origin",
-    ["os.system", "torch.nn.Conv2d", "torch.nn.BatchNorm2d", "surgeon.nn.OctaveConv", "torch.fx.GraphModule", "x", "."],
+    [
+        "os.system",
+        "torch.nn.modules.conv.Conv2d",
+        "torch.nn.modules.batchnorm.BatchNorm2d",
+        "surgeon.nn.HetConv",
+        "x",
+        ".",
+    ],
 )
 def test_no_other_class_is_taken_from_a_file(origin: str) -> None:
     again = _doctored(origin)

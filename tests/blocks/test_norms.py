@@ -202,6 +202,18 @@ def test_frozen_statistics_stay_buffers_and_are_not_trained() -> None:
 
 
 @every_kind
+def test_with_kept_norms_the_weights_load_into_the_users_own_network(kind: str) -> None:
+    make = TAKEN[kind][0]
+    net = network(make)
+    kept = surgeon.fuse(surgeon.convert(net, "acnet", SHAPE), keep_norms=True)
+    assert [type(module) for module in kept] == [type(module) for module in net]
+    own = network(make)
+    own.load_state_dict(kept.state_dict(), strict=True)
+    assert relative(own(x()), net(x())) <= EXACT
+    assert surgeon.verify(net, kept, SHAPE).equivalent
+
+
+@every_kind
 def test_for_timing_a_norm_of_any_class_is_folded_into_a_plain_conv(kind: str) -> None:
     net = network(TAKEN[kind][0])
     folded = copy.deepcopy(net)
@@ -382,3 +394,20 @@ def test_shared_activations_and_norms() -> None:
     assert relative(converted(x()), net(x())) <= EXACT
     net[3].weight = net[1].weight
     assert [entry.takes_norm for entry in surgeon.plan(net, "acnet", SHAPE).swaps] == [(), ()]
+
+
+@pytest.mark.parametrize("kind", ["timm's, with ReLU", "timm's frozen one"])
+@pytest.mark.filterwarnings("ignore:.*is deprecated. Please switch:FutureWarning")
+def test_converted_networks_of_them_are_scripted_traced_and_exported(kind: str) -> None:
+    net = network(TAKEN[kind][0])
+    rule = {"swap": "octave", "with": {"min_size": 1}}
+    streams = surgeon.convert(net, {"surgeon": 1, "title": "T", "rules": [rule]}, SHAPE)
+    with torch.no_grad():
+        for model in (surgeon.convert(net, "acnet", SHAPE), streams, surgeon.fuse(streams)):
+            expected = model(x())
+            assert torch.equal(torch.jit.trace(model, x())(x()), expected)
+            assert relative(torch.export.export(model, (x(),)).module()(x()), expected) <= EXACT
+        converted = surgeon.convert(net, "acnet", SHAPE)
+        y = torch.randn(2, 6, 5, 5, dtype=torch.float64)
+        for module in (converted[0].square_bn, converted[1]):
+            assert torch.equal(torch.jit.script(module)(y.clone()), module(y.clone()))

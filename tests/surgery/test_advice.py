@@ -89,6 +89,22 @@ def test_a_recipe_that_cannot_be_planned_is_a_row_that_says_why() -> None:
     assert (wrong.swapped, right.swapped, right.error) == (0, 4, None)
 
 
+def test_the_main_reason_is_one_of_convs_that_the_recipe_would_swap() -> None:
+    net = nn.Sequential(*[nn.Conv2d(6, 6, 1) for _ in range(3)], nn.Conv2d(6, 6, 3))
+    (row,) = advice.advise(surgeon.survey(net, (1, 6, 8, 8)), [recipes.load("hetconv-p4")]).offers
+    assert row.why is not None
+    assert row.why.startswith("6 input and 6 output channels cannot be cut into 4 parts")
+    assert row.stay == 1
+
+
+def test_reasons_that_differ_in_names_and_numbers_are_one() -> None:
+    net = nn.Sequential(nn.Conv2d(6, 4, 3), nn.Conv2d(4, 6, 3), nn.Conv2d(6, 10, 3), nn.Conv2d(10, 10, 3, groups=5))
+    (row,) = advice.advise(surgeon.survey(net, (1, 6, 16, 16)), [recipes.load("hetconv-p4")]).offers
+    assert (row.stay, row.swapped) == (3, 0)
+    assert row.why is not None
+    assert row.why.startswith("6 input and 4 output channels")
+
+
 def test_an_error_of_one_recipe_is_its_row() -> None:
     class Picky(nn.Module):
         def __init__(self) -> None:

@@ -10,8 +10,8 @@ from helpers import run_surgeon
 from torch import nn
 
 import surgeon
-from surgeon import api
 from surgeon.surgery import plan as plans
+from surgeon.surgery.decide import settle
 
 
 def conv(c_in: int = 16, c_out: int = 16, kernel: int = 3, **options: object) -> nn.Conv2d:
@@ -113,5 +113,5 @@ def test_an_edited_plan_is_judged_anew() -> None:
     pruned = plan.model_copy(
         update={"convs": (plan.convs[0], *(one.model_copy(update=stays) for one in plan.convs[1:]))}
     )
-    settled = api.settle(pruned, surgeon.survey(net, (1, 16, 32, 32)))
+    settled = settle(pruned, surgeon.survey(net, (1, 16, 32, 32)))
     assert "2 of 3 convs stay because I say so" in str(settled.saves_little)
