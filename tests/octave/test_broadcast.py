@@ -85,7 +85,7 @@ def _changed_after_a_join(net: Meets, y: Tensor, s: Tensor, x: Tensor) -> Tensor
 
 
 def _fine(net: Meets, y: Tensor, s: Tensor, x: Tensor) -> Tensor:
-    return y * F.adaptive_avg_pool2d(net.b(y), (1, 1)) + F.avg_pool2d(net.b(y), (1, 10))
+    return y * F.adaptive_avg_pool2d(net.b(y), (1, 1)) + net.soft(F.avg_pool2d(net.b(y), (1, 10)))
 
 
 def _broadcast_head(net: Meets, y: Tensor, s: Tensor, x: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ STEPS: dict[str, tuple[Callable[..., Tensor], str]] = {
     "bounds by pixel": (lambda n, y, s, x: y.clamp(max=n.positions), SEAM),
     "bounds that are a map": (lambda n, y, s, x: torch.clamp(y, max=s), SEAM),
     "a plain map bounded by an octave one": (lambda n, y, s, x: torch.clamp(s, max=y), SEAM),
-    "its own means": (_fine, SEAM),
+    "its own means": (_fine, SOFT),
     "its own means over one axis": (lambda n, y, s, x: y + n.soft(y.mean(2, keepdim=True)), BOTH),
     "a column of itself": (lambda n, y, s, x: y + n.soft(y.mean((2, 3))[:, :, None, None]), SOFT),
     "its largest pixels": (lambda n, y, s, x: F.max_pool2d(y, 3, 1, 1, return_indices=True)[0], LOCAL),

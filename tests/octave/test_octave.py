@@ -154,7 +154,7 @@ def test_where_the_low_channels_have_no_fine_detail_nothing_is_lost() -> None:
 def test_it_has_the_keys_and_shapes_of_the_conv_and_each_loads_the_other() -> None:
     net = torchvision.models.resnet18(weights=None)
     converted = surgeon.convert(net, "octave", (1, 3, 64, 64), overrides=["rules[1].with.min_size=2"])
-    assert sum(isinstance(m, OctaveConv) for m in converted.modules()) == 16
+    assert sum(isinstance(m, OctaveConv) for m in converted.modules()) == 14
     before, after = net.state_dict(), converted.state_dict()
     assert {key: tensor.shape for key, tensor in before.items()} == {key: t.shape for key, t in after.items()}
     other = torchvision.models.resnet18(weights=None)
@@ -277,7 +277,8 @@ def test_the_published_networks_cost_what_was_published(name: str, alpha: float)
     with torch.device("meta"):
         net = MobileNetV1() if name == "mobilenet_v1" else torchvision.models.get_model(name, weights=None)
     plan = surgeon.plan(net, "octave", (1, 3, 224, 224), overrides=[f"rules[1].with.alpha={alpha}"])
-    assert not plan.seams
+    # With few low channels it is cheaper to join them before the strided shortcut than to read them in two streams.
+    assert len(plan.seams) == (name.startswith("resnet") and alpha <= 0.125)
     converted = surgeon.convert(net, plan).eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         converted(torch.empty(1, 3, 224, 224, device="meta"))

@@ -130,6 +130,31 @@ def test_only_a_map_of_which_both_are_taken_is_read_as_two_streams() -> None:
     assert [tuple(one) for one in reads["slices from either end"][1]] == [(8, 13), (19, 27)]
 
 
+class PooledShortcut(nn.Module):
+    """A pooling brings both streams to one resolution, and a sum with two streams makes them two again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.block = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 3, stride=2, padding=1)
+        self.second, self.last = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.last(self.second(self.block(x) + F.max_pool2d(x, 2, ceil_mode=True)))
+
+
+@pytest.mark.parametrize("size", [(32, 32), (31, 29)])
+def test_a_pooled_shortcut_is_low_passed_where_it_is_added(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    net = PooledShortcut().double().eval()
+    plan, streams, alone = converted(net, size)
+    assert not plan.seams
+    assert len(plan.low_passed) == 1
+    x = torch.randn(2, 16, *size, dtype=torch.float64)
+    with torch.no_grad():
+        assert relative(streams(x), alone(x)) <= 1e-14
+
+
 class Grouped(nn.Module):
     """A block as RegNets have them: 12 of 24 low channels would cut one of the three groups of 8."""
 

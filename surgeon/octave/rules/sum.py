@@ -32,7 +32,7 @@ class Sum(Product):
             if octave
             else []
         )
-        if len(octave) == len(plain) == 1 and not layouts[plain[0]].low:
+        if len(octave) == len(plain) == 1:  # one that poolings have brought to one resolution is plain here
             why = _unlike(step, plain[0], layouts[plain[0]], layouts[octave[0]])
             return Flow(layouts[octave[0]], why, (plain[0],))
         return super().flow(step, layouts)
