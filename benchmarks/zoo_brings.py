@@ -81,7 +81,12 @@ def _brings(case: Case, model: nn.Module, device: str) -> Brings | None:
         found.left = dict(Counter(entry.note or "" for entry in swaps if not entry.takes_norm))
     if (hetconv := _planned("hetconv-p4", surveyed)) is not None:
         found.hetconv = _share(hetconv)
-    if (octave := _planned("octave", surveyed)) is not None:
+    octave = _planned("octave", surveyed)
+    if octave is not None and any("folds itself" in (entry.skip or "") for entry in octave.convs):
+        found.folded_first = True
+        surveyed = surgeon.survey(timm.utils.reparameterize_model(model), example)
+        octave = _planned("octave", surveyed)
+    if octave is not None:
         found.octave, found.octaves = _share(octave), len(octave.swaps)
         found.idle = [entry.path for entry in octave.swaps if _is_idle(entry, octave, surveyed)]
         reasons = (re.sub(r"\d+×\d+", "…", entry.skip) for entry in octave.convs if entry.skip)  # of maps of any size

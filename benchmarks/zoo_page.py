@@ -65,7 +65,9 @@ def rows(records: Sequence[Record]) -> Iterator[tuple[str, ...]]:
 def brought(found: Brings | None) -> tuple[str, str]:
     """Write how many norms are taken over, and what share of the multiply-adds octave leaves."""
     norms = f"{found.taken} of {found.fronts}" if found and found.fronts else ""
-    return norms, f"×{found.octave:.2f}" if found and found.octave is not None else ""
+    if found is None or found.octave is None:
+        return norms, ""
+    return norms, f"×{found.octave:.2f}{', folded first' if found.folded_first else ''}"
 
 
 def page(records: Sequence[Record], versions: dict[str, str]) -> str:

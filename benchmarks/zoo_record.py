@@ -41,6 +41,7 @@ class Brings:
     hetconv: float | None = None  # the share of the multiply-adds that is left; None where no conv is claimed
     octave: float | None = None
     octaves: int = 0  # convs that octave swaps
+    folded_first: bool = False  # octave is for the network once it has folded itself, as its plan asks for
     idle: list[str] = field(default_factory=list)  # of these, the ones that save nothing
     stays: dict[str, int] = field(default_factory=dict)  # why others stay under octave, by reason
 
