@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Self
@@ -111,6 +112,14 @@ class Operator(Stored, nn.Module):
         if not isinstance(state.get("spec"), ConvSpec):
             raise ValueError(f"{type(self).__name__} has a spec that is not a ConvSpec")
         super().__setstate__(state)
+
+
+def without_roles(state: dict[str, Any]) -> dict[str, Any]:
+    """Give a state dict that blocks of any role load; what modules of other classes note beside theirs is kept."""
+    made, noted = OrderedDict(state), getattr(state, "_metadata", {})
+    without = {path: {key: note for key, note in notes.items() if key != _ROLE} for path, notes in noted.items()}
+    vars(made)["_metadata"] = without
+    return made
 
 
 class Block(Operator, abc.ABC, Generic[Opts]):

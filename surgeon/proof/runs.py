@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgeon.blocks.base import without_roles
 from surgeon.errors import VerifyError
 from surgeon.models.call import Inputs
 from surgeon.models.copies import kind_of, shadow, where
@@ -393,7 +394,7 @@ def _with_tensors_of(b: nn.Module, replay: nn.Module) -> nn.Module | None:
     in_own = None if dtype == torch.float64 else lambda t: t.to(dtype) if t.is_floating_point() else t.clone()
     twin = shadow(replay, in_own)
     try:
-        twin.load_state_dict(dict(b.state_dict()), assign=True)  # without what says that B has other roles
+        twin.load_state_dict(without_roles(b.state_dict()), assign=True)
     except RuntimeError:
         return None
     return twin

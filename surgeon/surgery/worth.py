@@ -32,7 +32,7 @@ def saves_little(plan: Plan) -> str | None:
     if share < 2 * LEAST:
         others = "the others are in linear layers and matrix products, which no swap of convs changes"
         return f"{_saves(saved)}: its convs do {100 * share:.0f} % of them; {others}"
-    return f"{_saves(saved)}: {_main_reason(plan, blocks, recipe)}"
+    return f"{_saves(saved)}; {_main_reason(plan, blocks, recipe)}"
 
 
 def _saves(share: float) -> str:
@@ -55,7 +55,7 @@ def _main_reason(plan: Plan, blocks: list[type[Block]], recipe: Recipe | None) -
     found = max(stay.values(), key=_macs)
     reason = str(max(found, key=lambda entry: _macs([entry])).skip)
     stays = "stays" if len(found) == 1 else "stay"
-    said = f"{len(found)} of {words.convs(len(plan.convs))} {stays} because {reason}"
+    said = f"{len(found)} of {words.convs(len(plan.convs))} {stays}: {reason}"
     return f"{said}; {_remedy(reason, found, blocks, recipe)}"
 
 

@@ -377,6 +377,26 @@ def test_outputs_that_are_empty_for_every_input_are_nothing_to_compare() -> None
     assert isinstance(converted.conv, surgeon.ACBlock)
 
 
+class Versioned(nn.Sequential):
+    """As MNASNet of torchvision, it loads nothing that does not say which version of the class has saved it."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict: object, prefix: str, local_metadata: dict[str, int], *rest: object):
+        if local_metadata.get("version") != 2:
+            raise ValueError("no version")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+@pytest.mark.parametrize("recipe", ["acnet", "octave"])
+def test_classes_that_ask_for_the_version_of_weights_get_it(recipe: str) -> None:
+    convs = [nn.Conv2d(3, 8, 1), *(nn.Conv2d(8, 8, 3, padding=1) for _ in range(2)), nn.Conv2d(8, 4, 1)]
+    net = Versioned(*convs).eval()
+    converted = surgeon.convert(net, recipe, (1, 3, 32, 32))
+    assert surgeon.verify(net, converted).verdict == ("equivalent" if recipe == "acnet" else "approximate")
+    assert surgeon.verify(converted, surgeon.fuse(converted)).verdict == "equivalent"
+
+
 def test_two_dtypes_are_named() -> None:
     with pytest.raises(VerifyError, match="A is stored in float32 and B in float64"):
         surgeon.verify(_resnet(), _resnet(torch.float64), INPUT)

@@ -37,26 +37,26 @@ CASES = {
     "a norm that mixes channels": (
         grouped(),
         {},
-        "saves no multiply-adds: 5 of 6 convs stay because it reads no low channels, and two streams would end right "
+        "saves no multiply-adds; 5 of 6 convs stay: it reads no low channels, and two streams would end right "
         "behind it, in a GroupNorm, which mixes channels; two streams go through batch norms, not through norms that "
         "mix channels",
     ),
     "small maps": (
         nn.Sequential(*[conv() for _ in range(3)], conv(16, 16, stride=2)),
         {"with": {"min_size": 40}},
-        "saves no multiply-adds: 4 of 4 convs stay because its low map would be 16×16, smaller than min_size 40, and "
+        "saves no multiply-adds; 4 of 4 convs stay: its low map would be 16×16, smaller than min_size 40, and "
         "its input has no low channels; a larger input would change that, or a smaller `min_size`",
     ),
     "nothing that is claimed": (
         nn.Sequential(conv(16, 64), conv(64, 64), conv(64, 16, 1), conv(16, 16, 1), conv(16, 4, 1)),
         {"match": {"kernel": 1}},
-        "saves 1 % of the multiply-adds: 2 of 5 convs stay because no rule claims it; a rule of the recipe that claims "
+        "saves 1 % of the multiply-adds; 2 of 5 convs stay: no rule claims it; a rule of the recipe that claims "
         "them would change that",
     ),
     "a stem that is all there is": (
         nn.Sequential(conv(3, 64), conv(64, 2, 1), conv(2, 2, 1)),
         {},
-        "saves 3 % of the multiply-adds: 1 of 3 convs stays because the stem; rules[0] of the recipe says so",
+        "saves 3 % of the multiply-adds; 1 of 3 convs stays: the stem; rules[0] of the recipe says so",
     ),
     "linear layers": (
         mostly_linear(),
@@ -67,7 +67,7 @@ CASES = {
     "a number of parts that does not fit": (
         nn.Sequential(conv(16, 20), conv(20, 20)),
         {"swap": "hetconv", "with": {"p": 16}},
-        "saves no multiply-adds: 2 of 2 convs stay because 20 input and 20 output channels cannot be cut into 16 "
+        "saves no multiply-adds; 2 of 2 convs stay: 20 input and 20 output channels cannot be cut into 16 "
         "parts; 2, 4, 5, 10, 20 would do; another `p` would change that",
     ),
 }
@@ -114,4 +114,4 @@ def test_an_edited_plan_is_judged_anew() -> None:
         update={"convs": (plan.convs[0], *(one.model_copy(update=stays) for one in plan.convs[1:]))}
     )
     settled = settle(pruned, surgeon.survey(net, (1, 16, 32, 32)))
-    assert "2 of 3 convs stay because I say so" in str(settled.saves_little)
+    assert "2 of 3 convs stay: I say so" in str(settled.saves_little)
