@@ -88,13 +88,24 @@ def _is_the_same_in_training(norm: nn.Module) -> bool:
 
 def _measured(norm: nn.Module, *, has_bias: bool) -> str | None:
     evaluated = in_mode(shadow(norm, _as_double), False)
-    for size in _SIZES:
+    for size in (*_SIZES, *_SIZES):
         x = _map_like(norm, size)
         if not _is_close(evaluated(x), _batch_norm(evaluated, x)):
             return "whose own forward is not the batch norm of its statistics"
+        _train_(evaluated)
     if has_bias and not _moves_with_its_input(norm):
         return "whose own forward in train mode depends on the bias of the conv before it"
     return None
+
+
+def _train_(norm: nn.Module) -> None:
+    """Give every tensor other numbers, as training may: those of either sign, but for the variance."""
+    draws = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, tensor in norm.state_dict().items():
+            if tensor.is_floating_point():
+                numbers = torch.randn(tensor.shape, generator=draws, dtype=torch.float64).to(tensor.device)
+                tensor.copy_(numbers.abs() + 0.5 if name == "running_var" else numbers)
 
 
 def _moves_with_its_input(norm: nn.Module) -> bool:

@@ -29,6 +29,7 @@ from surgeon.nn import LaterFormatError
 
 Data = dict[str, Any]
 _FORMAT = 2
+REMEMBERS = "remembers"  # in the meta of the output: what the forward sets on a module
 SURROUNDINGS = "surroundings"  # in the meta of a step: what its module has entered before it, such as torch.no_grad
 _PART = re.compile(r"[\w/:-]+")  # of a module's path: it stands in quotes in the Python that is made
 _OPERATORS = (

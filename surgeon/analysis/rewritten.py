@@ -30,7 +30,7 @@ from surgeon._torch_compat import ConvNd, NormBase, reads_weights_only
 from surgeon.analysis import program as data
 from surgeon.analysis import signatures
 from surgeon.analysis.places import said
-from surgeon.analysis.program import SURROUNDINGS, Data
+from surgeon.analysis.program import REMEMBERS, SURROUNDINGS, Data
 from surgeon.blocks.base import Operator
 from surgeon.errors import CaptureError
 from surgeon.models.sandbox import is_unpickling
@@ -205,6 +205,8 @@ def obstacle(module: nn.Module, graph: fx.Graph, custom_call: Callable[[nn.Modul
         if custom := custom_call(part, path or "it"):
             return f"{custom}, which a rewritten graph would skip"
     for node in graph.nodes:
+        if REMEMBERS in node.meta:
+            return f"its forward sets '{node.meta[REMEMBERS]}', which a rewritten graph would leave as it is"
         if SURROUNDINGS in node.meta:
             return f"{said(node)} runs in {node.meta[SURROUNDINGS]}, which a rewritten graph would not enter"
     return None

@@ -28,13 +28,13 @@ from torch.nn import functional as F
 
 from surgeon._torch_compat import ASSERTIONS, ConvNd, NormBase, pytree, saved_tensor_hooks
 from surgeon.analysis import places
-from surgeon.analysis.program import SURROUNDINGS
+from surgeon.analysis.program import REMEMBERS, SURROUNDINGS
 from surgeon.analysis.rewritten import graph_of
 from surgeon.blocks import Operator, norms
 from surgeon.models.call import Inputs
 from surgeon.models.copies import in_mode, is_users, where
 from surgeon.models.draw import Draw
-from surgeon.models.sandbox import Guard, gradients_and_autocast, tracing
+from surgeon.models.sandbox import Guard, drawn_from, draws, gradients_and_autocast, tracing
 
 FOLLOWS_MODE = "follows_mode"  # in the meta of a functional dropout whose flag is self.training
 _A_TENSOR = torch.empty(0)
@@ -69,8 +69,11 @@ def _trace_in_both_modes(module: nn.Module, inputs: Inputs | None, *, stops_earl
     ways = [defaults] if inputs is not None or not defaults else [defaults, {}]
     tensors = {name: value for name, value in given.items() if name not in defaults}
     tensors = pytree.tree_map_only(Draw, lambda _: _A_TENSOR, tensors)
+    known = drawn_from()
     try:
         graphs = [_trace_once(module, mode, way, tensors, stops_early) for way in ways for mode in (True, False)]
+        if drawn_from() != known and draws(lambda: _trace_once(module, True, ways[0], tensors, stops_early)):
+            return "its forward draws random numbers by itself, and a graph would always do what the first ones said"
     except Exception as error:
         return f"tracing stopped: {where(error)}"
     if node := next((n for n in graphs[0].nodes if _is_open(n)), None):
@@ -80,6 +83,8 @@ def _trace_in_both_modes(module: nn.Module, inputs: Inputs | None, *, stops_earl
             when = "with and without its optional arguments" if i else "in train and eval mode"
             return f"the graph is not the same {when}, first at {difference}"
     _mark_(graphs[0], graphs[1])
+    if remembers := next((n.meta[REMEMBERS] for one in graphs for n in one.nodes if REMEMBERS in n.meta), None):
+        _output_of(graphs[0]).meta[REMEMBERS] = remembers
     return graphs[0]
 
 
@@ -224,27 +229,48 @@ def _trace_once(
     """Trace, and remove what tracing and `forward` leave on modules, so that every trace begins in the same state."""
     with (
         tracing(_answer) as guard,
-        _restoring(module),
+        _restoring(module) as changed,
         gradients_and_autocast(training),
         _calling_functions_of_graphs(module),
     ):
         tracer = _Tracer(given, guard, stops_early=stops_early)
-        return tracer.trace(in_mode(module, training), concrete_args=dict(constants))
+        graph = tracer.trace(in_mode(module, training), concrete_args=dict(constants))
+    if changed:
+        _output_of(graph).meta[REMEMBERS] = changed[0]
+    return graph
+
+
+def _output_of(graph: fx.Graph) -> fx.Node:
+    last: fx.Node = next(reversed(graph.nodes))
+    return last
 
 
 @contextlib.contextmanager
-def _restoring(module: nn.Module) -> Iterator[None]:
-    """Put back every attribute, buffer, parameter and submodule that is set on a module or on one inside it."""
+def _restoring(module: nn.Module) -> Iterator[list[str]]:
+    """Put back every attribute, buffer, parameter and submodule that is set on a module or on one inside it.
+
+    Gives a list that, at the end, names those that had another value before.
+    """
     holders = [
-        holder for one in module.modules() for holder in (vars(one), one._buffers, one._parameters, one._modules)
+        (path, holder)
+        for path, one in module.named_modules()
+        for holder in (vars(one), one._buffers, one._parameters, one._modules)
     ]
-    before = [dict(holder) for holder in holders]
+    before, changed = [{name: (one, _age(one)) for name, one in holder.items()} for _, holder in holders], list[str]()
     try:
-        yield
+        yield changed
     finally:
-        for holder, known in zip(holders, before, strict=True):
+        for (path, holder), known in zip(holders, before, strict=True):
+            for name, (value, age) in known.items():
+                if name != "training" and (holder.get(name, known) is not value or _age(value) != age):
+                    changed.append(f"{path}.{name}".removeprefix("."))
             holder.clear()
-            holder.update(known)
+            holder.update({name: value for name, (value, _) in known.items()})
+
+
+def _age(value: object) -> int:
+    """Count how often a tensor was changed in place."""
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +21,8 @@ from surgeon.analysis import example as examples
 from surgeon.analysis import sites
 from surgeon.analysis.network import Network
 from surgeon.analysis.sites import Survey
-from surgeon.blocks import Deployable, Foldable
+from surgeon.blocks import Block, Deployable, Foldable
+from surgeon.display import words
 from surgeon.errors import CaptureError
 from surgeon.files import architectures, formats
 from surgeon.files import load as source
@@ -40,7 +42,7 @@ from surgeon.surgery import manifest as manifests
 from surgeon.surgery.advice import Advice
 from surgeon.surgery.bake import all_baked
 from surgeon.surgery.bench import Timing, Trials
-from surgeon.surgery.decide import carry_out, plan_for
+from surgeon.surgery.decide import carry_out, check_bakes, plan_for
 from surgeon.surgery.fuse import fold_all_
 from surgeon.surgery.plan import Plan
 from surgeon.surgery.replay import rebuild
@@ -129,6 +131,8 @@ def convert(
 ) -> Converted:
     """Convert with a recipe (its name or path), or with a plan that was read from a file."""
     wanted = how if isinstance(how, Plan) else recipes.load(how, overrides)
+    if isinstance(wanted, Plan):
+        check_bakes(wanted, bake=bake)
     label = wanted.recipe.name if isinstance(wanted, Plan) else wanted.name
     path = _claim(output, name, label, given, how, force=force)
     progress(f"loading {name}", 0)
@@ -178,7 +182,8 @@ def fuse(
         _log.info("the model has no block that can be folded; it is written unchanged")
     progress(f"writing {path}", 0.9)
     _save(loaded, path, given.trust, force=force)
-    return Fused(done.blocks, (params, _count(model)), done.distance, path, done.norms, done.notes)
+    folded = tuple(block for block in done.blocks if not isinstance(model.get_submodule(block), Block))
+    return Fused(folded, (params, _count(model)), done.distance, path, done.norms, done.notes)
 
 
 def _what_stays(model: nn.Module, *, keep_norms: bool) -> str | None:
@@ -186,8 +191,12 @@ def _what_stays(model: nn.Module, *, keep_norms: bool) -> str | None:
     if cheaper := sorted({m.name for m in model.modules() if isinstance(m, Foldable)}):
         stays = f"{', '.join(cheaper)} is not folded, because it costs less than the conv it folds to"
         return f"{stays}; --dense folds it too"
-    if keep_norms and (whole := sorted({m.name for m in model.modules() if isinstance(m, Deployable)})):
-        return f"{', '.join(whole)} is left as it is: no conv and norm compute the same"
+    whole = Counter(m.name for m in model.modules() if isinstance(m, Deployable))
+    if keep_norms and whole:
+        return f"{', '.join(sorted(whole))} is left as it is: no conv and norm compute the same"
+    if whole:
+        blocks = " and ".join(words.counted(count, f"{name} block") for name, count in whole.items())
+        return f"{blocks} of convs with groups not folded; the norms behind are folded in"
     return None
 
 

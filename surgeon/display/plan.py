@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from surgeon.surgery.plan import Entry, Plan
 
-_BAKED = "what computed tensors is taken away; these stay as they are in eval mode until they are trained on"
+_BAKED = "their computed tensors become ordinary ones, with the values that they have in eval mode"
 _MOST_NAMES = 3  # of the convs that stay, where not every conv is shown
 
 

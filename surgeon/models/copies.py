@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from surgeon.conv.spec import ConvSpec
 from surgeon.errors import CaptureError
@@ -125,6 +126,10 @@ def shadow(model: Model, cast: Callable[[Tensor], Tensor] | None = None) -> Mode
                 todo="Give the network that it was made from.",
             )
         twin.training = module.training
+        if isinstance(module, fx.GraphModule):  # its own copying leaves the user's attributes behind, and our history
+            behind = vars(module).keys() - vars(twin).keys()
+            public = [attribute for attribute in behind if not attribute.startswith("_")]
+            vars(twin).update({attribute: copy.deepcopy(vars(module)[attribute], memo) for attribute in public})
     return made
 
 
@@ -200,6 +205,8 @@ def kind_of(module: nn.Module) -> type:
     kind = type(module)
     if issubclass(kind, Stored):
         return kind.stored_as()
+    if parametrize.is_parametrized(module):
+        return parametrize.type_before_parametrizations(module)
     is_its_own = isinstance(module, fx.GraphModule) and kind.__qualname__.endswith("GraphModuleImpl")
     return kind.__mro__[1] if is_its_own else kind
 

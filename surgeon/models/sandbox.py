@@ -95,6 +95,31 @@ def random_states_kept(seed: int | None = None) -> Iterator[None]:
                 one()
 
 
+def drawn_from() -> list[Any]:
+    """Give the random states of the process that Python's own code draws from, to be compared."""
+    numpy_random = sys.modules.get("numpy.random")
+    of_numpy = [repr(part) for part in numpy_random.get_state(legacy=False).items()] if numpy_random else []
+    return [random.getstate(), of_numpy, torch.get_rng_state().tolist()]
+
+
+def draws(work: Callable[[], object]) -> bool:
+    """Whether some work draws random numbers: from the same states it comes to the same others.
+
+    Other threads may draw at the same time, but hardly twice the same. It changes the states, which a caller keeps.
+    """
+    seen: list[Any] = []
+    for _ in range(5):
+        _seed(0)
+        start = drawn_from()
+        work()
+        if (end := drawn_from()) == start:
+            return False
+        if end in seen:
+            return True
+        seen.append(end)
+    return True
+
+
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
     """Let torch compute with this many threads.

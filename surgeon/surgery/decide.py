@@ -29,13 +29,22 @@ def carry_out(
 ) -> tuple[Plan, SelfCheck]:
     """Carry out a plan, or the plan that a recipe leads to."""
     if isinstance(how, Plan):
-        if bake and not how.baked:
-            raise PlanError("the plan bakes nothing", todo="Make one with surgeon plan --bake, or plan(bake=True).")
+        check_bakes(how, bake=bake)
         return _carry_out(how, network, progress)
     decided, _ = plan_for(network, how, bake=bake, seed=seed)
     if decided.baked:
         return _carry_out(decided, network, progress)
     return decided, carry_out_(decided, network, progress)
+
+
+def check_bakes(plan: Plan, *, bake: bool) -> None:
+    """Make sure that a plan bakes, if that is asked for beside it.
+
+    Raises:
+        PlanError: it was made without.
+    """
+    if bake and not plan.baked:
+        raise PlanError("the plan bakes nothing", todo="Make one with surgeon plan --bake, or plan(bake=True).")
 
 
 def plan_for(network: Network, recipe: Recipe, *, bake: bool, seed: int) -> tuple[Plan, Survey]:

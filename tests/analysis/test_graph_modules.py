@@ -128,6 +128,15 @@ def test_what_is_not_on_our_lists_is_no_seam_of_a_graph_module_with_streams() ->
     assert {seam.kind for seam in plan.seams} <= {"join", "split"}
 
 
+def test_its_history_goes_with_every_copy() -> None:
+    net = fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8))).eval()
+    converted = surgeon.convert(net, "acnet", (1, 3, 8, 8))
+    fused = surgeon.fuse(converted, (1, 3, 8, 8), keep_norms=True)
+    assert [step.operation for step in surgeon.history(fused)] == ["convert", "fuse"]
+    assert {*fused.state_dict()} == {*net.state_dict()}
+    assert surgeon.verify(converted, fused).verdict == "equivalent"
+
+
 def test_undoing_gives_the_graph_back(monkeypatch: pytest.MonkeyPatch) -> None:
     net, x = shake_(traced()).eval(), torch.randn(SHAPE)
     code, before = net.code, net(x)

@@ -83,6 +83,63 @@ def test_a_module_that_acts_on_values_is_left_alone_and_the_line_is_named():
     assert "\n" not in opaque.reason
 
 
+class Tail(nn.Module):
+    """Four convs that two streams could go through, and something that no graph shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        convs = [nn.Conv2d(16, 16, 3, padding=1) for _ in range(3)]
+        self.convs, self.skipped = nn.Sequential(nn.Conv2d(3, 16, 1), *convs), nn.Conv2d(16, 16, 3, padding=1)
+        self.register_buffer("count", torch.zeros(()))
+        self.steps = 0
+
+    def features(self, x: Tensor, *, skips: bool = False) -> Tensor:
+        y = self.convs(x)
+        return y if skips else y + self.skipped(y)
+
+
+class DropsByPython(Tail):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.features(x, skips=self.training and random.random() < 0.1)
+
+
+class DropsByTorch(Tail):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.features(x, skips=self.training and torch.rand(1).item() < 0.1)
+
+
+class CountsInABuffer(Tail):
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return self.features(x)
+
+
+class CountsInAnAttribute(Tail):
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += 1
+        return self.features(x) / self.steps
+
+
+@pytest.mark.parametrize("build", [DropsByPython, DropsByTorch])
+def test_a_forward_that_draws_is_not_taken_for_what_it_drew(build: Callable[[], nn.Module]):
+    found = capture(build())
+    assert [(one.path, "draws random numbers by itself" in one.reason) for one in found.opaque] == [("", True)]
+    assert [island.path for island in found.islands] == ["convs"]
+
+
+@pytest.mark.parametrize(("build", "name"), [(CountsInABuffer, "count"), (CountsInAnAttribute, "steps")])
+def test_a_forward_that_remembers_stays_as_it_is(build: Callable[[], nn.Module], name: str):
+    net = build()
+    plan = surgeon.plan(net, "octave", (1, 3, 64, 64))
+    assert f"its forward sets '{name}', which a rewritten graph would leave as it is" in {
+        one.reason for one in plan.seams
+    }
+    converted = surgeon.convert(net, plan).train()
+    for _ in range(3):
+        converted(torch.randn(2, 3, 64, 64))
+    assert getattr(converted, name) == getattr(net, name) + 3
+
+
 def test_containers_are_not_tried_and_what_they_hold_is():
     found = capture(tiny.ActsOnValuesWithStages())
     assert [island.path for island in found.islands] == ["stages.0", "stages.1", "heads.a", "heads.b"]

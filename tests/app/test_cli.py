@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from helpers import run_surgeon
 from rich.console import Console
 from rich.progress import Progress, TaskID
 from safetensors.torch import save_file
@@ -340,3 +341,15 @@ def test_the_demo_tells_each_step(run) -> None:
         "net.acnet.trained.pt",
         "net.pt",
     ]
+
+
+def test_fuse_counts_what_is_folded_and_says_what_stays_a_block(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    convs = [nn.Conv2d(16, 16, 3, padding=1, groups=groups) for groups in (1, 16, 1)]
+    net = nn.Sequential(nn.Conv2d(3, 16, 1), *convs, nn.Conv2d(16, 16, 1)).eval()
+    torch.save(surgeon.convert(net, "octave", (1, 3, 64, 64)), tmp_path / "net.pt")
+    assert run_surgeon("fuse", tmp_path / "net.pt", "-o", tmp_path / "fused.pt") == 0
+    done = capsys.readouterr()
+    assert "folded: 3 blocks" in done.out
+    assert "1 octave block of convs with groups not folded; the norms behind are folded in" in done.err

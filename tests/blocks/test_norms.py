@@ -316,6 +316,25 @@ def test_a_synchronised_norm_with_an_activation_becomes_a_synchronised_norm() ->
 # What is no batch norm, or nobody can tell.
 
 
+class Gained(nn.BatchNorm2d):
+    """A batch norm for as long as its gain has not been trained."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.gain = nn.Parameter(torch.ones(1))
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) * self.gain
+
+
+class OfPositiveScale(nn.BatchNorm2d):
+    """A batch norm for as long as no γ is negative."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        held = (self.running_mean, self.running_var, self.weight.abs(), self.bias)
+        return nn.functional.batch_norm(input, *held, self.training, self.momentum or 0.0, self.eps)
+
+
 def parametrised(channels: int) -> nn.Module:
     norm = nn.BatchNorm2d(channels)
     return parametrize.register_parametrization(norm, "weight", nn.Softplus())
@@ -332,6 +351,8 @@ def with_a_child(channels: int) -> nn.Module:
     [
         (OtherEps, 1, "1 is a OtherEps, whose own forward is not the batch norm of its statistics"),
         (UsesItsStatistics, 1, "1 is a UsesItsStatistics, whose own forward in train mode depends on the bias"),
+        (Gained, 1, "1 is a Gained, whose own forward is not the batch norm of its statistics"),
+        (OfPositiveScale, 1, "1 is a OfPositiveScale, whose own forward is not the batch norm of its statistics"),
         (Raises, 1, "1 is a Raises, whose own forward cannot be tried by itself: it needs more than a map"),
         (lambda c: nn.GroupNorm(2, c), 1, "1 is a GroupNorm, which mixes channels; only a batch norm can be taken"),
         (lambda c: nn.InstanceNorm2d(c), 1, "1 is a InstanceNorm2d, which takes its statistics from each image"),

@@ -165,6 +165,20 @@ def test_only_what_is_swapped_is_baked() -> None:
     assert surgeon.verify(net, converted, SHAPE).verdict == "equivalent"
 
 
+def test_what_stays_computed_is_compared_with_itself_in_networks_built_twice() -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(*(KINDS["weight norm"]() for _ in range(2))).eval()
+
+    recipe = {"rules": [{"leave": "as it is", "match": {"name": "1"}}, {"swap": "acblock", "match": {"kernel": 3}}]}
+    converted = surgeon.convert(build(), recipe, SHAPE, bake=True)
+    assert surgeon.verify(build(), converted, SHAPE).verdict == "equivalent"
+    twin = surgeon.convert(build(), recipe, SHAPE, bake=True)
+    assert surgeon.verify(twin, surgeon.fuse(converted), SHAPE).verdict == "equivalent"
+    nn.utils.parametrize.remove_parametrizations(converted[1], "weight")
+    assert surgeon.verify(build(), converted, SHAPE).verdict != "equivalent"
+
+
 def test_two_conversions_that_bake_are_proved_together() -> None:
     net = nn.Sequential(KINDS["weight norm"](), KINDS["pruned taps"]()).eval()
     rules = [{"swap": "acblock", "match": {"name": "0"}}]
@@ -278,7 +292,11 @@ def test_from_the_command_line(suffix: str, tmp_path: Path, capsys: pytest.Captu
     assert run_surgeon("convert", net, "-r", "acnet", "-o", made, *shape) == 2
     assert "--bake" in capsys.readouterr().err
     assert run_surgeon("plan", net, "-r", "acnet", "--bake", "-o", plan, *shape) == 0
-    assert "2 convs baked: what computed tensors is taken away" in capsys.readouterr().out
+    assert "2 convs baked: their computed tensors become ordinary ones" in capsys.readouterr().out
+    unbaked = tmp_path / "unbaked.yaml"
+    assert run_surgeon("plan", net, "-r", "acnet", "-o", unbaked, *shape) == 0
+    assert run_surgeon("convert", net, "--plan", unbaked, "--bake", "-o", made, *shape) == 2
+    assert "the plan bakes nothing. Make one with surgeon plan --bake" in capsys.readouterr().err
     assert run_surgeon("convert", net, "-r", "acnet", "--bake", "-o", made, *shape) == 0
     assert "2 convs baked" in capsys.readouterr().out
     assert surgeon.verify(original, surgeon.load(made, arch=arch), (1, 4, 9, 8)).verdict == "equivalent"
