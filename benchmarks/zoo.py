@@ -25,6 +25,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -108,7 +109,8 @@ def run(options: argparse.Namespace) -> None:
     show_gains(records, console) if options.plans_only else show(records, console)
     if options.write_docs:
         (ROOT / "docs" / "zoo.md").write_text(
-            page(sorted([*latest.values(), *rest], key=lambda record: record.name), versions()), encoding="utf-8"
+            page(sorted([*latest.values(), *rest], key=lambda record: record.name), used([*map(recorded, files)])),
+            encoding="utf-8",
         )
     sys.exit(any(record.status in ("failed", "wrong") for record in records))
 
@@ -269,6 +271,12 @@ def append(record: Record, out: Path, *, plans_only: bool) -> None:
     mark = {"plans_only": True} if plans_only else {}
     with out.open("a", encoding="utf-8") as file:
         file.write(json.dumps({**asdict(record), **mark, "versions": versions()}) + "\n")
+
+
+def used(files: Iterable[Iterable[dict[str, Any]]]) -> Counter[str]:
+    """Count the networks that were examined with the same versions, in words."""
+    latest = {line["name"]: line["versions"] for lines in files for line in lines if line.get("versions")}
+    return Counter(", ".join(f"{name} {version}" for name, version in one.items()) for one in latest.values())
 
 
 def versions() -> dict[str, str]:

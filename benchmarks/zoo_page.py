@@ -70,7 +70,7 @@ def brought(found: Brings | None) -> tuple[str, str]:
     return norms, f"×{found.octave:.2f}{', folded first' if found.folded_first else ''}"
 
 
-def page(records: Sequence[Record], versions: dict[str, str]) -> str:
+def page(records: Sequence[Record], versions: Counter[str]) -> str:
     """Write docs/zoo.md."""
     done = [record for record in records if not record.left_out]
     lines = [
@@ -93,7 +93,7 @@ def page(records: Sequence[Record], versions: dict[str, str]) -> str:
         "  (planned only; a detector sees 320 pixels).",
         "- `islands`: `whole` where the network can be traced, else into how many parts it falls.",
         "",
-        f"With {', '.join(f'{name} {version}' for name, version in versions.items())}.",
+        *(f"- {count} architectures with {named}." for named, count in versions.most_common()),
         "",
         *totals(records, done),
         "",

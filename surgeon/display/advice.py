@@ -64,6 +64,7 @@ def _closing(advice: Advice) -> Iterator[str]:
     if most is not None:
         keeps = "" if most.keeps_function else "; retrain the network"
         yield f"for a cheaper network: {most.recipe} saves most, MACs ×{most.saves:.2f}{keeps}"
+        yield f"fewer MACs need not be faster; surgeon plan MODEL -r {most.recipe} --time measures that"
     elif advice.cost.macs:
         yield "no bundled recipe saves 5 % of the multiply-adds of this network"
 

@@ -47,9 +47,12 @@ def test_it_says_what_to_take_for_what() -> None:
     assert found.free.recipe == "acnet"
     assert found.saves_most is not None
     assert found.saves_most.saves == min(row.saves for row in found.offers)
-    *_, free, most = str(found).splitlines()
+    *_, free, most, time = str(found).splitlines()
     assert free.startswith("for training further, at no cost once it is fused: acnet; ×1.6")
     assert most.startswith(f"for a cheaper network: {found.saves_most.recipe} saves most, MACs ×0.")
+    assert (
+        time == f"fewer MACs need not be faster; surgeon plan MODEL -r {found.saves_most.recipe} --time measures that"
+    )
 
 
 def test_acnet_is_free_only_where_it_keeps_the_function() -> None:
