@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -232,7 +233,7 @@ def test_the_page_counts_what_was_found() -> None:
         seams={"join: 'add_1' needs the whole map": 1},
         errors=[{"step": s, "error": "E: a | b", "place": "x.py:1"} for s in "pq"],
     )
-    page = zoo_page.page([fine, failed, Record("c", "", left_out="it has no Conv2d")], {"surgeon": "1"})
+    page = zoo_page.page([fine, failed, Record("c", "", left_out="it has no Conv2d")], Counter({"surgeon 1": 2}))
     assert "- 3 architectures: 1 failed, 1 left out, 1 right." in page
     assert "| a | 4 | 3 | 3 of 4 | 2 of 3 | 0e+00 | 2e-11 | 2 | ×0.70 | 1 | whole | 0 | right |" in page
     assert "| b | p, q: E: a \\| b (x.py:1) |" in page
