@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from helpers import relative, run_surgeon, shake_
 from torch import Tensor, fx, nn
@@ -248,7 +249,7 @@ def test_only_sums_are_ours() -> None:
 
 def test_one_that_pads_by_a_rule_of_its_own_stays() -> None:
     """No plain module pads by its input's size, as timm's Conv2dSame does."""
-    kind = pytest.importorskip("timm.layers").Conv2dSame
+    kind = timm.layers.Conv2dSame
     torch.manual_seed(0)
     model = nn.Sequential(kind(8, 8, 3, stride=2), nn.BatchNorm2d(8)).eval()
     thin = surgeon.convert(model, "hetconv-p4", INPUT)

@@ -6,6 +6,7 @@ import functools
 from collections import Counter
 
 import pytest
+import segmentation_models_pytorch
 import timm
 import torch
 import torchvision
@@ -39,8 +40,9 @@ def _detector() -> nn.Module:
 
 @functools.cache
 def _unet() -> nn.Module:
-    library = pytest.importorskip("segmentation_models_pytorch")
-    unet: nn.Module = library.Unet("resnet18", encoder_weights=None, decoder_channels=(32, 32, 16, 16, 16))
+    unet: nn.Module = segmentation_models_pytorch.Unet(
+        "resnet18", encoder_weights=None, decoder_channels=(32, 32, 16, 16, 16)
+    )
     return unet.eval()
 
 

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from helpers import run_surgeon
 from torch import nn
@@ -109,16 +110,8 @@ def test_reasons_that_differ_in_names_and_numbers_are_one() -> None:
 
 
 def test_an_error_of_one_recipe_is_its_row() -> None:
-    class Picky(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(5, 8, 3)
-
-        def forward(self, x: torch.Tensor, y: str) -> torch.Tensor:
-            return self.conv(x) if y == "yes" else x
-
     sized = {"surgeon": 1, "title": "sized", "rules": [{"swap": "acblock", "match": {"size": {"min": 8}}}]}
-    (row,) = advice.advise(surgeon.survey(Picky()), [recipes.from_dict(sized)]).offers
+    (row,) = advice.advise(surgeon.survey(tiny.Picky()), [recipes.from_dict(sized)]).offers
     assert row.error is not None
     assert "asks for the size of feature maps, but no input is known" in row.error
 
@@ -139,15 +132,7 @@ def test_a_guessed_input_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_without_an_input_counts_of_parameters_are_left() -> None:
-    class Picky(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(5, 8, 3)
-
-        def forward(self, x: torch.Tensor, y: str) -> torch.Tensor:
-            return self.conv(x) if y == "yes" else x
-
-    found = surgeon.recipes_for(Picky())
+    found = surgeon.recipes_for(tiny.Picky())
     assert "no input is known, so multiply-adds are not counted" in str(found)
     assert found.saves_most is None
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from helpers import run_surgeon
 from torch import nn
@@ -109,16 +110,8 @@ def test_both_sides_are_timed_with_their_norms_folded(monkeypatch: pytest.Monkey
 
 
 def test_what_cannot_be_timed_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
-    class Picky(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(5, 8, 3)
-
-        def forward(self, x: torch.Tensor, y: str) -> torch.Tensor:
-            return self.conv(x) if y == "yes" else x
-
     with pytest.raises(CaptureError, match="no input is known to time the model with"):
-        surgeon.plan(Picky(), "acnet", time=True)
+        surgeon.plan(tiny.Picky(), "acnet", time=True)
     with pytest.raises(RecipeError, match=r"time\.before"):
         plans.parse(surgeon.plan(_net(), "acnet", SHAPE).dump() + "\ntime: {before: -1}\n", "plan.yaml")
 

@@ -176,3 +176,14 @@ class TrainReturnsNothing(ConvNorm):
     def train(self, mode: bool = True) -> None:
         super().train(mode)
         self.bn.eval()
+
+
+class Picky(nn.Module):
+    """No input can be found for it: it also takes a word."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(5, 8, 3)
+
+    def forward(self, x: Tensor, y: str) -> Tensor:
+        return self.conv(x) if y == "yes" else x
