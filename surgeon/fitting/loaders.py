@@ -20,7 +20,7 @@ from surgeon.errors import DataError
 from surgeon.files.names import Trust
 from surgeon.fitting import labels as label
 from surgeon.fitting import stored
-from surgeon.fitting.supply import Batch, Supply, add_to, check_held_back, of_one_colour, permuted
+from surgeon.fitting.supply import Batch, Colours, Supply, add_to, check_held_back, permuted
 from surgeon.models.call import Inputs
 from surgeon.models.copies import where
 from surgeon.models.sandbox import OwnRandomStates
@@ -188,8 +188,7 @@ class _Look:
 
     def __init__(self) -> None:
         self._channels: list[tuple[int, ...]] = []
-        self._first: float | None = None
-        self._is_varied = False
+        self._colours = Colours()
         self._batches = 0
 
     def at(self, batch: Batch) -> str:
@@ -204,17 +203,15 @@ class _Look:
                     todo="Leave that image out, or mend how it is read.",
                 )
         self._check_channels(batch, number)
-        for tensor in batch.inputs.tensors:
-            if not self._is_varied and tensor.numel():
-                self._first = float(tensor.flatten()[0]) if self._first is None else self._first
-                self._is_varied = bool((tensor != self._first).any())
+        images = batch.inputs.args[0] if len(batch.inputs.args) == 1 else None
+        for image in [images] if isinstance(images, Tensor) else images if isinstance(images, list) else []:
+            self._colours.see(image, -3)
         return _hash(batch)
 
     def finish(self, name: str) -> None:
         if not self._batches:
             raise DataError(f"{name} yields nothing", todo=_YIELD)
-        if not self._is_varied:
-            raise of_one_colour()
+        self._colours.check()
 
     def _check_channels(self, batch: Batch, number: int) -> None:
         channels = tuple(int(one.shape[-3]) for one in batch.inputs.tensors if one.dim() in (3, 4))
@@ -231,7 +228,7 @@ def _batch(item: Any, loader: Loader, wants_own: bool, number: int) -> Batch:
     """Take what a loader yields apart: what the model is called with, and labels where they are asked for."""
     inputs, beside = _parts(item, loader)
     count = inputs.batch if inputs.has_tensors else 0
-    if not count or any(one.dim() == 0 for one in inputs.tensors):
+    if not count or any(one.numel() == 0 or one.dim() == 0 for one in inputs.tensors):
         raise DataError(f"{loader.name}: batch {number} (counted from 0) holds no images", todo=_YIELD)
     if len(inputs.args) == 1 and isinstance(image := inputs.args[0], Tensor) and image.dim() < 4:
         shape = "×".join(map(str, image.shape))

@@ -14,7 +14,7 @@ from torch import Tensor
 from surgeon.errors import DataError
 from surgeon.fitting import stored
 from surgeon.fitting.preprocess import Preprocessing, check_depth, check_takes_pictures
-from surgeon.fitting.supply import Hash, Images, add_to, of_one_colour
+from surgeon.fitting.supply import Colours, Hash, Images, add_to
 from surgeon.models.call import Inputs
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -50,23 +50,19 @@ class Pictures(Images):
         return Inputs((images,) if self.done.is_detector else (torch.stack(images),))
 
     def examine(self, numbers: Sequence[int], digest: Hash) -> None:
-        """Read the bytes of every file and the head of every picture; decode them until one shows two colours."""
+        """Decode every picture once: one that is damaged is found before anything is computed."""
         from_first: dict[tuple[int, int], Path] = {}
-        is_varied = False
+        colours = Colours()
         for path in (self.paths[number] for number in numbers):
-            size = self._head(path, digest)
-            from_first.setdefault(size, path)
+            from_first.setdefault(self._head(path, digest), path)
             if self.done.size is None and not self.done.is_detector and len(from_first) > 1:
                 said = " and ".join(f"{one} ({size[0]}×{size[1]})" for size, one in from_first.items())
                 raise DataError(
                     f"pictures are not of one size: {said}",
                     todo="Give a size: --preprocess size=64, or imagenet; or an example input: --input 1,3,224,224.",
                 )
-            if not is_varied:
-                image = self._image(path)
-                is_varied = any(float(channel.min()) != float(channel.max()) for channel in image)
-        if not is_varied and self._are_alike(numbers):
-            raise of_one_colour()
+            colours.see(self._image(path), 0)
+        colours.check()
 
     def _head(self, path: Path, digest: Hash) -> tuple[int, int]:
         from PIL import Image
@@ -84,11 +80,6 @@ class Pictures(Images):
 
         with stored.readable(path), Image.open(path) as file:
             return self.done.tensor(ImageOps.exif_transpose(file))
-
-    def _are_alike(self, numbers: Sequence[int]) -> bool:
-        """Whether pictures of one colour each are all of the same."""
-        colours = {tuple(self._image(self.paths[number])[:, 0, 0].tolist()) for number in numbers}
-        return len(colours) == 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +120,7 @@ class Rows(Images):
         return Inputs((list(images),) if self.done.is_detector else (images,))
 
     def examine(self, numbers: Sequence[int], digest: Hash) -> None:
-        lowest = highest = None  # numbers of every channel so far
-        others = (0, 1, 2) if self.is_last or self.is_flat else (0, 2, 3)
+        colours, axis = Colours(), 3 if self.is_last else 0 if self.is_flat else 1
         for i in range(0, len(numbers), _AT_ONCE):
             part = numbers[i : i + _AT_ONCE]
             rows = self.array.rows(part)
@@ -140,11 +130,8 @@ class Rows(Images):
                 raise DataError(
                     f"image {bad} (counted from 0) holds NaN or infinite numbers", todo="Leave it out, or mend it."
                 )
-            low, high = rows.amin(others), rows.amax(others)
-            lowest = low if lowest is None else torch.minimum(lowest, low)
-            highest = high if highest is None else torch.maximum(highest, high)
-        if lowest is not None and highest is not None and torch.equal(lowest, highest):
-            raise of_one_colour()
+            colours.see(rows[None] if self.is_flat else rows, axis)
+        colours.check()
 
     def _pictured(self, row: Tensor) -> Tensor:
         """Take an image of bytes (channels, height, width) through Pillow."""

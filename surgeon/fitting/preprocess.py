@@ -35,7 +35,7 @@ _NO_PICTURES = ("torchvision.models.video", "torchvision.models.optical_flow")
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """What is done to pictures, and who says so. Sizes are (height, width); None leaves pictures as large as they are."""
+    """What is done to pictures, and who says so. Sizes are (height, width); None leaves pictures as they are."""
 
     whose: str
     mean: tuple[float, ...] = ()

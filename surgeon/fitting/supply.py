@@ -159,12 +159,27 @@ def add_to(digest: Hash, tensor: Tensor) -> None:
         digest.update((ctypes.c_char * size).from_address(held.data_ptr()))
 
 
-def of_one_colour() -> DataError:
-    """Make the error for images from which nothing can be learnt."""
-    return DataError(
-        "all pixels of all images are equal, which says nothing about what a network sees",
-        todo="Give images like those that it is used on.",
-    )
+class Colours:
+    """Whether images show anything: the lowest and the highest numbers of every channel so far."""
+
+    def __init__(self) -> None:
+        self._lowest: Tensor | None = None
+        self._highest: Tensor | None = None
+
+    def see(self, images: Tensor, axis: int) -> None:
+        """Look at images whose channels are this axis."""
+        others = [i for i in range(images.dim()) if i != axis % images.dim()]
+        low, high = images.amin(others), images.amax(others)
+        self._lowest = low if self._lowest is None else torch.minimum(self._lowest, low)
+        self._highest = high if self._highest is None else torch.maximum(self._highest, high)
+
+    def check(self) -> None:
+        """Refuse images of one colour, all of them the same: nothing can be learnt from them."""
+        if self._lowest is not None and self._highest is not None and torch.equal(self._lowest, self._highest):
+            raise DataError(
+                "all pixels of all images are equal, which says nothing about what a network sees",
+                todo="Give images like those that it is used on.",
+            )
 
 
 def _cut(order: Sequence[int], size: int) -> tuple[tuple[int, ...], ...]:

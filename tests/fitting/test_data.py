@@ -11,14 +11,13 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from surgeon.errors import DataError
 from surgeon.files.names import Trust
-from surgeon.fitting import data, loaders, stored
+from surgeon.fitting import data, stored
 from surgeon.models.call import Inputs
 
 GREY = nn.Sequential(nn.Conv2d(1, 2, 3))
@@ -299,7 +298,7 @@ def test_what_is_given_as_data_stays_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (LABELS, "no array of images"),
+        (LABELS, "10 of int64, not images"),
         (torch.zeros(4, 3, 2, 2), "all pixels of all images are equal"),
         (torch.full((4, 3, 2, 2), 9, dtype=torch.uint8), "all pixels of all images are equal"),
         (torch.zeros(0, 3, 2, 2), "holds no image"),
@@ -313,7 +312,7 @@ def test_what_is_given_as_data_stays_as_it_is() -> None:
         (BYTES[:, 0], "the network takes 3 channels"),
         (BYTES, "the preprocessing of Sequential is not known. Give --preprocess imagenet"),
         ([], "yields nothing"),
-        ([torch.zeros(2, 3, 2, 2)] * 2, "all pixels of all images are equal"),
+        ([torch.tensor([1.0, 2, 3]).view(1, 3, 1, 1).expand(2, 3, 2, 2)] * 2, "all pixels of all images are equal"),
         ([FLOATS, FLOATS / 0], r"batch 1 holds NaN or infinite numbers, in image 0"),
         ([FLOATS, FLOATS[:, :1]], "batch 1 has 1 channels, and those before it 3"),
         ([FLOATS[0]], "which is not a batch of images"),
@@ -395,7 +394,6 @@ def test_a_file_of_torch_runs_nothing(tmp_path: Path) -> None:
             return Path.touch, (tmp_path / "ran",)
 
     torch.save(Evil(), tmp_path / "x.pt")
-    with pytest.raises(DataError, match="may not be loaded|holds"):
+    with pytest.raises(DataError, match="may not be loaded"):
         stored.arrays(tmp_path / "x.pt", Trust())
     assert not (tmp_path / "ran").exists()
-    assert loaders._SAME.endswith("shuffle=False.")
