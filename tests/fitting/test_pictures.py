@@ -146,13 +146,13 @@ def test_bad_folders_are_one_sentence(folder: Path) -> None:
     assert "lies in no sub-folder" in said(labels="own")
     (folder / "e.png").write_bytes((folder / "cat" / "b.png").read_bytes()[:60])
     assert "e.png cannot be read" in said()
-    picture(40, 30).convert("I").save(folder / "e.png")
+    Image.new("I;16", (40, 30)).save(folder / "e.png")
     assert "more than 8 bits" in said()
     (folder / "e.png").unlink()
     assert "3 labels for 4 images" in said(labels=[1, 2, 3])
     for path in folder.rglob("*.*"):
         if path.is_file() and path.suffix != ".txt":
-            Image.new("RGB", (8, 8), (9, 8, 7)).save(path)
+            Image.new("RGB", (8, 8), (9, 8, 7)).save(path, lossless=True)
     assert "all pixels of all images are equal" in said()
     Image.new("RGB", (8, 8), (9, 8, 8)).save(folder / "cat" / "b.png")
     assert first(data.read(folder, COLOUR, preprocess="none")).shape == (4, 3, 8, 8)
