@@ -277,6 +277,8 @@ def _rows(asked: _Asked, array: stored.Array) -> pictures.Rows:
         raise DataError(f"{asked.source} has {rows.channels} channels ({array}), and needs {wanted}", todo=_FOUR)
     if rows.is_resized:
         ways.check_takes_pictures(done)
+        with stored.readable(Path(asked.source)):
+            import PIL  # noqa: F401 - so that it is missed here, with a sentence that says so
     return rows
 
 

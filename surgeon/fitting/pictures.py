@@ -30,14 +30,18 @@ class Pictures(Images):
 
     @classmethod
     def below(cls, folder: Path, done: Preprocessing) -> Pictures:
-        """List the pictures of a folder, at any depth.
+        """List the pictures of a folder, at any depth; files and folders whose name begins with a dot are hidden.
 
         Raises:
-            DataError: there is none.
+            DataError: there is none, or Pillow is missing.
         """
         check_takes_pictures(done)
         with stored.readable(folder):
-            files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+            import PIL  # noqa: F401 - so that it is missed here, with a sentence that says so
+
+            named = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+            shown = (path for path in named if not any(p.startswith(".") for p in path.relative_to(folder).parts))
+            files = sorted(path for path in shown if path.is_file())
         if not files:
             raise DataError(f"{folder} holds no pictures", todo=f"Name a folder with {', '.join(SUFFIXES)} in it.")
         return cls(tuple(files), done)

@@ -50,6 +50,8 @@ class Preprocessing:
 
     def tensor(self, picture: Image) -> Tensor:
         """Make of a picture what the model takes, in float32: (channels, height, width)."""
+        if "transparency" in picture.info:  # Pillow warns unless its colours are looked up in two steps
+            picture = picture.convert("RGBA")
         picture = self._cut_out(picture.convert("L" if self.channels == 1 else "RGB"))
         pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
         image = pixels.view(picture.height, picture.width, -1).permute(2, 0, 1)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from surgeon.errors import DataError, ModelError
@@ -84,8 +84,10 @@ def readable(path: Path) -> Iterator[None]:
         raise DataError(f"{path} cannot be read without {package}", todo=f"pip install {package}") from error
     except FileNotFoundError as error:
         raise DataError(f"there is no file {path}", todo="Name a file that exists.") from error
-    except (OSError, ValueError, EOFError, KeyError, RuntimeError, TypeError, zipfile.BadZipFile, SafetensorError) as e:
-        raise DataError(f"{path} cannot be read: {where(e)}", todo="Copy or write it again.") from e
+    except DataError:
+        raise
+    except Exception as error:  # Pillow, zlib, struct and NumPy have errors of many kinds for damaged files
+        raise DataError(f"{path} cannot be read: {where(error)}", todo="Copy or write it again.") from error
 
 
 def _npy(path: Path) -> dict[str, Array]:

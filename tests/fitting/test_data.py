@@ -86,6 +86,12 @@ def test_digests_tell_numbers_order_batches_and_preprocessing_apart(tmp_path: Pa
     assert digest() != before
 
 
+def test_a_digest_is_the_same_in_every_process() -> None:
+    x = torch.arange(480, dtype=torch.float32).view(10, 3, 4, 4)
+    assert data.of(x, batch=4).digest == "3146ab1938760cfd5fadd2da26e9b5d2018ad8719fa34149adedd0ec754f7e0b"
+    assert data.of([*x.split(4)]).digest == "007c1e4015089978b48c975f18da55acacfb8656546f298f5335791881b258ad"
+
+
 def test_bytes_are_scaled_and_normalised_and_channels_may_be_last(tmp_path: Path) -> None:
     spec = "mean=0.1/0.2/0.3,std=0.5/0.4/0.3"
     mean, deviation = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1), torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,25 @@ def test_a_picture_cut_short_is_named(folder: Path) -> None:
     whole = (folder / "cat" / "b.png").read_bytes()
     (folder / "cat" / "b.png").write_bytes(whole[:-400])
     with pytest.raises(DataError, match=r"b\.png cannot be read"):
+        data.read(folder, COLOUR, preprocess="none")
+
+
+def test_without_pillow_a_sentence_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    for source in (folder, torch.randint(256, (3, 3, 8, 8), dtype=torch.uint8)):
+        with pytest.raises(DataError, match=r"cannot be read without pillow\. pip install pillow"):
+            data.of(source, COLOUR, preprocess="size=4")
+
+
+def test_hidden_files_are_no_pictures_and_transparent_ones_are(folder: Path) -> None:
+    (folder / "._cat.png").write_bytes(b"what macOS keeps beside files")
+    picture(40, 30).convert("P").save(folder / "e.png", transparency=b"\x00\x80")
+    assert first(data.read(folder, COLOUR, preprocess="none")).shape == (5, 3, 30, 40)
+
+
+def test_a_picture_that_would_take_all_memory_is_one_sentence(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    with pytest.raises(DataError, match="DecompressionBombError"):
         data.read(folder, COLOUR, preprocess="none")
 
 
