@@ -51,7 +51,6 @@ class Loader:
         states = OwnRandomStates(self.seed)
         with states.step(), _Named(self.name):
             items = iter(self._iterable())
-            self.is_made_anew = self.is_made_anew or items is self._made
         while True:
             with states.step(), _Named(self.name):
                 try:
@@ -112,9 +111,8 @@ class Stream(Supply):
         stamp = hashlib.sha256("\n".join([done, *(f"{count} {text}" for count, text in seen)]).encode()).hexdigest()
         stream = replace(first, seen=seen, kept=tuple(range(len(seen))), stamp=stamp)
         if not stream._begins_the_same():
-            is_function = not loader.is_made_anew
             loader.is_made_anew = True
-            if not (is_function and stream._begins_the_same()):
+            if not stream._begins_the_same():
                 raise DataError(f"{loader.name} gives other batches at its second pass", todo=_SAME)
         return stream
 
