@@ -83,7 +83,9 @@ def _solve(unit: Unit, seen: Seen, whole: Sums, scale: Tensor, bias: Tensor, met
     """Solve one view; where there are several arrangements of taps, take the one that loses least."""
     problem = Problem.of(whole, has_bias=unit.has_bias)
     halves = [Problem.of(half, has_bias=unit.has_bias) for half in seen.halves]
-    cost = scale if metric is None else metric.diagonal()[None]
+    cost = scale
+    if metric is not None:
+        cost = streams.take(metric.diagonal(), seen.view.filters, 0).view(scale.shape)
     start, choices = seen.view.taps_of(unit.kernel), _choices(unit, seen.view, problem, cost)
     masked = [start * one.kept for one in choices] or [start]
     before = float((problem.error(masked[0], bias) * scale).sum())

@@ -64,7 +64,7 @@ class Unit:
         if self.norm_before is None:
             return ones
         numbers = Norm.of(norms.core_of(self.norm_before)).double()
-        return ones * numbers.weight / torch.sqrt(numbers.var + numbers.eps)
+        return (ones * numbers.weight / torch.sqrt(numbers.var + numbers.eps)).detach()
 
     def views(self, args: Sequence[Any]) -> Sequence[View]:
         """Say what its filters see in one call."""
