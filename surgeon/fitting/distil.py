@@ -300,11 +300,10 @@ def _is_trained(module: nn.Module) -> bool:
 
 def _put_back_(model: nn.Module, trained: nn.Module) -> None:
     """Give a network the numbers of its trained copy, rounded to its own dtypes."""
-    with torch.no_grad():
-        pairs = zip((*model.parameters(), *model.buffers()), (*trained.parameters(), *trained.buffers()), strict=True)
-        for own, new in pairs:
-            with torch.inference_mode(own.is_inference()):
-                own.copy_(new)
+    pairs = zip((*model.parameters(), *model.buffers()), (*trained.parameters(), *trained.buffers()), strict=True)
+    for own, new in pairs:
+        with torch.inference_mode(own.is_inference()), torch.no_grad():
+            own.copy_(new)
 
 
 def _schedule(step: int, steps: int) -> float:
