@@ -230,13 +230,14 @@ class _Run:
         state.note(value)
 
     def _share_statistics(self) -> None:
-        """Give the norms of all processes the mean of their statistics."""
-        statistics = [buffer for buffer in self.student.buffers() if buffer.is_floating_point()]
-        if self.all_reduce is not None and statistics:
-            count = torch.ones((), dtype=torch.float64, device=statistics[0].device)
-            self.all_reduce([*statistics, count])
-            for buffer in statistics:
-                buffer.div_(count.item())
+        """Give the norms of all processes the mean of their statistics, and of how many batches they have seen."""
+        buffers = [buffer for norm in self.norms for buffer in norm.buffers(recurse=False)]
+        if self.all_reduce is None or not buffers:
+            return
+        sums = [torch.ones((), dtype=torch.float64, device=buffers[0].device), *(one.double() for one in buffers)]
+        self.all_reduce(sums)
+        for buffer, total in zip(buffers, sums[1:], strict=True):
+            buffer.copy_(total / sums[0])
 
     def _summed(self, total: Tensor, count: int) -> float:
         """Give the mean of a sum over the images of all processes."""

@@ -54,7 +54,7 @@ def test_streams_of_a_module_that_is_called_for_each_are_compared_with_their_cha
         best = streams.join(*streams.split(target, first.low), first.low)
         measured = stages.loss(first, compared.before, compared.after)
     assert float(measured) == pytest.approx(relative(joined, best) ** 2, rel=1e-5)
-    assert float(measured) > 0.01
+    assert float(measured) > 1e-3
 
 
 def test_every_stage_of_a_network_against_itself_is_zero() -> None:
@@ -108,7 +108,7 @@ def test_scores_are_compared_by_their_divergence(are_probabilities: bool) -> Non
             scores = x.flatten(1)[:, :3] + self.shift
             return scores.softmax(1) if are_probabilities else scores
 
-    with Compared(Head(1.0), Head(0.0), []) as compared:
+    with Compared(Head(1.0), Head(0.0), []) as compared, torch.no_grad():
         scores = _inputs().args[0].flatten(1)[:, :3] / 2
         p, q = scores.softmax(1), (scores + torch.tensor([0.5, 0.0, 0.0])).softmax(1)
         expected = 4 * (p * (p / q).log()).sum(1).mean()
