@@ -16,8 +16,9 @@ from surgeon.app.demo import data as shipped
 from surgeon.app.demo.net import SmallResNet
 from surgeon.errors import FitError, StoreError, SurgeonError
 from surgeon.fitting import data as images
-from surgeon.fitting import distil
+from surgeon.fitting import distil, stages
 from surgeon.fitting.augment import Augmentation, takes_images
+from surgeon.fitting.compare import Compared
 from surgeon.fitting.distil import distil_
 from surgeon.fitting.measure import measure
 from surgeon.models.call import Inputs
@@ -287,6 +288,41 @@ def test_networks_with_nothing_in_common_are_refused() -> None:
     original = nn.Sequential(nn.Conv2d(1, 4, 3))
     with pytest.raises(FitError, match="no output and no feature map in common"):
         distil_(nn.Sequential(nn.Conv2d(1, 4, 5), nn.ReLU()), original, _images(), steps=2)
+
+
+def test_the_best_weights_are_kept_and_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distil, "_schedule", lambda step, steps: 1.0 if step < 6 else 100.0)
+    converted, original = _pair()
+    done = distil_(converted, original, _images(), steps=8)
+    assert done.best == 6
+    _, held = _images().held_back(4, 0)
+    found = stages.find(converted, original, next(iter(held)).inputs)
+    with Compared(converted.eval(), original, found) as compared, torch.no_grad():
+        assert float(compared.loss(next(iter(held)).inputs)) == pytest.approx(done.after, rel=1e-5)
+
+
+def test_gradients_are_those_of_the_mean_over_all_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    norms: list[float] = []
+
+    def note(parameters: list[nn.Parameter], longest: float) -> None:
+        norms.append(sum(float(one.grad.double().square().sum()) for one in parameters if one.grad is not None))
+
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", note)
+    for all_reduce in (None, lambda tensors: [tensor.mul_(2) for tensor in tensors] and None):
+        converted, original = _pair()
+        distil_(converted, original, _images(), steps=1, all_reduce=all_reduce)
+    assert norms[0] == norms[1] > 0
+    rest, _ = _images().held_back(4, 0)
+    assert next(iter(rest)).count == 18
+    converted, original = _pair()
+    found = stages.find(converted, original, next(iter(rest)).inputs)
+    converted.eval()
+    for norm in converted.modules():
+        norm.training = isinstance(norm, nn.BatchNorm2d)
+    with Compared(converted, original, found) as compared:
+        compared.loss(next(iter(rest)).inputs).backward()
+    own = sum(float(one.grad.double().square().sum()) for one in converted.parameters() if one.grad is not None)
+    assert norms[0] == pytest.approx(own, rel=1e-4)
 
 
 def test_processes_with_the_same_images_take_the_steps_of_one() -> None:
