@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +27,17 @@ class How:
     """How to fit.
 
     `refit`: the layers behind blocks as well; `metric`: errors are weighed by what they cost at the outputs; `norms`:
-    statistics are estimated anew where the outputs come nearer by it.
+    statistics are estimated anew where the outputs come nearer by it; `distil`: then train for so many steps. `state`
+    is a file in which an interrupted fit is continued, `cache` a folder for what depends on the original alone.
     """
 
     refit: bool = True
     metric: bool = True
     norms: bool = True
+    distil: int = 0
     seed: int = 0
+    state: Path | None = None
+    cache: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +74,7 @@ def fit_(
     if how.metric:
         progress("gradients of the original", 0.02)
         metrics = importance.metrics(reference, [unit for unit in found if unit.is_block], share, how.seed, processes)
-    sites = []
+    sites: list[SiteFit] = []
     for i, unit in enumerate(found):
         step = parts(progress, 0.1 + 0.8 * i / len(found), 0.1 + 0.8 * (i + 1) / len(found))
         sites += _fit_one_(unit, converted, reference, share, metrics.get(unit.path), processes, step)

@@ -1,8 +1,9 @@
 """What an error in the output of a conv costs at the end of the network: a metric S (out, out) for each unit.
 
-    S = E g gᵀ,   g = ∂ log p(c) / ∂ y at every pixel of the conv's output y, with the class c drawn from the network's own p
+    S = E g gᵀ,   g = ∂ log p(c) / ∂ y
 
-is the Fisher information of the conv's output, averaged over pixels; no labels are used. Where the outputs are no class
+at every pixel of the conv's output y, with the class c drawn from the network's own scores p, is the Fisher information
+of that output, averaged over pixels; no labels are used. Where the outputs are no class
 scores, g is the gradient of their sum with random signs, of which E g gᵀ is the same as with all outputs, one by one.
 
 Martens & Grosse 2015, K-FAC, arXiv:1503.05671, section 3.
@@ -37,7 +38,7 @@ def metrics(
     done = 0
     for i, batch in enumerate(data):
         for start in range(0, batch.count, _AT_ONCE):
-            part = batch.inputs.map(lambda t, n=batch.count, s=start: t[s : s + _AT_ONCE] if len(t) == n else t)
+            part = _rows(batch.inputs, batch.count, start)
             for unit, found in _gradients(reference, units, part, seed + 7919 * i + start):
                 sums[unit] = sums[unit].to(found) + found
         done += batch.count
@@ -50,6 +51,11 @@ def metrics(
         if bool(found.isfinite().all()) and bool(found.diagonal().mean() > 0):
             made[unit.path] = found / found.diagonal().mean() + SHARE * torch.eye(len(found)).to(found)
     return made
+
+
+def _rows(inputs: Inputs, count: int, start: int) -> Inputs:
+    """Take some images of a batch."""
+    return inputs.map(lambda t: t[start : start + _AT_ONCE] if t.dim() and len(t) == count else t)
 
 
 def _gradients(reference: nn.Module, units: Sequence[Unit], inputs: Inputs, seed: int) -> list[tuple[Unit, Tensor]]:
