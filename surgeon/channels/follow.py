@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from surgeon.analysis.islands import Island
 from surgeon.analysis.network import Network
 from surgeon.analysis.readers import owners
-from surgeon.channels.orders import Key, Order, Orders, Segment, fix, starts
+from surgeon.channels.orders import Key, Orders, starts
 from surgeon.channels.steps import Steps
 from surgeon.models.aliases import copied_together
 
@@ -98,7 +98,9 @@ def _names(model: nn.Module) -> dict[int, tuple[str, ...]]:
 def _fix_shared(network: Network, orders: Orders, names: Mapping[int, tuple[str, ...]]) -> None:
     """Fix tensors that something else reads as well: code that is not traced, or another tensor in the same memory."""
     model = network.model
-    within = {module: _islands_of(paths, [one.path for one in network.islands]) for module, paths in network.names.items()}
+    within = {
+        module: _islands_of(paths, [one.path for one in network.islands]) for module, paths in network.names.items()
+    }
     held, together = owners(model), copied_together([*model.parameters(), *model.buffers()], torch.clone)
     for key, tensor in list(orders.tensors.items()):
         holders = held.get(key, set())

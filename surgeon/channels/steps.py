@@ -81,9 +81,10 @@ class Steps:
         found = getattr(self.modules.get(holder), name, None)
         return Held(found) if isinstance(found, Tensor) else None
 
-    def _unknown(self, step: Step) -> None:
+    def _unknown(self, step: Step) -> Known:
         for value in step.node.all_input_nodes:
             self.fix(self.values.get(value), f"{step.said} is a step that channels cannot be followed through")
+        return None
 
     def fix(self, known: Known, why: str) -> None:
         if isinstance(known, Held):
@@ -195,10 +196,11 @@ def _linear(steps: Steps, step: Step) -> Known:
     return Value(steps.orders.of(weight, 0), len(shape) - 1)
 
 
-def _fixed(steps: Steps, module: nn.Module, step: Step) -> None:
+def _fixed(steps: Steps, module: nn.Module, step: Step) -> Known:
     """Fix all tensors of a module that is called in a way that could not be followed; the caller fixes the rest."""
     for tensor in (*module.parameters(), *module.buffers()):
         steps.orders.fix_tensor(tensor, f"{step.said} is called on something that could not be followed")
+    return None
 
 
 def _channelwise(steps: Steps, step: Step) -> Known:

@@ -23,7 +23,7 @@ from surgeon.errors import PlanError
 from surgeon.recipes.forms import Form
 
 _Count = Annotated[int, Field(strict=True, ge=0)]
-_TAKE_OUT = "Take that entry out of `permuted`: the channels then stay in their order."
+TAKE_OUT = "Take that entry out of `permuted`: the channels then stay in their order."
 
 
 class PermutedAxis(Form):
@@ -98,6 +98,13 @@ class Permuted(Form):
         return len(self.order) == group.size and sorted(self.tensors, key=_sorted) == list(whole.tensors)
 
 
+class OrderKept(Form):
+    """A conv whose low channels were to be chosen, and why they are the last ones."""
+
+    path: str
+    reason: str
+
+
 def digest(permuted: Sequence[Permuted]) -> str:
     """Hash permutations, so that weights can say which order their channels have; nothing where there are none."""
     if not permuted:
@@ -167,7 +174,7 @@ def _through(tensor: Tensor, steps: _Steps) -> Tensor:
 
 def _check(axis: PermutedAxis, tensor: Tensor | None, size: int) -> None:
     if (why := axis.misfit(tensor, size)) is not None:
-        raise PlanError(f"channels cannot be permuted: {why}", todo=_TAKE_OUT)
+        raise PlanError(f"channels cannot be permuted: {why}", todo=TAKE_OUT)
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -179,5 +186,7 @@ def _sorted(axis: PermutedAxis) -> tuple[str, int, int, tuple[int, int]]:
 
 
 def _format_of(tensor: Tensor) -> torch.memory_format:
-    is_last = tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+    is_last = (
+        tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+    )
     return torch.channels_last if is_last else torch.contiguous_format

@@ -32,6 +32,7 @@ from surgeon.recipes.forms import Form
 from surgeon.recipes.marks import quoted
 from surgeon.recipes.recipe import text_of
 from surgeon.surgery import deployed
+from surgeon.surgery.permute import OrderKept, Permuted
 
 _HOW_TO_PLAN = "`surgeon plan MODEL --recipe acnet -o plan.yaml` writes one that works."
 
@@ -239,6 +240,8 @@ class Plan(Shown, Form):
     recipe: RecipeText
     total: Total
     baked: tuple[str, ...] = ()  # convs whose computed tensors are made permanent before they are swapped
+    permuted: tuple[Permuted, ...] = ()  # channels that change places before convs are swapped, exactly
+    unpermuted: tuple[OrderKept, ...] = ()
     saves_little: str | None = None  # why, of a plan that was meant to save multiply-adds
     rewritten: tuple[str, ...] = ()  # islands that become graphs, so that octave streams go from conv to conv
     low_passed: tuple[LowPassed, ...] = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from surgeon.analysis import fingerprint as fingerprints
@@ -26,6 +27,7 @@ from surgeon.surgery.check import check
 from surgeon.surgery.fold import fold_blocks_
 from surgeon.surgery.history import Operation, content_hash, history, planned_inputs, set_history_
 from surgeon.surgery.operate import operate_
+from surgeon.surgery.permute import permute_
 from surgeon.surgery.plan import Plan
 
 
@@ -49,6 +51,7 @@ def redo_(
             bake_(model, plan.baked, like)
             network = Network(model, called_with=plan.inputs)
             check(plan, sites.survey(network), given, is_recorded=True)  # it may have come with a file
+            permute_(model, plan.permuted)
             operate_(model, plan, network)
         done.append(step)
     return model
@@ -157,6 +160,16 @@ def as_baked(a: nn.Module, steps: Sequence[Operation]) -> tuple[nn.Module, tuple
     bare = shadow(a)
     bake_(bare, names)
     return bare, names
+
+
+def in_order_of(a: nn.Module, steps: Sequence[Operation]) -> nn.Module:
+    """Give A with its channels permuted as the first step permutes them: A itself where it permutes none."""
+    plan = Plan.model_validate(steps[0].plan) if steps and steps[0].plan is not None else None
+    if plan is None or not plan.permuted:
+        return a
+    made = shadow(a, torch.clone)
+    permute_(made, plan.permuted)
+    return made
 
 
 def is_approximate(step: Operation) -> bool:
