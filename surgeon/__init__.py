@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from surgeon.surgery.advice import Advice
     from surgeon.surgery.history import Operation
     from surgeon.surgery.plan import Plan
+    from surgeon.surgery.reorder import reordered
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # else Python would print warnings by itself
 
@@ -64,6 +65,7 @@ _HOMES = {
     "Recipe": "surgeon.recipes.recipe",
     "Survey": "surgeon.analysis.sites",
     "SurgeonError": "surgeon.errors",
+    "reordered": "surgeon.surgery.reorder",
     **dict.fromkeys(("convert", "convert_", "fuse", "fuse_", "history", "load"), "surgeon.api"),
     **dict.fromkeys(("new_parameters", "plan", "recipes_for", "save", "survey", "verify"), "surgeon.api"),
 }
@@ -99,6 +101,7 @@ __all__ = [
     "new_parameters",
     "plan",
     "recipes_for",
+    "reordered",
     "save",
     "survey",
     "verify",

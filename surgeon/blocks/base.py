@@ -32,6 +32,7 @@ class BlockOptions(BaseModel):
 
 Role = dict[str, int | str]
 _ROLE = "surgeon.role"  # in the metadata of a state dict
+_ORDER = "order"  # in a role
 Opts = TypeVar("Opts", bound=BlockOptions, default=Any)  # the options of a block
 
 
@@ -83,7 +84,7 @@ class Operator(Stored, nn.Module):
         return {}
 
     def _role(self) -> Role:
-        return self.role() | ({"order": self.permuted_as} if self.permuted_as else {})
+        return self.role() | ({_ORDER: self.permuted_as} if self.permuted_as else {})
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -102,7 +103,7 @@ class Operator(Stored, nn.Module):
     ) -> None:
         noted, own = local_metadata.get(_ROLE), self._role()
         stored = noted or {}
-        if self.permuted_as and noted != {} and "order" not in stored:
+        if self.permuted_as and noted != {} and _ORDER not in stored:
             error_msgs.append(
                 f"{prefix[:-1] or 'the block'}: channels of this network were permuted, and these weights do not say "
                 "that theirs are. Those of the network that was converted: load surgeon.reordered(state, model). Those "
@@ -136,15 +137,21 @@ def without_roles(state: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
-def with_orders(state: Mapping[str, Any], model: nn.Module) -> OrderedDict[str, Any]:
-    """Give a state dict that says that its channels have the order that those of a model have."""
+def with_orders(state: Mapping[str, Any], orders: Mapping[str, str]) -> OrderedDict[str, Any]:
+    """Give a state dict that says how the channels of blocks were permuted, by path; '' says that they were not."""
     made, noted = OrderedDict(state), {path: dict(notes) for path, notes in getattr(state, "_metadata", {}).items()}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, Operator) and module.permuted_as:
-            notes = noted.setdefault(path, {})
-            notes[_ROLE] = {**notes.get(_ROLE, {}), "order": module.permuted_as}
+    for path, order in orders.items():
+        notes = noted.setdefault(path, {})
+        role = {name: said for name, said in notes.get(_ROLE, {}).items() if name != _ORDER}
+        notes[_ROLE] = role | ({_ORDER: order} if order else {})
     vars(made)["_metadata"] = noted
     return made
+
+
+def ordered_as(state: Mapping[str, Any]) -> set[str]:
+    """Say how the channels of the blocks that a state dict belongs to were permuted, as far as it says so."""
+    notes = getattr(state, "_metadata", {}).values()
+    return {str(note[_ROLE][_ORDER]) for note in notes if _ORDER in note.get(_ROLE, {})}
 
 
 class Block(Operator, abc.ABC, Generic[Opts]):

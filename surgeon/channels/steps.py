@@ -196,6 +196,22 @@ def _linear(steps: Steps, step: Step) -> Known:
     return Value(steps.orders.of(weight, 0), len(shape) - 1)
 
 
+def _functional_linear(steps: Steps, step: Step) -> Known:
+    """As the module, with tensors that the network holds."""
+    weight = steps.values.get(step.argument(1, "weight"))
+    bias, shape = step.argument(2, "bias"), steps.shape(step.node)
+    held = steps.values.get(bias) if bias is not None else None
+    if not isinstance(weight, Held) or shape is None or (bias is not None and not isinstance(held, Held)):
+        return None
+    before = steps.axis_at(step.operand, 1, weight.tensor.shape[1])
+    if before is None:
+        return None
+    unite(steps.orders.of(weight.tensor, 1), before)
+    if isinstance(held, Held):
+        unite(steps.orders.of(held.tensor, 0), steps.orders.of(weight.tensor, 0))
+    return Value(steps.orders.of(weight.tensor, 0), len(shape) - 1)
+
+
 def _fixed(steps: Steps, module: nn.Module, step: Step) -> Known:
     """Fix all tensors of a module that is called in a way that could not be followed; the caller fixes the rest."""
     for tensor in (*module.parameters(), *module.buffers()):
@@ -261,7 +277,7 @@ def _pad(steps: Steps, step: Step) -> Known:
 
 
 def _mean(steps: Steps, step: Step) -> Known:
-    """A mean over other axes than that of the channels."""
+    """A mean or a sum over other axes than that of the channels."""
     value, shape = steps.as_value(step.operand), steps.shape(step.operand)
     given = step.argument(1, "dim")
     over = [given] if isinstance(given, int) else given
@@ -324,6 +340,28 @@ def _concat(steps: Steps, step: Step) -> Known:
     return Value(found[0], dim)
 
 
+def _stack(steps: Steps, step: Step) -> Known:
+    """Maps of the same channels along a new axis."""
+    parts, made, along = step.argument(0, "tensors"), steps.shape(step.node), step.argument(1, "dim", 0)
+    if not isinstance(parts, list | tuple) or made is None or not isinstance(along, int):
+        return None
+    values = [value for part in parts if (value := steps.as_value(part)) is not None]
+    if len(values) != len(parts) or len({value.dim for value in values}) != 1:
+        return None
+    for value in values[1:]:
+        unite(values[0].axis, value.axis)
+    return Value(values[0].axis, values[0].dim + (along % len(made) <= values[0].dim))
+
+
+def _softmax(steps: Steps, step: Step) -> Known:
+    """A softmax along another axis than that of the channels."""
+    value, shape = steps.as_value(step.operand), steps.shape(step.operand)
+    along = step.argument(1, "dim") if step.module is None else step.module.dim
+    if value is None or shape is None or not isinstance(along, int):
+        return None
+    return value if along % len(shape) != value.dim else None
+
+
 def _split(steps: Steps, step: Step) -> Known:
     value, shape = steps.as_value(step.operand), steps.shape(step.operand)
     dim = step.argument(2, "dim", 0)
@@ -342,6 +380,8 @@ def _getitem(steps: Steps, step: Step) -> Known:
     source, index = step.operand, step.argument(1, "index")
     known = steps.values.get(source) if source is not None else None
     if isinstance(known, tuple):
+        if isinstance(index, slice):
+            return known[index] or None
         return known[index] if isinstance(index, int) and -len(known) <= index < len(known) else None
     value, shape = steps.as_value(source), steps.shape(source)
     if value is None or shape is None:
@@ -432,6 +472,7 @@ _MODULES: Mapping[type[nn.Module], Handler] = {
     nn.GroupNorm: _group_norm,
     nn.InstanceNorm2d: _channelwise,
     nn.LayerNorm: _layer_norm,
+    nn.Softmax: _softmax,
     nn.Flatten: _reshape,
     nn.Unflatten: _reshape,
 }
@@ -444,6 +485,11 @@ _FUNCTIONS: Mapping[Any, Handler] = {
     **dict.fromkeys(_RESHAPING, _reshape),
     F.pad: _pad,
     torch.mean: _mean,
+    torch.sum: _mean,
+    torch.stack: _stack,
+    F.softmax: _softmax,
+    torch.softmax: _softmax,
+    F.linear: _functional_linear,
     torch.permute: _permute,
     torch.transpose: _transpose,
     operator.getitem: _getitem,
@@ -455,6 +501,8 @@ _METHODS: Mapping[str, Handler] = {
     **dict.fromkeys(select.SPLIT_METHODS, _split),
     **dict.fromkeys(_RESHAPES, _reshape),
     "mean": _mean,
+    "sum": _mean,
+    "softmax": _softmax,
     "expand": _expand,
     "expand_as": _expand,
     "permute": _permute,

@@ -44,7 +44,7 @@ def carry_out_(checked: Plan, network: Network, progress: Progress = silent, *, 
         )
     parent = parent or content_hash(network.model)
     progress("permuting channels", 0)
-    apart = check_permuted(network.model, checked, network.inputs) if checked.permuted else None
+    apart = check_permuted(network.model, checked.permuted, network.inputs) if checked.permuted else None
     undo = permute_(network.model, checked.permuted)
     try:
         return _carry_out_(checked, network, progress, parent, apart)

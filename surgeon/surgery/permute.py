@@ -135,7 +135,7 @@ def permute_(model: nn.Module, permuted: Sequence[Permuted]) -> Callable[[], Non
     return undo
 
 
-def reordered(state: Mapping[str, Any], permuted: Sequence[Permuted]) -> OrderedDict[str, Any]:
+def permuted_state(state: Mapping[str, Any], permuted: Sequence[Permuted]) -> OrderedDict[str, Any]:
     """Give a state dict with its channels permuted; what it lacks, such as a head that was left out, is left out.
 
     Raises:

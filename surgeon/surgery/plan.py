@@ -156,7 +156,7 @@ class _Dumper(yamlmarks.Dumper):
     """Writes convs and lists of numbers on one line, and texts of several lines as blocks: users edit them."""
 
     def represent_mapping(self, tag: str, mapping: Any, flow_style: bool | None = None) -> yaml.MappingNode:
-        return super().represent_mapping(tag, mapping, flow_style="c_in" in mapping or flow_style)
+        return super().represent_mapping(tag, mapping, flow_style="c_in" in mapping or "axis" in mapping or flow_style)
 
     def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> yaml.SequenceNode:
         is_flat = not any(isinstance(item, dict | list) for item in sequence)

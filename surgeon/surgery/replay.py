@@ -17,6 +17,7 @@ from surgeon.errors import StoreError
 from surgeon.files.architectures import Architecture
 from surgeon.files.load import build, build_named_in_file
 from surgeon.files.pickles import Trust
+from surgeon.models.call import Inputs
 from surgeon.models.copies import duplicate, kind_of, shadow
 from surgeon.proof.distance import as_double
 from surgeon.proof.evidence import Replay
@@ -29,6 +30,7 @@ from surgeon.surgery.history import Operation, content_hash, history, planned_in
 from surgeon.surgery.operate import operate_
 from surgeon.surgery.permute import permute_
 from surgeon.surgery.plan import Plan
+from surgeon.surgery.selfcheck import check_permuted
 
 
 def redo_(
@@ -162,11 +164,16 @@ def as_baked(a: nn.Module, steps: Sequence[Operation]) -> tuple[nn.Module, tuple
     return bare, names
 
 
-def in_order_of(a: nn.Module, steps: Sequence[Operation]) -> nn.Module:
-    """Give A with its channels permuted as the first step permutes them: A itself where it permutes none."""
+def in_order_of(a: nn.Module, steps: Sequence[Operation], inputs: Inputs | None) -> nn.Module:
+    """Give A with its channels permuted as the first step permutes them: A itself where it permutes none.
+
+    Raises:
+        CaptureError: that is not what A computes.
+    """
     plan = Plan.model_validate(steps[0].plan) if steps and steps[0].plan is not None else None
     if plan is None or not plan.permuted:
         return a
+    check_permuted(a, plan.permuted, inputs)
     made = shadow(a, torch.clone)
     permute_(made, plan.permuted)
     return made

@@ -40,7 +40,7 @@ from surgeon.proof.distance import (
 )
 from surgeon.proof.ulps import Jitter, worst_ulps
 from surgeon.surgery.operate import Swap, build, keep_seams, stream_
-from surgeon.surgery.permute import permute_
+from surgeon.surgery.permute import Permuted, permute_
 from surgeon.surgery.plan import Plan
 
 # Relative L2 that no rounding explains once every block is proved; a norm that is applied twice or never causes more.
@@ -133,8 +133,8 @@ def _ways(model: nn.Module) -> tuple[_Way, ...]:
     )
 
 
-def check_permuted(model: nn.Module, plan: Plan, inputs: Inputs | None) -> float | None:
-    """Compare a network with its channels permuted as a plan says with the network as it is, on copies.
+def check_permuted(model: nn.Module, permuted: Sequence[Permuted], inputs: Inputs | None) -> float | None:
+    """Compare a network with its channels permuted with the network as it is, on copies.
 
     Raises:
         CaptureError: it computes something else.
@@ -142,10 +142,10 @@ def check_permuted(model: nn.Module, plan: Plan, inputs: Inputs | None) -> float
     if inputs is None or any(parameter.is_meta for parameter in model.parameters()):
         return None
     for way in (ways := _ways(model)):
-        permuted = shadow(model, torch.clone)
-        permute_(permuted, plan.permuted)
+        twin = shadow(model, torch.clone)
+        permute_(twin, permuted)
         try:
-            expected, found = way.run(model, inputs), way.run(permuted, inputs)
+            expected, found = way.run(model, inputs), way.run(twin, inputs)
         except VerifyError:
             if way is ways[-1]:
                 raise
