@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -20,10 +21,10 @@ from surgeon.surgery.permute import Permuted, permute_
 
 REAL: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "resnet18": (lambda: torchvision.models.resnet18(num_classes=10), 2880),
-    "densenet": (lambda: torchvision.models.DenseNet(8, (2, 2), 16, num_classes=10), 296),
+    "densenet": (lambda: torchvision.models.DenseNet(8, (2, 2), 16, num_classes=10), 192),
     "vgg11_bn": (lambda: torchvision.models.vgg11_bn(num_classes=10), 10944),
-    "mobilenet_v2": (lambda: torchvision.models.mobilenet_v2(width_mult=0.35, num_classes=10), 4832),
-    "resnext": (lambda: torchvision.models.resnext50_32x4d(num_classes=10), 22656),
+    "mobilenet_v2": (lambda: torchvision.models.mobilenet_v2(width_mult=0.35, num_classes=10), 4144),
+    "resnext": (lambda: torchvision.models.resnext50_32x4d(num_classes=10), 19008),
     "res2net, whose parts are split and joined": (lambda: timm.create_model("res2net50_14w_8s", num_classes=10), 12598),
     "regnety, with squeeze and excite and groups": (lambda: timm.create_model("regnety_002", num_classes=10), 7892),
 }
@@ -79,6 +80,11 @@ def squeezed(net: Net, x: Tensor) -> Tensor:
     return net.b(x * net.fc(x.mean((2, 3))).sigmoid()[:, :, None, None])
 
 
+def weighed(net: Net, x: Tensor) -> Tensor:
+    both = torch.stack([net.a(x), net.c(x)], 1)
+    return net.b((both.softmax(1) * both).sum(1))
+
+
 # name → network, its orders that are free, by their sizes.
 SMALL: dict[str, tuple[Callable[[], nn.Module], list[int]]] = {
     "a sum": (lambda: Net(lambda n, x: n.c(n.a(x) + n.b(x)), a=conv(), b=conv(), c=conv()), [8]),
@@ -87,7 +93,26 @@ SMALL: dict[str, tuple[Callable[[], nn.Module], list[int]]] = {
         [4, 8],
     ),
     "a slice": (lambda: Net(lambda n, x: n.b(n.a(x)[:, 2:6]), a=conv(), b=conv(4)), [2, 2, 4]),
-    "halves that are added": (lambda: Net(lambda n, x: n.b(sum(n.a(x).chunk(2, 1))), a=conv(), b=conv(4)), []),
+    "weights of its own for two maps": (
+        lambda: Net(
+            lambda n, x: n.b((torch.stack([n.a(x), n.a(x).relu()], 1) * F.softmax(n.w, 0)).sum(1)),
+            a=conv(),
+            b=conv(),
+            w=nn.Parameter(torch.rand(2, 1, 1, 1)),
+        ),
+        [8],
+    ),
+    "two maps, weighed for each channel": (lambda: Net(weighed, a=conv(), b=conv(), c=conv()), [8]),
+    "a linear step": (
+        lambda: Net(
+            lambda n, x: F.linear(F.linear(n.a(x).mean((2, 3)), n.w, n.v).relu(), n.u),
+            a=conv(),
+            w=nn.Parameter(torch.rand(6, 8)),
+            v=nn.Parameter(torch.rand(6)),
+            u=nn.Parameter(torch.rand(3, 6)),
+        ),
+        [6, 8],
+    ),
     "halves that change places": (
         lambda: Net(lambda n, x: n.b(torch.cat(torch.split(n.a(x), 4, 1)[::-1], 1)), a=conv(), b=conv()),
         [4, 4],
@@ -195,8 +220,6 @@ def test_what_cannot_be_followed_keeps_its_order_and_says_why(kind: str) -> None
     assert len(reasons) == 1
     [reason] = reasons
     assert reason is not None
-    import re
-
     assert re.search(why, reason), reason
 
 
