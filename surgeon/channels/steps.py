@@ -321,7 +321,12 @@ def _broadcast(steps: Steps, step: Step) -> Known:
 def _concat(steps: Steps, step: Step) -> Known:
     """Channels side by side; along another axis, all parts have the same ones."""
     parts, made, along = step.argument(0, "tensors"), steps.shape(step.node), step.argument(1, "dim", 0)
-    if not isinstance(parts, list | tuple) or made is None or not isinstance(along, int):
+    if made is None or not isinstance(along, int):
+        return None
+    if isinstance(split := steps.values.get(parts) if isinstance(parts, fx.Node) else None, tuple):
+        whole = Value([one for part in split for one in flat(part.axis)], split[0].dim)
+        return whole if along % len(made) == whole.dim else None
+    if not isinstance(parts, list | tuple):
         return None
     dims = {value.dim for part in parts if (value := steps.as_value(part)) is not None}
     shapes = [steps.shape(part) for part in parts]
