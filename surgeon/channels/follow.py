@@ -108,6 +108,8 @@ def _fix_shared(network: Network, orders: Orders, names: Mapping[int, tuple[str,
             orders.fix_tensor(tensor, "its tensor is not stored in the network")
         elif any(len(within[module]) != 1 for module in holders):
             orders.fix_tensor(tensor, f"{names[key][0]} is also reached by code that is not traced")
+        elif any(path in network.run.read_directly for module in holders for path in network.names[module]):
+            orders.fix_tensor(tensor, f"the network also reads {names[key][0]} directly")
         elif aside := [network.kept_aside[module] for module in holders if module in network.kept_aside]:
             orders.fix_tensor(tensor, f"{names[key][0]} is also kept in {aside[0]}")
         elif key in together:

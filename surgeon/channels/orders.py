@@ -81,7 +81,8 @@ def flat(axis: Iterable[Segment]) -> Axis:
         if order.became is None:
             found.append(Segment(order, each))
         else:
-            found += [Segment(one, each * more) for one, more in flat(order.became)]
+            order.became = flat(order.became)
+            found += [Segment(one, each * more) for one, more in order.became]
     return found
 
 

@@ -11,11 +11,11 @@ from pydantic import ValidationError
 from surgeon.analysis import fingerprint as fingerprints
 from surgeon.analysis.sites import Site, Survey
 from surgeon.blocks import contract
-from surgeon.channels.follow import Group, channels_of
+from surgeon.channels.follow import channels_of
 from surgeon.errors import PlanError
 from surgeon.recipes.forms import plain_words
 from surgeon.surgery import give_back
-from surgeon.surgery.permute import TAKE_OUT
+from surgeon.surgery.permute import TAKE_OUT, Permuted
 from surgeon.surgery.plan import Entry, FunctionalStep, Plan
 
 _SURVEY = "`surgeon survey MODEL` lists the names of all convs."
@@ -92,19 +92,18 @@ def _wrong_orders(plan: Plan, survey: Survey) -> Iterator[_Misfit]:
     """List permutations that are not of channels which share an order, at all of their places."""
     if not plan.permuted:
         return
-    free = [group for group in channels_of(survey.network).groups if not group.fixed]
-    seen: list[Group] = []
+    groups = [group for group in channels_of(survey.network).groups if not group.fixed]
+    free = {Permuted.of(group, range(group.size)).places for group in groups}
+    seen: set[object] = set()
     for i, one in enumerate(plan.permuted):
-        found = next((group for group in free if one.is_of(group)), None)
         named = one.tensors[0].tensor if one.tensors else "no tensor"
-        if found is None or any(found is group for group in seen):
-            what = (
-                "is permuted twice"
-                if found
-                else "is not an order of channels that can be permuted, with all its tensors"
-            )
+        if one.places not in free:
+            what = "is not an order of channels that can be permuted, with all its tensors"
+        else:
+            what = "is there twice" if one.places in seen else ""
+        if what:
             yield _Misfit(f"permuted[{i}] ({named}, {len(one.order)} channels)", what, TAKE_OUT)
-        seen += [found] if found else []
+        seen.add(one.places)
 
 
 def _repeated(plan: Plan) -> Iterator[_Misfit]:

@@ -23,6 +23,7 @@ from surgeon.errors import PlanError
 from surgeon.recipes.forms import Form
 
 _Count = Annotated[int, Field(strict=True, ge=0)]
+_WHICH = "Give the whole network, or all of its weights, of the plan, without prefixes such as 'module.'."
 TAKE_OUT = "Take that entry out of `permuted`: the channels then stay in their order."
 
 
@@ -92,10 +93,10 @@ class Permuted(Form):
         inverse = sorted(range(len(self.order)), key=lambda place: self.order[place])
         return Permuted(order=tuple(inverse), tensors=self.tensors)
 
-    def is_of(self, group: Group) -> bool:
-        """Whether this is a permutation of an order that channels have in a network, at all its places."""
-        whole = Permuted.of(group, range(group.size))
-        return len(self.order) == group.size and sorted(self.tensors, key=_sorted) == list(whole.tensors)
+    @property
+    def places(self) -> tuple[int, frozenset[PermutedAxis]]:
+        """How many channels are permuted, and where."""
+        return len(self.order), frozenset(self.tensors)
 
 
 class OrderKept(Form):
@@ -136,18 +137,17 @@ def permute_(model: nn.Module, permuted: Sequence[Permuted]) -> Callable[[], Non
 
 
 def permuted_state(state: Mapping[str, Any], permuted: Sequence[Permuted]) -> OrderedDict[str, Any]:
-    """Give a state dict with its channels permuted; what it lacks, such as a head that was left out, is left out.
+    """Give a state dict with its channels permuted.
 
     Raises:
-        PlanError: a tensor has another shape.
+        PlanError: a tensor is not there, under none of its names, or has another shape.
     """
     made = OrderedDict(state)
     for one in permuted:
         for axis in one.tensors:
-            for name in (axis.tensor, *axis.aliases):
-                if name in made:
-                    _check(axis, made[name], len(one.order))
-                    made[name] = axis.permuted(made[name], one.order)
+            held = [name for name in (axis.tensor, *axis.aliases) if name in made]
+            _check(axis, made[held[0]] if held else None, len(one.order))
+            made |= {name: axis.permuted(made[name], one.order) for name in held}
     vars(made)["_metadata"] = dict(getattr(state, "_metadata", {}))
     return made
 
@@ -174,7 +174,7 @@ def _through(tensor: Tensor, steps: _Steps) -> Tensor:
 
 def _check(axis: PermutedAxis, tensor: Tensor | None, size: int) -> None:
     if (why := axis.misfit(tensor, size)) is not None:
-        raise PlanError(f"channels cannot be permuted: {why}", todo=TAKE_OUT)
+        raise PlanError(f"channels cannot be permuted: {why}", todo=_WHICH)
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from surgeon.analysis.network import Network
+from surgeon.blocks import norms
 from surgeon.channels.follow import Group, channels_of
 from surgeon.channels.orders import Order, Segment, cut, fix, flat, length, unite
 from surgeon.models.call import Inputs
@@ -233,6 +234,37 @@ def test_hooks_and_modules_that_are_kept_elsewhere_keep_their_order() -> None:
     tied = nn.Sequential(conv(), nn.ReLU(), conv(), nn.ReLU(), conv())
     tied[4].weight = nn.Parameter(tied[0].weight.data)  # the same memory, which a permutation would take apart
     assert [place.names for group in free(tied, torch.zeros(1, 8, 6, 6)) for place in group.places] == []
+
+
+class Branches(nn.Module):
+    """A forward that tracing cannot follow, around parts that it can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(conv(), nn.BatchNorm2d(8), nn.ReLU(), conv())
+        self.second = nn.Sequential(conv(), nn.ReLU(), conv())
+        self.third = nn.Sequential(conv(), nn.ReLU(), conv())
+        self.lone = conv()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if x.mean() > -1e9:
+            x = self.lone(self.second(x))
+        return self.third(x) * self.third[0].weight[0, 0, 0, 0] + self.second[0].bias[:, None, None]
+
+
+def test_inside_code_that_is_not_traced_only_the_insides_of_its_parts_are_free() -> None:
+    torch.manual_seed(0)
+    model = shake_(Branches()).double().eval()
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    found = free(model, x)
+    assert [{name for place in group.places for name in place.names} for group in found] == [
+        {"first.0.weight", "first.0.bias", "first.3.weight", *(f"first.1.{name}" for name in norms.TENSORS)}
+    ]
+    with torch.no_grad():
+        before = model(x)
+        permute_(model, [shuffled(group) for group in found])
+        assert relative(model(x), before) <= 1e-12
 
 
 def test_leaving_out_one_tensor_of_an_order_is_seen() -> None:
