@@ -16,8 +16,10 @@ from surgeon.analysis.islands import Island
 from surgeon.analysis.network import Network
 from surgeon.analysis.readers import owners
 from surgeon.channels.orders import Key, Orders, starts
-from surgeon.channels.steps import Steps
+from surgeon.channels.steps import handler_of
+from surgeon.channels.values import Held, Known, Values
 from surgeon.models.aliases import copied_together
+from surgeon.octave.layout import Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,17 +75,46 @@ def channels_of(network: Network) -> Channels:
     return Channels(list(groups.values()), axes)
 
 
+_SHAPE_METHODS = {"size", "dim", "ndimension", "numel", "element_size", "is_floating_point", "get_device"}
+_SHAPES = {"shape", "dtype", "device", "ndim", "is_cuda", "layout"}
+
+
 def _follow(network: Network, island: Island, orders: Orders) -> None:
     root = network.model.get_submodule(island.path)
     modules = dict(root.named_modules(remove_duplicate=False))
-    steps = Steps(orders, modules, network.shapes.get(island.path, {}))
+    values = Values(orders, network.shapes.get(island.path, {}))
     where = type(root).__name__ if island.path else "the network"
     for node in island.graph.nodes:
+        step = Step(node, modules)
         if node.op == "output":
-            for value in node.all_input_nodes:
-                steps.fix(steps.values.get(value), f"it is what {where} gives")
-        else:
-            steps.follow(node)
+            _fix_what(step, values, f"it is what {where} gives")
+        elif node.op == "get_attr":
+            holder, _, name = str(node.target).rpartition(".")
+            found = getattr(modules.get(holder), name, None)
+            values.values[node] = Held(found) if isinstance(found, Tensor) else None
+        elif node.op != "placeholder" and not _asks_for_shape(step):
+            values.values[node] = _given(step, values)
+
+
+def _given(step: Step, values: Values) -> Known:
+    """Say what a step gives; if that is not known, what it reads stays in its order."""
+    handler = handler_of(step)
+    made = None if handler is None else handler(values, step)
+    if made is None:
+        _fix_what(step, values, f"{step.said} is a step that channels cannot be followed through")
+    return made
+
+
+def _fix_what(step: Step, values: Values, why: str) -> None:
+    for value in step.node.all_input_nodes:
+        values.fix(values.values.get(value), why)
+
+
+def _asks_for_shape(step: Step) -> bool:
+    node = step.node
+    if node.op == "call_method":
+        return str(node.target) in _SHAPE_METHODS
+    return node.target is getattr and str(node.args[1]) in _SHAPES
 
 
 def _names(model: nn.Module) -> dict[int, tuple[str, ...]]:
