@@ -120,8 +120,7 @@ def _asks_for_shape(step: Step) -> bool:
 def _names(model: nn.Module) -> dict[int, tuple[str, ...]]:
     """Give all keys of every tensor in the state dict of a model."""
     found: dict[int, list[str]] = {}
-    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    for name, tensor in tensors:
+    for name, tensor in model.state_dict(keep_vars=True).items():
         found.setdefault(id(tensor), []).append(name)
     return {key: tuple(names) for key, names in found.items()}
 
@@ -136,7 +135,7 @@ def _fix_shared(network: Network, orders: Orders, names: Mapping[int, tuple[str,
     for key, tensor in list(orders.tensors.items()):
         holders = held.get(key, set())
         if key not in names or not holders:
-            orders.fix_tensor(tensor, "its tensor is not stored in the network")
+            orders.fix_tensor(tensor, "a tensor that it meets is not in the state dict of the network")
         elif any(len(within[module]) != 1 for module in holders):
             orders.fix_tensor(tensor, f"{names[key][0]} is also reached by code that is not traced")
         elif any(path in network.run.read_directly for module in holders for path in network.names[module]):

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 
 from surgeon.analysis import fingerprint as fingerprints
+from surgeon.analysis.example import PASS_ONE
 from surgeon.analysis.sites import Site, Survey
 from surgeon.blocks import contract
 from surgeon.channels.follow import channels_of
 from surgeon.errors import PlanError
 from surgeon.recipes.forms import plain_words
 from surgeon.surgery import give_back
-from surgeon.surgery.permute import TAKE_OUT, Permuted
+from surgeon.surgery.permute import NO_INPUT, TAKE_OUT, Permuted
 from surgeon.surgery.plan import Entry, FunctionalStep, Plan
 
 _SURVEY = "`surgeon survey MODEL` lists the names of all convs."
@@ -91,6 +92,9 @@ def _lost_low_passes(plan: Plan, survey: Survey) -> Iterator[_Misfit]:
 def _wrong_orders(plan: Plan, survey: Survey) -> Iterator[_Misfit]:
     """List permutations that are not of channels which share an order, at all of their places."""
     if not plan.permuted:
+        return
+    if survey.inputs is None:
+        yield _Misfit("permuted", NO_INPUT, PASS_ONE)
         return
     groups = [group for group in channels_of(survey.network).groups if not group.fixed]
     free = {Permuted.of(group, range(group.size)).places for group in groups}

@@ -24,6 +24,7 @@ from surgeon.recipes.forms import Form
 
 _Count = Annotated[int, Field(strict=True, ge=0)]
 _WHICH = "Give the whole network, or all of its weights, of the plan, without prefixes such as 'module.'."
+NO_INPUT = "no example input is known, without which channels cannot be followed through the network"
 TAKE_OUT = "Take that entry out of `permuted`: the channels then stay in their order."
 
 

@@ -22,9 +22,10 @@ from surgeon.blocks.two_streams import TwoStreamOptions
 from surgeon.channels.follow import Channels, Group, channels_of
 from surgeon.conv import kernels, streams
 from surgeon.conv.spec import ConvSpec
-from surgeon.surgery.permute import OrderKept, Permuted
+from surgeon.surgery.permute import NO_INPUT, OrderKept, Permuted
 from surgeon.surgery.plan import Entry, Plan
 
+_NO_NUMBERS = "its network holds no numbers that would say which channels lose least"
 Scores = Mapping[str, Tensor]  # what each output channel of a conv loses, by the first name of the conv
 
 
@@ -37,8 +38,9 @@ def with_permuted(plan: Plan, survey: Survey, scores: Scores | None = None) -> P
     wanted = [entry for entry in streamed.values() if entry.block_options.low == "least"]  # type: ignore[attr-defined]
     if not wanted:
         return plan
-    if any(survey.weights[entry.path].is_meta for entry in wanted):
-        why = "its network holds no numbers that would say which channels lose least"
+    is_empty = any(survey.weights[entry.path].is_meta for entry in wanted)
+    if is_empty or survey.inputs is None:
+        why = _NO_NUMBERS if is_empty else NO_INPUT
         return plan.model_copy(update={"unpermuted": tuple(OrderKept(path=one.path, reason=why) for one in wanted)})
     choice = _Choice(survey, channels_of(survey.network))
     for entry in streamed.values():

@@ -231,6 +231,9 @@ def test_hooks_and_modules_that_are_kept_elsewhere_keep_their_order() -> None:
     kept = nn.Sequential(conv(), nn.ReLU(), conv())
     kept.aside = [kept[0]]
     assert not free(kept, torch.zeros(1, 8, 6, 6))
+    unstored = Net(lambda n, x: n.b(n.a(x) * n.s), a=conv(), b=conv())
+    unstored.register_buffer("s", torch.rand(8, 1, 1), persistent=False)
+    assert not free(unstored, torch.zeros(1, 8, 6, 6))  # weights alone would not bring its order along
     tied = nn.Sequential(conv(), nn.ReLU(), conv(), nn.ReLU(), conv())
     tied[4].weight = nn.Parameter(tied[0].weight.data)  # the same memory, which a permutation would take apart
     assert [place.names for group in free(tied, torch.zeros(1, 8, 6, 6)) for place in group.places] == []

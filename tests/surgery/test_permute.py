@@ -22,6 +22,7 @@ from surgeon.errors import CaptureError, ModelError, PlanError, RecipeError
 from surgeon.models.call import Inputs
 from surgeon.recipes import recipe as recipes
 from surgeon.surgery import plan as plans
+from surgeon.surgery.check import check
 from surgeon.surgery.convert import carry_out_
 from surgeon.surgery.decide import plan_for
 from surgeon.surgery.permute import permute_
@@ -360,6 +361,16 @@ def test_what_is_baked_is_permuted_too() -> None:
     assert all(one.passed for one in surgeon.verify(model, converted, SHAPE).checks)
     with pytest.raises(PlanError, match="there is no tensor"):  # it has other ones, which the weight is computed from
         surgeon.reordered(model.state_dict(), converted)
+
+
+def test_without_an_input_nothing_is_permuted_and_a_plan_that_permutes_is_refused(plan: surgeon.Plan) -> None:
+    network = Network(small())
+    unseen, surveyed = plan_for(network, recipes.from_dict(recipe(), ()), bake=False, seed=0)
+    assert unseen.permuted == ()
+    assert {one.reason.partition(",")[0] for one in unseen.unpermuted} == {"no example input is known"}
+    with pytest.raises(PlanError) as caught:
+        check(plan, surveyed)
+    assert "permuted: no example input is known" in str(caught.value)
 
 
 def test_a_network_without_numbers_keeps_its_order_and_says_so() -> None:
