@@ -22,7 +22,7 @@ from surgeon.conv.kernels import Norm
 from surgeon.conv.spec import ConvSpec
 from surgeon.errors import FitError
 from surgeon.fitting.data import Data
-from surgeon.fitting.watch import watched
+from surgeon.fitting.watch import copied, watched
 from surgeon.models.call import Inputs
 from surgeon.models.copies import in_mode, shadow
 from surgeon.surgery.bake import bake_
@@ -183,7 +183,7 @@ def _in_order(found: Sequence[Unit], converted: nn.Module, reference: nn.Module,
     before: dict[Unit, list[Any]] = {}
 
     def note(store: dict[Unit, list[Any]]) -> Callable[[Unit, Sequence[Any], Any], None]:
-        return lambda unit, args, _: store.setdefault(unit, []).append(args)
+        return lambda unit, args, _: store.setdefault(unit, []).append(copied(args))
 
     watched(converted, [(unit, unit.made) for unit in found], inputs, note(seen))
     watched(reference, [(unit, unit.original) for unit in found], inputs, note(before))
