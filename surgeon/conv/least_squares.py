@@ -11,8 +11,8 @@ is solved on the taps K that a filter has, the others being zero, by
 For λ = 0 and t = w*·x this is w_K = H_KK⁻¹ H_K: w*, the kernel of Optimal Brain Surgeon (Hassibi & Stork 1993), layer
 by layer as in Optimal Brain Compression (Frantar, Singh & Alistarh 2022, arXiv:2208.11580, section 4). Filters with the
 same taps share one factorisation. w₀ are the taps that the conv had: the result is never further from what is wanted
-than they are, and a channel that is constant, about which the images say nothing, keeps them. λ is the share of the mean
-variance of a feature, out of `RIDGES`, that does best on one half of the images when fitted to the other.
+than they are, and a channel that is constant, about which the images say nothing, keeps them. λ is the share of the
+mean variance of a feature, out of `RIDGES`, that does best on one half of the images when fitted to the other.
 
 Where filters have different taps, what one lacks another may make up for later in the network. With a metric S (out,
 out) that says what an error e costs there, E eᵀ S e, all filters are solved together, by conjugate gradients: the
@@ -190,7 +190,8 @@ def _divided(right: Tensor, second: Tensor, ridge: Tensor) -> Tensor:
     ridged = second + torch.diag_embed(ridge.clamp_min(floor).expand(second.shape[:2]))
     factor, failed = torch.linalg.cholesky_ex(ridged)
     if failed.any():  # far from round numbers: H has eigenvalues below its rounding, and λ does not reach them
-        return torch.linalg.solve(ridged, right.mT).mT
+        solved: Tensor = torch.linalg.solve(ridged, right.mT).mT
+        return solved
     found: Tensor = torch.cholesky_solve(right.mT, factor).mT
     return found
 

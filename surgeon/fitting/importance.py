@@ -1,8 +1,9 @@
 """What an error in the output of a conv costs at the end of the network: a metric S (out, out) for each unit.
 
-    S = E g gᵀ,   g = ∂ log p(c) / ∂ y at every pixel of the conv's output y, with the class c drawn from the network's own p
+    S = E g gᵀ,   g = ∂ log p(c) / ∂ y
 
-is the Fisher information of the conv's output, averaged over pixels; no labels are used. Where the outputs are no class
+at every pixel of the conv's output y, with the class c drawn from the network's own scores p, is the Fisher information
+of that output, averaged over pixels; no labels are used. Where the outputs are no class
 scores, g is the gradient of their sum with random signs, of which E g gᵀ is the same as with all outputs, one by one.
 What is drawn for an image depends on its number alone; so many images are looked at together as memory allows.
 

@@ -98,7 +98,7 @@ class Pass:
         except Exception as error:
             raise DataError(
                 f"the network does not run on the images: {where(error)}",
-                todo="Give images of the size and with the channels that it takes, or a --preprocess that makes them so.",
+                todo="Give images of the size and channels that it takes, or a --preprocess that makes them so.",
             ) from error
         for unit in self.units:
             made, given = seen.pop(unit), outputs.pop(unit)
@@ -159,4 +159,9 @@ def laid_out(view: View, wanted: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         images = slice(start, start + step)
         parts = [path.features(images, (size[0], size[1])) for path in view.paths]
         features = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-        yield features, wanted[images].flatten(2).unflatten(1, (view.groups, -1))
+        yield features, _in_groups(wanted[images].flatten(2), view.groups)
+
+
+def _in_groups(maps: Tensor, groups: int) -> Tensor:
+    """Cut the channels of (n, channels, pixels) into groups: (n, groups, channels/groups, pixels)."""
+    return maps.reshape(len(maps), groups, -1, maps.shape[2])

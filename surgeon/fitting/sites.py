@@ -73,5 +73,7 @@ def fitted(unit: Unit) -> dict[str, Tensor]:
     own = (*unit.made.named_parameters(), *unit.made.named_buffers())
     found = {f"{unit.path}.{name}": tensor for name, tensor in own}
     if unit.norm is not None:
-        found[f"{unit.path} norm.running_mean"] = core_of(unit.norm).running_mean
+        mean = core_of(unit.norm).running_mean
+        assert isinstance(mean, Tensor)
+        found[f"{unit.path} norm.running_mean"] = mean
     return found
