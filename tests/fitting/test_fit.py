@@ -79,9 +79,8 @@ class Twice(nn.Module):
 
 def _timm() -> nn.Module:
     norm = timm.layers.BatchNormAct2d
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1, bias=False), norm(8), nn.Conv2d(8, 8, 3, padding=1, bias=False), norm(8)
-    )
+    inside = [layer for _ in range(2) for layer in (nn.Conv2d(8, 8, 3, padding=1, bias=False), norm(8))]
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), norm(8), *inside, nn.Conv2d(8, 4, 1))
 
 
 def _net(make: Callable[[], nn.Module] = Branches) -> nn.Module:
