@@ -29,6 +29,7 @@ from fit_control import trained
 from fit_networks import FASHION, KINDS, Case
 from fit_ways import BUDGETS, VALUES, every_site, recipe, share, uniform
 from networks import machine
+from surgeon.fitting import data as images
 from surgeon.fitting.distil import distil_
 from torch import nn
 
@@ -54,6 +55,13 @@ class Task(NamedTuple):
         return "/".join(map(str, self))
 
 
+class Fitted(NamedTuple):
+    """A fitted network, and what its row says."""
+
+    model: nn.Module
+    found: dict[str, Any]
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """How rows are measured."""
@@ -71,41 +79,55 @@ class Run:
         return found | {"took": round(time.perf_counter() - start, 1), "where": where(self.case.device)}
 
     def _sites(self, task: Task) -> dict[str, Any]:
-        return self._way(task, every_site(task.block, task.value, self.case), with_control=True)
+        case, plan = self.case, every_site(task.block, task.value, self.case)
+        projected = surgeon.convert(case.model, plan, case.example)
+        fitted = self._fitted(projected, plan)
+        found = fitted.found
+        found["stages"]["project"] = case.worth(projected).to_dict()
+        found["stages"]["norms"] = case.worth(case.renorm_(duplicate(projected))).to_dict()
+        self._distil_(fitted, STEPS["sites"])
+        found["stages"]["labels"] = trained(projected, case, found["stages"]["distil"]["seconds"])
+        return found
 
     def _budget(self, task: Task) -> dict[str, Any]:
         case = self.case
         wanted = recipe(task.block, VALUES[task.block][1], case, small=True)
+        budget = f"macs={task.value}"
         plan, seconds = self._timed(
-            lambda: surgeon.plan(case.model, wanted, case.example, data=case.calibration, budget=f"macs={task.value}")
+            lambda: surgeon.plan(case.model, wanted, case.example, data=case.calibration, budget=budget)
         )
-        return self._way(task, plan) | {"plan_seconds": seconds, "chosen": chosen(plan)}
+        fitted = self._fitted(surgeon.convert(case.model, plan, case.example), plan)
+        self._distil_(fitted, STEPS["budget"])
+        return fitted.found | {"plan_seconds": seconds, "chosen": chosen(plan)}
 
     def _uniform(self, task: Task) -> dict[str, Any]:
-        budget = fit_record.read()["rows"].get(Task("budget", *task[1:]).key, {})
-        cost = max(task.value - 0.05, budget.get("macs", task.value))
-        ways = [{"words": words, **self._way(task, plan)} for words, plan in uniform(task.block, self.case, cost)]
-        return {"ways": ways, "cost": cost}
-
-    def _way(self, task: Task, plan: Plan, *, with_control: bool = False) -> dict[str, Any]:
-        """Convert, and measure after each step."""
+        """Fit all uniform ways, and distil the one that is most accurate then."""
         case = self.case
-        projected = surgeon.convert(case.model, plan, case.example)
-        stages: dict[str, Any] = {"project": case.worth(projected).to_dict()}
-        stages["norms"] = case.worth(case.renorm_(duplicate(projected))).to_dict()
-        fitted, seconds = self._timed(lambda: surgeon.fit(projected, case.model, case.calibration))
-        stages["fit"] = case.worth(fitted).to_dict() | {"seconds": seconds}
-        distilled, more = self._timed(lambda: self._distilled(fitted, STEPS[task.table]))
-        stages["distil"] = case.worth(distilled).to_dict() | {"seconds": round(seconds + more, 2)}
-        if with_control:
-            stages["labels"] = trained(projected, case, seconds + more)
-        return {"convs": len(plan.swaps), "of": len(plan.convs), "macs": round(share(plan), 4), "stages": stages}
+        budget = fit_record.read()["rows"].get(Task("budget", *task[1:]).key, {})
+        cost = budget.get("macs", task.value)
+        ways = []
+        for words, plan in uniform(task.block, case, cost):
+            fitted = self._fitted(surgeon.convert(case.model, plan, case.example), plan)
+            fitted.found["words"] = words
+            ways.append(fitted)
+        if ways:
+            self._distil_(max(ways, key=lambda way: way.found["stages"]["fit"]["accuracy"]), STEPS["uniform"])
+        return {"ways": [way.found for way in ways], "cost": cost}
 
-    def _distilled(self, fitted: nn.Module, steps: int) -> nn.Module:
-        made = duplicate(fitted)
-        data = surgeon.fitting.data.of(self.case.calibration, self.case.model)
-        distil_(made, self.case.model, data, steps=self.steps or steps, seed=0)
-        return made
+    def _fitted(self, projected: nn.Module, plan: Plan) -> Fitted:
+        case = self.case
+        model, seconds = self._timed(lambda: surgeon.fit(projected, case.model, case.calibration))
+        stages = {"fit": case.worth(model).to_dict() | {"seconds": seconds}}
+        counts = {"convs": len(plan.swaps), "of": len(plan.convs), "macs": round(share(plan), 4)}
+        return Fitted(model, counts | {"stages": stages})
+
+    def _distil_(self, fitted: Fitted, steps: int) -> None:
+        """Distil a fitted network, and add what that brings."""
+        case, stages = self.case, fitted.found["stages"]
+        data = images.of(case.calibration, case.model)
+        _, seconds = self._timed(lambda: distil_(fitted.model, case.model, data, steps=self.steps or steps, seed=0))
+        total = round(stages["fit"]["seconds"] + seconds, 2)
+        stages["distil"] = case.worth(fitted.model).to_dict() | {"seconds": total}
 
     def _timed(self, work: Callable[[], Any]) -> tuple[Any, float]:
         start = time.perf_counter()

@@ -62,7 +62,8 @@ def in_short(found: Row) -> str:
     """One line about a row, for the one who waits."""
     ways = found.get("ways", [found])
     shown = [
-        f"×{one['macs']:.2f} " + ", ".join(f"{name} {stage['accuracy']:.1%}" for name, stage in one["stages"].items())
+        f"×{one['macs']:.2f} "
+        + ", ".join(f"{name} {one['stages'][name]['accuracy']:.1%}" for name in STAGES if name in one["stages"])
         for one in ways
     ]
     return "; ".join(shown) or "no uniform way costs as much"
@@ -77,7 +78,8 @@ def of(rows: Rows, table: str, name: str, block: str) -> list[tuple[str, Row]]:
 
 def best(row: Row, stage: str) -> Row | None:
     """Of the uniform ways of one cost, the one that is most accurate after a stage."""
-    return max(row.get("ways", ()), key=lambda way: way["stages"][stage]["accuracy"], default=None)
+    ways = (way for way in row.get("ways", ()) if stage in way["stages"])
+    return max(ways, key=lambda way: way["stages"][stage]["accuracy"], default=None)
 
 
 def _in_order(networks: Mapping[str, Any]) -> list[str]:

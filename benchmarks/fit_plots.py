@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 300, 250  # of a panel
-LEFT, RIGHT, TOP, BOTTOM = 48, 12, 34, 40  # margins around its lines
-TICKS = (0.02, 0.05, 0.06, 0.07, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 0.9)
+LEFT, RIGHT, TOP, BOTTOM = 52, 18, 34, 40  # margins around its lines
+TICKS = (0.02, 0.05, 0.06, 0.07, 0.08, 0.09, 0.1, 0.12, 0.15, 0.2, 0.3, 0.5, 0.9)
+APART = 13  # pixels between two lines across
 Points = Sequence[tuple[float, float]]  # share of the multiply-adds, share of errors
 
 
@@ -91,7 +92,10 @@ def _panel(panel: Panel, column: int, row: int) -> Iterator[str]:
 def _grid(axes: _Axes) -> Iterator[str]:
     left, right = axes.across(axes.x[0]), axes.across(axes.x[1])
     bottom, top = axes.up(axes.y[0]), axes.up(axes.y[1])
-    for tick in (one for one in TICKS if axes.y[0] <= one <= axes.y[1]):
+    if not axes.left:
+        place = f'transform="translate({axes.left + 12:.1f} {(top + bottom) / 2:.1f}) rotate(-90)"'
+        yield f'<text {place} text-anchor="middle">test images classified wrongly</text>'
+    for tick in _ticks(axes):
         y = axes.up(tick)
         yield f'<line x1="{left:.1f}" x2="{right:.1f}" y1="{y:.1f}" y2="{y:.1f}" stroke="#e3e3e3"/>'
         yield f'<text x="{left - 5:.1f}" y="{y + 4:.1f}" text-anchor="end">{tick:.0%}</text>'
@@ -102,6 +106,15 @@ def _grid(axes: _Axes) -> Iterator[str]:
     yield f'<text x="{(left + right) / 2:.1f}" y="{bottom + 30:.1f}" text-anchor="middle">multiply-adds left</text>'
     size = f'width="{right - left:.1f}" height="{bottom - top:.1f}"'
     yield f'<rect x="{left:.1f}" y="{top:.1f}" {size} fill="none" stroke="#999"/>'
+
+
+def _ticks(axes: _Axes) -> list[float]:
+    """Choose the errors that get a line: those that are not too near to the one below."""
+    shown: list[float] = []
+    for tick in (one for one in TICKS if axes.y[0] <= one <= axes.y[1]):
+        if not shown or axes.up(shown[-1]) - axes.up(tick) >= APART:
+            shown.append(tick)
+    return shown
 
 
 def _line(line: Line, axes: _Axes) -> Iterator[str]:
