@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,12 +29,12 @@ from fit_control import trained
 from fit_networks import FASHION, KINDS, Case
 from fit_ways import BUDGETS, VALUES, every_site, recipe, share, uniform
 from networks import machine
-from surgeon.fitting import data as images
-from surgeon.fitting.distil import distil_
 from torch import nn
 
 import surgeon
 from surgeon.errors import SurgeonError
+from surgeon.fitting import data as images
+from surgeon.fitting.distil import distil_
 from surgeon.models.copies import duplicate
 from surgeon.surgery.plan import Plan
 
@@ -176,10 +176,10 @@ def main() -> None:
 
 def measure(options: argparse.Namespace) -> None:
     """Measure the rows that are missing, as long as there is time."""
-    end = time.monotonic() + (options.seconds or float("inf"))
+    end = time.monotonic() + (float("inf") if options.seconds is None else options.seconds)
     cases = {name: Case(KINDS[name], torch.device(options.device), options.data, options.weights) for name in KINDS}
     for task in tasks(options):
-        if time.monotonic() > end:
+        if time.monotonic() >= end:
             print("the time is up", flush=True)
             return
         known = fit_record.read()
@@ -202,7 +202,7 @@ def original(case: Case) -> dict[str, Any]:
     return {"words": case.kind.words, "pixels": pixels, "macs": macs.before, "params": params, "accuracy": accuracy}
 
 
-def parse() -> argparse.Namespace:
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=KINDS, default=[*KINDS], metavar="NETWORK", help=", ".join(KINDS))
@@ -215,7 +215,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=FASHION, help="folder of Fashion-MNIST's four files")
     parser.add_argument("--weights", type=Path, default=fit_networks.WEIGHTS, help="folder of the trained networks")
     parser.add_argument("--write-docs-only", action="store_true", help="measure nothing, write docs/fit.md")
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 if __name__ == "__main__":
