@@ -7,6 +7,7 @@ in fit.json as soon as it is measured; docs/fit.md and its pictures are made of 
 
     python benchmarks/fit.py                                   # all that is not in fit.json yet
     python benchmarks/fit.py --only deep --tables budget uniform --device cuda --seconds 500
+    python benchmarks/fit.py --merge fit.json                  # of another machine
     python benchmarks/fit.py --write-docs-only
 
 Several of these may run at once on different networks.
@@ -15,6 +16,7 @@ Several of these may run at once on different networks.
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,12 +31,12 @@ from fit_control import trained
 from fit_networks import FASHION, KINDS, Case
 from fit_ways import BUDGETS, VALUES, every_site, recipe, share, uniform
 from networks import machine
+from surgeon.fitting import data as images
+from surgeon.fitting.distil import distil_
 from torch import nn
 
 import surgeon
 from surgeon.errors import SurgeonError
-from surgeon.fitting import data as images
-from surgeon.fitting.distil import distil_
 from surgeon.models.copies import duplicate
 from surgeon.surgery.plan import Plan
 
@@ -169,7 +171,9 @@ def main() -> None:
     options = parse()
     if options.threads:
         torch.set_num_threads(options.threads)
-    if not options.write_docs_only:
+    if options.merge:
+        fit_record.add_all(json.loads(options.merge.read_text(encoding="utf-8")))
+    elif not options.write_docs_only:
         measure(options)
     fit_page.write(fit_record.read())
 
@@ -214,6 +218,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="threads of torch")
     parser.add_argument("--data", type=Path, default=FASHION, help="folder of Fashion-MNIST's four files")
     parser.add_argument("--weights", type=Path, default=fit_networks.WEIGHTS, help="folder of the trained networks")
+    parser.add_argument("--merge", type=Path, metavar="FILE", help="measure nothing, add what another machine measured")
     parser.add_argument("--write-docs-only", action="store_true", help="measure nothing, write docs/fit.md")
     return parser.parse_args(words)
 

@@ -76,6 +76,7 @@ class Case:
     train_images: int | None = None
     test_images: int | None = None
     network: demo_networks.Network = field(init=False)
+    plans: dict[tuple[str, float], Any] = field(default_factory=dict)  # for every site alike; some take seconds to make
 
     def __post_init__(self) -> None:
         self.network = demo_networks.NETWORKS[self.kind.trained_as]

@@ -40,7 +40,10 @@ def recipe(block: str, value: float, case: Case, sites: Sequence[str] | None = N
 
 def every_site(block: str, value: float, case: Case) -> Plan:
     """Plan one setting for every site but the stem."""
-    return surgeon.plan(case.model, recipe(block, value, case), case.example)
+    if (block, value) not in case.plans:
+        case.plans[block, value] = surgeon.plan(case.model, recipe(block, value, case), case.example)
+    plan: Plan = case.plans[block, value]
+    return plan
 
 
 def share(plan: Plan) -> float:
