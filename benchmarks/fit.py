@@ -31,8 +31,6 @@ from fit_control import trained
 from fit_networks import FASHION, KINDS, Case
 from fit_ways import BUDGETS, VALUES, every_site, recipe, share, uniform
 from networks import machine
-from surgeon.fitting import data as images
-from surgeon.fitting.distil import distil_
 from torch import nn
 
 import surgeon
@@ -58,9 +56,9 @@ class Task(NamedTuple):
 
 
 class Fitted(NamedTuple):
-    """A fitted network, and what its row says."""
+    """A converted network, and what its row says of it once it is fitted."""
 
-    model: nn.Module
+    projected: nn.Module
     found: dict[str, Any]
 
 
@@ -121,15 +119,15 @@ class Run:
         model, seconds = self._timed(lambda: surgeon.fit(projected, case.model, case.calibration))
         stages = {"fit": case.worth(model).to_dict() | {"seconds": seconds}}
         counts = {"convs": len(plan.swaps), "of": len(plan.convs), "macs": round(share(plan), 4)}
-        return Fitted(model, counts | {"stages": stages})
+        return Fitted(projected, counts | {"stages": stages})
 
     def _distil_(self, fitted: Fitted, steps: int) -> None:
-        """Distil a fitted network, and add what that brings."""
-        case, stages = self.case, fitted.found["stages"]
-        data = images.of(case.calibration, case.model)
-        _, seconds = self._timed(lambda: distil_(fitted.model, case.model, data, steps=self.steps or steps, seed=0))
-        total = round(stages["fit"]["seconds"] + seconds, 2)
-        stages["distil"] = case.worth(fitted.model).to_dict() | {"seconds": total}
+        """Fit once more, distil at once, and add what that brings and how long both took."""
+        case = self.case
+        model, seconds = self._timed(
+            lambda: surgeon.fit(fitted.projected, case.model, case.calibration, distil=self.steps or steps)
+        )
+        fitted.found["stages"]["distil"] = case.worth(model).to_dict() | {"seconds": seconds}
 
     def _timed(self, work: Callable[[], Any]) -> tuple[Any, float]:
         start = time.perf_counter()
