@@ -21,6 +21,10 @@ STAGES = {
     "fit": ("fit", "#1f6fb2", "square"),
     "distil": ("fit and 200 steps of distilling", "#1b7f4d", "circle"),
 }
+BUDGET_HEADS = (
+    *("block, budget", "what", "multiply-adds", "fit: accuracy", "agreement, L2"),
+    *("distilled: accuracy", "agreement, L2", "seconds: choosing / fit / fit and distilling"),
+)
 Row = Mapping[str, Any]
 Rows = Mapping[str, Row]
 
@@ -172,43 +176,29 @@ def _score(rows: Rows) -> Iterator[str]:
 
 
 def _budget_table(name: str, network: Row, rows: Rows) -> Iterator[str]:
-    heads = (
-        "block, budget",
-        "what",
-        "multiply-adds",
-        "fit: accuracy",
-        "agreement, L2",
-        "distilled: accuracy",
-        "agreement, L2",
-    )
-    yield from (
-        f"**{name}**, {network['accuracy']:.2%} as it is:",
-        "",
-        f"| {' | '.join(heads)} |",
-        f"|{'---|' * len(heads)}",
-    )
+    yield from (f"**{name}**, {network['accuracy']:.2%} as it is:", "")
+    yield from (f"| {' | '.join(BUDGET_HEADS)} |", f"|{'---|' * len(BUDGET_HEADS)}")
     for block, words in BLOCKS.items():
         for value, row in of(rows, "budget", name, block):
             yield _budget_row(f"{words} ×{value}", row, _chosen(row))
             uniform = rows.get(f"uniform/{name}/{block}/{value}")
             if uniform is not None:
-                way = best(uniform, "distil")
-                yield _budget_row(
-                    "", way or {"refused": "no uniform way costs as much"}, way and f"uniform: {way['words']}"
-                )
+                way = best(uniform, "distil") or {"refused": "no uniform way costs as much"}
+                yield _budget_row("", way, f"uniform: {way.get('words')}")
     shown = [row for block in BLOCKS for _, row in of(rows, "budget", name, block)]
     yield from ("", _measured_on(iter(shown)), "")
 
 
-def _budget_row(head: str, row: Row, what: str | None) -> str:
+def _budget_row(head: str, row: Row, what: str) -> str:
     if "stages" not in row:
-        return f"| {head} | {row['refused']} |  |  |  |  |  |"
-    cells = [
-        cell
-        for stage in ("fit", "distil")
-        for cell in (f"{100 * row['stages'][stage]['accuracy']:.2f}", _near(row["stages"][stage]))
-    ]
-    return f"| {head} | {what} | ×{row['macs']:.3f} | {' | '.join(cells)} |"
+        why = " ".join(row["refused"].replace("|", "/").split())
+        return f"| {head} | {why} |{'  |' * (len(BUDGET_HEADS) - 2)}"
+    fitted, distilled = row["stages"]["fit"], row["stages"]["distil"]
+    cells = [cell for stage in (fitted, distilled) for cell in (f"{100 * stage['accuracy']:.2f}", _near(stage))]
+    took = [row["plan_seconds"]] if "plan_seconds" in row else []
+    took += [fitted["seconds"], distilled["seconds"]]
+    seconds = " / ".join(f"{one:.0f}" for one in took)
+    return f"| {head} | {what} | ×{row['macs']:.3f} | {' | '.join(cells)} | {seconds} |"
 
 
 def _near(stage: Row) -> str:

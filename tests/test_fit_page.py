@@ -62,9 +62,9 @@ def _results() -> dict[str, Any]:
         "networks": {"demo": network},
         "rows": {
             "sites/demo/hetconv/4": sites,
-            "budget/demo/hetconv/0.7": _row(0.91, 0.91, 0.699, chosen={"P = 2": 4, "P = 4": 2}),
+            "budget/demo/hetconv/0.7": _row(0.91, 0.91, 0.699, plan_seconds=30.4, chosen={"P = 2": 4, "P = 4": 2}),
             "uniform/demo/hetconv/0.7": {"ways": ways},
-            "budget/demo/octave/0.6": {"refused": "out of reach", "where": sites["where"]},
+            "budget/demo/octave/0.6": {"refused": "out of\nreach | here", "where": sites["where"]},
         },
     }
 
@@ -80,12 +80,17 @@ def test_a_row_of_the_page_says_what_was_measured() -> None:
 
 def test_a_budget_stands_above_the_best_uniform_way_of_its_cost() -> None:
     text = fit_page.with_results(EMPTY, _results())
-    best, other = (text.index(f"uniform: P = 2 at 3 of 6 sites | ×0.710 | {cells}") for cells in ("90.00", "90.00"))
-    assert text.index("| HetConv ×0.7 | 4 × P = 2, 2 × P = 4, 3 stay | ×0.699 | 91.00 |") < best == other
+    chosen, uniform = (
+        "| HetConv ×0.7 | 4 × P = 2, 2 × P = 4, 3 stay | ×0.699 |",
+        "|  | uniform: P = 2 at 3 of 6 sites | ×0.710 |",
+    )
+    first = f"{chosen} 91.00 | 92.0%, 0.090 | 91.00 | 92.0%, 0.090 | 30 / 8 / 20 |"
+    second = f"{uniform} 90.00 | 91.0%, 0.100 | 91.00 | 92.0%, 0.090 | 8 / 20 |"
+    assert f"{first}\n{second}\n" in text
     assert "P = 4 at 2 of 6" not in text
     assert "After fitting the budget is better than the best uniform way at 1 of 1 points." in text
     assert "distilling the budget is better than the best uniform way at 0 of 1 points, and as good at 1." in text
-    assert "| Octave ×0.6 | out of reach |" in text
+    assert "| Octave ×0.6 | out of reach / here |" in text
 
 
 def test_a_lost_comparison_is_counted_as_one() -> None:
