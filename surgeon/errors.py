@@ -8,6 +8,8 @@
     ├── PlanError       exit 2      a rule that claims nothing; a plan that does not fit this model
     ├── StoreError      exit 2      file exists, disk full, wrong format
     ├── VerifyError     exit 2      outputs that cannot be compared
+    ├── DataError       exit 2      images or labels that a network cannot be fitted to
+    ├── FitError        exit 2      networks that cannot be fitted or trained with the images at hand
     └── PassError       exit 70     a bug in surgeon: names the pass and keeps the traceback
 
 A refused conv is not an exception: the plan lists it as a skip, with the reason.
@@ -112,6 +114,14 @@ class StoreError(SurgeonError):
 
 class VerifyError(SurgeonError):
     """Two models whose outputs cannot be compared."""
+
+
+class DataError(SurgeonError):
+    """Images or labels that cannot be read, or that a network cannot be fitted to."""
+
+
+class FitError(SurgeonError):
+    """A network that cannot be fitted to its original, or trained against it, with the images at hand."""
 
 
 class PassError(SurgeonError):

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Literal, Self
 
 import torch
@@ -32,9 +33,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from surgeon.blocks import base, sum_of_convs
+from surgeon.blocks import het_layouts as layouts
 from surgeon.blocks.base import Trial
+from surgeon.blocks.fittable import Arrangement, Fittable, Path, View
 from surgeon.conv import kernels
-from surgeon.conv.grouping import best_groups, share_kept
+from surgeon.conv.grouping import share_kept
+from surgeon.conv.least_squares import Problem
 from surgeon.conv.spec import ConvSpec
 
 Layout = Literal["block", "interleaved", "best"]
@@ -62,7 +66,7 @@ class HetConvOptions(base.BlockOptions):
         return self
 
 
-class HetConv(base.Foldable[HetConvOptions], base.Deployable[HetConvOptions]):
+class HetConv(Fittable[HetConvOptions], base.Foldable[HetConvOptions], base.Deployable[HetConvOptions]):
     """A cheaper stand-in for a dense k×k conv: (n, c_in, h, w) → (n, c_out, h', w'). Approximates it, by design.
 
     Parameters, with filters and channels sorted: `weight` (out, in/p, kh, kw), the k×k kernels of a group's filters
@@ -143,9 +147,9 @@ class HetConv(base.Foldable[HetConvOptions], base.Deployable[HetConvOptions]):
     def kept_energy(cls, weight: Tensor, options: HetConvOptions) -> dict[str, float] | None:
         if options.init == "scratch":
             return None
-        energy, known = _off_centre_energy(weight), _fixed_groups(weight, options.p)
+        energy, known = layouts.off_centre_energy(weight), layouts.fixed_groups(weight, options.p)
         if options.layout == "best":
-            known["best"] = _best_groups(weight, options.p)
+            known["best"] = layouts.best_groups(layouts.off_centre_energy(weight), options.p)
         return {layout: share_kept(energy, *groups) for layout, groups in known.items()}
 
     @classmethod
@@ -160,9 +164,7 @@ class HetConv(base.Foldable[HetConvOptions], base.Deployable[HetConvOptions]):
         block = cls(ConvSpec.of(conv), options.p, options.layout, like=conv.weight)
         dense: Tensor = conv.weight
         if options.layout == "best" and not dense.is_meta:
-            filters, channels = _best_groups(dense, options.p)
-            block.channel_order.copy_(channels.argsort(stable=True))
-            block.filter_place.copy_(filters.argsort(stable=True).argsort())
+            block._group_(layouts.best_groups(layouts.off_centre_energy(dense), options.p))
         if options.init == "scratch":
             fan_in = block.weight[0].numel() + block.pointwise.shape[1]
             dense = base.uniform(tuple(dense.shape), fan_in, generator, like=dense)
@@ -284,6 +286,23 @@ class HetConv(base.Foldable[HetConvOptions], base.Deployable[HetConvOptions]):
             block._project_(*kernels.fold_bn(kernel, bias, kernels.Norm.of(norm).double()))
         return block.train(self.training)
 
+    def views(self, input: Tensor) -> tuple[View, ...]:
+        spec = self.spec
+        return (View("all", ((0, spec.c_out),), (Path(input, spec.change(bias=False), ((0, spec.c_in),)),)),)
+
+    def take_kernel_(self, kernel: Tensor, bias: Tensor | None) -> None:
+        with torch.no_grad():
+            self._project_(kernel, bias)
+
+    def arrangements(self, view: View, problem: Problem, kernel: Tensor, weight: Tensor) -> list[Arrangement]:
+        """Give the layout; for `best`, the groups that each energy leads to, those of the weights first."""
+        found = [self._groups()]
+        if self.layout == "best":
+            weighed = (energy * weight[:, None] for energy in layouts.energies(kernel, problem.second[0]))
+            found += [layouts.best_groups(energy, self.p) for energy in weighed]
+            found += layouts.fixed_groups(kernel, self.p).values()
+        return [Arrangement(layouts.kept(one, self.spec.kernel), partial(self._group_, one)) for one in found]
+
     def extra_repr(self) -> str:
         return f"{self.spec}, p={self.p}, layout={self.layout}"
 
@@ -292,6 +311,19 @@ class HetConv(base.Foldable[HetConvOptions], base.Deployable[HetConvOptions]):
         if self.layout == "best":
             return x.index_select(1, self.channel_order)
         return x if self.layout == "block" else F.channel_shuffle(x, self.spec.c_in // self.p)
+
+    def _groups(self) -> layouts.Groups:
+        """Give the group of every filter and of every channel."""
+        filters, channels = self._orders()
+        c_out, c_in = self.spec.c_out, self.spec.c_in
+        return filters.argsort() * self.p // c_out, channels.argsort() * self.p // c_in
+
+    def _group_(self, groups: layouts.Groups) -> None:
+        """Sort filters and channels by groups; only `best` has others than those of its layout."""
+        if self.layout == "best":
+            filters, channels = groups
+            self.channel_order.copy_(channels.argsort(stable=True))
+            self.filter_place.copy_(filters.argsort(stable=True).argsort())
 
     def _orders(self) -> tuple[Tensor, Tensor]:
         """Give the filter and the channel at each sorted place."""
@@ -304,7 +336,7 @@ class HetConv(base.Foldable[HetConvOptions], base.Deployable[HetConvOptions]):
     def _pointwise_kernel(self) -> Tensor:
         """The 1×1 kernel over all sorted channels, (out, in, 1, 1), zero inside the groups."""
         taps = self.pointwise.view(self.p, -1, self.p - 1, self.spec.c_in // self.p).transpose(1, 2)
-        full = _with_diagonal(taps).transpose(1, 2)  # (group, filter, group, channel)
+        full = layouts.with_diagonal(taps).transpose(1, 2)  # (group, filter, group, channel)
         return full.reshape(self.spec.c_out, self.spec.c_in, 1, 1)
 
     def _cut(self, kernel: Tensor) -> Tensor:
@@ -317,7 +349,7 @@ class HetConv(base.Foldable[HetConvOptions], base.Deployable[HetConvOptions]):
         kernel = weight.new_zeros(self.spec.weight_shape)
         cut = self._cut(kernel)
         taps = pointwise.view(p, -1, p - 1, self.spec.c_in // p).transpose(1, 2)
-        cut[..., kh // 2, kw // 2] = _with_diagonal(taps)
+        cut[..., kh // 2, kw // 2] = layouts.with_diagonal(taps)
         cut.diagonal(dim1=0, dim2=1).copy_(weight.view(p, -1, *weight.shape[1:]).movedim(0, -1))
         filters, channels = self._orders()
         return kernel[filters.argsort()][:, channels.argsort()]
@@ -328,53 +360,7 @@ class HetConv(base.Foldable[HetConvOptions], base.Deployable[HetConvOptions]):
         filters, channels = self._orders()
         cut = self._cut(kernel[filters][:, channels].contiguous())
         self.weight.copy_(cut.diagonal(dim1=0, dim2=1).movedim(-1, 0).reshape(self.weight.shape))
-        others = _without_diagonal(cut[..., kh // 2, kw // 2])  # (group, other group, filter, channel)
+        others = layouts.without_diagonal(cut[..., kh // 2, kw // 2])  # (group, other group, filter, channel)
         self.pointwise.copy_(others.transpose(1, 2).reshape(self.pointwise.shape))
         if self.bias is not None and bias is not None:
             self.bias.copy_(bias)
-
-
-def _off_centre_energy(weight: Tensor) -> Tensor:
-    """The energy that a pair of filter and channel loses with its k×k kernel: (out, in), in float64."""
-    taps = weight.detach().double().square()
-    return taps.sum((2, 3)) - taps[..., taps.shape[2] // 2, taps.shape[3] // 2]
-
-
-def _fixed_groups(weight: Tensor, p: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """The groups of filters and of channels in the layouts that look at no weights."""
-    out, into = (torch.arange(count, device=weight.device) for count in weight.shape[:2])
-    return {"block": (out * p // len(out), into * p // len(into)), "interleaved": (out % p, into % p)}
-
-
-def _best_groups(weight: Tensor, p: int) -> tuple[Tensor, Tensor]:
-    starts = [(rows.cpu(), columns.cpu()) for rows, columns in _fixed_groups(weight, p).values()]
-    rows, columns = best_groups(_off_centre_energy(weight), p, starts)
-    return rows.to(weight.device), columns.to(weight.device)
-
-
-def _without_diagonal(square: Tensor) -> Tensor:
-    """Leave out the diagonal of the first two axes: (p, p, …) → (p, p − 1, …).
-
-    After the first entry, every (p + 1)-th is one of the diagonal.
-
-    >>> _without_diagonal(torch.arange(9).view(3, 3))
-    tensor([[1, 2],
-            [3, 5],
-            [6, 7]])
-    """
-    p, _, *rest = square.shape
-    return square.flatten(0, 1)[1:].view(p - 1, p + 1, *rest)[:, :-1].reshape(p, p - 1, *rest)
-
-
-def _with_diagonal(taps: Tensor) -> Tensor:
-    """Put zeros on the diagonal: (p, p − 1, …) → (p, p, …).
-
-    >>> _with_diagonal(torch.tensor([[1, 2], [3, 5], [6, 7]]))
-    tensor([[0, 1, 2],
-            [3, 0, 5],
-            [6, 7, 0]])
-    """
-    p, _, *rest = taps.shape
-    rows = taps.reshape(p - 1, p, *rest)
-    rows = torch.cat([rows, rows.new_zeros(p - 1, 1, *rest)], 1).flatten(0, 1)
-    return torch.cat([rows.new_zeros(1, *rest), rows]).view(p, p, *rest)

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from surgeon.blocks.base import Trial
+from surgeon.blocks.fittable import Fittable, Path, View
 from surgeon.blocks.fused_octave import FusedOctave
 from surgeon.blocks.two_streams import Streams, TwoStreamBlock, TwoStreamOptions, in_words
 from surgeon.conv import kernels, streams
@@ -45,7 +46,7 @@ class OctaveConvOptions(TwoStreamOptions):
     """What share of the channels is low, before and behind the conv."""
 
 
-class OctaveConv(TwoStreamBlock[OctaveConvOptions]):
+class OctaveConv(Fittable[OctaveConvOptions], TwoStreamBlock[OctaveConvOptions]):
     """Two streams in place of a conv, joined again: (n, c_in, h, w) → (n, c_out, h', w'). Approximates it, by design.
 
     `weight` and `bias` are those of the conv.
@@ -142,6 +143,27 @@ class OctaveConv(TwoStreamBlock[OctaveConvOptions]):
             to_low = streams.take(to_low, (*streams.others(self.low_in, self.spec.c_in), *self.low_in))
         return made, self._run(torch.cat([pooled, low], 1), to_low, bias_low)
 
+    def views(self, input: Tensor | Streams) -> tuple[View, ...]:
+        """Say what its filters see: h, pooled h, l and enlarged l; those of a conv with groups path by path."""
+        if isinstance(input, Tensor):
+            input = streams.split(input, self.low_in) if self.low_in else (input, None)
+        high, fine, low, needs_up = self.resampled(*input)
+        if self.spec.groups > 1:
+            return tuple(self._grouped_views(high, fine, low, needs_up))
+        from_high = streams.others(self.low_in, self.spec.c_in)
+        to_high, to_low = [self._seen(high, from_high)], [self._seen(streams.pool(high), from_high)]
+        if fine is not None and low is not None:
+            to_high.append(self._seen(fine, self.low_in, is_up=needs_up))
+            to_low.append(self._seen(low, self.low_in))
+        views = [View("high", streams.others(self.low_out, self.spec.c_out), tuple(to_high))]
+        return (*views, *[View("low", self.low_out, tuple(to_low), is_low=True)] * bool(self.low_out))
+
+    def take_kernel_(self, kernel: Tensor, bias: Tensor | None) -> None:
+        with torch.no_grad():
+            self.weight.copy_(kernel)
+            if self.bias is not None and bias is not None:
+                self.bias.copy_(bias)
+
     def with_norm(self, norm: nn.Module) -> Self:
         """Fold a norm into all four kernels at once: each of its channels belongs to one stream."""
         made = copy.deepcopy(self)
@@ -158,6 +180,23 @@ class OctaveConv(TwoStreamBlock[OctaveConvOptions]):
     def kernel(self, filters: Ranges, channels: Ranges) -> Tensor:
         """Cut the kernel of one path, or of several side by side, out of the conv's own."""
         return streams.take(streams.take(self.weight, filters, 0), streams.merged(channels))
+
+    def _seen(self, x: Tensor, channels: Ranges, *, is_up: bool = False) -> Path:
+        return Path(x, self.spec.at_stride_1.change(c_in=x.shape[1], bias=False), channels, is_up)
+
+    def _grouped_views(self, high: Tensor, fine: Tensor | None, low: Tensor | None, needs_up: bool) -> Iterator[View]:
+        channels = ((0, self.spec.c_in // self.spec.groups),)
+        for to_low in (False, True):
+            maps = {False: streams.pool(high) if to_low else high, True: low if to_low else fine}
+            for path in self._paths(to_low=to_low):
+                source = maps[path.reads_low]
+                assert source is not None
+                is_up = path.reads_low and needs_up and not to_low
+                seen = Path(source[:, path.channels], path.spec, channels, is_up)
+                filters = ((path.rows.start, path.rows.stop),)
+                yield View(
+                    f"{'low' if path.reads_low else 'high'} to {'low' if to_low else 'high'}", filters, (seen,), to_low
+                )
 
     def _run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         spec = self.spec.at_stride_1.change(c_in=weight.shape[1], c_out=weight.shape[0])

@@ -95,6 +95,25 @@ def random_states_kept(seed: int | None = None) -> Iterator[None]:
                 one()
 
 
+class OwnRandomStates:
+    """Random states for a user's code that runs a step at a time: it draws as if nobody else did in between."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed: int | None = seed
+        self._kept: list[Callable[[], Any]] = []
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Run one step quietly; the first one starts from the seed, every other where the one before it ended."""
+        with quietly(self._seed):
+            for one in self._kept:
+                one()
+            try:
+                yield
+            finally:
+                self._seed, self._kept = None, _random_states()
+
+
 def drawn_from() -> list[Any]:
     """Give the random states of the process that Python's own code draws from, to be compared."""
     numpy_random = sys.modules.get("numpy.random")

@@ -38,6 +38,9 @@ def redo_(
     """
     done = [*history(model), *before]
     for step in steps:
+        if step.operation == "fit":  # which changes numbers alone, and cannot be done again without the images
+            done.append(step)
+            continue
         if step.plan is None:
             network = Network(model, called_with=planned_inputs(done))
             returns = give_back.recorded(network, done, step)
@@ -159,5 +162,12 @@ def as_baked(a: nn.Module, steps: Sequence[Operation]) -> tuple[nn.Module, tuple
     return bare, names
 
 
+def can_be_done(steps: Sequence[Operation]) -> bool:
+    """Whether operations can be repeated: fitting needs the images that it was done on."""
+    return bool(steps) and all(step.operation != "fit" for step in steps)
+
+
 def is_approximate(step: Operation) -> bool:
+    if step.operation == "fit":
+        return True
     return step.plan is not None and not Plan.model_validate(step.plan).keeps_function

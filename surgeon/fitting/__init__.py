@@ -1,0 +1,1 @@
+"""Fit a converted network to what the original computes on images."""

@@ -1,0 +1,106 @@
+"""One pass over the images: what the filters of a unit see in the converted network, and what its original gave.
+
+Both networks are run up to the last call of the unit only, in eval mode. The converted one is as it is by then, with
+everything before the unit fitted, so that a unit also makes up for what was lost before it (asymmetric reconstruction:
+Zhang et al. 2015, arXiv:1505.06798, section 3.3, who do this for low-rank convs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgeon.blocks.fittable import View
+from surgeon.conv.least_squares import Sums
+from surgeon.errors import DataError
+from surgeon.fitting.data import Data
+from surgeon.fitting.units import Unit
+from surgeon.fitting.watch import watched
+from surgeon.models.call import Inputs
+from surgeon.models.copies import where
+from surgeon.models.progress import Progress, silent
+from surgeon.models.sandbox import quietly
+
+_AT_ONCE = 2**26  # bytes of float32 features that are laid out at once
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A view of a unit, and the sums over the even and over the odd batches."""
+
+    view: View
+    halves: tuple[Sums, Sums]
+
+    @property
+    def is_thin(self) -> bool:
+        """Whether there are fewer than two pixels for each tap of a filter."""
+        return float(self.halves[0].rows + self.halves[1].rows) < 2 * self.halves[0].seen.shape[1]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [one for half in self.halves for one in half.tensors]
+
+
+class Pass:
+    """Collects the sums of units over a pass of the data; the units must not depend on each other."""
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        self.units, self.calls = units, sum(unit.calls for unit in units)
+        self.sums: dict[Unit, dict[str, Seen]] = {unit: {} for unit in units}
+
+    def run(
+        self, converted: nn.Module, reference: nn.Module, data: Data, progress: Progress = silent, what: str = ""
+    ) -> None:
+        done = 0
+        for i, batch in enumerate(data):
+            self._add(converted, reference, batch.inputs, i % 2)
+            done += batch.count
+            progress(what, done / data.images)
+
+    def _add(self, converted: nn.Module, reference: nn.Module, inputs: Inputs, half: int) -> None:
+        outputs: dict[Unit, list[Tensor]] = {unit: [] for unit in self.units}
+        seen: dict[Unit, list[Sequence[Any]]] = {unit: [] for unit in self.units}
+        try:
+            pairs = [(unit, unit.original) for unit in self.units]
+            watched(reference, pairs, inputs, lambda unit, _, out: outputs[unit].append(out), self.calls)
+            pairs = [(unit, unit.made) for unit in self.units]
+            watched(converted, pairs, inputs, lambda unit, args, _: seen[unit].append(args), self.calls)
+        except Exception as error:
+            raise DataError(
+                f"the network does not run on the images: {where(error)}",
+                todo="Give images of the size and channels that it takes, or a --preprocess that makes them so.",
+            ) from error
+        for unit in self.units:
+            for args, out in zip(seen[unit], outputs[unit], strict=True):
+                for view in unit.views(args):
+                    self._add_view(unit, view, view.wanted(unit.wanted(out)), half)
+
+    def _add_view(self, unit: Unit, view: View, wanted: Tensor, half: int) -> None:
+        with quietly():
+            for features, target in laid_out(view, wanted):
+                if (held := self.sums[unit].get(view.name)) is None:
+                    sizes = (*features.shape[1:3], target.shape[2])
+                    none = [Sums.none(*sizes, device=features.device) for _ in range(2)]
+                    held = self.sums[unit][view.name] = Seen(view.without_maps(), (none[0], none[1]))
+                held.halves[half].add_(features, target)
+
+
+def laid_out(view: View, wanted: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Lay out some images at a time: (n, groups, features, pixels) and what is wanted (n, groups, outputs, pixels)."""
+    size = wanted.shape[-2:]
+    per_image = sum(path.spec.c_in * path.spec.kernel[0] * path.spec.kernel[1] for path in view.paths)
+    step = max(1, _AT_ONCE // (4 * per_image * size.numel()))
+    for start in range(0, len(wanted), step):
+        images = slice(start, start + step)
+        parts = [path.features(images, (size[0], size[1])) for path in view.paths]
+        features = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+        yield features, _in_groups(wanted[images].flatten(2), view.groups)
+
+
+def _in_groups(maps: Tensor, groups: int) -> Tensor:
+    """Cut the channels of (n, channels, pixels) into groups: (n, groups, channels/groups, pixels)."""
+    return maps.reshape(len(maps), groups, -1, maps.shape[2])

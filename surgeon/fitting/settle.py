@@ -1,0 +1,159 @@
+"""The sums of one unit → its kernel, its bias, and how far it is from what is wanted, before and after."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgeon.blocks.fittable import Arrangement, Fittable, View
+from surgeon.blocks.norms import core_of
+from surgeon.conv import kernels, streams
+from surgeon.conv.least_squares import Problem, Sums, ridge_for, solve, solve_together
+from surgeon.conv.numbers import cast
+from surgeon.errors import DataError, PassError
+from surgeon.fitting.passes import Seen
+from surgeon.fitting.units import Unit
+
+_ROUNDING = 1e-9  # by which a sum of squares may be larger that is smaller in exact numbers
+
+
+@dataclass(frozen=True, slots=True)
+class SiteFit:
+    """How far the output of one site is from the original's, as relative root mean square, before and after its fit.
+
+    Channels are weighed by the scale of the norm behind. Before, it has the conv's own taps, as far as it has them.
+    """
+
+    path: str
+    block: str  # its name, or the class of a layer that was not converted
+    before: float
+    after: float
+    constant: int = 0  # features that are the same in all images, about which these say nothing
+
+
+@dataclass(slots=True)
+class _Solved:
+    """The taps of one view, and its squared errors."""
+
+    taps: Tensor
+    bias: Tensor
+    before: float
+    after: float
+    size: float
+    constant: int
+    ridge: float
+
+
+def settle_(unit: Unit, sums: Mapping[str, Seen], metric: Tensor | None) -> SiteFit:
+    """Solve all views of a unit and give it what was found.
+
+    Raises:
+        DataError: the images do not say enough about it, or hold numbers that are none.
+    """
+    kernel, scale = unit.kernel, unit.scale.square()
+    made, bias, own = torch.zeros_like(kernel), torch.zeros(len(kernel)).to(kernel), _own_bias(unit)
+    solved = []
+    for seen in sums.values():
+        view, whole = seen.view, seen.halves[0] + seen.halves[1]
+        _check(unit, whole)
+        part = streams.take(scale, view.filters, 0).view(view.groups, -1)
+        start = streams.take(own, view.filters, 0).view(view.groups, -1)
+        one = _solve(unit, seen, whole, part, start, metric)
+        if not one.after <= one.before + _ROUNDING * one.size:
+            raise PassError("fit", f"{unit.path} is further from its original than it was: {one.after} > {one.before}")
+        view.put_(one.taps, made)
+        bias[[i for first, stop in view.filters for i in range(first, stop)]] = one.bias.flatten()
+        solved.append(one)
+    _give_(unit, made, bias)
+    return _in_short(unit, solved)
+
+
+def _in_short(unit: Unit, solved: Sequence[_Solved]) -> SiteFit:
+    size = sum(one.size for one in solved) or 1.0
+    before, after = (math.sqrt(sum(getattr(one, name) for one in solved) / size) for name in ("before", "after"))
+    kind = unit.made.name if isinstance(unit.made, Fittable) else type(unit.made).__name__
+    return SiteFit(unit.path, kind, before, after, sum(one.constant for one in solved))
+
+
+def _solve(unit: Unit, seen: Seen, whole: Sums, scale: Tensor, bias: Tensor, metric: Tensor | None) -> _Solved:
+    """Solve one view; where there are several arrangements of taps, take the one that loses least."""
+    problem = Problem.of(whole, has_bias=unit.has_bias)
+    halves = [Problem.of(half, has_bias=unit.has_bias) for half in seen.halves]
+    cost = scale
+    if metric is not None:
+        cost = streams.take(metric.diagonal(), seen.view.filters, 0).view(scale.shape)
+    start, choices = seen.view.taps_of(unit.kernel), _choices(unit, seen.view, problem, cost)
+    masked = [start * one.kept for one in choices] or [start]
+    before = float((problem.error(masked[0], bias) * scale).sum())
+    ridge = ridge_for((halves[0], halves[1]), masked[0], choices[0].kept if choices else None, cost)
+    found = [solve(problem, one, ways.kept, ridge) for one, ways in zip(masked, choices, strict=False)]
+    if choices:
+        best = min(range(len(found)), key=lambda i: float((problem.loss(found[i]) * cost).sum()))
+        choices[best].take_()
+        taps = found[best]
+        if metric is not None:
+            together = solve_together(problem, masked[best], taps, choices[best].kept, metric, ridge)
+            taps = together if float((problem.loss(together) * scale).sum()) <= before else taps
+    else:
+        taps = solve(problem, start, None, ridge)
+    fitted = problem.bias(taps) if unit.has_bias else torch.zeros_like(bias)
+    after = float((problem.error(taps, fitted) * scale).sum())
+    constant = int((problem.second.diagonal(dim1=1, dim2=2) <= 0).sum())
+    return _Solved(taps, fitted, before, after, float((problem.square * scale).sum()), constant, ridge)
+
+
+def _choices(unit: Unit, view: View, problem: Problem, cost: Tensor) -> Sequence[Arrangement]:
+    if not isinstance(unit.made, Fittable):
+        return ()
+    return unit.made.arrangements(view, problem, unit.kernel, cost[0])
+
+
+def _own_bias(unit: Unit) -> Tensor:
+    """The bias that the original has by itself: (out,) in float64."""
+    bias = getattr(unit.original, "bias", None)
+    zeros = torch.zeros(len(unit.kernel)).to(unit.kernel)
+    return zeros if bias is None else zeros + bias.detach()
+
+
+def _check(unit: Unit, held: Sums) -> None:
+    """Refuse sums that say too little.
+
+    Raises:
+        DataError: NaN or infinite numbers, one map for all, or fewer pixels than taps.
+    """
+    if not all(bool(one.isfinite().all()) for one in held.tensors):
+        raise DataError(
+            f"{unit.path}: NaN or infinite numbers go in or come out with these images",
+            todo="Look at the images, and at their --preprocess.",
+        )
+    rows, features = int(held.rows), held.seen.shape[1]
+    if float(held.second.diagonal(dim1=1, dim2=2).sum()) * rows <= (1 + 1e-12) * float(held.seen.square().sum()):
+        raise DataError(
+            f"{unit.path}: what it sees is the same at every pixel of every image",
+            todo="Give images that differ, as the network meets them.",
+        )
+    if unit.is_block and rows < features / 4:
+        raise DataError(
+            f"{unit.path}: {rows} pixels say too little about the {features} taps of a filter",
+            todo=f"Give at least {math.ceil(features / rows)} times as many images.",
+        )
+
+
+def _give_(unit: Unit, kernel: Tensor, bias: Tensor) -> None:
+    """Write a kernel and a bias; a bias that the unit does not have goes into the norm behind."""
+    made: Any = unit.made
+    with torch.no_grad():
+        if unit.is_block:
+            made.take_kernel_(cast(kernel, made.weight.dtype, "weight"), bias)
+        else:
+            made.weight.copy_(cast(kernel.reshape(made.weight.shape), made.weight.dtype, "weight"))
+            if made.bias is not None:
+                made.bias.copy_(cast(bias, made.bias.dtype, "bias"))
+        if made.bias is None and unit.norm is not None and unit.norm_before is not None:
+            behind, was = core_of(unit.norm), kernels.Norm.of(core_of(unit.norm_before)).double()
+            replace(kernels.Norm.of(behind).double(), mean=was.mean - bias).write_(behind)
