@@ -48,6 +48,7 @@ from surgeon.surgery.bake import all_baked
 from surgeon.surgery.bench import Timing, Trials
 from surgeon.surgery.decide import carry_out, check_bakes, plan_for
 from surgeon.surgery.fuse import fold_all_
+from surgeon.surgery.look import network_for
 from surgeon.surgery.plan import Plan
 from surgeon.surgery.replay import rebuild
 from surgeon.surgery.selfcheck import SelfCheck
@@ -320,7 +321,7 @@ def _network(model: nn.Module, given: Given, *, plan: Plan | None = None, to_pla
     That it was found is said here, but not where a plan is made of it: that says so itself.
     """
     example = examples.read(given.inputs[0], model, seed=given.seed) if given.inputs else None
-    network = surgery.network_for(model, example, plan=plan, seed=given.seed)
+    network = network_for(model, example, plan=plan, seed=given.seed)
     inputs = network.inputs
     if inputs is None and plan is not None and plan.inputs is not None:
         rejected = f"random input of the shapes in the plan ({plan.inputs}) is rejected by the model"
