@@ -29,6 +29,7 @@ from surgeon.files import load as source
 from surgeon.files.architectures import Architecture
 from surgeon.files.pickles import Trust
 from surgeon.files.save import save as save_file
+from surgeon.fitting import budget as budgets
 from surgeon.fitting.in_memory import fit_
 from surgeon.models.copies import Model, duplicate
 from surgeon.models.progress import Progress, parts, silent
@@ -76,6 +77,8 @@ def plan(
     overrides: Sequence[str] = (),
     bake: bool = False,
     time: bool = False,
+    data: Any = None,
+    budget: str | None = None,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Plan:
@@ -84,6 +87,10 @@ def plan(
     `recipe` is the name of a bundled one, a path, a dict or a `Recipe`; `overrides` are as `--set` takes them. With
     `bake`, tensors that weight norm, spectral norm or pruning compute are made permanent where convs are swapped. With
     `time` it is carried out on a copy, and the plan says how long both networks take once they are fused.
+
+    With `data`, images without labels as `fit` takes them, the plan says of every conv what it would lose, fitted to
+    them. A `budget` then chooses which convs are swapped, and with which options: "macs=0.6" for the share of the
+    network's multiply-adds, "error=0.05" for the relative error of its outputs.
 
     >>> [entry.swap for entry in plan(nn.Sequential(nn.Conv2d(3, 8, 3)), "acnet").convs]
     ['acblock']
@@ -94,6 +101,9 @@ def plan(
     with ordinary():
         progress("looking for an input", 0)
         network = network_for(model, example)
+        if data is not None or budget is not None:
+            wanted, step = _recipe(recipe, overrides), parts(progress, 0.2, 1)
+            return budgets.choose_for(network, wanted, data, budget, bake=bake, seed=seed, progress=step).plan
         progress("planning", 0.3 if time else 0.6)
         decided, surveyed = plan_for(network, _recipe(recipe, overrides), bake=bake, seed=seed)
         return gains.timed(decided, surveyed, parts(progress, 0.5, 1)) if time else decided
