@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from surgeon.surgery.advice import Advice
     from surgeon.surgery.history import Operation
     from surgeon.surgery.plan import Plan
+    from surgeon.surgery.reorder import reordered
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # else Python would print warnings by itself
 
@@ -66,6 +67,7 @@ _HOMES = {
     "Survey": "surgeon.analysis.sites",
     "SurgeonError": "surgeon.errors",
     **dict.fromkeys(("fit", "fit_"), "surgeon.fitting.in_memory"),
+    "reordered": "surgeon.surgery.reorder",
     **dict.fromkeys(("convert", "convert_", "fuse", "fuse_", "history", "load"), "surgeon.api"),
     **dict.fromkeys(("new_parameters", "plan", "recipes_for", "save", "survey", "verify"), "surgeon.api"),
 }
@@ -103,6 +105,7 @@ __all__ = [
     "new_parameters",
     "plan",
     "recipes_for",
+    "reordered",
     "save",
     "survey",
     "verify",

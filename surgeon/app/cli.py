@@ -99,6 +99,7 @@ def convert(
         from surgeon.app import commands
         from surgeon.display.convert import converted_data, converted_view
         from surgeon.fitting.fit import How
+        from surgeon.fitting.fitted import Settings
         from surgeon.surgery import plan as plans
 
         how = plans.read(plan) if plan is not None else str(recipe)
@@ -113,7 +114,7 @@ def convert(
             force=force,
             time=time,
             images=images,
-            fitting=How(distil=distil, seed=given.seed, state=state),
+            fitting=Settings(How(seed=given.seed), distil, state),
         )
     show(converted_data(done) if json else converted_view(done))
 
@@ -146,10 +147,12 @@ def fit(
         from surgeon.app import commands
         from surgeon.display.fit import fit_data, fit_view
         from surgeon.fitting.fit import How
+        from surgeon.fitting.fitted import Settings
 
-        how = How(distil=distil, seed=given.seed, state=state)
-        done, path = commands.fit(model, reference, images, given, progress, how=how, output=output, force=force)
-    show(fit_data(done, path) if json else fit_view(done, path))
+        settings = Settings(How(seed=given.seed), distil, state)
+        made = commands.fit(model, reference, images, given, progress, settings=settings, output=output, force=force)
+    if made is not None:
+        show(fit_data(*made) if json else fit_view(*made))
 
 
 @_command("Example: surgeon fuse model.acnet.pt   writes model.acnet.fused.pt")

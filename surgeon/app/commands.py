@@ -33,8 +33,8 @@ from surgeon.files.pickles import Trust
 from surgeon.files.save import save, to_open_again
 from surgeon.files.written import check_writable, packages, unreadable
 from surgeon.fitting import fitted as fits
-from surgeon.fitting.fit import How
-from surgeon.fitting.fitted import Fitted
+from surgeon.fitting.fitted import Fitted, Settings
+from surgeon.fitting.processes import joined
 from surgeon.models import devices
 from surgeon.models.copies import duplicate
 from surgeon.models.progress import Progress, parts, silent
@@ -134,7 +134,7 @@ def convert(
     force: bool,
     time: bool = False,
     images: Images | None = None,
-    fitting: How | None = None,
+    fitting: Settings | None = None,
 ) -> Converted:
     """Convert with a recipe (its name or path), or with a plan that was read from a file; and fit to images."""
     wanted = how if isinstance(how, Plan) else recipes.load(how, overrides)
@@ -160,7 +160,9 @@ def convert(
         decided = gains.compared(decided, original, loaded.model, inputs, parts(progress, *ends))
     fitted = None
     if data is not None:
-        fitted = fits.carry_out_(loaded.model, original, data, fitting or How(), parts(progress, ends[1], 0.9))
+        fitted = fits.carry_out_(
+            loaded.model, original, data, fitting or Settings(), progress=parts(progress, ends[1], 0.9)
+        )
     progress(f"writing {path}", 0.9)
     _save(loaded, path, given.trust, force=force)
     return Converted(decided, check, path, fitted)
@@ -173,19 +175,22 @@ def fit(
     given: Given,
     progress: Progress = silent,
     *,
-    how: How | None = None,
+    settings: Settings | None = None,
     output: Path | None = None,
     force: bool = False,
-) -> tuple[Fitted, Path]:
-    """Fit a converted model to the one that it was made from, and write it."""
+) -> tuple[Fitted, Path] | None:
+    """Fit a converted model to the one that it was made from, and write it; of several processes the first does."""
     path = _claim(output, name, "fit", given, reference, force=force)
     progress(f"loading {name}", 0)
     loaded = _load(name, given)
     original = _load(reference, given).model
     progress("reading the images", 0.05)
     example = examples.read(given.inputs[0], original, seed=given.seed) if given.inputs else None
-    data = images.read(original, example, seed=given.seed, trust=given.trust)
-    done = fits.carry_out_(loaded.model, original, data, how or How(), parts(progress, 0.1, 0.95))
+    data, step = images.read(original, example, seed=given.seed, trust=given.trust), parts(progress, 0.1, 0.95)
+    with joined(given.device) as processes:
+        done = fits.carry_out_(loaded.model, original, data, settings or Settings(), processes=processes, progress=step)
+        if not processes.is_first:
+            return None
     progress(f"writing {path}", 0.95)
     _save(loaded, path, given.trust, force=force)
     return done, path

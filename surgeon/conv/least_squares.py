@@ -24,12 +24,14 @@ All of it is float64. `Sums` add up, so processes and interrupted passes can put
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # λ, as shares of the mean variance of a feature
 _CHUNK = 2**23  # float64 numbers that are laid out at once: 64 MB
+_STRIPS, _NARROW = 6, 64  # of a symmetric product, and how wide one is at least
 _MOST_STEPS = 100  # of conjugate gradients
 _SMALL = 1e-6  # a remaining gradient, beside the first, at which they end
 
@@ -63,13 +65,26 @@ class Sums:
         """Add pixels: features (n, g, d, pixels) and what is wanted (n, g, o, pixels)."""
         at_once = max(1, _CHUNK // (x.shape[1] * x.shape[2]))
         for x_part, t_part in zip(torch.split(x, at_once, 3), torch.split(t, at_once, 3), strict=True):
-            xs, ts = (one.double().permute(1, 2, 0, 3).flatten(2) for one in (x_part, t_part))  # (g, ·, rows)
+            xs, ts = (one.permute(1, 2, 0, 3).flatten(2).double() for one in (x_part, t_part))  # (g, ·, rows)
             self.rows += xs.shape[2]
             self.seen += xs.sum(2)
             self.wanted += ts.sum(2)
-            self.second.baddbmm_(xs, xs.mT)
+            _add_squares_(self.second, xs)
             self.cross.baddbmm_(ts, xs.mT)
             self.square += ts.square().sum(2)
+
+
+def _add_squares_(second: Tensor, x: Tensor) -> None:
+    """Add x xᵀ (g, d, d) of (g, d, rows): strip by strip, each from the diagonal on, and the mirror of that."""
+    features = x.shape[1]
+    if features < _STRIPS * _NARROW:
+        second.baddbmm_(x, x.mT)
+        return
+    limits = [features * i // _STRIPS for i in range(_STRIPS + 1)]
+    for matrix, rows in zip(second, x, strict=True):
+        for start, stop in pairwise(limits):
+            matrix[start:stop, start:].addmm_(rows[start:stop], rows[start:].T)
+            matrix[stop:, start:stop] = matrix[start:stop, stop:].T
 
 
 @dataclass(frozen=True, slots=True)

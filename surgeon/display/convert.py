@@ -25,6 +25,8 @@ def converted_view(converted: Converted) -> RenderableType:
             f"self-check: {words.counted(kept, 'swapped conv')} against the originals, in float64: worst relative L2 "
             f"{check.worst:.1e} ({check.worst_path})"
         )
+    if check.permuted is not None:
+        lines.append(f"channels permuted, against their order before, in float64: relative L2 {check.permuted:.1e}")
     if check.approximate:
         compute = "computes" if check.approximate == 1 else "compute"
         todo = "retrain the network" if converted.fitted is None else "they were fitted to what their convs gave"

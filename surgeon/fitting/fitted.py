@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.console import RenderableType
@@ -14,11 +15,12 @@ from torch import nn
 from surgeon.display.fit import fit_view
 from surgeon.display.shown import Shown
 from surgeon.errors import FitError
+from surgeon.fitting.cache import Cache
 from surgeon.fitting.data import Data
 from surgeon.fitting.distil import Distilled, distil_
 from surgeon.fitting.fit import Fit, How, fit_, worth
 from surgeon.fitting.measure import Worth
-from surgeon.fitting.processes import Processes, joined
+from surgeon.fitting.processes import ALONE, Processes
 from surgeon.fitting.units import prepared
 from surgeon.models import devices
 from surgeon.models.copies import in_mode
@@ -28,6 +30,20 @@ from surgeon.surgery.history import Operation, content_hash, history, record_, v
 
 _log = logging.getLogger("surgeon")
 _BEFORE_FUSING = "Fit the network that convert made, and fuse it afterwards."
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to fit, how many steps of distillation follow, and where work in progress is kept.
+
+    `state` is a file in which an interrupted fit is continued, `cache` a folder for what depends on the original and
+    the images alone.
+    """
+
+    how: How = field(default_factory=How)
+    distil: int = 0
+    state: Path | None = None
+    cache: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +90,14 @@ def carry_out_(
     converted: nn.Module,
     reference: nn.Module,
     data: Data,
-    how: How,
+    settings: Settings,
+    *,
+    processes: Processes = ALONE,
     progress: Progress = silent,
 ) -> Fitted:
     """Fit a network itself, record that in its history, and say what was measured; after an error it is as it was.
 
-    Started by torchrun, each process takes its share of the images.
+    Of several processes each takes its share of the images.
 
     Raises:
         FitError: it was not converted from the reference. DataError: the images say too little about a site.
@@ -89,10 +107,10 @@ def carry_out_(
     modes = {module: module.training for module in converted.modules()}
     place = devices.of(converted)
     try:
-        with ordinary(), joined(place) as processes:
+        with ordinary():
             original = prepared(reference if place is None else devices.on(reference, place), steps, data)
             in_mode(converted, False)
-            made = _fitted(converted, original, data, how, processes, progress)
+            made = _fitted(converted, original, data, settings, processes, progress)
     except BaseException:
         converted.load_state_dict(kept)
         raise
@@ -107,28 +125,35 @@ def _fitted(
     converted: nn.Module,
     original: nn.Module,
     data: Data,
-    how: How,
+    settings: Settings,
     processes: Processes,
     progress: Progress,
 ) -> Fitted:
     """Fit, distil and measure; the network is in eval mode."""
+    state, steps = settings.state, settings.distil
     found = fit_(
-        converted, original, data, how, processes=processes, progress=parts(progress, 0, 0.5 if how.distil else 1)
+        converted,
+        original,
+        data,
+        settings.how,
+        processes=processes,
+        state=state,
+        cache=Cache(settings.cache),
+        progress=parts(progress, 0, 0.5 if steps else 1),
     )
-    if not how.distil:
+    if not steps:
         return Fitted(data.source, data.preprocessing, data.images, found, None, found.after)
-    share = data.share(processes.rank, processes.count)
     trained = distil_(
         converted,
         original,
-        share,
-        steps=how.distil,
-        seed=how.seed,
+        data.share(processes.rank, processes.count),
+        steps=steps,
+        seed=settings.how.seed,
         all_reduce=processes.add_ if processes.count > 1 else None,
-        checkpoint=None if how.state is None else how.state.with_name(f"{how.state.name}.distil{processes.rank}"),
+        checkpoint=None if state is None else state.with_name(f"{state.name}.distil{processes.rank}"),
         progress=parts(progress, 0.5, 0.95),
     )
-    last = worth(converted, original, share, processes)
+    last = worth(converted, original, data, processes)
     return Fitted(data.source, data.preprocessing, data.images, found, trained, last)
 
 

@@ -11,8 +11,10 @@ from torch import nn
 from surgeon.analysis import example as examples
 from surgeon.analysis.example import Example
 from surgeon.fitting import data as sources
-from surgeon.fitting import fitted as fits
 from surgeon.fitting.fit import How
+from surgeon.fitting.fitted import Settings, carry_out_
+from surgeon.fitting.processes import joined
+from surgeon.models import devices
 from surgeon.models.copies import Model, duplicate
 from surgeon.models.progress import Progress, silent
 from surgeon.models.sandbox import ordinary
@@ -83,5 +85,7 @@ def fit_(
         options: dict[str, Any] = {"labels": labels, "images": images, "batch": batch, "preprocess": preprocess}
         read = sources.of(data, reference, **options, seed=seed, example=known)
         state = None if resume is None else Path(resume)
-        fits.carry_out_(model, reference, read, How(distil=distil, seed=seed, state=state), progress)
+        settings = Settings(How(seed=seed), distil, state)
+        with joined(devices.of(model)) as processes:
+            carry_out_(model, reference, read, settings, processes=processes, progress=progress)
     return model

@@ -22,12 +22,13 @@ from surgeon.conv.kernels import Norm
 from surgeon.conv.spec import ConvSpec
 from surgeon.errors import FitError
 from surgeon.fitting.data import Data
-from surgeon.fitting.watch import watched
+from surgeon.fitting.watch import copied, watched
 from surgeon.models.call import Inputs
 from surgeon.models.copies import in_mode, shadow
 from surgeon.surgery.bake import bake_
 from surgeon.surgery.history import Operation
 from surgeon.surgery.plan import Plan
+from surgeon.surgery.replay import in_order_of
 
 _ORIGINAL = "Give the network that it was converted from."
 
@@ -94,18 +95,20 @@ def _spec(module: nn.Module) -> ConvSpec:
 
 
 def prepared(reference: nn.Module, steps: Sequence[Operation], data: Data) -> nn.Module:
-    """Copy the original, sharing its parameters, as the convs were when they were converted.
+    """Copy the original, sharing its parameters where they stay, as the convs were when they were converted.
 
-    What the plans of these steps baked is baked, and functional convolutions that they swapped are modules.
+    What the plans of these steps baked is baked, channels are in the order that they gave them, and functional
+    convolutions that they swapped are modules.
     """
     made = shadow(reference)
     for step in steps:
-        plan = None if step.plan is None else Plan.model_validate(step.plan)
-        if plan is None:
+        if step.plan is None:
             continue
+        plan, inputs = Plan.model_validate(step.plan), next(iter(data)).inputs.batched(2)
         bake_(made, plan.baked)
+        made = in_order_of(made, [step], inputs)
         if lifts := {entry.path for entry in plan.swaps if entry.functional is not None}:
-            network = Network(made, next(iter(data)).inputs.batched(2))
+            network = Network(made, inputs)
             found = [site.functional for site in sites.survey(network).sites if site.path in lifts]
             pairs = [(one, functional.conv_of(made, one)) for one in found if one is not None]
             functional.lift_(made, pairs, network.islands)
@@ -180,7 +183,7 @@ def _in_order(found: Sequence[Unit], converted: nn.Module, reference: nn.Module,
     before: dict[Unit, list[Any]] = {}
 
     def note(store: dict[Unit, list[Any]]) -> Callable[[Unit, Sequence[Any], Any], None]:
-        return lambda unit, args, _: store.setdefault(unit, []).append(args)
+        return lambda unit, args, _: store.setdefault(unit, []).append(copied(args))
 
     watched(converted, [(unit, unit.made) for unit in found], inputs, note(seen))
     watched(reference, [(unit, unit.original) for unit in found], inputs, note(before))
