@@ -202,10 +202,9 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with torch.no_grad():
-            for one, number in kept:
-                with torch.inference_mode(one.is_inference()):
-                    one.copy_(number)
+        for one, number in kept:
+            with torch.inference_mode(one.is_inference()), torch.no_grad():  # inference_mode(False) switches grad on
+                one.copy_(number)
         raise
 
 

@@ -93,8 +93,8 @@ def _as_octaves(start: Path, images: data.Images, given: Given, progress: Progre
     converted = pipeline.convert(str(start), "octave", given, parts(progress, 0, 0.3), output=None, force=False).path
     steps = [_snapshot("converted to octaves", converted, images)]
     shown = parts(progress, 0.3, 1)
-    fitted = pipeline.fit(str(converted), str(start), Images(str(source)), given, shown)[1]
-    return [*steps, _snapshot("fitted", fitted, images)]
+    fitted = pipeline.fit(str(converted), str(start), Images(str(source)), given, shown)
+    return steps if fitted is None else [*steps, _snapshot("fitted", fitted[1], images)]
 
 
 def _snapshot(name: str, path: Path, images: data.Images) -> Snapshot:
