@@ -155,7 +155,7 @@ def convert(
     if isinstance(wanted, Plan):
         check_bakes(wanted, bake=bake)
     label = wanted.recipe.name if isinstance(wanted, Plan) else wanted.name
-    path = _claim(output, name, label, given, how, force=force)
+    path = _claim(output, name, label, given, how, *_read_to_fit(images, fitting), force=force)
     progress(f"loading {name}", 0)
     loaded = _load(name, given)
     if formats.of_suffix(path).holds_modules:
@@ -194,7 +194,7 @@ def fit(
     force: bool = False,
 ) -> tuple[Fitted, Path] | None:
     """Fit a converted model to the one that it was made from, and write it; of several processes the first does."""
-    path = _claim(output, name, "fit", given, reference, force=force)
+    path = _claim(output, name, "fit", given, reference, *_read_to_fit(images, settings), force=force)
     progress(f"loading {name}", 0)
     loaded = _load(name, given)
     original = _load(reference, given).model
@@ -362,17 +362,23 @@ def _count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _claim(output: Path | None, name: str, label: str, given: Given, how: object = None, *, force: bool) -> Path:
+def _claim(output: Path | None, name: str, label: str, given: Given, *read: object, force: bool) -> Path:
     """Choose where the model goes, and make sure before any work is done that it can be written there."""
     path = output or _beside(name, label)
     if output is None and not architectures.is_factory(name) and not Path(name).exists():
         return path  # loading says that there is no such file, and which one may be meant
-    return claim(path, force=force, suffixes=formats.suffixes(), origins=_read_for(name, given, how))
+    return claim(path, force=force, suffixes=formats.suffixes(), origins=_read_for(name, given, *read))
 
 
-def _read_for(name: str, given: Given, how: object = None) -> list[str]:
+def _read_for(name: str, given: Given, *read: object) -> list[str | Path]:
     """List what is read to make a file, and must not be overwritten by it."""
-    return [one for one in (name, given.arch, how, *given.inputs) if isinstance(one, str)]
+    return [one for one in (name, given.arch, *given.inputs, *read) if isinstance(one, str | Path)]
+
+
+def _read_to_fit(images: Images | None, settings: Settings | None) -> list[str | Path]:
+    """List the files that a fit reads: its images, their labels, and how far it is."""
+    state = None if settings is None else settings.state
+    return [*(() if images is None else images.files), *(() if state is None else (state,))]
 
 
 def _beside(name: str, label: str) -> Path:

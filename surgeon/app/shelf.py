@@ -63,14 +63,14 @@ def blocks(json: Json = False) -> None:
 
 @command("Example: surgeon demo --seconds 20")
 def demo(
-    seconds: Annotated[float, typer.Option(min=1, help="How long to train the converted network.")] = 10,
+    seconds: Annotated[float, typer.Option(min=1, help="How long to train the network with ACBlocks.")] = 8,
     folder: Annotated[
         Path | None, typer.Option("--keep", metavar="FOLDER", help="Keep the models that are made in this folder.")
     ] = None,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
-    """Convert, train, fold and verify a small network, offline. Its images are from Fashion-MNIST."""
+    """Convert, train, fold and verify a small network, and convert and fit it, offline. Images: Fashion-MNIST."""
     from surgeon.app.demo import run
     from surgeon.display.demo import demo_data, demo_view
 
