@@ -204,7 +204,7 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
         yield
     except BaseException:
         for one, number in kept:
-            with torch.inference_mode(one.is_inference()), torch.no_grad():
+            with torch.inference_mode(one.is_inference()), torch.no_grad():  # inference_mode(False) switches grad on
                 one.copy_(number)
         raise
 
