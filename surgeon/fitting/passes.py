@@ -66,6 +66,9 @@ class Pass:
         seen: dict[Unit, list[Sequence[Any]]] = {unit: [] for unit in self.units}
         try:
             pairs = [(unit, unit.original) for unit in self.units]
+            if converted is reference:  # units that are not in a network yet, and see what their originals do
+                watched(reference, pairs, inputs, lambda unit, args, out: self._add_call(unit, args, out, half))
+                return
             watched(reference, pairs, inputs, lambda unit, _, out: outputs[unit].append(out), self.calls)
             pairs = [(unit, unit.made) for unit in self.units]
             watched(converted, pairs, inputs, lambda unit, args, _: seen[unit].append(args), self.calls)
@@ -76,8 +79,11 @@ class Pass:
             ) from error
         for unit in self.units:
             for args, out in zip(seen[unit], outputs[unit], strict=True):
-                for view in unit.views(args):
-                    self._add_view(unit, view, view.wanted(unit.wanted(out)), half)
+                self._add_call(unit, args, out, half)
+
+    def _add_call(self, unit: Unit, args: Sequence[Any], out: Tensor, half: int) -> None:
+        for view in unit.views(args):
+            self._add_view(unit, view, view.wanted(unit.wanted(out)), half)
 
     def _add_view(self, unit: Unit, view: View, wanted: Tensor, half: int) -> None:
         with quietly():
