@@ -40,12 +40,14 @@ if TYPE_CHECKING:
     from surgeon.blocks.hetconv import HetConv
     from surgeon.blocks.octave import OctaveConv
     from surgeon.conv.spec import ConvSpec
+    from surgeon.fitting.in_memory import fit, fit_
     from surgeon.models.call import Inputs
     from surgeon.proof.report import Check, Report
     from surgeon.recipes.recipe import Recipe
     from surgeon.surgery.advice import Advice
     from surgeon.surgery.history import Operation
     from surgeon.surgery.plan import Plan
+    from surgeon.surgery.reorder import reordered
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # else Python would print warnings by itself
 
@@ -64,6 +66,8 @@ _HOMES = {
     "Recipe": "surgeon.recipes.recipe",
     "Survey": "surgeon.analysis.sites",
     "SurgeonError": "surgeon.errors",
+    **dict.fromkeys(("fit", "fit_"), "surgeon.fitting.in_memory"),
+    "reordered": "surgeon.surgery.reorder",
     **dict.fromkeys(("convert", "convert_", "fuse", "fuse_", "history", "load"), "surgeon.api"),
     **dict.fromkeys(("new_parameters", "plan", "recipes_for", "save", "survey", "verify"), "surgeon.api"),
 }
@@ -92,6 +96,8 @@ __all__ = [
     "convert",
     "convert_",
     "errors",
+    "fit",
+    "fit_",
     "fuse",
     "fuse_",
     "history",
@@ -99,6 +105,7 @@ __all__ = [
     "new_parameters",
     "plan",
     "recipes_for",
+    "reordered",
     "save",
     "survey",
     "verify",

@@ -32,6 +32,7 @@ from surgeon.files import load as source
 from surgeon.files.architectures import Architecture
 from surgeon.files.pickles import Trust
 from surgeon.files.save import save as save_file
+from surgeon.fitting.in_memory import fit_
 from surgeon.models import devices
 from surgeon.models.call import Inputs
 from surgeon.models.copies import Model, duplicate
@@ -131,19 +132,25 @@ def convert(
     *,
     overrides: Sequence[str] = (),
     bake: bool = False,
+    data: Any = None,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Model:
     """Return a copy of `model` with its convs swapped as a plan or recipe says.
 
-    `history` of the result says what was done to it and what was measured.
+    With `data`, images without labels, blocks that approximate their convs are fitted to what these gave (`fit` has
+    more options). `history` of the result says what was done to it and what was measured.
 
     >>> type(convert(nn.Sequential(nn.Conv2d(3, 8, 3)), "acnet")[0]).__name__
     'ACBlock'
     """
     with ordinary():
         own = duplicate(checked(model))
-        return convert_(own, how, example, overrides=overrides, bake=bake, seed=seed, progress=progress)
+        step = progress if data is None else parts(progress, 0, 0.3)
+        convert_(own, how, example, overrides=overrides, bake=bake, seed=seed, progress=step)
+        if data is None:
+            return own
+        return fit_(own, model, data, example=example, seed=seed, progress=parts(progress, 0.3, 1))
 
 
 def convert_(
@@ -283,10 +290,15 @@ def _verify(a: nn.Module, b: nn.Module, example: Any, seed: int, progress: Progr
     if not known:
         raise CaptureError("no input is known that the model accepts", todo=examples.PASS_ONE)
     progress("repeating the operations in float64", 0.1)
-    again = replay.done_again(a, steps) if steps else None
+    again = replay.done_again(a, steps) if replay.can_be_done(steps) else None
     progress("comparing", 0.4)
     is_approximate = any(map(replay.is_approximate, steps))
     reference, taken = replay.as_baked(a, steps)
+    try:
+        reference = replay.in_order_of(reference, steps, known[0])
+    except CaptureError as error:
+        found = equivalence.verify(a, b, known, seed=seed)
+        return replace(found, remarks=(*found.remarks, f"B's history permutes channels, but {error.problem}"))
     if again is not None and (since := replay.folded_since(again.exact, b)) is not None:
         found = equivalence.verify(a, b, known, seed=seed)
         return replace(found, remarks=(*found.remarks, since))

@@ -12,13 +12,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from surgeon._version import __version__
-from surgeon.app.options import Bake, Force, Json, Model, Output, Seed, Sets, Time, about_models
+from surgeon.app.options import (
+    Bake,
+    Distil,
+    Force,
+    Json,
+    Model,
+    Output,
+    Seed,
+    Sets,
+    State,
+    Time,
+    about_images,
+    about_models,
+)
 from surgeon.app.stopping import Stopped, stoppable
 from surgeon.app.terminal import NobodyReads, bar, complain, complain_of, notes, parsing, results_only, show, show_file
 from surgeon.errors import PassError, SurgeonError, printable
 
 if TYPE_CHECKING:
     from surgeon.app.commands import Given
+    from surgeon.app.images import Images
 
 _log = logging.getLogger("surgeon")
 
@@ -53,9 +67,11 @@ def _command(epilog: str) -> Callable[[Callable[..., None]], Callable[..., None]
 
 @_command("Example: surgeon convert model.pt --recipe acnet.yaml   writes model.acnet.pt")
 @about_models
+@about_images
 def convert(
     model: Model,
     given: "Given",
+    images: "Images | None",
     recipe: Annotated[
         str | None, typer.Option("--recipe", "-r", help="A recipe: a file, or the name of a bundled one.")
     ] = None,
@@ -65,9 +81,16 @@ def convert(
     output: Output = None,
     force: Force = False,
     time: Time = False,
+    distil: Distil = 0,
+    state: State = None,
     json: Json = False,
 ) -> None:
-    """Swap the convs of a model as a recipe or a plan says. What was done is checked, and the result saved."""
+    """Swap the convs of a model as a recipe or a plan says. What was done is checked, and the result saved.
+
+    With --data, blocks that only approximate their convs are fitted to what these gave on images without labels.
+    """
+    if images is None and (distil or state):
+        raise typer.BadParameter("--distil and --resume are for fitting: give images, --data SOURCE")
     if (recipe is None) == (plan is None):
         raise typer.BadParameter("give either --recipe or --plan, for example --recipe acnet")
     if plan is not None and sets:
@@ -75,13 +98,61 @@ def convert(
     with bar() as progress:
         from surgeon.app import commands
         from surgeon.display.convert import converted_data, converted_view
+        from surgeon.fitting.fit import How
+        from surgeon.fitting.fitted import Settings
         from surgeon.surgery import plan as plans
 
         how = plans.read(plan) if plan is not None else str(recipe)
         done = commands.convert(
-            model, how, given, progress, overrides=sets or (), bake=bake, output=output, force=force, time=time
+            model,
+            how,
+            given,
+            progress,
+            overrides=sets or (),
+            bake=bake,
+            output=output,
+            force=force,
+            time=time,
+            images=images,
+            fitting=Settings(How(seed=given.seed), distil, state),
         )
     show(converted_data(done) if json else converted_view(done))
+
+
+@_command("Example: surgeon fit model.octave.pt --reference model.pt --data photos/   writes model.octave.fit.pt")
+@about_models
+@about_images
+def fit(
+    model: Model,
+    reference: Annotated[
+        str,
+        typer.Option("--reference", metavar="MODEL", help="The model that it was converted from.", show_default=False),
+    ],
+    given: "Given",
+    images: "Images | None",
+    distil: Distil = 0,
+    state: State = None,
+    output: Output = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Fit a converted model to the one that it was made from, on images without labels. The result is saved.
+
+    Every HetConv and OctaveConv gets the taps whose output is nearest to the conv's, by least squares, in order; then
+    the layers behind them. Under torchrun every process takes its share of the images.
+    """
+    if images is None:
+        raise typer.BadParameter("give images: --data SOURCE, a folder of them, say")
+    with bar() as progress:
+        from surgeon.app import commands
+        from surgeon.display.fit import fit_data, fit_view
+        from surgeon.fitting.fit import How
+        from surgeon.fitting.fitted import Settings
+
+        settings = Settings(How(seed=given.seed), distil, state)
+        made = commands.fit(model, reference, images, given, progress, settings=settings, output=output, force=force)
+    if made is not None:
+        show(fit_data(*made) if json else fit_view(*made))
 
 
 @_command("Example: surgeon fuse model.acnet.pt   writes model.acnet.fused.pt")

@@ -21,6 +21,7 @@ from surgeon.analysis import example as examples
 from surgeon.analysis import sites
 from surgeon.analysis.network import Network
 from surgeon.analysis.sites import Survey
+from surgeon.app.images import Images
 from surgeon.blocks import Block, Deployable, Foldable
 from surgeon.display import words
 from surgeon.errors import CaptureError
@@ -31,6 +32,9 @@ from surgeon.files.load import Loaded
 from surgeon.files.pickles import Trust
 from surgeon.files.save import save, to_open_again
 from surgeon.files.written import check_writable, packages, unreadable
+from surgeon.fitting import fitted as fits
+from surgeon.fitting.fitted import Fitted, Settings
+from surgeon.fitting.processes import joined
 from surgeon.models import devices
 from surgeon.models.copies import duplicate
 from surgeon.models.progress import Progress, parts, silent
@@ -71,6 +75,7 @@ class Converted:
     plan: Plan
     check: SelfCheck
     path: Path
+    fitted: Fitted | None = None  # where images were given
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +133,10 @@ def convert(
     output: Path | None,
     force: bool,
     time: bool = False,
+    images: Images | None = None,
+    fitting: Settings | None = None,
 ) -> Converted:
-    """Convert with a recipe (its name or path), or with a plan that was read from a file."""
+    """Convert with a recipe (its name or path), or with a plan that was read from a file; and fit to images."""
     wanted = how if isinstance(how, Plan) else recipes.load(how, overrides)
     if isinstance(wanted, Plan):
         check_bakes(wanted, bake=bake)
@@ -145,13 +152,48 @@ def convert(
     network = _network(loaded.model, given, plan=planned, to_plan=planned is None)
     progress("looking at the convs and planning", 0.2)
     inputs = gains.can_be_timed(loaded.model, network.inputs) if time else None
-    original, most = duplicate(loaded.model) if time else None, 0.6 if time else 0.9
-    decided, check = carry_out(wanted, network, bake=bake, seed=given.seed, progress=parts(progress, 0.3, most))
-    if original is not None and inputs is not None:
-        decided = gains.compared(decided, original, loaded.model, inputs, parts(progress, 0.6, 0.9))
+    data = None if images is None else images.read(loaded.model, network.inputs, seed=given.seed, trust=given.trust)
+    original = duplicate(loaded.model) if time or data is not None else loaded.model
+    ends = (0.9 if inputs is None and data is None else 0.5, 0.5 if inputs is None else 0.6)  # of converting, timing
+    decided, check = carry_out(wanted, network, bake=bake, seed=given.seed, progress=parts(progress, 0.3, ends[0]))
+    if inputs is not None:
+        decided = gains.compared(decided, original, loaded.model, inputs, parts(progress, *ends))
+    fitted = None
+    if data is not None:
+        fitted = fits.carry_out_(
+            loaded.model, original, data, fitting or Settings(), progress=parts(progress, ends[1], 0.9)
+        )
     progress(f"writing {path}", 0.9)
     _save(loaded, path, given.trust, force=force)
-    return Converted(decided, check, path)
+    return Converted(decided, check, path, fitted)
+
+
+def fit(
+    name: str,
+    reference: str,
+    images: Images,
+    given: Given,
+    progress: Progress = silent,
+    *,
+    settings: Settings | None = None,
+    output: Path | None = None,
+    force: bool = False,
+) -> tuple[Fitted, Path] | None:
+    """Fit a converted model to the one that it was made from, and write it; of several processes the first does."""
+    path = _claim(output, name, "fit", given, reference, force=force)
+    progress(f"loading {name}", 0)
+    loaded = _load(name, given)
+    original = _load(reference, given).model
+    progress("reading the images", 0.05)
+    example = examples.read(given.inputs[0], original, seed=given.seed) if given.inputs else None
+    data, step = images.read(original, example, seed=given.seed, trust=given.trust), parts(progress, 0.1, 0.95)
+    with joined(given.device) as processes:
+        done = fits.carry_out_(loaded.model, original, data, settings or Settings(), processes=processes, progress=step)
+        if not processes.is_first:
+            return None
+    progress(f"writing {path}", 0.95)
+    _save(loaded, path, given.trust, force=force)
+    return done, path
 
 
 def fuse(

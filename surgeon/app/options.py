@@ -86,6 +86,58 @@ Time = Annotated[
     bool,
     typer.Option("--time", help="Also measure how long the network takes, as it is and converted, both of them fused."),
 ]
+Distil = Annotated[
+    int, typer.Option(min=0, help="Then train the network for so many steps against the original's outputs; no labels.")
+]
+State = Annotated[
+    Path | None,
+    typer.Option(
+        "--resume", metavar="FILE", help="Note in this file how far fitting is, and go on from there if it was ended."
+    ),
+]
+
+
+def about_images(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options that say which images to fit to; it receives them as its argument `images`.
+
+    Where `--data` may be left out, it receives None without it.
+    """
+
+    def run(
+        data: Annotated[
+            str | None,
+            typer.Option(
+                metavar="SOURCE",
+                help="Images without labels: a folder, .npz, .npy, .safetensors, .pt, file.py:loader, or noise.",
+            ),
+        ] = None,
+        images: Annotated[int | None, typer.Option(min=1, help="Take so many of them, drawn by --seed.")] = None,
+        batch: Annotated[int | None, typer.Option(min=1, help="Run so many at once; 64 if left out.")] = None,
+        preprocess: Annotated[
+            str | None,
+            typer.Option(
+                metavar="HOW",
+                help='imagenet, none, or "size=64,mean=0.29,std=0.35"; otherwise as the model\'s library says.',
+            ),
+        ] = None,
+        labels: Annotated[
+            str | None,
+            typer.Option(metavar="FILE", help="Their classes, to measure accuracy: a file of whole numbers, or own."),
+        ] = None,
+        **rest: Any,
+    ) -> None:
+        if data is None:
+            if images or batch or preprocess or labels:
+                raise typer.BadParameter(
+                    "--images, --batch, --preprocess and --labels say what to do with --data SOURCE"
+                )
+            command(images=None, **rest)
+            return
+        from surgeon.app.images import Images
+
+        command(images=Images(data, images, batch, preprocess, labels), **rest)
+
+    return _merged(command, run, "images")
 
 
 def about_models(command: Callable[..., None], *, only_with: str | None = None) -> Callable[..., None]:
@@ -126,7 +178,12 @@ def about_models(command: Callable[..., None], *, only_with: str | None = None) 
             **rest,
         )
 
-    own = [p for p in inspect.signature(command).parameters.values() if p.name != "given"]
+    return _merged(command, run, "given")
+
+
+def _merged(command: Callable[..., None], run: Callable[..., None], made: str) -> Callable[..., None]:
+    """Let `run` show the options of a command beside its own, but for the argument that it makes."""
+    own = [p for p in inspect.signature(command).parameters.values() if p.name != made]
     shared = [p for p in inspect.signature(run).parameters.values() if p.name != "rest"]
     parameters = sorted(
         (p.replace(kind=p.KEYWORD_ONLY) for p in (*own, *shared)), key=lambda p: p.default is not p.empty

@@ -32,6 +32,7 @@ class BlockOptions(BaseModel):
 
 Role = dict[str, int | str]
 _ROLE = "surgeon.role"  # in the metadata of a state dict
+_ORDER = "order"  # in a role
 Opts = TypeVar("Opts", bound=BlockOptions, default=Any)  # the options of a block
 
 
@@ -65,6 +66,7 @@ class Operator(Stored, nn.Module):
     """One step of a graph: tracing does not look into it."""
 
     spec: ConvSpec  # of the conv that it replaces
+    permuted_as: str = ""  # a hash of how the channels of its network were permuted; empty where they were not
 
     def __prepare_scriptable__(self) -> nn.Module:
         """Answer torch.jit.script, which asks this first; a block of another distribution may well be for it."""
@@ -81,9 +83,12 @@ class Operator(Stored, nn.Module):
         """
         return {}
 
+    def _role(self) -> Role:
+        return self.role() | ({_ORDER: self.permuted_as} if self.permuted_as else {})
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if (role := self.role()) and hasattr(destination, "_metadata"):
+        if (role := self._role()) and hasattr(destination, "_metadata"):
             destination._metadata.setdefault(prefix[:-1], {})[_ROLE] = role
 
     def _load_from_state_dict(
@@ -96,7 +101,15 @@ class Operator(Stored, nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        stored, own = local_metadata.get(_ROLE, {}), self.role()
+        noted, own = local_metadata.get(_ROLE), self._role()
+        stored = noted or {}
+        if self.permuted_as and noted != {} and _ORDER not in stored:
+            error_msgs.append(
+                f"{prefix[:-1] or 'the block'}: channels of this network were permuted, and these weights do not say "
+                "that theirs are. Those of the network that was converted: load surgeon.reordered(state, model). Those "
+                "of this one, which a file without metadata gave: surgeon.reordered(state, model, is_done=True)"
+            )
+            return
         if apart := [name for name in own if name in stored and stored[name] != own[name]]:
             theirs, ours = (", ".join(f"{name} {one[name]}" for name in apart) for one in (stored, own))
             error_msgs.append(
@@ -111,15 +124,34 @@ class Operator(Stored, nn.Module):
     def __setstate__(self, state: Any) -> None:
         if not isinstance(state.get("spec"), ConvSpec):
             raise ValueError(f"{type(self).__name__} has a spec that is not a ConvSpec")
+        if not isinstance(state.get("permuted_as", ""), str):
+            raise ValueError(f"{type(self).__name__} has a permuted_as that is not a word")
         super().__setstate__(state)
 
 
 def without_roles(state: dict[str, Any]) -> dict[str, Any]:
     """Give a state dict that blocks of any role load; what modules of other classes note beside theirs is kept."""
     made, noted = OrderedDict(state), getattr(state, "_metadata", {})
-    without = {path: {key: note for key, note in notes.items() if key != _ROLE} for path, notes in noted.items()}
+    without = {path: notes | ({_ROLE: {}} if _ROLE in notes else {}) for path, notes in noted.items()}
     vars(made)["_metadata"] = without
     return made
+
+
+def with_orders(state: Mapping[str, Any], orders: Mapping[str, str]) -> OrderedDict[str, Any]:
+    """Give a state dict that says how the channels of blocks were permuted, by path; '' says that they were not."""
+    made, noted = OrderedDict(state), {path: dict(notes) for path, notes in getattr(state, "_metadata", {}).items()}
+    for path, order in orders.items():
+        notes = noted.setdefault(path, {})
+        role = {name: said for name, said in notes.get(_ROLE, {}).items() if name != _ORDER}
+        notes[_ROLE] = role | ({_ORDER: order} if order else {})
+    vars(made)["_metadata"] = noted
+    return made
+
+
+def ordered_as(state: Mapping[str, Any]) -> set[str]:
+    """Say how the channels of the blocks that a state dict belongs to were permuted, as far as it says so."""
+    notes = getattr(state, "_metadata", {}).values()
+    return {str(note[_ROLE][_ORDER]) for note in notes if _ORDER in note.get(_ROLE, {})}
 
 
 class Block(Operator, abc.ABC, Generic[Opts]):

@@ -36,6 +36,8 @@ class FusedOctave(TwoStreams):
         super().__init__()
         self.spec, self.downsample = block.spec, block.downsample
         self.low_in, self.low_out = block.low_in, block.low_out
+        if block.permuted_as:
+            self.permuted_as = block.permuted_as
         reads_once = self.spec.stride == (1, 1) or self.downsample == "pool-both"
         shares = bool(block.low_in and block.low_out) and reads_once and self.spec.kernel != (1, 1)
         high_in, high_out = streams.others(block.low_in, self.spec.c_in), streams.others(block.low_out, self.spec.c_out)

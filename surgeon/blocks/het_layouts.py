@@ -48,7 +48,7 @@ def energies(kernel: Tensor, second: Tensor) -> Iterator[Tensor]:
     `kernel` (out, in, kh, kw) and the second moments of what it sees (in · kh · kw, in · kh · kw), in float64.
     """
     yield off_centre_energy(kernel)
-    out, into, kh, kw = kernel.shape
+    _, into, kh, kw = kernel.shape
     off = torch.arange(kh * kw, device=kernel.device) != kh // 2 * kw + kw // 2
     taps = kernel.flatten(2)[..., off]  # (out, in, taps)
     yield _form(taps, _blocks(second, into)[:, off][:, :, off])

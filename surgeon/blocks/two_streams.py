@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 from typing import Annotated, Any, Literal, Self, overload
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor
 from typing_extensions import TypeVar
 
@@ -50,6 +50,11 @@ class TwoStreamOptions(base.BlockOptions):
         description="a conv of stride 2 without low channels, right behind a region: keep: it stays as it is; pool: it "
         "is pooled, then convolved at stride 1, as in the paper's code, which saves nothing",
     )
+    low: Literal["last", "least"] = Field(
+        "last",
+        description="which channels become low: the last ones, or those that lose least, whose order in the network is "
+        "changed exactly",
+    )
     seams: Literal["remove", "keep"] = Field(
         "remove", description="remove: hand the streams on from conv to conv; keep: each conv splits and joins"
     )
@@ -61,6 +66,12 @@ class TwoStreamOptions(base.BlockOptions):
         if are_empty or borders != sorted(borders):
             raise ValueError("low_in needs ranges [start, stop] in ascending order, none of them empty")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_the_usual(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `low` out where it says nothing, so that plans stay as earlier releases write and read them."""
+        said: dict[str, Any] = handler(self)
+        return {name: value for name, value in said.items() if (name, value) != ("low", "last")}
 
     @property
     def alphas(self) -> tuple[float, float]:

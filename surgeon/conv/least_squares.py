@@ -11,8 +11,8 @@ is solved on the taps K that a filter has, the others being zero, by
 For λ = 0 and t = w*·x this is w_K = H_KK⁻¹ H_K: w*, the kernel of Optimal Brain Surgeon (Hassibi & Stork 1993), layer
 by layer as in Optimal Brain Compression (Frantar, Singh & Alistarh 2022, arXiv:2208.11580, section 4). Filters with the
 same taps share one factorisation. w₀ are the taps that the conv had: the result is never further from what is wanted
-than they are, and a channel that is constant, about which the images say nothing, keeps them. λ is the share of the mean
-variance of a feature, out of `RIDGES`, that does best on one half of the images when fitted to the other.
+than they are, and a channel that is constant, about which the images say nothing, keeps them. λ is the share of the
+mean variance of a feature, out of `RIDGES`, that does best on one half of the images when fitted to the other.
 
 Where filters have different taps, what one lacks another may make up for later in the network. With a metric S (out,
 out) that says what an error e costs there, E eᵀ S e, all filters are solved together, by conjugate gradients: the
@@ -24,12 +24,14 @@ All of it is float64. `Sums` add up, so processes and interrupted passes can put
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # λ, as shares of the mean variance of a feature
 _CHUNK = 2**23  # float64 numbers that are laid out at once: 64 MB
+_STRIPS, _NARROW = 6, 64  # of a symmetric product, and how wide one is at least
 _MOST_STEPS = 100  # of conjugate gradients
 _SMALL = 1e-6  # a remaining gradient, beside the first, at which they end
 
@@ -63,13 +65,26 @@ class Sums:
         """Add pixels: features (n, g, d, pixels) and what is wanted (n, g, o, pixels)."""
         at_once = max(1, _CHUNK // (x.shape[1] * x.shape[2]))
         for x_part, t_part in zip(torch.split(x, at_once, 3), torch.split(t, at_once, 3), strict=True):
-            xs, ts = (one.double().permute(1, 2, 0, 3).flatten(2) for one in (x_part, t_part))  # (g, ·, rows)
+            xs, ts = (one.permute(1, 2, 0, 3).flatten(2).double() for one in (x_part, t_part))  # (g, ·, rows)
             self.rows += xs.shape[2]
             self.seen += xs.sum(2)
             self.wanted += ts.sum(2)
-            self.second.baddbmm_(xs, xs.mT)
+            _add_squares_(self.second, xs)
             self.cross.baddbmm_(ts, xs.mT)
             self.square += ts.square().sum(2)
+
+
+def _add_squares_(second: Tensor, x: Tensor) -> None:
+    """Add x xᵀ (g, d, d) of (g, d, rows): strip by strip, each from the diagonal on, and the mirror of that."""
+    features = x.shape[1]
+    if features < _STRIPS * _NARROW:
+        second.baddbmm_(x, x.mT)
+        return
+    limits = [features * i // _STRIPS for i in range(_STRIPS + 1)]
+    for matrix, rows in zip(second, x, strict=True):
+        for start, stop in pairwise(limits):
+            matrix[start:stop, start:].addmm_(rows[start:stop], rows[start:].T)
+            matrix[stop:, start:stop] = matrix[start:stop, stop:].T
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +190,8 @@ def _divided(right: Tensor, second: Tensor, ridge: Tensor) -> Tensor:
     ridged = second + torch.diag_embed(ridge.clamp_min(floor).expand(second.shape[:2]))
     factor, failed = torch.linalg.cholesky_ex(ridged)
     if failed.any():  # far from round numbers: H has eigenvalues below its rounding, and λ does not reach them
-        return torch.linalg.solve(ridged, right.mT).mT
+        solved: Tensor = torch.linalg.solve(ridged, right.mT).mT
+        return solved
     found: Tensor = torch.cholesky_solve(right.mT, factor).mT
     return found
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group, RenderableType
 
 from surgeon.display import words
+from surgeon.display.fit import fit_view
 from surgeon.display.plan import plan_view
 from surgeon.display.sheet import Line
 
@@ -24,16 +25,22 @@ def converted_view(converted: Converted) -> RenderableType:
             f"self-check: {words.counted(kept, 'swapped conv')} against the originals, in float64: worst relative L2 "
             f"{check.worst:.1e} ({check.worst_path})"
         )
+    if check.permuted is not None:
+        lines.append(f"channels permuted, against their order before, in float64: relative L2 {check.permuted:.1e}")
     if check.approximate:
         compute = "computes" if check.approximate == 1 else "compute"
-        lines.append(f"{words.convs(check.approximate)} now {compute} a different function; retrain the network")
+        todo = "retrain the network" if converted.fitted is None else "they were fitted to what their convs gave"
+        lines.append(f"{words.convs(check.approximate)} now {compute} a different function; {todo}")
     if check.streams is not None:
         lines.append(
             f"without seams, against every conv splitting and joining, in float64: relative L2 {check.streams:.1e}"
         )
     if check.whole is not None:
         lines.append(f"whole network, before and after, in its own dtype: relative L2 {check.whole:.1e}")
-    return plan_view(converted.plan, every_conv=False, measured=lines, written=converted.path)
+    if converted.fitted is None:
+        return plan_view(converted.plan, every_conv=False, measured=lines, written=converted.path)
+    shown = plan_view(converted.plan, every_conv=False, measured=lines)
+    return Group(shown, Line(""), fit_view(converted.fitted, converted.path))
 
 
 def converted_data(converted: Converted) -> dict[str, Any]:
@@ -41,6 +48,7 @@ def converted_data(converted: Converted) -> dict[str, Any]:
         "path": str(converted.path),
         "self_check": asdict(converted.check),
         "plan": converted.plan.to_dict(),
+        **({} if converted.fitted is None else {"fit": converted.fitted.to_dict()}),
     }
 
 

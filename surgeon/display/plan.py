@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -43,7 +43,9 @@ def plan_view(
             parts.append(Listing(f"{words.convs(len(paths))} swapped: {note}", paths, most))
     if plan.baked:
         parts.append(Listing(f"{words.convs(len(plan.baked))} baked: {_BAKED}", plan.baked, most))
-    for reason, paths in _stay(plan).items():
+    for reason, paths in _by_reason((one.path, one.reason) for one in plan.unpermuted).items():
+        parts.append(Listing(f"{words.convs(len(paths))} whose last channels are low: {reason}", paths, most))
+    for reason, paths in _by_reason((entry.path, entry.skip) for entry in plan.convs).items():
         says = f"{words.convs(len(paths))} {'stays' if len(paths) == 1 else 'stay'}: {reason}"
         parts.append(Listing(says, paths, most))
     lines = [*_option_lines(plan), *_stream_lines(plan), _cost_line(plan), *measured, *gain_lines(plan)]
@@ -51,12 +53,12 @@ def plan_view(
     return Group(*parts, *map(Line, lines))
 
 
-def _stay(plan: Plan) -> dict[str, list[str]]:
-    """Group the convs that stay by the reason."""
+def _by_reason(said: Iterable[tuple[str, str | None]]) -> dict[str, list[str]]:
+    """Group convs by the reason that is given for them; those without one are left out."""
     found: dict[str, list[str]] = {}
-    for entry in plan.convs:
-        if entry.skip is not None:
-            found.setdefault(entry.skip, []).append(entry.path)
+    for path, reason in said:
+        if reason is not None:
+            found.setdefault(reason, []).append(path)
     return found
 
 
@@ -112,6 +114,10 @@ def _written(options: Mapping[str, object]) -> str:
 
 def _stream_lines(plan: Plan) -> Iterator[str]:
     """Say what is done besides the swaps of octave convs, and where their streams cannot go on."""
+    if plan.permuted:
+        count = sum(len(one.order) for one in plan.permuted)
+        maps = words.counted(len(plan.permuted), "order")
+        yield f"{maps} of channels permuted, {count} channels in all, so that those that lose least become low"
     for one in plan.low_passed:
         names = f"'{one.operand}', where '{one.step}' adds it to two streams"
         yield f"low-passed{_inside(one.island)}: {one.said or names}"

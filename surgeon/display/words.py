@@ -15,7 +15,19 @@ MOST_ROWS = 12  # of lists that could fill pages; JSON has all rows
 
 
 _NUMBERS = {"parameters", "MACs", "activations", "calls", "isolated", "propagated", "stored, ulp", "max abs"}
-_NUMBERS |= {"max rel", "SQNR dB", "ms", "± %", "per second", "× MACs", "× time", "peak memory"}
+_NUMBERS |= {
+    "max rel",
+    "SQNR dB",
+    "ms",
+    "± %",
+    "per second",
+    "× MACs",
+    "× time",
+    "peak memory",
+    "error before",
+    "error after",
+}
+_NUMBERS |= {"same class", "relative L2", "accuracy"}
 _TEXTS = {"geometry": "", "read by": "read by ", "remark": ""}  # and what they begin with below their row
 _PROSE = {"meaning", "what it does"}
 

@@ -11,6 +11,7 @@ Code runs where the user names it, never because a file does. Whatever goes wron
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -162,6 +163,7 @@ def _load_file(
     state = content
     if rebuild is not None and MANIFEST in header:
         model = rebuild(header[MANIFEST], architecture, sum(t.numel() * t.element_size() for t in state.values()))
+        state = checkpoints.with_metadata(OrderedDict(state), checkpoints.metadata_of(model.state_dict()))
     elif architecture is not None:
         model = build(architecture, trust=trust, seed=seed)
     else:

@@ -22,7 +22,8 @@ class Augmentation:
 
     def __call__(self, inputs: Inputs, generator: torch.Generator) -> Inputs:
         """Change every image of a call, if it takes images and nothing else."""
-        return inputs.map(lambda x: self._changed(x, generator)) if takes_images(inputs) else inputs
+        is_wanted = (self.shift > 0 or self.mirror) and takes_images(inputs)
+        return inputs.map(lambda x: self._changed(x, generator)) if is_wanted else inputs
 
     def in_words(self, inputs: Inputs) -> str:
         """Say what is done to the images of a call like this one."""

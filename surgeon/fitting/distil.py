@@ -2,9 +2,11 @@
 
 `compare` has the loss. Adam makes it smaller, with a rate for every tensor that is a share of the size of its numbers,
 √mean(w²); the rates rise for a tenth of the steps and fall to zero along a cosine, and gradients are cut to a length.
-Both networks are in eval mode, so dropout is off; only the batch norms of the converted network are in train mode,
-unless they are frozen or the batch is small, so that their statistics follow. Some images are held back, and the
-weights with the smallest loss on them, in eval mode, are kept: those of the start, if training made none better.
+Both networks are in eval mode, so dropout is off; only the batch norms of the converted network are in train mode, so
+that their statistics follow: not those that are frozen, not in small batches, and none if the statistics of a batch
+are so unlike the stored ones that the loss at the start is several times as large with them. Some images are held
+back, and the weights with the smallest loss on them, in eval mode, are kept: those of the start, if training made none
+better.
 
 What a step draws is drawn from its number, so a run that was interrupted goes on as if it had not been. A copy is
 trained, and its numbers are put into the network at the end, so that an error leaves the network as it was.
@@ -16,7 +18,7 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -43,6 +45,7 @@ LONGEST = 1.0  # of the gradient
 _RISES = 0.1  # of the steps
 _CHECKS = 20  # how often the images held back are looked at
 _ENOUGH = 16  # images whose statistics a batch norm may be trained with
+_UNLIKE = 3.0  # times the loss, from which on the statistics of a batch are not those that are stored
 _PATIENCE = 15  # checks without a smaller loss, after which training stops: at the highest rates the loss is larger
 
 
@@ -59,15 +62,16 @@ class Distilled:
     stages: tuple[str, ...]  # the modules whose outputs were compared
     rate: float
     augmentation: str
+    norms_follow: bool  # the statistics of batch norms were trained as well
     is_early: bool  # it stopped before all steps that were asked for
 
     def __str__(self) -> str:
         kept = f"the weights after step {self.best} are kept" if self.best else "the network is as it was"
+        norms = "" if self.norms_follow else ", norms keep their statistics"
         early = ", stopped early" * self.is_early
-        return (
-            f"distilled for {self.steps} steps{early} ({self.augmentation}): loss on {self.held_back} images held back "
-            f"{self.before:.3g} → {self.after:.3g}; {kept}"
-        )
+        how = f"{self.steps} steps{early} ({self.augmentation}{norms})"
+        loss = f"loss on {self.held_back} images held back {self.before:.3g} → {self.after:.3g}"
+        return f"distilled for {how}: {loss}; {kept}"
 
 
 def distil_(
@@ -83,7 +87,7 @@ def distil_(
     checkpoint: Path | None = None,
     progress: Progress = silent,
 ) -> Distilled:
-    """Train `converted` for some steps so that it does what `original` does; labels are not looked at.
+    """Train `converted` for some steps, one batch each, so that it does what `original` does, without labels.
 
     With `all_reduce` every process gives its share of the data, and a checkpoint of its own. The checkpoint stays,
     finished, until the caller removes it.
@@ -93,15 +97,16 @@ def distil_(
         StoreError: the checkpoint cannot be written, or is of another run.
     """
     rate = RATE if rate is None else rate
+    changes = augmentation or Augmentation(0, mirror=False)
     _check(steps, rate)
     with ordinary():
         rest, held = _divided(data, seed)
         student, teacher = (in_mode(shadow(model, _trainable), False) for model in (converted, original))
         if (place := devices.of(student)) is not None:
             teacher = devices.moved(teacher, place)
-        what = f"{content_hash(student)} {content_hash(teacher)} {data.digest} {steps} {seed} {rate} {augmentation}"
+        what = f"{content_hash(student)} {content_hash(teacher)} {data.digest} {steps} {seed} {rate} {changes}"
         state = State(student, _parameters(student), rate, hashlib.sha256(what.encode()).hexdigest())
-        run = _Run(student, teacher, rest, held, steps, seed, rate, augmentation or Augmentation(), all_reduce)
+        run = _Run(student, teacher, rest, held, steps, seed, rate, changes, all_reduce)
         made = run.train(state, checkpoint, progress)
         if made.best:
             _put_back_(converted, student)
@@ -121,6 +126,7 @@ class _Run:
     rate: float
     augmentation: Augmentation
     all_reduce: Reduce | None
+    norms: list[nn.Module] = field(default_factory=list)  # that are in train mode during a step
 
     def train(self, state: State, checkpoint: Path | None, progress: Progress) -> Distilled:
         """Run all steps that are left; the student ends up with the best weights."""
@@ -129,8 +135,9 @@ class _Run:
         with self._errors("run"), quietly(self.seed):
             found = stages.find(self.student, self.teacher, first.inputs)
         every = -(-self.steps // _CHECKS)
-        state.resume_(checkpoint, self._sum)
         with Compared(self.student, self.teacher, found) as compared:
+            self.norms = self._norms_that_follow(compared, first)
+            state.resume_(checkpoint, self._sum)
             batches = _endless(self.rest, state.step)
             if not state.losses:
                 self._check(state, compared)
@@ -151,6 +158,7 @@ class _Run:
             stages=tuple(stage.path for stage in found),
             rate=self.rate,
             augmentation=self.augmentation.in_words(first.inputs),
+            norms_follow=bool(self.norms),
             is_early=state.step < self.steps,
         )
 
@@ -159,7 +167,7 @@ class _Run:
         generator = torch.Generator().manual_seed(_drawn(self.seed, state.step))
         state.set_rate(_schedule(state.step, self.steps))
         with self._errors("be trained"), quietly(_drawn(self.seed, state.step)), torch.enable_grad():
-            with _training(self.student, batch.count):
+            with self._norms_training(batch.count):
                 loss = compared.loss(self.augmentation(batch.inputs, generator)) * batch.count
             value = self._summed(loss.detach(), batch.count)
             if not math.isfinite(value):
@@ -173,6 +181,29 @@ class _Run:
             state.optimizer.step()
         state.step += 1
         return value
+
+    def _norms_that_follow(self, compared: Compared, first: Batch) -> list[nn.Module]:
+        """Say which norms can be in train mode: all or none, by what the statistics of a batch do to the loss."""
+        self.norms = [norm for norm in self.student.modules() if _is_trained(norm)]
+        buffers = [(buffer, buffer.clone()) for buffer in self.student.buffers()]
+        with self._errors("run"), quietly(self.seed):
+            stored = self._summed(compared.loss(first.inputs) * first.count, first.count)
+            with self._norms_training(first.count):
+                by_batch = self._summed(compared.loss(first.inputs) * first.count, first.count)
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        return self.norms if by_batch <= _UNLIKE * stored else []
+
+    @contextlib.contextmanager
+    def _norms_training(self, images: int) -> Iterator[None]:
+        """Let batch norms normalise by the batch, if it is large enough, and nothing else be in train mode."""
+        for norm in self.norms:
+            norm.training = images >= _ENOUGH
+        try:
+            yield
+        finally:
+            for norm in self.norms:
+                norm.training = False
 
     def _share_gradients(self, parameters: list[nn.Parameter], count: int) -> None:
         """Make of the gradients of a sum those of the mean over all images of all processes."""
@@ -199,13 +230,14 @@ class _Run:
         state.note(value)
 
     def _share_statistics(self) -> None:
-        """Give the norms of all processes the mean of their statistics."""
-        statistics = [buffer for buffer in self.student.buffers() if buffer.is_floating_point()]
-        if self.all_reduce is not None and statistics:
-            count = torch.ones((), dtype=torch.float64, device=statistics[0].device)
-            self.all_reduce([*statistics, count])
-            for buffer in statistics:
-                buffer.div_(count.item())
+        """Give the norms of all processes the mean of their statistics, and of how many batches they have seen."""
+        buffers = [buffer for norm in self.norms for buffer in norm.buffers(recurse=False)]
+        if self.all_reduce is None or not buffers:
+            return
+        sums = [torch.ones((), dtype=torch.float64, device=buffers[0].device), *(one.double() for one in buffers)]
+        self.all_reduce(sums)
+        for buffer, total in zip(buffers, sums[1:], strict=True):
+            buffer.copy_(total / sums[0])
 
     def _summed(self, total: Tensor, count: int) -> float:
         """Give the mean of a sum over the images of all processes."""
@@ -276,19 +308,6 @@ def _parameters(model: nn.Module) -> list[nn.Parameter]:
     return free
 
 
-@contextlib.contextmanager
-def _training(model: nn.Module, images: int) -> Iterator[None]:
-    """Let batch norms normalise by the batch, and nothing else be in train mode."""
-    found = [norm for norm in model.modules() if _is_trained(norm)] if images >= _ENOUGH else []
-    for norm in found:
-        norm.training = True
-    try:
-        yield
-    finally:
-        for norm in found:
-            norm.training = False
-
-
 def _is_trained(module: nn.Module) -> bool:
     """Whether a module is a batch norm that follows the batch: not one that is frozen, or whose processes must meet."""
     if not isinstance(module, BatchNorm) or module.running_mean is None:
@@ -300,11 +319,10 @@ def _is_trained(module: nn.Module) -> bool:
 
 def _put_back_(model: nn.Module, trained: nn.Module) -> None:
     """Give a network the numbers of its trained copy, rounded to its own dtypes."""
-    with torch.no_grad():
-        pairs = zip((*model.parameters(), *model.buffers()), (*trained.parameters(), *trained.buffers()), strict=True)
-        for own, new in pairs:
-            with torch.inference_mode(own.is_inference()):
-                own.copy_(new)
+    pairs = zip((*model.parameters(), *model.buffers()), (*trained.parameters(), *trained.buffers()), strict=True)
+    for own, new in pairs:
+        with torch.inference_mode(own.is_inference()), torch.no_grad():  # the first may switch gradients on
+            own.copy_(new)
 
 
 def _schedule(step: int, steps: int) -> float:

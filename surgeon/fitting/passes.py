@@ -18,14 +18,16 @@ from surgeon.blocks.fittable import View
 from surgeon.conv.least_squares import Sums
 from surgeon.errors import DataError
 from surgeon.fitting.data import Data
+from surgeon.fitting.processes import ALONE, Processes
 from surgeon.fitting.units import Unit
-from surgeon.fitting.watch import watched
+from surgeon.fitting.watch import copied, watched
 from surgeon.models.call import Inputs
 from surgeon.models.copies import where
 from surgeon.models.progress import Progress, silent
 from surgeon.models.sandbox import quietly
 
-_AT_ONCE = 2**26  # bytes of float32 features that are laid out at once
+LAID_OUT = 2**25  # bytes of float32 features that are laid out at once
+_NUMBERS = 2**21  # in the images that a network is run on at once: 14 pictures of 224 pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,32 +55,55 @@ class Pass:
         self.sums: dict[Unit, dict[str, Seen]] = {unit: {} for unit in units}
 
     def run(
-        self, converted: nn.Module, reference: nn.Module, data: Data, progress: Progress = silent, what: str = ""
+        self,
+        converted: nn.Module,
+        reference: nn.Module,
+        data: Data,
+        progress: Progress = silent,
+        what: str = "",
+        *,
+        processes: Processes = ALONE,
     ) -> None:
+        """Look at all batches, of which every process takes its share.
+
+        Raises:
+            DataError: the network does not run on them.
+        """
         done = 0
-        for i, batch in enumerate(data):
-            self._add(converted, reference, batch.inputs, i % 2)
-            done += batch.count
-            progress(what, done / data.images)
+        with processes.agreeing():
+            for i, batch in processes.batches(data):
+                for part in in_parts(batch.inputs):
+                    self._add(converted, reference, part, i % 2)
+                done += batch.count * processes.count
+                progress(what, min(done / data.images, 1.0))
+            if not done:  # the sums have their shapes all the same
+                self._add(converted, reference, next(iter(data)).inputs.batched(1), 0)
+        sums = [one for views in self.sums.values() for seen in views.values() for one in seen.tensors]
+        if not done:
+            for one in sums:
+                one.zero_()
+        processes.add_(sums)
 
     def _add(self, converted: nn.Module, reference: nn.Module, inputs: Inputs, half: int) -> None:
         outputs: dict[Unit, list[Tensor]] = {unit: [] for unit in self.units}
         seen: dict[Unit, list[Sequence[Any]]] = {unit: [] for unit in self.units}
+        keep = copied if self.calls > 1 else _as_it_is
         try:
             pairs = [(unit, unit.original) for unit in self.units]
             if converted is reference:  # units that are not in a network yet, and see what their originals do
                 watched(reference, pairs, inputs, lambda unit, args, out: self._add_call(unit, args, out, half))
                 return
-            watched(reference, pairs, inputs, lambda unit, _, out: outputs[unit].append(out), self.calls)
+            watched(reference, pairs, inputs, lambda unit, _, out: outputs[unit].append(keep(out)), self.calls)
             pairs = [(unit, unit.made) for unit in self.units]
-            watched(converted, pairs, inputs, lambda unit, args, _: seen[unit].append(args), self.calls)
+            watched(converted, pairs, inputs, lambda unit, args, _: seen[unit].append(keep(args)), self.calls)
         except Exception as error:
             raise DataError(
                 f"the network does not run on the images: {where(error)}",
-                todo="Give images of the size and with the channels that it takes, or a --preprocess that makes them so.",
+                todo="Give images of the size and channels that it takes, or a --preprocess that makes them so.",
             ) from error
         for unit in self.units:
-            for args, out in zip(seen[unit], outputs[unit], strict=True):
+            made, given = seen.pop(unit), outputs.pop(unit)
+            for args, out in zip(made, given, strict=True):
                 self._add_call(unit, args, out, half)
 
     def _add_call(self, unit: Unit, args: Sequence[Any], out: Tensor, half: int) -> None:
@@ -95,13 +120,33 @@ class Pass:
                 held.halves[half].add_(features, target)
 
 
+def in_parts(inputs: Inputs) -> Iterator[Inputs]:
+    """Cut a batch so that what a network computes for it fits into memory."""
+    images = inputs.batch
+    step = max(1, _NUMBERS * images // (inputs.numel or 1))
+    if step >= images:
+        yield inputs
+        return
+    for start in range(0, images, step):
+        yield inputs.part(start, start + step)
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
 def laid_out(view: View, wanted: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Lay out some images at a time: (n, groups, features, pixels) and what is wanted (n, groups, outputs, pixels)."""
     size = wanted.shape[-2:]
     per_image = sum(path.spec.c_in * path.spec.kernel[0] * path.spec.kernel[1] for path in view.paths)
-    step = max(1, _AT_ONCE // (4 * per_image * size.numel()))
+    step = max(1, LAID_OUT // (4 * per_image * size.numel()))
     for start in range(0, len(wanted), step):
         images = slice(start, start + step)
         parts = [path.features(images, (size[0], size[1])) for path in view.paths]
         features = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-        yield features, wanted[images].flatten(2).unflatten(1, (view.groups, -1))
+        yield features, _in_groups(wanted[images].flatten(2), view.groups)
+
+
+def _in_groups(maps: Tensor, groups: int) -> Tensor:
+    """Cut the channels of (n, channels, pixels) into groups: (n, groups, channels/groups, pixels)."""
+    return maps.reshape(len(maps), groups, -1, maps.shape[2])

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from surgeon.errors import StoreError
-from surgeon.files.atomic import write_atomically
+from surgeon.fitting import states
 
 _SMALL = 0.01  # what a tensor of zeros counts as
-_START_ANEW = "Remove it to begin again, or name another file."
 
 
 class State:
@@ -63,9 +57,8 @@ class State:
         held |= {f"best.{name}": tensor for name, tensor in self.best_weights.items()}
         for parameter, of_adam in self.optimizer.state.items():
             held |= {f"adam.{key}.{self.names[id(parameter)]}": tensor for key, tensor in of_adam.items()}
-        told = {"identity": self.identity, "step": self.step, "best": self.best, "losses": self.losses}
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in held.items()}
-        write_atomically(path, lambda part: save_file(tensors, part, {"surgeon": json.dumps(told)}), force=True)
+        told = {"step": self.step, "best": self.best, "losses": self.losses}
+        states.write(path, self.identity, told, held)
 
     def resume_(self, path: Path | None, add_up: Callable[[list[Tensor]], None]) -> None:
         """Go on from a file, if there is one, and if the files of all processes are of the same step.
@@ -73,9 +66,10 @@ class State:
         Raises:
             StoreError: it is damaged, or of another training.
         """
-        told, held = _read(path) if path is not None and path.exists() else ({}, {})
-        if told and told["identity"] != self.identity:
-            raise StoreError(f"{path} is of a training with other networks, data or options", todo=_START_ANEW)
+        told: dict[str, Any] = {}
+        held: dict[str, Tensor] = {}
+        if path is not None and path.exists():
+            told, held = states.read(path, self.identity, ("step", "best", "losses"), "training")
         step = float(told.get("step", 0))
         seen = torch.tensor([1.0, step, step * step], dtype=torch.float64, device=self.parameters[0].device)
         add_up([seen])
@@ -102,13 +96,3 @@ class State:
 
 def _under(prefix: str, held: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in held.items() if name.startswith(prefix)}
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        with safe_open(os.fspath(path), "pt") as file:
-            told = json.loads((file.metadata() or {})["surgeon"])
-            held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 # it is no dict
-        return {key: told[key] for key in ("identity", "step", "best", "losses")}, held
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{path} is not a state of training, or is damaged", todo=_START_ANEW) from error

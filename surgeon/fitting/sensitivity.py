@@ -74,15 +74,13 @@ class Trials:
         convs = {path: reference.get_submodule(path) for choice in space.choices for path in choice.paths}
         if how.metric:
             pairs = [Unit(path, conv, conv) for path, conv in convs.items()]
-            few = rest.first(_LEAST).share(processes.rank, processes.count)
-            metrics = importance.metrics(reference, pairs, few, how.seed, processes)
+            metrics = importance.metrics(reference, pairs, rest.first(_LEAST), how.seed, processes)
             made = cls(space, survey, reference, rest, judged, metrics, how, processes)
         return made
 
     def error(self, model: nn.Module) -> float | None:
         """The relative L2 of the outputs on the images that are held back."""
-        found = fit.worth(model, self.reference, self._share(self.judged_on), self.processes)
-        return found.relative_l2
+        return fit.worth(model, self.reference, self.judged_on, self.processes).relative_l2
 
     def fitted(self, plan: Plan, *, refit: bool, progress: Progress | None = None) -> nn.Module:
         """Carry a plan out on a copy, each conv splitting and joining by itself, which computes the same; and fit it."""
@@ -162,8 +160,7 @@ class Trials:
     def _collected(self, found: Sequence[Unit], model: nn.Module, data: Data) -> Mapping[Unit, Mapping[str, Seen]]:
         """Run the images once through both networks, which may be the same."""
         collected = Pass(found)
-        collected.run(model, self.reference, self._share(data))
-        self.processes.add_([one for sums in collected.sums.values() for seen in sums.values() for one in seen.tensors])
+        collected.run(model, self.reference, data, processes=self.processes)
         return collected.sums
 
     def _groups(self, choices: Sequence[Choice]) -> Iterator[list[Choice]]:
@@ -192,9 +189,6 @@ class Trials:
         h, w = site.runs[0].shape_out[-2:]
         pixels = max(1, h * w // (1 if _is_plain(unit.made) else 4))
         return math.ceil(2 * self._features(unit.path) / pixels)
-
-    def _share(self, data: Data) -> Data:
-        return data.share(self.processes.rank, self.processes.count)
 
 
 def _is_plain(block: nn.Module) -> bool:

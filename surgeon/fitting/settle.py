@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from surgeon.blocks.fittable import Arrangement, Fittable, View
 from surgeon.blocks.norms import core_of
-from surgeon.conv import streams
+from surgeon.conv import kernels, streams
 from surgeon.conv.least_squares import Problem, Sums, ridge_for, solve, solve_together
 from surgeon.conv.numbers import cast
 from surgeon.errors import DataError, PassError
@@ -145,16 +146,14 @@ def _check(unit: Unit, held: Sums) -> None:
 
 def _give_(unit: Unit, kernel: Tensor, bias: Tensor) -> None:
     """Write a kernel and a bias; a bias that the unit does not have goes into the norm behind."""
+    made: Any = unit.made
     with torch.no_grad():
-        own = getattr(unit.made, "bias", None)
-        if isinstance(unit.made, Fittable):
-            unit.made.take_kernel_(cast(kernel, unit.made.weight.dtype, "weight"), bias)
+        if unit.is_block:
+            made.take_kernel_(cast(kernel, made.weight.dtype, "weight"), bias)
         else:
-            weight = unit.made.weight
-            weight.copy_(cast(kernel.reshape(weight.shape), weight.dtype, "weight"))
-            if own is not None:
-                own.copy_(cast(bias, own.dtype, "bias"))
-        if own is None and unit.norm is not None and unit.norm_before is not None:
-            mean = core_of(unit.norm).running_mean
-            before = core_of(unit.norm_before).running_mean
-            mean.copy_(cast(before.double() - bias, mean.dtype, "running_mean"))
+            made.weight.copy_(cast(kernel.reshape(made.weight.shape), made.weight.dtype, "weight"))
+            if made.bias is not None:
+                made.bias.copy_(cast(bias, made.bias.dtype, "bias"))
+        if made.bias is None and unit.norm is not None and unit.norm_before is not None:
+            behind, was = core_of(unit.norm), kernels.Norm.of(core_of(unit.norm_before)).double()
+            replace(kernels.Norm.of(behind).double(), mean=was.mean - bias).write_(behind)

@@ -70,8 +70,8 @@ def find(converted: nn.Module, original: nn.Module, inputs: Inputs) -> list[Stag
     inner = [seen for seen in seen_a if id(seen.maps[0]) not in given]
     stages = ((seen.size, _matched(seen, later[seen.call[0]], lows)) for seen in inner)
     known = [(size, stage) for size, stage in stages if stage is not None]
-    ends = [*known[1:], ((), None)]
-    return [stage for (size, stage), (following, _) in zip(known, ends, strict=True) if size != following]
+    following = [size for size, _ in known[1:]]
+    return [stage for (size, stage), after in zip(known, [*following, None], strict=False) if size != after]
 
 
 class Watch:

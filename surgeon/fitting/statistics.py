@@ -25,7 +25,7 @@ def norms_in(model: nn.Module) -> list[Any]:
 def estimate_(model: nn.Module, data: Data, processes: Processes) -> Callable[[], None]:
     """Replace the statistics of all batch norms by their means over all batches; give what puts them back.
 
-    Variances are those within batches, as in training. `data` is the share of this process.
+    Variances are those within batches, as in training.
     """
     norms = norms_in(model)
     before = [{name: _copied(getattr(norm, name)) for name in _KEPT} for norm in norms]
@@ -55,13 +55,14 @@ def _summed(model: nn.Module, norms: list[Any], data: Data, processes: Processes
     count = torch.zeros((), dtype=torch.float64, device=sums[0][0].device)
     for norm in norms:
         norm.training, norm.momentum = True, 1.0  # the statistics are those of the batch
-    for batch in data:
-        with quietly(0):
-            batch.inputs.cast_for(model).call(model)
-        count += 1
-        for norm, (mean, var) in zip(norms, sums, strict=True):
-            mean += norm.running_mean
-            var += norm.running_var
+    with processes.agreeing():
+        for _, batch in processes.batches(data):
+            with quietly(0):
+                batch.inputs.cast_for(model).call(model)
+            count += 1
+            for norm, (mean, var) in zip(norms, sums, strict=True):
+                mean += norm.running_mean
+                var += norm.running_var
     processes.add_([count, *(one for pair in sums for one in pair)])
     return [[one / count for one in pair] for pair in sums]
 

@@ -1,7 +1,7 @@
 """What of a converted network is fitted, in which order, and to what: every unit is a module and its original.
 
-A unit is a block that approximates a conv, or a conv or linear layer behind one. The latter were not converted, but what
-they see has changed, and they can make up for part of that at no cost.
+A unit is a block that approximates a conv, or a conv or linear layer behind one. The latter were not converted, but
+what they see has changed, and they can make up for part of that at no cost.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from surgeon.blocks.fittable import Fittable, Path, View
 from surgeon.conv.kernels import Norm
 from surgeon.conv.spec import ConvSpec
 from surgeon.errors import FitError
-from surgeon.fitting.watch import watched
+from surgeon.fitting.data import Data
+from surgeon.fitting.watch import copied, watched
 from surgeon.models.call import Inputs
 from surgeon.models.copies import in_mode, shadow
 from surgeon.surgery.bake import bake_
 from surgeon.surgery.history import Operation
 from surgeon.surgery.plan import Plan
+from surgeon.surgery.replay import in_order_of
 
 _ORIGINAL = "Give the network that it was converted from."
 
@@ -92,17 +94,19 @@ def _spec(module: nn.Module) -> ConvSpec:
     return ConvSpec.of(module).change(bias=False)
 
 
-def prepared(reference: nn.Module, steps: Sequence[Operation], inputs: Inputs) -> nn.Module:
-    """Copy the original, sharing its parameters, as the convs were when they were converted.
+def prepared(reference: nn.Module, steps: Sequence[Operation], data: Data) -> nn.Module:
+    """Copy the original, sharing its parameters where they stay, as the convs were when they were converted.
 
-    What the plans of these steps baked is baked, and functional convolutions that they swapped are modules.
+    What the plans of these steps baked is baked, channels are in the order that they gave them, and functional
+    convolutions that they swapped are modules.
     """
     made = shadow(reference)
     for step in steps:
-        plan = None if step.plan is None else Plan.model_validate(step.plan)
-        if plan is None:
+        if step.plan is None:
             continue
+        plan, inputs = Plan.model_validate(step.plan), next(iter(data)).inputs.batched(2)
         bake_(made, plan.baked)
+        made = in_order_of(made, [step], inputs)
         if lifts := {entry.path for entry in plan.swaps if entry.functional is not None}:
             network = Network(made, inputs)
             found = [site.functional for site in sites.survey(network).sites if site.path in lifts]
@@ -171,7 +175,9 @@ def _behind(converted: nn.Module, reference: nn.Module, known: dict[str, Site]) 
     owners = [id(p) for m in converted.modules() for p in m.parameters(recurse=False)]
     for path, made in converted.named_modules():
         original, site = originals.get(path), known.get(path)
-        if made in inside or type(made) not in (nn.Conv2d, nn.Linear) or type(original) is not type(made):
+        if made in inside or not isinstance(made, nn.Conv2d | nn.Linear) or original is None:
+            continue
+        if type(made) not in (nn.Conv2d, nn.Linear) or type(original) is not type(made):
             continue
         if any(owners.count(id(p)) > 1 for p in made.parameters()) or made._forward_pre_hooks or made._forward_hooks:
             continue
@@ -187,7 +193,7 @@ def _in_order(found: Sequence[Unit], converted: nn.Module, reference: nn.Module,
     before: dict[Unit, list[Any]] = {}
 
     def note(store: dict[Unit, list[Any]]) -> Callable[[Unit, Sequence[Any], Any], None]:
-        return lambda unit, args, _: store.setdefault(unit, []).append(args)
+        return lambda unit, args, _: store.setdefault(unit, []).append(copied(args))
 
     watched(converted, [(unit, unit.made) for unit in found], inputs, note(seen))
     watched(reference, [(unit, unit.original) for unit in found], inputs, note(before))

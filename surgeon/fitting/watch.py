@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from surgeon._torch_compat import pytree
 from surgeon.models.call import Inputs
 from surgeon.models.sandbox import quietly
 
@@ -45,3 +46,8 @@ def watched(
     finally:
         for one in hooks:
             one.remove()
+
+
+def copied(value: Any) -> Any:
+    """Copy all tensors in a value: what a network computes later may be written on them."""
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), value)

@@ -105,14 +105,27 @@ class Inputs:
 
     def batched(self, count: int) -> Inputs:
         """Repeat or cut to `count` all tensors, and lists of images, whose batch is as large as the first one's."""
+        return self._rows([i % max(self.batch, 1) for i in range(count)])
+
+    def part(self, start: int, stop: int) -> Inputs:
+        """Cut out some images of the batch, as `batched` does.
+
+        >>> Inputs((torch.zeros(5, 3, 8, 8), torch.zeros(2))).part(3, 9).shapes
+        ((2, 3, 8, 8), (2,))
+        """
+        return self._rows(range(start, min(stop, self.batch)))
+
+    def _rows(self, rows: Sequence[int]) -> Inputs:
         given = (self.args, dict(self.kwargs))
         parts = [part for part in pytree.tree_leaves(given, is_leaf=_is_batch) if _has_batch(part)]
 
         def cut(part: Any) -> Any:
             if not _has_batch(part) or len(part) != len(parts[0]):
                 return part
-            rows = [i % len(part) for i in range(count)]
-            return part[rows] if isinstance(part, Tensor) else [part[row] for row in rows]
+            if not isinstance(part, Tensor):
+                return [part[row] for row in rows]
+            is_run = len(rows) > 0 and list(rows) == list(range(rows[0], rows[0] + len(rows)))
+            return part[rows[0] : rows[0] + len(rows)] if is_run else part[list(rows)]
 
         return Inputs(*pytree.tree_map(cut, given, is_leaf=_is_batch))
 

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 
 from surgeon.analysis import fingerprint as fingerprints
+from surgeon.analysis.example import PASS_ONE
 from surgeon.analysis.sites import Site, Survey
 from surgeon.blocks import contract
+from surgeon.channels.follow import channels_of
 from surgeon.errors import PlanError
 from surgeon.recipes.forms import plain_words
 from surgeon.surgery import give_back
+from surgeon.surgery.permute import NO_INPUT, TAKE_OUT, Permuted
 from surgeon.surgery.plan import Entry, FunctionalStep, Plan
 
 _SURVEY = "`surgeon survey MODEL` lists the names of all convs."
@@ -40,6 +43,7 @@ def check(plan: Plan, survey: Survey, given: str | None = None, *, is_recorded: 
         )
     unwise = [] if is_recorded else _unwise(plan, survey)
     misfits = [*_misfits(plan, survey), *unwise, *_lost_low_passes(plan, survey), *_repeated(plan)]
+    misfits += [] if is_recorded else _wrong_orders(plan, survey)
     if misfits:
         raise PlanError(
             "the plan cannot be carried out as it stands",
@@ -83,6 +87,27 @@ def _lost_low_passes(plan: Plan, survey: Survey) -> Iterator[_Misfit]:
     for one in plan.low_passed:
         if not {(one.island, one.step), (one.island, one.operand)} <= steps:
             yield _Misfit(f"low_passed {one.step}", f"there is no such step that reads {one.operand}", _LOW_PASSED)
+
+
+def _wrong_orders(plan: Plan, survey: Survey) -> Iterator[_Misfit]:
+    """List permutations that are not of channels which share an order, at all of their places."""
+    if not plan.permuted:
+        return
+    if survey.inputs is None:
+        yield _Misfit("permuted", NO_INPUT, PASS_ONE)
+        return
+    groups = [group for group in channels_of(survey.network).groups if not group.fixed]
+    free = {Permuted.of(group, range(group.size)).places for group in groups}
+    seen: set[object] = set()
+    for i, one in enumerate(plan.permuted):
+        named = one.tensors[0].tensor if one.tensors else "no tensor"
+        if one.places not in free:
+            what = "is not an order of channels that can be permuted, with all its tensors"
+        else:
+            what = "is there twice" if one.places in seen else ""
+        if what:
+            yield _Misfit(f"permuted[{i}] ({named}, {len(one.order)} channels)", what, TAKE_OUT)
+        seen.add(one.places)
 
 
 def _repeated(plan: Plan) -> Iterator[_Misfit]:

@@ -11,10 +11,12 @@ from surgeon.models.progress import Progress, parts, silent
 from surgeon.models.sandbox import ordinary
 from surgeon.surgery.history import Operation, content_hash, record_, versions
 from surgeon.surgery.operate import place_, prepare, stream_
+from surgeon.surgery.permute import permute_
 from surgeon.surgery.plan import Plan
 from surgeon.surgery.selfcheck import (
     SelfCheck,
     calls_of,
+    check_permuted,
     check_sites,
     check_streams,
     check_whole,
@@ -27,7 +29,8 @@ from surgeon.surgery.selfcheck import (
 def carry_out_(checked: Plan, network: Network, progress: Progress = silent, *, parent: str | None = None) -> SelfCheck:
     """Operate on a network, measure what was done, and record it in the model's history.
 
-    `parent` hashes the model's tensors as they were before what the plan bakes was baked.
+    `parent` hashes the model's tensors as they were before what the plan bakes was baked. Channels are permuted before
+    anything is swapped, once it is proved on copies that the network then computes the same.
 
     Raises:
         PlanError: there is nothing to swap. PassError: a block that should keep the function does not.
@@ -39,11 +42,23 @@ def carry_out_(checked: Plan, network: Network, progress: Progress = silent, *, 
             f"nothing is swapped: {'; '.join(reasons[:3]) or 'the model has no convs'}",
             todo="`surgeon plan` gives the reason for every conv.",
         )
+    parent = parent or content_hash(network.model)
+    progress("permuting channels", 0)
+    apart = check_permuted(network.model, checked.permuted, network.inputs) if checked.permuted else None
+    undo = permute_(network.model, checked.permuted)
+    try:
+        return _carry_out_(checked, network, progress, parent, apart)
+    except BaseException:
+        undo()
+        raise
+
+
+def _carry_out_(checked: Plan, network: Network, progress: Progress, parent: str, permuted: float | None) -> SelfCheck:
+    """Swap, measure and record; `permuted` is how far permuting the channels has moved the outputs."""
     model, inputs = network.model, network.inputs
-    parent = parent or content_hash(model)
     progress("building blocks", 0.1)
     swaps = prepare(model, checked)
-    check = check_sites(swaps, checked.seed, parts(progress, 0.2, 0.5))
+    check = replace(check_sites(swaps, checked.seed, parts(progress, 0.2, 0.5)), permuted=permuted)
     has_numbers = not any(parameter.is_meta for parameter in model.parameters())
     progress("running the network as it was", 0.5)
     with calls_of([one.conv for one in swaps]) as called:

@@ -19,19 +19,26 @@ from surgeon.surgery.foresee import foresee
 from surgeon.surgery.history import content_hash
 from surgeon.surgery.make import make, on_a_guess, recount
 from surgeon.surgery.plan import Plan
+from surgeon.surgery.rank import Scores, with_permuted
 from surgeon.surgery.selfcheck import SelfCheck
 
 _log = logging.getLogger("surgeon")
 
 
 def carry_out(
-    how: Plan | Recipe, network: Network, *, bake: bool, seed: int, progress: Progress = silent
+    how: Plan | Recipe,
+    network: Network,
+    *,
+    bake: bool,
+    seed: int,
+    scores: Scores | None = None,
+    progress: Progress = silent,
 ) -> tuple[Plan, SelfCheck]:
     """Carry out a plan, or the plan that a recipe leads to."""
     if isinstance(how, Plan):
         check_bakes(how, bake=bake)
         return _carry_out(how, network, progress)
-    decided, _ = plan_for(network, how, bake=bake, seed=seed)
+    decided, _ = plan_for(network, how, bake=bake, seed=seed, scores=scores)
     if decided.baked:
         return _carry_out(decided, network, progress)
     return decided, carry_out_(decided, network, progress)
@@ -47,16 +54,21 @@ def check_bakes(plan: Plan, *, bake: bool) -> None:
         raise PlanError("the plan bakes nothing", todo="Make one with surgeon plan --bake, or plan(bake=True).")
 
 
-def plan_for(network: Network, recipe: Recipe, *, bake: bool, seed: int) -> tuple[Plan, Survey]:
-    """Make a plan for a network; with `bake`, for it as it is with the tensors of its convs baked. Gives both."""
+def plan_for(
+    network: Network, recipe: Recipe, *, bake: bool, seed: int, scores: Scores | None = None
+) -> tuple[Plan, Survey]:
+    """Make a plan for a network; with `bake`, for it as it is with the tensors of its convs baked. Gives both.
+
+    `scores` say what each output channel of a conv loses when it becomes low; without them its kernel does.
+    """
     found = bakeable(network.model) if bake else None
     if found is None or not (found.paths or found.reasons):
         surveyed = sites.survey(network)
-        return decide(recipe, surveyed, seed=seed), surveyed
+        return decide(recipe, surveyed, seed=seed, scores=scores), surveyed
     bare = shadow(network.model)
     bake_(bare, found.paths)
     surveyed = sites.survey(Network(bare, network.inputs))
-    decided = decide(recipe, surveyed, seed=seed)
+    decided = decide(recipe, surveyed, seed=seed, scores=scores)
     return with_baked(decided, found, fingerprint(network.model)), surveyed
 
 
@@ -76,9 +88,9 @@ def _carry_out(how: Plan, network: Network, progress: Progress = silent) -> tupl
         raise
 
 
-def decide(recipe: Recipe, surveyed: Survey, *, seed: int) -> Plan:
+def decide(recipe: Recipe, surveyed: Survey, *, seed: int, scores: Scores | None = None) -> Plan:
     """Make a plan, and add what it leads to; that it rests on a guessed input is logged."""
-    decided = foresee(make(recipe, surveyed, seed=seed), surveyed)
+    decided = foresee(with_permuted(make(recipe, surveyed, seed=seed), surveyed, scores), surveyed)
     if surveyed.inputs is not None and surveyed.inputs.is_guess:
         _log.warning(on_a_guess(surveyed.inputs, recipe))
     return decided

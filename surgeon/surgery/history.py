@@ -24,7 +24,7 @@ from surgeon.models.call import Inputs, recall
 from surgeon.surgery.plan import Plan
 
 _ATTRIBUTE = "surgeon_provenance"
-FORMAT = 2  # of histories and manifests; 1 is read as well
+FORMAT = 3  # of histories and manifests; 1 and 2 are read as well, and 2 is written where nothing was fitted
 RULES = 2  # by which `fuse` folds today; before 2, it left HetConvs as they were
 _LATER = (
     "rules",
@@ -45,7 +45,7 @@ class Operation:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    operation: Literal["convert", "fuse"]
+    operation: Literal["convert", "fit", "fuse"]
     parent: str
     result: str
     plan: dict[str, Any] | None = None
@@ -84,7 +84,13 @@ def record_(model: nn.Module, step: Operation) -> None:
 
 def set_history_(model: nn.Module, steps: Sequence[Operation]) -> None:
     """Give a model another history."""
-    setattr(model, _ATTRIBUTE, {"format": FORMAT, "history": [_stored(step) for step in steps]})
+    stored = {"format": format_of(steps), "history": [_stored(step) for step in steps]}
+    setattr(model, _ATTRIBUTE, stored)
+
+
+def format_of(steps: Sequence[Operation]) -> int:
+    """The lowest format that holds these steps, so that earlier releases read what they can."""
+    return FORMAT if any(step.operation == "fit" for step in steps) else 2
 
 
 def _stored(step: Operation) -> dict[str, Any]:
@@ -95,7 +101,7 @@ def _stored(step: Operation) -> dict[str, Any]:
 
 def as_data(model: nn.Module) -> dict[str, Any]:
     """Give a model's history as it is stored."""
-    stored: dict[str, Any] = vars(model).get(_ATTRIBUTE, {"format": FORMAT, "history": []})
+    stored: dict[str, Any] = vars(model).get(_ATTRIBUTE, {"format": 2, "history": []})
     return stored
 
 
@@ -111,7 +117,7 @@ def steps_in(data: Any, where: str = f"the attribute {_ATTRIBUTE} of the model")
             raise foreign(where)
         steps = _HISTORY.validate_python(data["history"])
         for step in steps:
-            if (step.plan is None) != (step.operation == "fuse") or step.rules < 1:
+            if (step.plan is None) != (step.operation != "convert") or step.rules < 1:
                 raise foreign(where)
             if step.rules > RULES:
                 raise _later(where)

@@ -25,6 +25,7 @@ from surgeon.models.memory import give_back_after
 from surgeon.octave import rewrite as seams
 from surgeon.octave.rewrite import LowPass, Outcome
 from surgeon.surgery.finite import finite
+from surgeon.surgery.permute import digest
 from surgeon.surgery.plan import Entry, Plan
 
 
@@ -66,7 +67,10 @@ def stream_(model: nn.Module, plan: Plan, network: Network, *, only_low_pass: bo
 
 def prepare(model: nn.Module, plan: Plan) -> tuple[Swap, ...]:
     """Build the block of every swap in a checked plan."""
-    return tuple(_prepare(model, entry, plan.seed) for entry in plan.swaps)
+    swaps, order = tuple(_prepare(model, entry, plan.seed) for entry in plan.swaps), digest(plan.permuted)
+    for swap in swaps if order else ():
+        swap.block.permuted_as = order
+    return swaps
 
 
 def place_(model: nn.Module, swaps: Sequence[Swap], network: Network) -> Callable[[], None]:

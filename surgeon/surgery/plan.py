@@ -32,6 +32,7 @@ from surgeon.recipes.forms import Form
 from surgeon.recipes.marks import quoted
 from surgeon.recipes.recipe import text_of
 from surgeon.surgery import deployed
+from surgeon.surgery.permute import OrderKept, Permuted
 
 _HOW_TO_PLAN = "`surgeon plan MODEL --recipe acnet -o plan.yaml` writes one that works."
 
@@ -155,7 +156,7 @@ class _Dumper(yamlmarks.Dumper):
     """Writes convs and lists of numbers on one line, and texts of several lines as blocks: users edit them."""
 
     def represent_mapping(self, tag: str, mapping: Any, flow_style: bool | None = None) -> yaml.MappingNode:
-        return super().represent_mapping(tag, mapping, flow_style="c_in" in mapping or flow_style)
+        return super().represent_mapping(tag, mapping, flow_style="c_in" in mapping or "axis" in mapping or flow_style)
 
     def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> yaml.SequenceNode:
         is_flat = not any(isinstance(item, dict | list) for item in sequence)
@@ -239,6 +240,8 @@ class Plan(Shown, Form):
     recipe: RecipeText
     total: Total
     baked: tuple[str, ...] = ()  # convs whose computed tensors are made permanent before they are swapped
+    permuted: tuple[Permuted, ...] = ()  # channels that change places before convs are swapped, exactly
+    unpermuted: tuple[OrderKept, ...] = ()
     saves_little: str | None = None  # why, of a plan that was meant to save multiply-adds
     rewritten: tuple[str, ...] = ()  # islands that become graphs, so that octave streams go from conv to conv
     low_passed: tuple[LowPassed, ...] = ()

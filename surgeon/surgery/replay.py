@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from surgeon.analysis import fingerprint as fingerprints
@@ -16,6 +17,7 @@ from surgeon.errors import StoreError
 from surgeon.files.architectures import Architecture
 from surgeon.files.load import build, build_named_in_file
 from surgeon.files.pickles import Trust
+from surgeon.models.call import Inputs
 from surgeon.models.copies import duplicate, kind_of, shadow
 from surgeon.proof.distance import as_double
 from surgeon.proof.evidence import Replay
@@ -26,7 +28,9 @@ from surgeon.surgery.check import check
 from surgeon.surgery.fold import fold_blocks_
 from surgeon.surgery.history import Operation, content_hash, history, planned_inputs, set_history_
 from surgeon.surgery.operate import operate_
+from surgeon.surgery.permute import permute_
 from surgeon.surgery.plan import Plan
+from surgeon.surgery.selfcheck import check_permuted
 
 
 def redo_(
@@ -38,6 +42,9 @@ def redo_(
     """
     done = [*history(model), *before]
     for step in steps:
+        if step.operation == "fit":  # which changes numbers alone, and cannot be done again without the images
+            done.append(step)
+            continue
         if step.plan is None:
             network = Network(model, called_with=planned_inputs(done))
             returns = give_back.recorded(network, done, step)
@@ -49,6 +56,7 @@ def redo_(
             bake_(model, plan.baked, like)
             network = Network(model, called_with=plan.inputs)
             check(plan, sites.survey(network), given, is_recorded=True)  # it may have come with a file
+            permute_(model, plan.permuted)
             operate_(model, plan, network)
         done.append(step)
     return model
@@ -159,5 +167,27 @@ def as_baked(a: nn.Module, steps: Sequence[Operation]) -> tuple[nn.Module, tuple
     return bare, names
 
 
+def can_be_done(steps: Sequence[Operation]) -> bool:
+    """Whether operations can be repeated: fitting needs the images that it was done on."""
+    return bool(steps) and all(step.operation != "fit" for step in steps)
+
+
+def in_order_of(a: nn.Module, steps: Sequence[Operation], inputs: Inputs | None) -> nn.Module:
+    """Give A with its channels permuted as the first step permutes them: A itself where it permutes none.
+
+    Raises:
+        CaptureError: that is not what A computes.
+    """
+    plan = Plan.model_validate(steps[0].plan) if steps and steps[0].plan is not None else None
+    if plan is None or not plan.permuted:
+        return a
+    check_permuted(a, plan.permuted, inputs)
+    made = shadow(a, torch.clone)
+    permute_(made, plan.permuted)
+    return made
+
+
 def is_approximate(step: Operation) -> bool:
+    if step.operation == "fit":
+        return True
     return step.plan is not None and not Plan.model_validate(step.plan).keeps_function

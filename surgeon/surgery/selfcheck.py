@@ -40,6 +40,7 @@ from surgeon.proof.distance import (
 )
 from surgeon.proof.ulps import Jitter, worst_ulps
 from surgeon.surgery.operate import Swap, build, keep_seams, stream_
+from surgeon.surgery.permute import Permuted, permute_
 from surgeon.surgery.plan import Plan
 
 # Relative L2 that no rounding explains once every block is proved; a norm that is applied twice or never causes more.
@@ -59,7 +60,8 @@ class SelfCheck:
     `approximate`: how many do not keep it, by design. `whole`: the whole network before and after, in its own dtype;
     None if no input is known.
     `streams`: the network with octave streams going from conv to conv, against every conv splitting and joining, in
-    float64 (in its own dtype if it does not run in float64).
+    float64 (in its own dtype if it does not run in float64). `permuted`: the network with its channels permuted against
+    the network as it was, in the same way.
     """
 
     sites: int
@@ -68,6 +70,7 @@ class SelfCheck:
     approximate: int
     whole: float | None = None
     streams: float | None = None
+    permuted: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Give what was measured, as it stands in a history."""
@@ -128,6 +131,36 @@ def _ways(model: nn.Module) -> tuple[_Way, ...]:
         _Way(lambda net: shadow(net, as_double), torch.float64, EXACT),
         _Way(shadow, dtype_of(model), _gross(model)),
     )
+
+
+def check_permuted(model: nn.Module, permuted: Sequence[Permuted], inputs: Inputs | None) -> float | None:
+    """Compare a network with its channels permuted with the network as it is, on copies.
+
+    Raises:
+        CaptureError: it computes something else.
+    """
+    if inputs is None or any(parameter.is_meta for parameter in model.parameters()):
+        return None
+    for way in (ways := _ways(model)):
+        twin = shadow(model, torch.clone)
+        permute_(twin, permuted)
+        try:
+            expected, found = way.run(model, inputs), way.run(twin, inputs)
+        except VerifyError:
+            if way is ways[-1]:
+                raise
+            continue
+        apart = worst(found, expected)
+        if not apart <= way.most:
+            if worst(way.run(model, inputs, seed=1), expected):
+                return None  # it draws random numbers in eval mode, and other ones for each channel
+            raise CaptureError(
+                f"with its channels permuted, the network is {apart:.1e} from what it was: it uses the order of its "
+                "channels in a way that its graph does not show",
+                todo="Set `low: last` in the recipe, or take `permuted` out of the plan.",
+            )
+        return apart
+    return None
 
 
 def check_streams(model: nn.Module, split: nn.Module, plan: Plan, network: Network, inputs: Inputs) -> float | None:

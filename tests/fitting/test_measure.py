@@ -37,7 +37,9 @@ def test_figures_are_those_of_a_count_by_hand() -> None:
     found = measure(Scores(-1.0), Scores(), images.of((X, Y), labels="own", batch=3))
     assert found == Worth(4, 4, 0, 4, 1, 3, found.apart, found.size)
     assert found.relative_l2 == pytest.approx(2.0, rel=1e-12)
-    assert found.agreement == 0 and found.accuracy == 0.25 and found.accuracy_before == 0.75
+    assert found.agreement == 0
+    assert found.accuracy == 0.25
+    assert found.accuracy_before == 0.75
 
 
 def test_without_labels_there_is_no_accuracy() -> None:
@@ -58,7 +60,8 @@ def test_sums_of_shares_are_the_sums_of_the_whole() -> None:
 def test_modes_and_hooks_are_left_alone_and_dropout_is_off() -> None:
     model = nn.Sequential(Scores(), nn.Dropout(0.9)).train()
     assert measure(model, Scores(), images.of(X)).relative_l2 == 0
-    assert model.training and model[1].training
+    assert model.training
+    assert model[1].training
 
 
 def test_every_pixel_of_a_segmentation_is_counted_and_pictures_are_no_classes() -> None:
@@ -106,7 +109,8 @@ def test_detectors_that_find_other_numbers_of_boxes_have_no_distance() -> None:
 
 def test_nan_agrees_with_nothing_and_is_infinitely_far() -> None:
     found = measure(Scores(math.nan), Scores(math.nan), images.of(X))
-    assert found.agreement == 0 and found.relative_l2 == math.inf
+    assert found.agreement == 0
+    assert found.relative_l2 == math.inf
 
 
 def test_other_classes_are_refused() -> None:

@@ -29,7 +29,7 @@ class Split(StreamRule):
 
     def flow(self, step: Step, layouts: Layouts) -> Flow:
         before = step.layout_before(layouts)
-        parts = _parts(step, before.channels) if step.argument(2, "dim", 0) in (1, -3) else ()
+        parts = parts_of(step, before.channels) if step.argument(2, "dim", 0) in (1, -3) else ()
         if not parts or before.parts or not all(_takes_one(user, step) for user in step.node.users):
             return whole_map(step, layouts)
         return Flow(replace(before, channels=parts[-1][1], parts=parts))
@@ -85,7 +85,7 @@ class Select(StreamRule):
         return graph.call(streams.lift_to, takes[1], pair.high)
 
 
-def _parts(step: Step, channels: int | None) -> Ranges:
+def parts_of(step: Step, channels: int | None) -> Ranges:
     """The channels of each part; nothing where they are not known."""
     given = step.argument(1, "split_size_or_sections", step.argument(1, "split_size", step.argument(1, "chunks")))
     if isinstance(given, list | tuple):

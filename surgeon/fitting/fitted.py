@@ -1,0 +1,178 @@
+"""Fit a converted network to its original, train it against that if asked to, measure both, and record it."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import RenderableType
+from torch import nn
+
+from surgeon.display.fit import fit_view
+from surgeon.display.shown import Shown
+from surgeon.errors import FitError
+from surgeon.fitting.cache import Cache
+from surgeon.fitting.data import Data
+from surgeon.fitting.distil import Distilled, distil_
+from surgeon.fitting.fit import Fit, How, fit_, worth
+from surgeon.fitting.measure import Worth
+from surgeon.fitting.processes import ALONE, Processes
+from surgeon.fitting.units import prepared
+from surgeon.models import devices
+from surgeon.models.copies import in_mode
+from surgeon.models.progress import Progress, parts, silent
+from surgeon.models.sandbox import ordinary
+from surgeon.surgery.history import Operation, content_hash, history, record_, versions
+
+_log = logging.getLogger("surgeon")
+_BEFORE_FUSING = "Fit the network that convert made, and fuse it afterwards."
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to fit, how many steps of distillation follow, and where work in progress is kept.
+
+    `state` is a file in which an interrupted fit is continued, `cache` a folder for what depends on the original and
+    the images alone.
+    """
+
+    how: How = field(default_factory=How)
+    distil: int = 0
+    state: Path | None = None
+    cache: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted(Shown):
+    """What fitting did: on which images, every site before and after, and the network beside its original.
+
+    `fit` has both; `last` is the network in the end, which differs from `fit.after` where it was distilled.
+    """
+
+    source: str
+    preprocessing: str
+    images: int
+    fit: Fit
+    distilled: Distilled | None
+    last: Worth
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give what was measured as plain data, as it stands in a history."""
+        steps = {"converted": self.fit.before, "fitted": self.fit.after}
+        if self.distilled is not None:
+            steps["distilled"] = self.last
+        return {
+            "source": self.source,
+            "preprocessing": self.preprocessing,
+            "images": self.images,
+            "norms_estimated": self.fit.has_new_statistics,
+            "sites": [asdict(site) for site in self.fit.sites],
+            "network": {name: _figures(one) for name, one in steps.items()},
+            **({} if self.distilled is None else {"distilled": asdict(self.distilled)}),
+            "seconds": round(self.fit.seconds, 1),
+        }
+
+    def __rich__(self) -> RenderableType:
+        return fit_view(self)
+
+
+def _figures(one: Worth) -> dict[str, float]:
+    """Give the figures that there are."""
+    names = ("agreement", "relative_l2", "accuracy", "accuracy_before")
+    return {name: value for name in names if (value := getattr(one, name)) is not None}
+
+
+def carry_out_(
+    converted: nn.Module,
+    reference: nn.Module,
+    data: Data,
+    settings: Settings,
+    *,
+    processes: Processes = ALONE,
+    progress: Progress = silent,
+) -> Fitted:
+    """Fit a network itself, record that in its history, and say what was measured; after an error it is as it was.
+
+    Of several processes each takes its share of the images.
+
+    Raises:
+        FitError: it was not converted from the reference. DataError: the images say too little about a site.
+    """
+    steps = _since(reference, converted)
+    parent, kept = content_hash(converted), {name: one.clone() for name, one in converted.state_dict().items()}
+    modes = {module: module.training for module in converted.modules()}
+    place = devices.of(converted)
+    try:
+        with ordinary():
+            original = prepared(reference if place is None else devices.on(reference, place), steps, data)
+            in_mode(converted, False)
+            made = _fitted(converted, original, data, settings, processes, progress)
+    except BaseException:
+        converted.load_state_dict(kept)
+        raise
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    record_(converted, Operation("fit", parent, content_hash(converted), None, versions(), measured=made.to_dict()))
+    return made
+
+
+def _fitted(
+    converted: nn.Module,
+    original: nn.Module,
+    data: Data,
+    settings: Settings,
+    processes: Processes,
+    progress: Progress,
+) -> Fitted:
+    """Fit, distil and measure; the network is in eval mode."""
+    state, steps = settings.state, settings.distil
+    found = fit_(
+        converted,
+        original,
+        data,
+        settings.how,
+        processes=processes,
+        state=state,
+        cache=Cache(settings.cache),
+        progress=parts(progress, 0, 0.5 if steps else 1),
+    )
+    if not steps:
+        return Fitted(data.source, data.preprocessing, data.images, found, None, found.after)
+    trained = distil_(
+        converted,
+        original,
+        data.share(processes.rank, processes.count),
+        steps=steps,
+        seed=settings.how.seed,
+        all_reduce=processes.add_ if processes.count > 1 else None,
+        checkpoint=None if state is None else state.with_name(f"{state.name}.distil{processes.rank}"),
+        progress=parts(progress, 0.5, 0.95),
+    )
+    last = worth(converted, original, data, processes)
+    return Fitted(data.source, data.preprocessing, data.images, found, trained, last)
+
+
+def _since(reference: nn.Module, converted: nn.Module) -> Sequence[Operation]:
+    """Give the operations that led from the reference to the network.
+
+    Raises:
+        FitError: there are none, or the network has been fused since.
+    """
+    steps, known = history(converted), history(reference)
+    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(steps, known, strict=False)))
+    since = [step for step in steps[shared:] if step.operation != "fit"]
+    if len(known) > shared or not any(step.operation == "convert" for step in since):
+        raise FitError(
+            "the network was not converted from this reference",
+            todo="Give what `surgeon convert` wrote, and as --reference the network that it was given.",
+        )
+    if any(step.operation == "fuse" for step in since):
+        raise FitError("the network has been fused, and its blocks are gone", todo=_BEFORE_FUSING)
+    if since[0].parent != content_hash(reference):
+        _log.warning("the reference's tensors are not those that the network was converted with")
+    return since

@@ -1,0 +1,91 @@
+"""Fit models that are in memory: what `surgeon.fit` does."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from surgeon.analysis import example as examples
+from surgeon.analysis.example import Example
+from surgeon.fitting import data as sources
+from surgeon.fitting.fit import How
+from surgeon.fitting.fitted import Settings, carry_out_
+from surgeon.fitting.processes import joined
+from surgeon.models import devices
+from surgeon.models.copies import Model, duplicate
+from surgeon.models.progress import Progress, silent
+from surgeon.models.sandbox import ordinary
+from surgeon.models.wrappers import checked
+
+
+def fit(
+    model: Model,
+    reference: nn.Module,
+    data: Any,
+    *,
+    labels: Any = None,
+    images: int | None = None,
+    batch: int | None = None,
+    preprocess: str | None = None,
+    distil: int = 0,
+    resume: str | PathLike[str] | None = None,
+    example: Example | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Model:
+    """Return a copy of a converted model with its blocks fitted to what their convs gave, on images without labels.
+
+    `reference` is the model that it was converted from. `data` is a tensor of images (n, channels, height, width),
+    anything that yields batches, or a source as the command line takes it; `images` takes so many of them. `labels` are
+    used to measure the accuracy alone. With `distil` it is then trained for so many steps against the reference's
+    outputs. `resume` names a file in which an interrupted fit is continued.
+
+    `history` of the result says how far each site and the whole network were from the reference, before and after.
+
+    >>> from surgeon import convert, history
+    >>> model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    >>> recipe = {"surgeon": 1, "rules": [{"swap": "hetconv", "with": {"p": 2}}]}
+    >>> fitted = fit(convert(model, recipe, (1, 8, 9, 9)), model, torch.randn(32, 8, 9, 9))
+    >>> [step.operation for step in history(fitted)]
+    ['convert', 'fit']
+
+    Raises:
+        FitError: it was not converted from the reference. DataError: the images say too little about a site.
+    """
+    with ordinary():
+        own = duplicate(checked(model))
+        options: dict[str, Any] = {"labels": labels, "images": images, "batch": batch, "preprocess": preprocess}
+        return fit_(
+            own, reference, data, **options, distil=distil, resume=resume, example=example, seed=seed, progress=progress
+        )
+
+
+def fit_(
+    model: Model,
+    reference: nn.Module,
+    data: Any,
+    *,
+    labels: Any = None,
+    images: int | None = None,
+    batch: int | None = None,
+    preprocess: str | None = None,
+    distil: int = 0,
+    resume: str | PathLike[str] | None = None,
+    example: Example | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Model:
+    """Fit the blocks of `model` itself, and return it; if something goes wrong, it stays as it was."""
+    with ordinary():
+        checked(model), checked(reference)
+        known = None if example is None else examples.make(example, seed=seed)
+        options: dict[str, Any] = {"labels": labels, "images": images, "batch": batch, "preprocess": preprocess}
+        read = sources.of(data, reference, **options, seed=seed, example=known)
+        state = None if resume is None else Path(resume)
+        settings = Settings(How(seed=seed), distil, state)
+        with joined(devices.of(model)) as processes:
+            carry_out_(model, reference, read, settings, processes=processes, progress=progress)
+    return model
