@@ -35,6 +35,7 @@ from surgeon.surgery.plan import Plan
 
 _LEAST = 256  # images that a trial is fitted to, if there are so many
 _JUDGED = 128  # images that are held back, and on which it is judged
+_FEW = 4  # levels of a choice that are all tried
 _MEMORY = 2**30  # bytes of sums that are collected in one pass
 
 
@@ -110,7 +111,8 @@ class Trials:
         for choice in choices:
             if choice.has_streams:
                 progress(f"trying {choice.paths[0]}", len(found) / len(choices))
-                found[choice] = [self._with_streams(choice, level) for level in range(len(choice.levels))]
+                tried = {level: self._with_streams(choice, level) for level in _tried(len(choice.levels))}
+                found[choice] = _filled(tried, len(choice.levels))
         return [found[choice] for choice in choices]
 
     def _with_streams(self, choice: Choice, level: int) -> float:
@@ -189,6 +191,28 @@ class Trials:
         h, w = site.runs[0].shape_out[-2:]
         pixels = max(1, h * w // (1 if _is_plain(unit.made) else 4))
         return math.ceil(2 * self._features(unit.path) / pixels)
+
+
+def _tried(count: int) -> range:
+    """The levels that are tried: every second one where there are many."""
+    return range(count) if count <= _FEW else range(1, count, 2)
+
+
+def _filled(tried: Mapping[int, float], count: int) -> list[float]:
+    """Put between the errors that were found what lies halfway, as of numbers that grow by factors.
+
+    >>> _filled({1: 0.2, 3: 0.8}, 4)
+    [0.1, 0.2, 0.4, 0.8]
+    """
+    found = []
+    for level in range(count):
+        if level in tried:
+            found.append(tried[level])
+        elif level == 0:
+            found.append(tried[1] / 2)
+        else:
+            found.append(math.sqrt(tried[level - 1] * tried.get(level + 1, tried[level - 1])))
+    return found
 
 
 def _is_plain(block: nn.Module) -> bool:

@@ -206,7 +206,7 @@ def recount(plan: Plan, survey: Survey) -> Plan:
     """
     entries, measured = {entry.path: entry for entry in plan.convs}, _Measured()
     convs = [_recounted(entries.get(site.path), site, measured, survey) for site in survey.sites]
-    fields: dict[str, Any] = {"convs": tuple(convs), "total": _total(survey.cost, convs), "time": None}
+    fields: dict[str, Any] = {"convs": tuple(convs), "total": _total(survey.cost, convs), "time": None, "budget": None}
     if survey.inputs is not None:
         fields["input"] = survey.inputs.record
     return plan.model_copy(update=fields)
