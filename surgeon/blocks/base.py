@@ -194,7 +194,7 @@ class Block(Operator, abc.ABC, Generic[Opts]):
 
     @classmethod
     def settings(cls, options: Opts) -> Sequence[Opts]:
-        """List the options among which a budget may choose for each conv: these, and the same with more or less of it."""
+        """List the options among which a budget may choose: these, and the same with more or less of the block."""
         return (options,)
 
     @classmethod

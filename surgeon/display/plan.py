@@ -51,7 +51,14 @@ def plan_view(
     for reason, paths in _by_reason((entry.path, entry.skip) for entry in plan.convs).items():
         says = f"{words.convs(len(paths))} {'stays' if len(paths) == 1 else 'stay'}: {reason}"
         parts.append(Listing(says, paths, most))
-    lines = [*_option_lines(plan), *_stream_lines(plan), *_budget_line(plan), _cost_line(plan), *measured, *gain_lines(plan)]
+    lines = [
+        *_option_lines(plan),
+        *_stream_lines(plan),
+        *_budget_line(plan),
+        _cost_line(plan),
+        *measured,
+        *gain_lines(plan),
+    ]
     lines += [f"written: {written}"] if written is not None else []
     return Group(*parts, *map(Line, lines))
 
@@ -100,7 +107,9 @@ def _budget_line(plan: Plan) -> Iterator[str]:
     line = f"budget {found.asked}: " if found.asked else ""
     line += f"relative error of the outputs {found.predicted:.2g} predicted from single sites"
     if found.measured is not None:
-        line += f", {found.measured:.2g} measured, fitted to {found.images} images and judged on {found.held_back} others"
+        line += (
+            f", {found.measured:.2g} measured, fitted to {found.images} images and judged on {found.held_back} others"
+        )
     yield line
 
 

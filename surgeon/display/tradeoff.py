@@ -18,7 +18,7 @@ _MARKS = {  # of each kind of point: its colour, its radius, and what it is
     "measured": ("#3b78b5", 5.0, "other choices, measured"),
     "chosen": ("#b5303b", 6.5, "the plan, measured"),
 }
-_LINE = "#3b78b5"
+_DASHED = "stroke='#3b78b5' stroke-width='1.5' stroke-dasharray='5 3'"
 
 
 def svg(chosen: Chosen) -> str:
@@ -63,7 +63,8 @@ class _Frame:
             yield f"<line x1='{_LEFT}' x2='{_WIDTH - _RIGHT}' y1='{y:.1f}' y2='{y:.1f}' stroke='#e6e9ed'/>"
             yield f"<text x='{_LEFT - 8}' y='{y + 4:.1f}' text-anchor='end' fill='#555'>{error:.3g}</text>"
         middle = (_LEFT + _WIDTH - _RIGHT) / 2
-        yield f"<text x='{middle}' y='{_HEIGHT - 14}' text-anchor='middle'>multiply-adds of the network, as deployed</text>"
+        place = f"x='{middle}' y='{_HEIGHT - 14}' text-anchor='middle'"
+        yield f"<text {place}>multiply-adds of the network, as deployed</text>"
         turned = f"transform='rotate(-90 18 {_HEIGHT / 2})' x='18' y='{_HEIGHT / 2}' text-anchor='middle'"
         yield f"<text {turned}>relative error of the outputs</text>"
 
@@ -71,7 +72,7 @@ class _Frame:
         """Draw what is predicted for the best choice at every cost."""
         if points:
             places = " ".join(f"{self.x(one.macs):.1f},{self.y(one.error):.1f}" for one in points)
-            yield f"<polyline points='{places}' fill='none' stroke='{_LINE}' stroke-width='1.5' stroke-dasharray='5 3'/>"
+            yield f"<polyline points='{places}' fill='none' {_DASHED}/>"
 
     def dot(self, point: Point) -> str:
         colour, radius, what = _MARKS[point.kind]
@@ -90,7 +91,7 @@ def _legend(kinds: Sequence[str], has_line: bool) -> Iterator[str]:
     if has_line:
         i = len(entries)
         x, y = _LEFT + 340 * (i % 2), 20 + 20 * (i // 2)
-        yield f"<line x1='{x}' x2='{x + 18}' y1='{y}' y2='{y}' stroke='{_LINE}' stroke-width='1.5' stroke-dasharray='5 3'/>"
+        yield f"<line x1='{x}' x2='{x + 18}' y1='{y}' y2='{y}' {_DASHED}/>"
         yield f"<text x='{x + 24}' y='{y + 4}'>the best choice at every cost, predicted</text>"
 
 

@@ -18,7 +18,7 @@ from surgeon.analysis import sites
 from surgeon.analysis.fingerprint import fingerprint
 from surgeon.analysis.network import Network
 from surgeon.analysis.sites import Survey
-from surgeon.errors import FitError, PlanError
+from surgeon.errors import PlanError
 from surgeon.fitting import knapsack, units
 from surgeon.fitting.data import Data
 from surgeon.fitting.fit import How
@@ -270,8 +270,7 @@ class _Search:
             own = [ratio for levels, ratio in ratios.items() if levels[i]]
             factors.append((sum(own) / len(own) / every) ** 2 if own and every else 1.0)
         losses = tuple(
-            tuple(loss * factor for loss in losses)
-            for losses, factor in zip(self.table.losses, factors, strict=True)
+            tuple(loss * factor for loss in losses) for losses, factor in zip(self.table.losses, factors, strict=True)
         )
         return Table(losses, self.table.parts, self.table.fixed)
 
@@ -312,7 +311,9 @@ class _Search:
             is_fitted = any(map(math.isfinite, self.alone[i]))
             return "it would save nothing" if is_fitted else "the images say too little about it to fit it"
         _, words, error, saved = min(worth)
-        return f"it would lose {error:.2g} of the outputs to save {saved / self.total:.1%} of the multiply-adds ({words})"
+        return (
+            f"it would lose {error:.2g} of the outputs to save {saved / self.total:.1%} of the multiply-adds ({words})"
+        )
 
     def points(self) -> Iterator[Point]:
         """Give all that is in the picture."""

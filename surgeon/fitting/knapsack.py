@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 _MOST_STATES = 6000
 _BINS = 600  # ranges of cost that are told apart where there are more
@@ -35,8 +36,7 @@ class Table:
     fixed: int = 0
 
     def cost(self, levels: Sequence[int]) -> int:
-        """
-        >>> Table(((0, 1.0),), (Part((0,), {(0,): 9, (1,): 4}),), fixed=1).cost([1])
+        """>>> Table(((0, 1.0),), (Part((0,), {(0,): 9, (1,): 4}),), fixed=1).cost([1])
         5
         """
         return self.fixed + sum(part.macs[tuple(levels[i] for i in part.choices)] for part in self.parts)
@@ -75,8 +75,9 @@ class _State:
 def ways(table: Table) -> list[Way]:
     """List the ways that no other beats in both cost and loss, the dearest first.
 
-    >>> [way.cost for way in ways(Table(((0, 1.0), (0, 5.0)), (Part((0,), {(0,): 9, (1,): 4}), Part((1,), {(0,): 9, (1,): 4}))))]
-    [18, 13, 8]
+    >>> parts = (Part((0,), {(0,): 9, (1,): 4}), Part((1,), {(0,): 9, (1,): 4}))
+    >>> [(way.cost, way.levels) for way in ways(Table(((0, 1.0), (0, 5.0)), parts))]
+    [(18, (0, 0)), (13, (1, 0)), (8, (1, 1))]
     """
     states: dict[tuple[int, ...], list[_State]] = {(): [_State(table.fixed, 0.0, 0, None)]}
     open_: tuple[int, ...] = ()  # the choices whose levels are the keys of states
@@ -114,8 +115,13 @@ def evenly(found: Sequence[Way], count: int, cost: Callable[[Way], float]) -> li
         return list(found)
     first, last = cost(found[0]), cost(found[-1])
     wanted = [first + (last - first) * i / (count - 1) for i in range(count)]
-    nearest = [min(range(len(found)), key=lambda i, at=at: abs(cost(found[i]) - at)) for at in wanted]
+    costs = [cost(way) for way in found]
+    nearest = [costs.index(min(costs, key=partial(_apart, at))) for at in wanted]
     return [found[i] for i in sorted(set(nearest))]
+
+
+def _apart(one: float, other: float) -> float:
+    return abs(one - other)
 
 
 def _front(states: Iterable[_State]) -> list[_State]:

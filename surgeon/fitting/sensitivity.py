@@ -84,7 +84,7 @@ class Trials:
         return fit.worth(model, self.reference, self.judged_on, self.processes).relative_l2
 
     def fitted(self, plan: Plan, *, refit: bool, progress: Progress | None = None) -> nn.Module:
-        """Carry a plan out on a copy, each conv splitting and joining by itself, which computes the same; and fit it."""
+        """Carry a plan out on a copy and fit that; each conv splits and joins by itself, which computes the same."""
         model = duplicate(self.reference)
         place_(model, prepare(model, plan), self.survey.network)
         stream_(model, plan, self.survey.network, only_low_pass=True)
@@ -133,11 +133,14 @@ class Trials:
         data = self.fitted_to.first(max(_LEAST, most))
         sums = self._collected(list(pairs.values()), self.reference, data)
         for choice, first in pairs.items():
-            yield choice, [self._error_with(self._unit(choice, one, model), sums[first], model) for one in choice.levels]
+            yield (
+                choice,
+                [self._error_with(self._unit(choice, one, model), sums[first], model) for one in choice.levels],
+            )
 
     def _error_with(self, unit: Unit, sums: Mapping[str, Seen], model: nn.Module) -> float:
         """The error that one fitted block causes in an otherwise unchanged copy."""
-        norm = None if unit.norm is None else core_of(unit.norm)
+        norm: Any = None if unit.norm is None else core_of(unit.norm)
         mean = None if norm is None else norm.running_mean.clone()
         before = model.get_submodule(unit.path)
         try:

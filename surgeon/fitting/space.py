@@ -136,7 +136,7 @@ class Space:
             return self._cost(path, one.block, own)
         before = self._share_read(path, levels, reads) if reads else 0.0
         behind = own.alpha if isinstance(own, TwoStreamOptions) else 0.0
-        if one.options.seams == "keep" or not reads and not self._is_read(path):
+        if one.options.seams == "keep" or (not reads and not self._is_read(path)):
             before = behind
         if not before and not behind:
             return self._cost(path, one.block, None)

@@ -143,9 +143,7 @@ def test_without_a_budget_the_plan_is_the_recipe_s_own(net: nn.Module, images: T
         ("error=0.000001", "the budget error=1e-06 cannot be kept"),
     ],
 )
-def test_what_cannot_be_reached_is_refused_with_what_can(
-    net: nn.Module, images: Tensor, asked: str, said: str
-) -> None:
+def test_what_cannot_be_reached_is_refused_with_what_can(net: nn.Module, images: Tensor, asked: str, said: str) -> None:
     with pytest.raises(PlanError, match=said) as caught:
         _chosen(net, images, HET, asked)
     if asked.startswith("macs"):
