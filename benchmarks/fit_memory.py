@@ -32,8 +32,11 @@ from surgeon.fitting.units import units
 RECIPE = {
     "surgeon": 1,
     "title": "all 3x3 convs",
-    "rules": [{"swap": "hetconv", "match": {"kernel": 3, "in_channels": {"min": 4}}, "with": {"p": 4, "layout": "best"}}],
+    "rules": [
+        {"swap": "hetconv", "match": {"kernel": 3, "in_channels": {"min": 4}}, "with": {"p": 4, "layout": "best"}}
+    ],
 }
+WIDTHS = (6, 10, 11, 13, 7, 10, 14)
 START = """
 import resource, subprocess, sys
 print(subprocess.run(sys.argv[1:], check=True, capture_output=True, text=True).stdout.strip().splitlines()[-1])
@@ -83,8 +86,11 @@ def measured(images: int) -> tuple[dict[str, float], float]:
 
 def show(given: argparse.Namespace) -> None:
     bare = measured(0)[1]
-    print(f"{given.network} at {given.pixels} pixels, batch {given.batch}; without the {bare / 1e6:.0f} MB of a bare start")
-    print(f"{'images':>6}{'all, s':>10}{'passes, s':>11}{'s per image':>13}{'ratio':>7}{'peak, GB':>10}{'foreseen, GB':>14}")
+    print(f"{given.network} at {given.pixels} pixels, batch {given.batch}; a bare start has {bare / 1e6:.0f} MB")
+    heads = zip(
+        ("images", "all, s", "passes, s", "s per image", "ratio", "peak, GB", "foreseen, GB"), WIDTHS, strict=True
+    )
+    print("".join(f"{head:>{width}}" for head, width in heads))
     first = 0.0
     for images in given.images:
         took, peak = measured(images)

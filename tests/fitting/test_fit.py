@@ -228,14 +228,14 @@ def test_images_that_the_network_does_not_take_are_refused() -> None:
     assert _is_same(before, _state(converted))
 
 
-class InterruptedError_(Exception):
+class StoppedError(Exception):
     pass
 
 
 def _until(text: str) -> Callable[[str, float], None]:
     def progress(what: str, share: float) -> None:
         if text in what:
-            raise InterruptedError_
+            raise StoppedError
 
     return progress
 
@@ -246,7 +246,7 @@ def test_interrupted_and_resumed_is_uninterrupted(at: str, tmp_path: Path) -> No
     expected = fit_(whole, net, _images(200))
     broken, _ = _pair()
     before, state = _state(broken), tmp_path / "state"
-    with pytest.raises(InterruptedError_):
+    with pytest.raises(StoppedError):
         fit_(broken, net, _images(200), state=state, progress=_until(at))
     assert _is_same(before, _state(broken))
     said: list[str] = []
@@ -268,7 +268,7 @@ def test_the_state_of_another_fit_is_refused(tmp_path: Path) -> None:
         (_images(), How(seed=1), net),
         (_images(), None, shake_(_pair()[1], seed=1)),
     ):
-        with pytest.raises(StoreError, match="is of a fit with other networks, data or options. Remove it"):
+        with pytest.raises(StoreError, match="is of a fit with other networks, data or options"):
             fit_(begun, other, data, how, state=state)
     state.write_bytes(state.read_bytes()[:-10])
     with pytest.raises(StoreError, match="is not a state of fit, or is damaged"):
@@ -336,7 +336,7 @@ def test_what_fitting_takes_is_foreseen() -> None:
 def test_gradients_of_an_image_do_not_depend_on_those_beside_it() -> None:
     converted, net = _pair(lambda: Branches().double())
     data = _images(40, batch=20)
-    blocks = [unit for unit in units(converted, net, next(iter(data)).inputs.batched(2), refit=False)]
+    blocks = units(converted, net, next(iter(data)).inputs.batched(2), refit=False)
     made = []
     for most in (1, 2**28):
         importance._BYTES, kept = most, importance._BYTES
