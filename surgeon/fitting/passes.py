@@ -93,7 +93,7 @@ class Pass:
         try:
             pairs = [(unit, unit.original) for unit in self.units]
             if converted is reference:  # units that are not in a network yet, and see what their originals do
-                watched(reference, pairs, inputs, lambda unit, args, out: self._add_call(unit, args, out))
+                watched(reference, pairs, inputs, self._add_call)
                 return
             watched(reference, pairs, inputs, lambda unit, _, out: outputs[unit].append(keep(out)), self.calls)
             pairs = [(unit, unit.made) for unit in self.units]
