@@ -53,7 +53,9 @@ def energies(kernel: Tensor, second: Tensor) -> Iterator[Tensor]:
     taps = kernel.flatten(2)[..., off]  # (out, in, taps)
     yield _form(taps, _blocks(second, into)[:, off][:, :, off])
     ridge = 1e-6 * second.diagonal().mean().clamp_min(torch.finfo(second.dtype).tiny ** 0.5)
-    inverse = torch.linalg.inv(second + ridge * torch.eye(len(second)).to(second))
+    ridged = second.clone()
+    ridged.diagonal().add_(ridge)
+    inverse = torch.linalg.inv(ridged)
     yield _form(taps, torch.linalg.inv(_blocks(inverse, into)[:, off][:, :, off]))
 
 

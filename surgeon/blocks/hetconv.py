@@ -305,7 +305,12 @@ class HetConv(Fittable[HetConvOptions], base.Foldable[HetConvOptions], base.Depl
             weighed = (energy * weight[:, None] for energy in layouts.energies(kernel, problem.second[0]))
             found += [layouts.best_groups(energy, self.p) for energy in weighed]
             found += layouts.fixed_groups(kernel, self.p).values()
-        return [Arrangement(layouts.kept(one, self.spec.kernel), partial(self._group_, one)) for one in found]
+        made: list[Arrangement] = []
+        for one in found:
+            kept = layouts.kept(one, self.spec.kernel)
+            if not any(torch.equal(kept, other.kept) for other in made):
+                made.append(Arrangement(kept, partial(self._group_, one)))
+        return made
 
     def extra_repr(self) -> str:
         return f"{self.spec}, p={self.p}, layout={self.layout}"

@@ -107,8 +107,8 @@ class Problem:
         rows, free = sums.rows.clamp_min(1), float(has_bias)
         x, t = sums.seen / rows * free, sums.wanted / rows * free
         return cls(
-            second=sums.second / rows - x[:, :, None] * x[:, None],
-            cross=sums.cross / rows - t[:, :, None] * x[:, None],
+            second=(sums.second / rows).baddbmm_(x[:, :, None], x[:, None], alpha=-1),
+            cross=(sums.cross / rows).baddbmm_(t[:, :, None], x[:, None], alpha=-1),
             square=(sums.square / rows - t.square()).clamp_min(0),
             mean_seen=x,
             mean_wanted=t,
@@ -177,7 +177,8 @@ def solve_together(problem: Problem, start: Tensor, taps: Tensor, kept: Tensor, 
     Steps are those of the filters alone, of which each has the inverse on its own taps.
     """
     held = problem.ridge(ridge)[0]
-    second = problem.second[0] + held * torch.eye(len(problem.second[0])).to(problem.second)
+    second = problem.second[0].clone()
+    second.diagonal().add_(held)
     cross = problem.cross[0] + held * start[0]
     parts = [_Filters.of(filters, pattern, second, metric) for pattern, filters in _patterns(kept)]
     found = taps[0]
@@ -230,7 +231,8 @@ def _eased(left: Tensor, parts: Sequence[_Filters]) -> Tensor:
 def _divided(right: Tensor, second: Tensor, ridge: Tensor) -> Tensor:
     """Give right (H + λ)⁻¹ for (g, o, d) and (g, d, d); where all features are constant there is nothing to divide."""
     floor = torch.finfo(second.dtype).tiny ** 0.5
-    ridged = second + torch.diag_embed(ridge.clamp_min(floor).expand(second.shape[:2]))
+    ridged = second.clone()
+    ridged.diagonal(dim1=1, dim2=2).add_(ridge.clamp_min(floor))
     factor, failed = torch.linalg.cholesky_ex(ridged)
     if failed.any():  # far from round numbers: H has eigenvalues below its rounding, and λ does not reach them
         solved: Tensor = torch.linalg.solve(ridged, right.mT).mT

@@ -26,8 +26,8 @@ from surgeon.models.call import Inputs
 from surgeon.models.progress import Progress
 
 _FLOAT64 = 2  # how much longer a multiply-add takes
-_FACTORED = 3  # d³ multiply-adds of solving
-_MATRICES = 8  # d² numbers that there are at once while a unit is solved for
+_FACTORED = 8  # d³ multiply-adds of solving
+_MATRICES = 5  # d² numbers that there are at once while a unit is solved for
 _PATIENCE = 2.0  # seconds after which a guess at the time that is left is good enough to be shown
 
 

@@ -59,11 +59,10 @@ def settle_(unit: Unit, sums: Mapping[str, Seen], metric: Tensor | None) -> Site
     made, bias, own = torch.zeros_like(kernel), torch.zeros(len(kernel)).to(kernel), _own_bias(unit)
     solved = []
     for seen in sums.values():
-        view, whole = seen.view, seen.halves[0] + seen.halves[1]
-        _check(unit, whole)
+        view = seen.view
         part = streams.take(scale, view.filters, 0).view(view.groups, -1)
         start = streams.take(own, view.filters, 0).view(view.groups, -1)
-        one = _solve(unit, seen, whole, part, start, metric)
+        one = _solve(unit, seen, part, start, metric)
         if not one.after <= one.before + _ROUNDING * one.size:
             raise PassError("fit", f"{unit.path} is further from its original than it was: {one.after} > {one.before}")
         view.put_(one.taps, made)
@@ -80,17 +79,16 @@ def _in_short(unit: Unit, solved: Sequence[_Solved]) -> SiteFit:
     return SiteFit(unit.path, kind, before, after, sum(one.constant for one in solved))
 
 
-def _solve(unit: Unit, seen: Seen, whole: Sums, scale: Tensor, bias: Tensor, metric: Tensor | None) -> _Solved:
+def _solve(unit: Unit, seen: Seen, scale: Tensor, bias: Tensor, metric: Tensor | None) -> _Solved:
     """Solve one view; where there are several arrangements of taps, take the one that loses least."""
-    problem = Problem.of(whole, has_bias=unit.has_bias)
-    halves = [Problem.of(half, has_bias=unit.has_bias) for half in seen.halves]
+    problem = _problem(unit, seen)
     cost = scale
     if metric is not None:
         cost = streams.take(metric.diagonal(), seen.view.filters, 0).view(scale.shape)
     start, choices = seen.view.taps_of(unit.kernel), _choices(unit, seen.view, problem, cost)
     first = start * choices[0].kept if choices else start
     before = float((problem.error(first, bias) * scale).sum())
-    ridge = ridge_for((halves[0], halves[1]), first, choices[0].kept if choices else None, cost)
+    ridge = _ridge(unit, seen, first, choices[0].kept if choices else None, cost)
     if choices:
         whole_metric = cost[0].diag() if metric is None else metric
         ways = [_way(problem, start * one.kept, one, whole_metric, ridge) for one in choices]
@@ -105,6 +103,18 @@ def _solve(unit: Unit, seen: Seen, whole: Sums, scale: Tensor, bias: Tensor, met
     after = float((problem.error(taps, fitted) * scale).sum())
     constant = int((problem.second.diagonal(dim1=1, dim2=2) <= 0).sum())
     return _Solved(taps, fitted, before, after, float((problem.square * scale).sum()), constant, ridge)
+
+
+def _problem(unit: Unit, seen: Seen) -> Problem:
+    """Put both halves together, and make sure that they say enough; the moments are large, so few are held at once."""
+    whole = seen.halves[0] + seen.halves[1]
+    _check(unit, whole)
+    return Problem.of(whole, has_bias=unit.has_bias)
+
+
+def _ridge(unit: Unit, seen: Seen, start: Tensor, kept: Tensor | None, cost: Tensor) -> float:
+    one, other = (Problem.of(half, has_bias=unit.has_bias) for half in seen.halves)
+    return ridge_for((one, other), start, kept, cost)
 
 
 @dataclass(frozen=True, slots=True)
