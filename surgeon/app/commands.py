@@ -23,7 +23,7 @@ from surgeon.analysis.network import Network
 from surgeon.analysis.sites import Survey
 from surgeon.app.images import Images
 from surgeon.blocks import Block, Deployable, Foldable
-from surgeon.display import words
+from surgeon.display import tradeoff, words
 from surgeon.errors import CaptureError
 from surgeon.files import architectures, formats
 from surgeon.files import load as source
@@ -32,6 +32,7 @@ from surgeon.files.load import Loaded
 from surgeon.files.pickles import Trust
 from surgeon.files.save import save, to_open_again
 from surgeon.files.written import check_writable, packages, unreadable
+from surgeon.fitting import budget as budgets
 from surgeon.fitting import fitted as fits
 from surgeon.fitting.fitted import Fitted, Settings
 from surgeon.fitting.processes import joined
@@ -48,6 +49,7 @@ from surgeon.surgery.bake import all_baked
 from surgeon.surgery.bench import Timing, Trials
 from surgeon.surgery.decide import carry_out, check_bakes, plan_for
 from surgeon.surgery.fuse import fold_all_
+from surgeon.surgery.look import network_for
 from surgeon.surgery.plan import Plan
 from surgeon.surgery.replay import rebuild
 from surgeon.surgery.selfcheck import SelfCheck
@@ -106,10 +108,22 @@ def plan(
     overrides: Sequence[str] = (),
     bake: bool = False,
     time: bool = False,
+    images: Images | None = None,
+    budget: str | None = None,
+    picture: Path | None = None,
 ) -> Plan:
-    """Decide what a recipe makes of a model, and with `time` how long both take."""
-    wanted = recipes.load(recipe, overrides)
+    """Decide what a recipe makes of a model, and with `time` how long both take; with images, what each conv loses."""
+    wanted, limit = recipes.load(recipe, overrides), None if budget is None else budgets.parse(budget)
     network = _load_and_look(name, given, parts(progress, 0, 0.3), to_plan=True)
+    if images is not None:
+        progress("reading the images", 0.3)
+        data = images.read(network.model, network.inputs, seed=given.seed, trust=given.trust)
+        step = parts(progress, 0.35, 1)
+        chosen = budgets.choose(network, wanted, data, budget=limit, bake=bake, seed=given.seed, progress=step)
+        if picture is not None:
+            drawn = tradeoff.svg(chosen)
+            write_atomically(picture, lambda part: part.write_text(drawn, encoding="utf-8"), force=True)
+        return chosen.plan
     progress("looking at the convs and planning", 0.3)
     decided, surveyed = plan_for(network, wanted, bake=bake, seed=given.seed)
     return gains.timed(decided, surveyed, parts(progress, 0.6, 1)) if time else decided
@@ -269,6 +283,11 @@ def claim_plan(path: Path, name: str, recipe: str, given: Given, *, force: bool)
     claim(path, force=force, suffixes=(".yaml", ".yml", ".json"), origins=_read_for(name, given, recipe))
 
 
+def claim_picture(path: Path, name: str, given: Given, *, force: bool) -> None:
+    """Make sure, before anything is measured, that a picture of it can be written."""
+    claim(path, force=force, suffixes=(".svg",), origins=_read_for(name, given))
+
+
 def write_plan(decided: Plan, path: Path, *, force: bool) -> None:
     """Write a plan file: JSON if its name ends in .json, else YAML."""
     text = decided.dump(as_json=path.suffix == ".json")
@@ -320,7 +339,7 @@ def _network(model: nn.Module, given: Given, *, plan: Plan | None = None, to_pla
     That it was found is said here, but not where a plan is made of it: that says so itself.
     """
     example = examples.read(given.inputs[0], model, seed=given.seed) if given.inputs else None
-    network = surgery.network_for(model, example, plan=plan, seed=given.seed)
+    network = network_for(model, example, plan=plan, seed=given.seed)
     inputs = network.inputs
     if inputs is None and plan is not None and plan.inputs is not None:
         rejected = f"random input of the shapes in the plan ({plan.inputs}) is rejected by the model"

@@ -163,6 +163,7 @@ class _Run:
         progress: Progress,
     ) -> None:
         """Fit the units that are not done yet, those together that share a pass."""
+        foreseen.begun = time.monotonic()
         sites.resume_([unit for group in groups for unit in group])
         rest = [group for group in groups if not set(group) <= set(sites.done)]
         for group in rest:
