@@ -315,10 +315,19 @@ class _Search:
             f"it would lose {error:.2g} of the outputs to save {saved / self.total:.1%} of the multiply-adds ({words})"
         )
 
+    def _scale(self) -> float:
+        """Say how measured errors compare with the sums over single sites.
+
+        Most often they are smaller: sites make up for what was lost before them, and so do the layers behind.
+        """
+        pairs = [(error, math.sqrt(self.table.loss(levels))) for levels, error in self.measured.items()]
+        return _mean([error / loss for error, loss in pairs if loss and 0 < error < math.inf])
+
     def points(self) -> Iterator[Point]:
         """Give all that is in the picture."""
+        scale = self._scale()
         for way in knapsack.evenly([w for w in self.ways if math.isfinite(w.loss)], _POINTS, lambda way: way.cost):
-            yield Point("predicted", way.cost / self.total, math.sqrt(way.loss))
+            yield Point("predicted", way.cost / self.total, scale * math.sqrt(way.loss))
         for i, choice in enumerate(self.space.choices):
             for k, (level, error) in enumerate(zip(choice.levels, self.alone[i], strict=True), 1):
                 if math.isfinite(error):
@@ -328,6 +337,11 @@ class _Search:
         for levels, error in self.measured.items():
             kind: Literal["chosen", "uniform", "measured"] = "uniform" if levels in self.uniform else "measured"
             yield Point("chosen" if levels == best else kind, self._cost(levels) / self.total, error)
+
+
+def _mean(ratios: Sequence[float]) -> float:
+    """The geometric mean; 1 of nothing."""
+    return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else 1.0
 
 
 def _level(choice: Choice, words: str) -> int:

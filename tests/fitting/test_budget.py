@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import surgeon
 from surgeon.analysis import sites
 from surgeon.api import network_for
+from surgeon.blocks import registry
 from surgeon.errors import PlanError
 from surgeon.fitting import budget, data, sensitivity
 from surgeon.fitting.budget import Chosen
@@ -192,3 +193,16 @@ def test_maps_that_are_added_are_one_choice(net: nn.Module) -> None:
 
 def test_levels_between_those_that_are_tried_are_filled_in() -> None:
     assert sensitivity._filled({1: 0.2, 3: 0.8, 5: 3.2}, 6) == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 3.2])
+
+
+def test_settings_keep_what_the_recipe_fixes() -> None:
+    for name, given in (("hetconv", {"p": 3, "layout": "best"}), ("octave", {"alpha": 0.3, "min_size": 2})):
+        block = registry()[name]
+        options = block.Options.model_validate(given)
+        settings = block.settings(options)
+        assert options in settings
+        assert len(settings) > 3
+        key = next(iter(given))
+        assert [one.model_copy(update={key: given[key]}) for one in settings] == [options] * len(settings)
+    plain = registry()["acblock"]
+    assert list(plain.settings(plain.Options())) == [plain.Options()]
