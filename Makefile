@@ -7,7 +7,7 @@ PARALLEL ?= -n auto --maxprocesses=4 --dist=worksteal
 
 OLDEST  = tests/conv tests/blocks tests/octave tests/proof tests/test_torch_compat.py tests/test_threads.py tests/test_golden.py
 
-.PHONY: demo test test-oldest check fmt docs bench networks zoo mutations hostile clean
+.PHONY: demo test test-oldest check fmt docs bench networks fit zoo mutations hostile clean
 
 demo: $(VENV)/.installed
 	$(RUN)/surgeon demo
@@ -40,6 +40,9 @@ bench: $(VENV)/.installed-test
 
 networks: $(VENV)/.installed-test  # ten minutes of two cores; docs/networks.md is made of them
 	$(RUN)/python benchmarks/networks.py
+
+fit: $(VENV)/.installed-test  # hours of two cores; it can be stopped, and goes on from there
+	$(RUN)/python benchmarks/fit.py
 
 zoo: $(VENV)/.installed-test  # hours; it can be stopped, and goes on from there
 	$(RUN)/python benchmarks/zoo.py --write-docs

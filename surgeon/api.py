@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -21,34 +20,31 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgeon.analysis import example as examples
 from surgeon.analysis import sites
 from surgeon.analysis.example import Example
-from surgeon.analysis.network import Network
 from surgeon.analysis.sites import Survey
 from surgeon.blocks import Block
-from surgeon.errors import CaptureError, Fault, ModelError, RecipeError, VerifyError
+from surgeon.errors import Fault, ModelError, RecipeError
 from surgeon.files import load as source
 from surgeon.files.architectures import Architecture
 from surgeon.files.pickles import Trust
 from surgeon.files.save import save as save_file
-from surgeon.fitting.in_memory import fit_
-from surgeon.models import devices
-from surgeon.models.call import Inputs
+from surgeon.fitting.in_memory import choose, fit_
 from surgeon.models.copies import Model, duplicate
 from surgeon.models.progress import Progress, parts, silent
 from surgeon.models.sandbox import ordinary
 from surgeon.models.wrappers import checked, not_a_model
-from surgeon.proof import verify as equivalence
 from surgeon.proof.report import Report
 from surgeon.recipes import recipe as recipes
 from surgeon.recipes.recipe import Recipe
 from surgeon.surgery import gains, give_back, replay
 from surgeon.surgery import history as histories
 from surgeon.surgery.advice import Advice, advise
+from surgeon.surgery.compare import compare
 from surgeon.surgery.decide import carry_out, plan_for
 from surgeon.surgery.fuse import fold_all_
 from surgeon.surgery.history import Operation
+from surgeon.surgery.look import network_for
 from surgeon.surgery.make import on_a_guess
 from surgeon.surgery.manifest import manifest
 from surgeon.surgery.plan import Plan
@@ -80,6 +76,8 @@ def plan(
     overrides: Sequence[str] = (),
     bake: bool = False,
     time: bool = False,
+    data: Any = None,
+    budget: str | None = None,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Plan:
@@ -88,6 +86,10 @@ def plan(
     `recipe` is the name of a bundled one, a path, a dict or a `Recipe`; `overrides` are as `--set` takes them. With
     `bake`, tensors that weight norm, spectral norm or pruning compute are made permanent where convs are swapped. With
     `time` it is carried out on a copy, and the plan says how long both networks take once they are fused.
+
+    With `data`, images without labels as `fit` takes them, the plan says of every conv what it would lose, fitted to
+    them. A `budget` then chooses which convs are swapped, and with which options: "macs=0.6" for the share of the
+    network's multiply-adds, "error=0.05" for the relative error of its outputs.
 
     >>> [entry.swap for entry in plan(nn.Sequential(nn.Conv2d(3, 8, 3)), "acnet").convs]
     ['acblock']
@@ -98,6 +100,9 @@ def plan(
     with ordinary():
         progress("looking for an input", 0)
         network = network_for(model, example)
+        if data is not None or budget is not None:
+            wanted, step = _recipe(recipe, overrides), parts(progress, 0.2, 1)
+            return choose(network, wanted, data, budget, bake=bake, seed=seed, progress=step).plan
         progress("planning", 0.3 if time else 0.6)
         decided, surveyed = plan_for(network, _recipe(recipe, overrides), bake=bake, seed=seed)
         return gains.timed(decided, surveyed, parts(progress, 0.5, 1)) if time else decided
@@ -269,48 +274,7 @@ def verify(
         VerifyError: the outputs differ in structure, shape or dtype.
     """
     with ordinary():
-        return _verify(a, b, example, seed, progress)
-
-
-def _verify(a: nn.Module, b: nn.Module, example: Any, seed: int, progress: Progress) -> Report:
-    checked(a), checked(b)
-    if (place := devices.of(a)) is not None and place.type != "meta":
-        b = devices.on(b, place)
-    if empty := [name for name, model in (("A", a), ("B", b)) if any(p.is_meta for p in model.parameters())]:
-        raise VerifyError(
-            f"{' and '.join(empty)}: parameters are on the meta device, and hold no numbers",
-            todo="Load its weights first.",
-        )
-    progress("looking for an input", 0)
-    is_list = isinstance(example, list) and not all(isinstance(side, int) for side in example)
-    given: Any = example if is_list else [example]
-    steps = replay.steps_between(a, b)
-    inputs = [inputs_for(b if one is None and steps else a, one, seed=seed) for one in given]
-    known = [one for one in inputs if one is not None]
-    if not known:
-        raise CaptureError("no input is known that the model accepts", todo=examples.PASS_ONE)
-    progress("repeating the operations in float64", 0.1)
-    again = replay.done_again(a, steps) if replay.can_be_done(steps) else None
-    progress("comparing", 0.4)
-    is_approximate = any(map(replay.is_approximate, steps))
-    reference, taken = replay.as_baked(a, steps)
-    try:
-        reference = replay.in_order_of(reference, steps, known[0])
-    except CaptureError as error:
-        found = equivalence.verify(a, b, known, seed=seed)
-        return replace(found, remarks=(*found.remarks, f"B's history permutes channels, but {error.problem}"))
-    if again is not None and (since := replay.folded_since(again.exact, b)) is not None:
-        found = equivalence.verify(a, b, known, seed=seed)
-        return replace(found, remarks=(*found.remarks, since))
-    found = equivalence.verify(reference, b, known, replay=again, approximate=is_approximate, seed=seed)
-    if steps and not found and histories.content_hash(b) != steps[-1].result:
-        changed = f"B's tensors were changed after {steps[-1].operation} had made it"
-        found = replace(found, remarks=(*found.remarks, changed))
-    if taken:
-        found = replace(found, remarks=(*found.remarks, f"A is compared with baked tensors in {', '.join(taken)}"))
-    if not steps and (lapse := replay.lapse(a, b)) is not None:
-        found = replace(found, remarks=(*found.remarks, lapse))
-    return found
+        return compare(a, b, example, seed, progress)
 
 
 def load(
@@ -369,21 +333,6 @@ def history(model: nn.Module) -> tuple[Operation, ...]:
     if not isinstance(model, nn.Module):
         raise not_a_model(model)
     return histories.history(model)
-
-
-def inputs_for(model: nn.Module, example: Example | None, *, plan: Plan | None = None, seed: int = 0) -> Inputs | None:
-    """Take the example that was given, or that of the plan or the model's history, or one that the model accepts."""
-    return network_for(model, example, plan=plan, seed=seed).inputs
-
-
-def network_for(model: nn.Module, example: Example | None, *, plan: Plan | None = None, seed: int = 0) -> Network:
-    """Look at a model with the example that was given, or with the first known one that the model accepts."""
-    checked(model)
-    if example is not None:
-        return Network(model, examples.make(example, seed=seed))
-    records = [plan.input] if plan is not None else []
-    records += [step.plan.get("input") for step in reversed(histories.history(model)) if step.plan][:3]
-    return examples.look(model, records, seed=seed)
 
 
 def _recipe(recipe: RecipeLike, overrides: Sequence[str]) -> Recipe:

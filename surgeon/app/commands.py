@@ -23,7 +23,7 @@ from surgeon.analysis.network import Network
 from surgeon.analysis.sites import Survey
 from surgeon.app.images import Images
 from surgeon.blocks import Block, Deployable, Foldable
-from surgeon.display import words
+from surgeon.display import tradeoff, words
 from surgeon.errors import CaptureError
 from surgeon.files import architectures, formats
 from surgeon.files import load as source
@@ -32,6 +32,7 @@ from surgeon.files.load import Loaded
 from surgeon.files.pickles import Trust
 from surgeon.files.save import save, to_open_again
 from surgeon.files.written import check_writable, packages, unreadable
+from surgeon.fitting import budget as budgets
 from surgeon.fitting import fitted as fits
 from surgeon.fitting.fitted import Fitted, Settings
 from surgeon.fitting.processes import joined
@@ -48,6 +49,7 @@ from surgeon.surgery.bake import all_baked
 from surgeon.surgery.bench import Timing, Trials
 from surgeon.surgery.decide import carry_out, check_bakes, plan_for
 from surgeon.surgery.fuse import fold_all_
+from surgeon.surgery.look import network_for
 from surgeon.surgery.plan import Plan
 from surgeon.surgery.replay import rebuild
 from surgeon.surgery.selfcheck import SelfCheck
@@ -106,10 +108,22 @@ def plan(
     overrides: Sequence[str] = (),
     bake: bool = False,
     time: bool = False,
+    images: Images | None = None,
+    budget: str | None = None,
+    picture: Path | None = None,
 ) -> Plan:
-    """Decide what a recipe makes of a model, and with `time` how long both take."""
-    wanted = recipes.load(recipe, overrides)
+    """Decide what a recipe makes of a model, and with `time` how long both take; with images, what each conv loses."""
+    wanted, limit = recipes.load(recipe, overrides), None if budget is None else budgets.parse(budget)
     network = _load_and_look(name, given, parts(progress, 0, 0.3), to_plan=True)
+    if images is not None:
+        progress("reading the images", 0.3)
+        data = images.read(network.model, network.inputs, seed=given.seed, trust=given.trust)
+        step = parts(progress, 0.35, 1)
+        chosen = budgets.choose(network, wanted, data, budget=limit, bake=bake, seed=given.seed, progress=step)
+        if picture is not None:
+            drawn = tradeoff.svg(chosen)
+            write_atomically(picture, lambda part: part.write_text(drawn, encoding="utf-8"), force=True)
+        return chosen.plan
     progress("looking at the convs and planning", 0.3)
     decided, surveyed = plan_for(network, wanted, bake=bake, seed=given.seed)
     return gains.timed(decided, surveyed, parts(progress, 0.6, 1)) if time else decided
@@ -141,7 +155,7 @@ def convert(
     if isinstance(wanted, Plan):
         check_bakes(wanted, bake=bake)
     label = wanted.recipe.name if isinstance(wanted, Plan) else wanted.name
-    path = _claim(output, name, label, given, how, force=force)
+    path = _claim(output, name, label, given, how, *_read_to_fit(images, fitting), force=force)
     progress(f"loading {name}", 0)
     loaded = _load(name, given)
     if formats.of_suffix(path).holds_modules:
@@ -180,7 +194,7 @@ def fit(
     force: bool = False,
 ) -> tuple[Fitted, Path] | None:
     """Fit a converted model to the one that it was made from, and write it; of several processes the first does."""
-    path = _claim(output, name, "fit", given, reference, force=force)
+    path = _claim(output, name, "fit", given, reference, *_read_to_fit(images, settings), force=force)
     progress(f"loading {name}", 0)
     loaded = _load(name, given)
     original = _load(reference, given).model
@@ -269,6 +283,11 @@ def claim_plan(path: Path, name: str, recipe: str, given: Given, *, force: bool)
     claim(path, force=force, suffixes=(".yaml", ".yml", ".json"), origins=_read_for(name, given, recipe))
 
 
+def claim_picture(path: Path, name: str, given: Given, *, force: bool) -> None:
+    """Make sure, before anything is measured, that a picture of it can be written."""
+    claim(path, force=force, suffixes=(".svg",), origins=_read_for(name, given))
+
+
 def write_plan(decided: Plan, path: Path, *, force: bool) -> None:
     """Write a plan file: JSON if its name ends in .json, else YAML."""
     text = decided.dump(as_json=path.suffix == ".json")
@@ -320,7 +339,7 @@ def _network(model: nn.Module, given: Given, *, plan: Plan | None = None, to_pla
     That it was found is said here, but not where a plan is made of it: that says so itself.
     """
     example = examples.read(given.inputs[0], model, seed=given.seed) if given.inputs else None
-    network = surgery.network_for(model, example, plan=plan, seed=given.seed)
+    network = network_for(model, example, plan=plan, seed=given.seed)
     inputs = network.inputs
     if inputs is None and plan is not None and plan.inputs is not None:
         rejected = f"random input of the shapes in the plan ({plan.inputs}) is rejected by the model"
@@ -343,17 +362,23 @@ def _count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _claim(output: Path | None, name: str, label: str, given: Given, how: object = None, *, force: bool) -> Path:
+def _claim(output: Path | None, name: str, label: str, given: Given, *read: object, force: bool) -> Path:
     """Choose where the model goes, and make sure before any work is done that it can be written there."""
     path = output or _beside(name, label)
     if output is None and not architectures.is_factory(name) and not Path(name).exists():
         return path  # loading says that there is no such file, and which one may be meant
-    return claim(path, force=force, suffixes=formats.suffixes(), origins=_read_for(name, given, how))
+    return claim(path, force=force, suffixes=formats.suffixes(), origins=_read_for(name, given, *read))
 
 
-def _read_for(name: str, given: Given, how: object = None) -> list[str]:
+def _read_for(name: str, given: Given, *read: object) -> list[str | Path]:
     """List what is read to make a file, and must not be overwritten by it."""
-    return [one for one in (name, given.arch, how, *given.inputs) if isinstance(one, str)]
+    return [one for one in (name, given.arch, *given.inputs, *read) if isinstance(one, str | Path)]
+
+
+def _read_to_fit(images: Images | None, settings: Settings | None) -> list[str | Path]:
+    """List the files that a fit reads: its images, their labels, and how far it is."""
+    state = None if settings is None else settings.state
+    return [*(() if images is None else images.files), *(() if state is None else (state,))]
 
 
 def _beside(name: str, label: str) -> Path:

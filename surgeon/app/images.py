@@ -22,6 +22,12 @@ class Images:
     preprocess: str | None = None
     labels: str | None = None
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """What of the user's text may be files: x.npz:train_x is an array in one."""
+        named = [one for one in (self.source, self.labels) if one is not None]
+        return (*named, *(one.rpartition(":")[0] for one in named if ":" in one))
+
     def read(self, model: nn.Module, example: Inputs | None, *, seed: int, trust: Trust) -> Data:
         """Read them for a model; `example` is an input that it is known to take."""
         return sources.read(

@@ -23,8 +23,10 @@ All of it is float64. `Sums` add up, so processes and interrupted passes can put
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -117,6 +119,12 @@ class Problem:
         fitted = ((taps @ self.second - 2 * self.cross) * taps).sum(2)
         return (self.square + fitted).clamp_min(0)
 
+    def cost(self, taps: Tensor, metric: Tensor) -> float:
+        """What the errors of all filters (1, o, d) cost together, tr S E e eᵀ, but for a constant."""
+        fitted = taps[0] @ self.second[0] @ taps[0].T
+        crossed = taps[0] @ self.cross[0].T
+        return float((metric * (fitted - crossed - crossed.T)).sum())
+
     def error(self, taps: Tensor, bias: Tensor) -> Tensor:
         """The mean squared error of every filter with this bias (g, o)."""
         return self.loss(taps) + (self.bias(taps) - bias).square()
@@ -164,24 +172,59 @@ def solve(problem: Problem, start: Tensor, kept: Tensor | None = None, ridge: fl
 
 
 def solve_together(problem: Problem, start: Tensor, taps: Tensor, kept: Tensor, metric: Tensor, ridge: float) -> Tensor:
-    """Improve taps (1, o, d) for what errors cost by the metric (o, o): min tr S (E e eᵀ + λ (W − W₀)(W − W₀)ᵀ)."""
+    """Improve taps (1, o, d) for what errors cost by the metric (o, o): min tr S (E e eᵀ + λ (W − W₀)(W − W₀)ᵀ).
+
+    Steps are those of the filters alone, of which each has the inverse on its own taps.
+    """
     held = problem.ridge(ridge)[0]
     second = problem.second[0] + held * torch.eye(len(problem.second[0])).to(problem.second)
     cross = problem.cross[0] + held * start[0]
-    found, scale = taps[0], metric.diagonal()[:, None] * second.diagonal()
+    parts = [_Filters.of(filters, pattern, second, metric) for pattern, filters in _patterns(kept)]
+    found = taps[0]
     left = (metric @ (cross - found @ second)) * kept
-    step = direction = left / scale
+    step = direction = _eased(left, parts)
     first = power = (left * step).sum()
     for _ in range(_MOST_STEPS):
         if not power > _SMALL**2 * first:
             break
-        bent = (metric @ direction @ second) * kept
+        seen = torch.empty_like(direction)
+        for part in parts:
+            seen[part.which] = direction[part.which][:, part.taps] @ part.rows
+        bent = (metric @ seen) * kept
         length = power / (direction * bent).sum()
         found, left = found + length * direction, left - length * bent
-        step = left / scale
+        step = _eased(left, parts)
         power, before = (left * step).sum(), power
         direction = step + power / before * direction
     return found[None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Filters:
+    """Filters that have the same taps: which, what belongs to these taps, and what each of them costs."""
+
+    which: Tensor
+    taps: Tensor
+    rows: Tensor  # (taps, d) of the second moments
+    factor: Tensor  # (taps, taps), of Cholesky
+    cost: Tensor  # (filters, 1)
+
+    @classmethod
+    def of(cls, which: Tensor, taps: Tensor, second: Tensor, metric: Tensor) -> Self:
+        rows = second[taps]
+        factor, failed = torch.linalg.cholesky_ex(rows[:, taps])
+        if failed:
+            factor = rows[:, taps].diagonal().clamp_min(torch.finfo(rows.dtype).tiny).sqrt().diag()
+        return cls(which, taps, rows, factor, metric.diagonal()[which, None])
+
+
+def _eased(left: Tensor, parts: Sequence[_Filters]) -> Tensor:
+    """Solve for every filter alone."""
+    made = torch.zeros_like(left)
+    for part in parts:
+        inside = torch.cholesky_solve(left[part.which][:, part.taps].T, part.factor).T
+        made[part.which[:, None], part.taps] = inside / part.cost
+    return made
 
 
 def _divided(right: Tensor, second: Tensor, ridge: Tensor) -> Tensor:

@@ -29,7 +29,8 @@ def converted_view(converted: Converted) -> RenderableType:
         lines.append(f"channels permuted, against their order before, in float64: relative L2 {check.permuted:.1e}")
     if check.approximate:
         compute = "computes" if check.approximate == 1 else "compute"
-        todo = "retrain the network" if converted.fitted is None else "they were fitted to what their convs gave"
+        fitted = "it was fitted to what its conv" if check.approximate == 1 else "they were fitted to what their convs"
+        todo = "retrain the network" if converted.fitted is None else f"{fitted} gave"
         lines.append(f"{words.convs(check.approximate)} now {compute} a different function; {todo}")
     if check.streams is not None:
         lines.append(

@@ -41,7 +41,7 @@ def claim(path: Path, *, force: bool, suffixes: Sequence[str], origins: Sequence
             not be written to; its name is too long, or its suffix is none of `suffixes`.
     """
     is_there = _is_there(path)
-    if is_there and any(_is_same(path, origin) for origin in origins):
+    if any(_is_same(path, origin) for origin in origins):
         raise StoreError(f"{path} is among the files that this is made from", todo="Give another name with -o.")
     if path.is_dir():
         raise StoreError(f"{path} is a directory", todo="Name a file: -o model.acnet.pt.")
@@ -109,8 +109,8 @@ def _is_there(path: Path) -> bool:
 def _is_same(path: Path, origin: str | os.PathLike[str]) -> bool:
     try:
         return os.path.samefile(path, origin)
-    except (OSError, ValueError):  # an origin that is no file, such as torchvision:resnet18
-        return False
+    except (OSError, ValueError):  # one is not there, or is no file, such as torchvision:resnet18
+        return os.path.abspath(path) == os.path.abspath(origin)
 
 
 def _place(path: Path, *, force: bool) -> Path:

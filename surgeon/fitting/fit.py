@@ -163,6 +163,7 @@ class _Run:
         progress: Progress,
     ) -> None:
         """Fit the units that are not done yet, those together that share a pass."""
+        foreseen.begun = time.monotonic()
         sites.resume_([unit for group in groups for unit in group])
         rest = [group for group in groups if not set(group) <= set(sites.done)]
         for group in rest:
@@ -202,10 +203,9 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with torch.no_grad():
-            for one, number in kept:
-                with torch.inference_mode(one.is_inference()):
-                    one.copy_(number)
+        for one, number in kept:
+            with torch.inference_mode(one.is_inference()), torch.no_grad():  # inference_mode(False) switches grad on
+                one.copy_(number)
         raise
 
 

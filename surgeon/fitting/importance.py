@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from surgeon.conv.exact import Total
 from surgeon.fitting.data import Data
 from surgeon.fitting.processes import Processes
 from surgeon.fitting.units import Unit
@@ -38,7 +39,7 @@ def metrics(
     reference: nn.Module, units: Sequence[Unit], data: Data, seed: int, processes: Processes
 ) -> dict[str, Tensor]:
     """Give the metric of every unit, by path; none of those whose gradients are not known or not finite."""
-    sums = {unit: torch.zeros(len(unit.kernel), len(unit.kernel)).to(unit.kernel) for unit in units}
+    sums = {unit: Total(unit.kernel.new_zeros(len(unit.kernel), len(unit.kernel))) for unit in units}
     before = itertools.accumulate(data.supply.counts, initial=0)  # images
     enough = next((i for i, count in enumerate(before) if count >= IMAGES), None)
     with processes.agreeing():
@@ -48,10 +49,9 @@ def metrics(
             for start in range(0, batch.count, at_once):
                 part = batch.inputs.part(start, start + at_once)
                 for unit, found in _gradients(reference, units, part, (seed, i, start)):
-                    sums[unit] += found
-    processes.add_(list(sums.values()))
+                    sums[unit].add_(found)
     made = {}
-    for unit, found in sums.items():
+    for unit, found in zip(sums, processes.whole(list(sums.values())), strict=True):
         if bool(found.isfinite().all()) and bool(found.diagonal().mean() > 0):
             made[unit.path] = found / found.diagonal().mean() + SHARE * torch.eye(len(found)).to(found)
     return made

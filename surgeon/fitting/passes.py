@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from surgeon.blocks.fittable import View
+from surgeon.conv.exact import Total
 from surgeon.conv.least_squares import Sums
 from surgeon.errors import DataError
 from surgeon.fitting.data import Data
@@ -42,17 +43,14 @@ class Seen:
         """Whether there are fewer than two pixels for each tap of a filter."""
         return float(self.halves[0].rows + self.halves[1].rows) < 2 * self.halves[0].seen.shape[1]
 
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [one for half in self.halves for one in half.tensors]
-
 
 class Pass:
     """Collects the sums of units over a pass of the data; the units must not depend on each other."""
 
     def __init__(self, units: Sequence[Unit]) -> None:
         self.units, self.calls = units, sum(unit.calls for unit in units)
-        self.sums: dict[Unit, dict[str, Seen]] = {unit: {} for unit in units}
+        self.sums: dict[Unit, dict[str, Seen]] = {}
+        self._totals: dict[Unit, dict[str, _Totals]] = {unit: {} for unit in units}
 
     def run(
         self,
@@ -73,25 +71,29 @@ class Pass:
         with processes.agreeing():
             for i, batch in processes.batches(data):
                 for part in in_parts(batch.inputs):
-                    self._add(converted, reference, part, i % 2)
+                    self._add(converted, reference, part)
+                self._end_batch(i % 2)
                 done += batch.count * processes.count
                 progress(what, min(done / data.images, 1.0))
             if not done:  # the sums have their shapes all the same
-                self._add(converted, reference, next(iter(data)).inputs.batched(1), 0)
-        sums = [one for views in self.sums.values() for seen in views.values() for one in seen.tensors]
-        if not done:
-            for one in sums:
-                one.zero_()
-        processes.add_(sums)
+                self._add(converted, reference, next(iter(data)).inputs.batched(1))
+        for unit in self.units:
+            totals = self._totals.pop(unit)
+            self.sums[unit] = {name: totals.pop(name).seen(processes) for name in list(totals)}
 
-    def _add(self, converted: nn.Module, reference: nn.Module, inputs: Inputs, half: int) -> None:
+    def _end_batch(self, half: int) -> None:
+        for totals in self._totals.values():
+            for one in totals.values():
+                one.end_batch(half)
+
+    def _add(self, converted: nn.Module, reference: nn.Module, inputs: Inputs) -> None:
         outputs: dict[Unit, list[Tensor]] = {unit: [] for unit in self.units}
         seen: dict[Unit, list[Sequence[Any]]] = {unit: [] for unit in self.units}
         keep = copied if self.calls > 1 else _as_it_is
         try:
             pairs = [(unit, unit.original) for unit in self.units]
             if converted is reference:  # units that are not in a network yet, and see what their originals do
-                watched(reference, pairs, inputs, lambda unit, args, out: self._add_call(unit, args, out, half))
+                watched(reference, pairs, inputs, self._add_call)
                 return
             watched(reference, pairs, inputs, lambda unit, _, out: outputs[unit].append(keep(out)), self.calls)
             pairs = [(unit, unit.made) for unit in self.units]
@@ -104,20 +106,39 @@ class Pass:
         for unit in self.units:
             made, given = seen.pop(unit), outputs.pop(unit)
             for args, out in zip(made, given, strict=True):
-                self._add_call(unit, args, out, half)
+                self._add_call(unit, args, out)
 
-    def _add_call(self, unit: Unit, args: Sequence[Any], out: Tensor, half: int) -> None:
+    def _add_call(self, unit: Unit, args: Sequence[Any], out: Tensor) -> None:
         for view in unit.views(args):
-            self._add_view(unit, view, view.wanted(unit.wanted(out)), half)
+            self._add_view(unit, view, view.wanted(unit.wanted(out)))
 
-    def _add_view(self, unit: Unit, view: View, wanted: Tensor, half: int) -> None:
+    def _add_view(self, unit: Unit, view: View, wanted: Tensor) -> None:
+        totals = self._totals[unit]
         with quietly():
             for features, target in laid_out(view, wanted):
-                if (held := self.sums[unit].get(view.name)) is None:
+                if view.name not in totals:
                     sizes = (*features.shape[1:3], target.shape[2])
-                    none = [Sums.none(*sizes, device=features.device) for _ in range(2)]
-                    held = self.sums[unit][view.name] = Seen(view.without_maps(), (none[0], none[1]))
-                held.halves[half].add_(features, target)
+                    totals[view.name] = _Totals(view.without_maps(), Sums.none(*sizes, device=features.device))
+                totals[view.name].now.add_(features, target)
+
+
+class _Totals:
+    """The sums of one view: those of the batch that is looked at, and the totals of both halves."""
+
+    def __init__(self, view: View, now: Sums) -> None:
+        self.view, self.now = view, now
+        self.halves = [[Total(one) for one in now.tensors] for _ in range(2)]
+
+    def end_batch(self, half: int) -> None:
+        for total, one in zip(self.halves[half], self.now.tensors, strict=True):
+            total.add_(one)
+            one.zero_()
+
+    def seen(self, processes: Processes) -> Seen:
+        """Add up over all processes; the totals are gone then."""
+        del self.now
+        even, odd = (Sums(*processes.whole(self.halves.pop(0))) for _ in range(2))
+        return Seen(self.view, (even, odd))
 
 
 def in_parts(inputs: Inputs) -> Iterator[Inputs]:

@@ -4,7 +4,8 @@
 
 Every process takes whole batches, those i with i % count == rank, and adds its sums to those of the others, over gloo
 on CPUs and NCCL on GPUs. All processes then solve the same equations; the first one prints and writes. What a batch is
-used for depends on its number among all batches, so that the result does not depend on the number of processes.
+used for depends on its number among all batches, and sums are exact, so that the result does not depend on the number
+of processes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from surgeon.conv.exact import Total
 from surgeon.errors import DataError, FitError, SurgeonError
 from surgeon.fitting.data import Data
 from surgeon.fitting.supply import Batch
@@ -57,6 +59,22 @@ class Processes:
             with _others():
                 for one in sums:
                     _in_place_(one, dist.all_reduce)
+
+    def whole(self, totals: Sequence[Total]) -> list[Tensor]:
+        """Give the sums over all processes, rounded at the end only: the same for any number of processes."""
+        if self.count == 1:
+            return [total.rounded for total in totals]
+        with _others():
+            return [self._whole(total) for total in totals]
+
+    def _whole(self, mine: Total) -> Tensor:
+        made = Total(mine.sum)
+        for rank in range(self.count):
+            parts = [part if rank == self.rank else torch.empty_like(part) for part in (mine.sum, mine.rest)]
+            for part in parts:
+                _in_place_(part, lambda held, rank=rank: dist.broadcast(held, rank))
+            made.add_total_(*parts)
+        return made.rounded
 
     def same_(self, tensors: Sequence[Tensor]) -> None:
         """Replace every tensor by the one of the first process."""

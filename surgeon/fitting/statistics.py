@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from surgeon._torch_compat import BatchNorm
+from surgeon.conv.exact import Total
 from surgeon.fitting.data import Data
 from surgeon.fitting.processes import Processes
 from surgeon.models.copies import in_mode
@@ -51,8 +52,8 @@ def estimate_(model: nn.Module, data: Data, processes: Processes) -> Callable[[]
 
 def _summed(model: nn.Module, norms: list[Any], data: Data, processes: Processes) -> list[list[Tensor]]:
     """Give the mean statistics of every norm over all batches."""
-    sums = [[torch.zeros_like(norm.running_mean, dtype=torch.float64) for _ in range(2)] for norm in norms]
-    count = torch.zeros((), dtype=torch.float64, device=sums[0][0].device)
+    sums = [[Total(norm.running_mean) for _ in range(2)] for norm in norms]
+    count = torch.zeros((), dtype=torch.float64, device=norms[0].running_mean.device)
     for norm in norms:
         norm.training, norm.momentum = True, 1.0  # the statistics are those of the batch
     with processes.agreeing():
@@ -61,10 +62,10 @@ def _summed(model: nn.Module, norms: list[Any], data: Data, processes: Processes
                 batch.inputs.cast_for(model).call(model)
             count += 1
             for norm, (mean, var) in zip(norms, sums, strict=True):
-                mean += norm.running_mean
-                var += norm.running_var
-    processes.add_([count, *(one for pair in sums for one in pair)])
-    return [[one / count for one in pair] for pair in sums]
+                mean.add_(norm.running_mean.double())
+                var.add_(norm.running_var.double())
+    processes.add_([count])
+    return [[one / count for one in processes.whole(pair)] for pair in sums]
 
 
 def _copied(value: Any) -> Any:

@@ -27,7 +27,7 @@ from surgeon.app.cli import app, main
 from surgeon.app.demo.net import SmallResNet
 from surgeon.display.report import report_view
 
-COMMANDS = ("convert", "fuse", "verify", "survey", "plan", "bench", "recipes", "blocks", "demo")
+COMMANDS = ("convert", "fit", "fuse", "verify", "survey", "plan", "bench", "recipes", "blocks", "demo")
 
 
 class Result:
@@ -335,10 +335,18 @@ def test_the_demo_tells_each_step(run) -> None:
     assert accuracies[2] == accuracies[3]  # and so does folding
     assert min(accuracies) > 0.85
     assert demo["report"]["equivalent"]
+    trained, converted, fitted = demo["octave"]
+    assert trained == demo["steps"][0]
+    assert trained["accuracy"] - converted["accuracy"] > 0.15  # conversion alone loses much
+    assert trained["accuracy"] - fitted["accuracy"] < 0.02  # fitting gives back nearly all of it
+    assert converted["macs"] == fitted["macs"] < 0.75 * trained["macs"]
     assert sorted(path.name for path in Path("kept").iterdir()) == [
         "net.acnet.pt",
         "net.acnet.trained.fused.pt",
         "net.acnet.trained.pt",
+        "net.images.safetensors",
+        "net.octave.fit.pt",
+        "net.octave.pt",
         "net.pt",
     ]
 

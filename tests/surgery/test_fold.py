@@ -13,9 +13,9 @@ from torch.nn.utils import prune
 
 import surgeon
 from surgeon.analysis.network import Network
-from surgeon.api import inputs_for
 from surgeon.errors import ModelError, PassError, PlanError
 from surgeon.surgery.fuse import fold_all_
+from surgeon.surgery.look import inputs_for
 
 
 def _converted() -> nn.Module:

@@ -1,4 +1,7 @@
-"""The whole path on a small network, through files as a user would: convert, train, fuse, verify."""
+"""Two ways of a small network, through files as a user would go them.
+
+ACBlocks: convert, train, fuse, verify. Octaves: convert, and fit to images without labels.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,6 +21,7 @@ from surgeon.app import commands as pipeline
 from surgeon.app.commands import Given
 from surgeon.app.demo import data
 from surgeon.app.demo.net import SmallResNet
+from surgeon.app.images import Images
 from surgeon.errors import StoreError
 from surgeon.models.cost import measure
 from surgeon.models.progress import Progress, parts, silent
@@ -41,40 +46,63 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Demo:
-    """What the demo did: the network after every step, and the proof of the last one."""
+    """What the demo did: the network after every step of both ways, and the proof of the first way's last one."""
 
     steps: tuple[Snapshot, ...]
+    octave: tuple[Snapshot, ...]
     report: Report  # of the folded network against the trained one
     images: tuple[int, int]  # to train on, to test on
     seconds: float  # of training
 
 
 def demo(progress: Progress = silent, *, seconds: float, folder: Path | None, seed: int) -> Demo:
-    """Convert, train, fold and verify the small network that ships with surgeon."""
+    """Convert, train, fold and verify the small network that ships with surgeon; and convert and fit it."""
     images = data.images()
     given = Given(inputs=(_INPUT,), seed=seed)
     made = nullcontext(folder) if folder else tempfile.TemporaryDirectory()
     with random_states_kept(seed), made as place:
         home = _made(Path(place))
+        surgery.save(_trained_net(), home / "net.pt")
+        start = _snapshot("trained network", home / "net.pt", images)
+        steps, report = _as_acblocks(home / "net.pt", images, seconds, given, parts(progress, 0, 0.6))
+        octave = _as_octaves(home / "net.pt", images, given, parts(progress, 0.6, 1))
+    counts = (len(images.train_y), len(images.test_y))
+    return Demo((start, *steps), (start, *octave), report, counts, seconds)
 
-        def step(name: str, path: Path) -> Snapshot:
-            model = surgery.load(path)
-            cost = measure(model, [images.test_x[:1]])
-            assert cost.macs is not None
-            return Snapshot(name, path.name, accuracy(model, images.test_x, images.test_y), cost.params, cost.macs)
 
-        start, trained = home / "net.pt", home / "net.acnet.trained.pt"
-        surgery.save(_trained_net(), start)
-        converted = pipeline.convert(str(start), "acnet", given, parts(progress, 0, 0.1), output=None, force=False).path
-        steps = [step("trained network", start), step("converted to ACBlocks", converted)]
-        model = surgery.load(converted)
-        train_(model, images, seconds, parts(progress, 0.1, 0.8))
-        surgery.save(model, trained)
-        steps.append(step(f"trained {seconds:g} s more", trained))
-        fused = pipeline.fuse(str(trained), given, parts(progress, 0.8, 0.9), output=None, force=False).path
-        steps.append(step("folded back", fused))
-        report = pipeline.verify(str(trained), str(fused), given, parts(progress, 0.9, 1))
-    return Demo(tuple(steps), report, (len(images.train_y), len(images.test_y)), seconds)
+def _as_acblocks(
+    start: Path, images: data.Images, seconds: float, given: Given, progress: Progress
+) -> tuple[list[Snapshot], Report]:
+    """Convert without changing the function, train, fold, and prove the folded network."""
+    converted = pipeline.convert(str(start), "acnet", given, parts(progress, 0, 0.1), output=None, force=False).path
+    trained = converted.with_name("net.acnet.trained.pt")
+    steps = [_snapshot("converted to ACBlocks", converted, images)]
+    model = surgery.load(converted)
+    train_(model, images, seconds, parts(progress, 0.1, 0.8))
+    surgery.save(model, trained)
+    steps.append(_snapshot(f"trained {seconds:g} s more", trained, images))
+    fused = pipeline.fuse(str(trained), given, parts(progress, 0.8, 0.9), output=None, force=False).path
+    steps.append(_snapshot("folded back", fused, images))
+    return steps, pipeline.verify(str(trained), str(fused), given, parts(progress, 0.9, 1))
+
+
+def _as_octaves(start: Path, images: data.Images, given: Given, progress: Progress) -> list[Snapshot]:
+    """Convert to blocks that cost less and compute something else, and fit them; labels are not used."""
+    source = start.with_name("net.images.safetensors")
+    save_file({"images": images.train_x}, source)
+    converted = pipeline.convert(str(start), "octave", given, parts(progress, 0, 0.3), output=None, force=False).path
+    steps = [_snapshot("converted to octaves", converted, images)]
+    shown = parts(progress, 0.3, 1)
+    fitted = pipeline.fit(str(converted), str(start), Images(str(source)), given, shown)
+    return steps if fitted is None else [*steps, _snapshot("fitted", fitted[1], images)]
+
+
+def _snapshot(name: str, path: Path, images: data.Images) -> Snapshot:
+    """Test the network that a file holds."""
+    model = surgery.load(path)
+    cost = measure(model, [images.test_x[:1]])
+    assert cost.macs is not None
+    return Snapshot(name, path.name, accuracy(model, images.test_x, images.test_y), cost.params, cost.macs)
 
 
 def _made(home: Path) -> Path:

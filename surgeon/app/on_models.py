@@ -1,0 +1,289 @@
+"""The commands that read models. torch is imported only when needed."""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from surgeon.app.options import (
+    Bake,
+    Distil,
+    Force,
+    Json,
+    Model,
+    Output,
+    Sets,
+    State,
+    Time,
+    about_images,
+    about_models,
+)
+from surgeon.app.program import command
+from surgeon.app.terminal import bar, show
+
+if TYPE_CHECKING:
+    from surgeon.app.commands import Given
+    from surgeon.app.images import Images
+
+_log = logging.getLogger("surgeon")
+
+
+@command("Example: surgeon convert model.pt --recipe acnet.yaml   writes model.acnet.pt")
+@about_models
+@about_images
+def convert(
+    model: Model,
+    given: "Given",
+    images: "Images | None",
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="A recipe: a file, or the name of a bundled one.")
+    ] = None,
+    plan: Annotated[Path | None, typer.Option(help="Carry out this plan file instead of a recipe.")] = None,
+    sets: Sets = None,
+    bake: Bake = False,
+    output: Output = None,
+    force: Force = False,
+    time: Time = False,
+    distil: Distil = 0,
+    state: State = None,
+    json: Json = False,
+) -> None:
+    """Swap the convs of a model as a recipe or a plan says. What was done is checked, and the result saved.
+
+    With --data, blocks that only approximate their convs are fitted to what these gave on images without labels.
+    """
+    if images is None and (distil or state):
+        raise typer.BadParameter("--distil and --resume are for fitting: give images, --data SOURCE")
+    if (recipe is None) == (plan is None):
+        raise typer.BadParameter("give either --recipe or --plan, for example --recipe acnet")
+    if plan is not None and sets:
+        raise typer.BadParameter("--set changes a recipe; edit the plan file instead")
+    with bar() as progress:
+        from surgeon.app import commands
+        from surgeon.display.convert import converted_data, converted_view
+        from surgeon.fitting.fit import How
+        from surgeon.fitting.fitted import Settings
+        from surgeon.surgery import plan as plans
+
+        how = plans.read(plan) if plan is not None else str(recipe)
+        done = commands.convert(
+            model,
+            how,
+            given,
+            progress,
+            overrides=sets or (),
+            bake=bake,
+            output=output,
+            force=force,
+            time=time,
+            images=images,
+            fitting=Settings(How(seed=given.seed), distil, state),
+        )
+    show(converted_data(done) if json else converted_view(done))
+
+
+@command("Example: surgeon fit model.octave.pt --reference model.pt --data photos/   writes model.octave.fit.pt")
+@about_models
+@about_images
+def fit(
+    model: Model,
+    reference: Annotated[
+        str,
+        typer.Option("--reference", metavar="MODEL", help="The model that it was converted from.", show_default=False),
+    ],
+    given: "Given",
+    images: "Images | None",
+    distil: Distil = 0,
+    state: State = None,
+    output: Output = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Fit a converted model to the one that it was made from, on images without labels. The result is saved.
+
+    Every HetConv and OctaveConv gets the taps whose output is nearest to the conv's, by least squares, in order; then
+    the layers behind them. Under torchrun every process takes its share of the images.
+    """
+    if images is None:
+        raise typer.BadParameter("give images: --data SOURCE, a folder of them, say")
+    with bar() as progress:
+        from surgeon.app import commands
+        from surgeon.display.fit import fit_data, fit_view
+        from surgeon.fitting.fit import How
+        from surgeon.fitting.fitted import Settings
+
+        settings = Settings(How(seed=given.seed), distil, state)
+        made = commands.fit(model, reference, images, given, progress, settings=settings, output=output, force=force)
+    if made is not None:
+        show(fit_data(*made) if json else fit_view(*made))
+
+
+@command("Example: surgeon fuse model.acnet.pt   writes model.acnet.fused.pt")
+@about_models
+def fuse(
+    model: Model,
+    given: "Given",
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Fold blocks that cost less than one conv (HetConv) into one all the same.")
+    ] = False,
+    keep_norms: Annotated[
+        bool,
+        typer.Option(
+            "--keep-norms",
+            help="Make every block the conv and the norm again that it was made of: the weights load into the class "
+            "that the model had before, and training can go on.",
+        ),
+    ] = False,
+    output: Output = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Fold every block into one plain conv, or a few that cost less. The result is saved.
+
+    Inside modules that fold themselves (RepVGG, MobileOne), blocks become a conv and a norm, as with --keep-norms.
+    """
+    with bar() as progress:
+        from surgeon.app import commands
+        from surgeon.display.convert import fused_data, fused_view
+
+        how = {"dense": dense, "keep_norms": keep_norms}
+        done = commands.fuse(model, given, progress, **how, output=output, force=force)
+    show(fused_data(done) if json else fused_view(done))
+
+
+@command("Example: surgeon verify model.acnet.pt model.acnet.fused.pt   exits 0 if they are equivalent")
+@about_models
+def verify(
+    a: Annotated[str, typer.Argument(metavar="A", help="The reference model.", show_default=False)],
+    b: Annotated[str, typer.Argument(metavar="B", help="The model to compare with it.", show_default=False)],
+    given: "Given",
+    json: Json = False,
+) -> None:
+    """Say whether B computes what A does, and where they diverge. Distances are shown as well.
+
+    Exit code: 0 equivalent, 1 different, 2 could not be compared, 3 approximate by design.
+    """
+    with bar() as progress:
+        from surgeon.app import commands
+        from surgeon.display.report import report_view
+
+        found = commands.verify(a, b, given, progress)
+    show(found.to_dict() if json else report_view(found))
+    raise typer.Exit({"equivalent": 0, "different": 1, "approximate": 3}[found.verdict])
+
+
+@command("Example: surgeon survey torchvision:resnet50")
+@about_models
+def survey(
+    model: Model,
+    given: "Given",
+    json: Json = False,
+) -> None:
+    """List every conv of a model, and why it cannot be swapped.
+
+    Shown are names, geometry, sizes, calls, and what reads its output.
+    """
+    with bar() as progress:
+        from surgeon.app import commands
+        from surgeon.display.survey import survey_data, survey_view
+
+        found = commands.survey(model, given, progress)
+    show(survey_data(found) if json else survey_view(found))
+
+
+@command("Example: surgeon plan model.pt --recipe acnet -o plan.yaml   then edit it, and convert --plan plan.yaml")
+@about_models
+@about_images
+def plan(
+    model: Model,
+    given: "Given",
+    images: "Images | None",
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="A recipe: a file, or the name of a bundled one.")],
+    sets: Sets = None,
+    bake: Bake = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Write the plan as .yaml or .json, to edit and apply."),
+    ] = None,
+    force: Force = False,
+    time: Time = False,
+    budget: Annotated[
+        str | None,
+        typer.Option(metavar="macs=X|error=X", help="Swap the convs that lose least until the network costs ×X."),
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE.svg", help="Draw cost against error: what was chosen, and what else.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Show what a recipe would do to every conv of a model. Nothing is changed.
+
+    With --data, every conv is fitted to these images alone, and the plan says what it would lose beside what it saves.
+    --budget then chooses which convs are swapped, and with which options; convert --plan --data carries that out.
+    """
+    if images is None and (budget or picture):
+        raise typer.BadParameter("--budget and --picture need images to measure with: give --data SOURCE")
+    if images is not None and time:
+        raise typer.BadParameter("give either --data or --time; convert --plan takes --time as well")
+    with bar() as progress:
+        from surgeon.app import commands
+        from surgeon.display.plan import plan_view
+
+        if output is not None:
+            commands.claim_plan(output, model, recipe, given, force=force)
+        if picture is not None:
+            commands.claim_picture(picture, model, given, force=force)
+        decided = commands.plan(
+            model,
+            recipe,
+            given,
+            progress,
+            overrides=sets or (),
+            bake=bake,
+            time=time,
+            images=images,
+            budget=budget,
+            picture=picture,
+        )
+        if output is not None:
+            commands.write_plan(decided, output, force=force)
+            if json:
+                _log.info(f"written: {output}")
+    if json:
+        show(decided.to_dict())
+    else:
+        show(plan_view(decided, every_conv=output is None, written=output))
+
+
+@command("Example: surgeon bench model.pt model.hetconv-p4.pt --batch 8 --channels-last")
+@about_models
+def bench(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="A [B …]", help="The models; ratios are to the first one.", show_default=False),
+    ],
+    given: "Given",
+    batch: Annotated[
+        list[int] | None, typer.Option("--batch", "-b", min=1, help="Images in a run; may be repeated.  [default: 1]")
+    ] = None,
+    threads: Annotated[
+        list[int] | None, typer.Option("--threads", "-t", min=1, help="Threads of torch; may be repeated.")
+    ] = None,
+    rounds: Annotated[
+        int, typer.Option(min=3, help="How many rounds to measure; each one times every model once.")
+    ] = 15,
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="Also measure in this memory format.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Also measure with torch.compile.")] = False,
+    train: Annotated[bool, typer.Option("--train", help="Time a training step: forward and backward.")] = False,
+    json: Json = False,
+) -> None:
+    """Time models against each other in one run. They take turns, as they are and with their norms folded."""
+    with bar() as progress:
+        from surgeon.app import commands
+        from surgeon.display.bench import bench_data, bench_view
+        from surgeon.surgery.bench import Trials
+
+        trials = Trials(tuple(batch or (1,)), tuple(threads or ()), rounds, channels_last, compiled, train)
+        timings = commands.bench(models, given, trials, progress)
+    show(bench_data(timings) if json else bench_view(timings))
