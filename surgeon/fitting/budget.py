@@ -19,7 +19,7 @@ from surgeon.analysis.fingerprint import fingerprint
 from surgeon.analysis.network import Network
 from surgeon.analysis.sites import Survey
 from surgeon.errors import PlanError
-from surgeon.fitting import knapsack, units
+from surgeon.fitting import knapsack, states, units
 from surgeon.fitting.data import Data
 from surgeon.fitting.fit import How
 from surgeon.fitting.knapsack import Table, Way
@@ -31,7 +31,7 @@ from surgeon.models.progress import Progress, parts, silent
 from surgeon.recipes.recipe import Recipe
 from surgeon.surgery.bake import bake_, bakeable, with_baked
 from surgeon.surgery.foresee import foresee
-from surgeon.surgery.history import Operation
+from surgeon.surgery.history import Operation, content_hash
 from surgeon.surgery.plan import Budgeted, Plan
 from surgeon.surgery.rank import with_permuted
 
@@ -40,6 +40,8 @@ _UNIFORM = 2  # uniform ways that are measured beside those that are chosen
 _ROUNDS = 4  # networks that are fitted to find what an error leads to
 _TRIES = 12  # choices until one costs what was counted for it
 _POINTS = 40  # of the curve
+_MOST_KNOWN = 8  # networks whose losses are remembered
+_KNOWN: dict[str, list[list[float]]] = {}  # what settings lose, by all that it depends on
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,14 +128,24 @@ def choose(
         whole = Operation("convert", "", "", space.plan(space.whole()).to_dict())
         reference = units.prepared(model, [whole], data)
     trials = Trials.of(space, survey, in_mode(reference, False), data, how or How(seed=seed), processes)
-    search = _Search(space, trials, survey, trials.losses(parts(progress, 0.05, 0.6)))
-    way = space_way(search, budget, parts(progress, 0.6, 1))
+    key = states.identity_of(data.digest, content_hash(model), recipe.text, recipe.overrides, seed, how, inputs.record)
+    search = _Search(space, trials, survey, _losses(key, trials, parts(progress, 0.05, 0.6)))
+    way = _way(search, budget, parts(progress, 0.6, 1))
     plan = search.written(way, budget)
     plan = plan if found is None else with_baked(plan, found, given)
     return Chosen(plan, tuple(search.points()))
 
 
-def space_way(search: _Search, budget: Budget | None, progress: Progress) -> Way:
+def _losses(key: str, trials: Trials, progress: Progress) -> list[list[float]]:
+    """Measure, or take what was measured before: several budgets are asked for, one after the other."""
+    if key not in _KNOWN:
+        _KNOWN[key] = trials.losses(progress)
+        for oldest in list(_KNOWN)[:-_MOST_KNOWN]:
+            del _KNOWN[oldest]
+    return _KNOWN[key]
+
+
+def _way(search: _Search, budget: Budget | None, progress: Progress) -> Way:
     """Find the way that a budget leads to."""
     if budget is None:
         return search.way_of(search.space.whole())
