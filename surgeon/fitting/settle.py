@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from surgeon.errors import DataError, PassError
 from surgeon.fitting.passes import Seen
 from surgeon.fitting.units import Unit
 
+_TRIED = 2  # arrangements; on the demo network the best one was among them at all of 12 sites
 _ROUNDING = 1e-9  # by which a sum of squares may be larger that is smaller in exact numbers
 
 
@@ -49,8 +51,10 @@ class _Solved:
     ridge: float
 
 
-def settle_(unit: Unit, sums: Mapping[str, Seen], metric: Tensor | None) -> SiteFit:
+def settle_(unit: Unit, sums: Mapping[str, Seen], metric: Tensor | None, *, is_quick: bool = False) -> SiteFit:
     """Solve all views of a unit and give it what was found.
+
+    A quick solution, as for a trial, has the first arrangement of taps, and each filter is solved alone.
 
     Raises:
         DataError: the images do not say enough about it, or hold numbers that are none.
@@ -62,7 +66,7 @@ def settle_(unit: Unit, sums: Mapping[str, Seen], metric: Tensor | None) -> Site
         view = seen.view
         part = streams.take(scale, view.filters, 0).view(view.groups, -1)
         start = streams.take(own, view.filters, 0).view(view.groups, -1)
-        one = _solve(unit, seen, part, start, metric)
+        one = _solve(unit, seen, part, start, None if is_quick else metric, 1 if is_quick else None)
         if not one.after <= one.before + _ROUNDING * one.size:
             raise PassError("fit", f"{unit.path} is further from its original than it was: {one.after} > {one.before}")
         view.put_(one.taps, made)
@@ -79,19 +83,27 @@ def _in_short(unit: Unit, solved: Sequence[_Solved]) -> SiteFit:
     return SiteFit(unit.path, kind, before, after, sum(one.constant for one in solved))
 
 
-def _solve(unit: Unit, seen: Seen, scale: Tensor, bias: Tensor, metric: Tensor | None) -> _Solved:
-    """Solve one view; where there are several arrangements of taps, take the one that loses least."""
+def _solve(
+    unit: Unit, seen: Seen, scale: Tensor, bias: Tensor, metric: Tensor | None, most: int | None
+) -> _Solved:
+    """Solve one view; where there are several arrangements of taps, take the one that loses least of the first `most`.
+
+    With one arrangement and no metric, filters do not depend on each other.
+    """
     problem = _problem(unit, seen)
     cost = scale
     if metric is not None:
         cost = streams.take(metric.diagonal(), seen.view.filters, 0).view(scale.shape)
-    start, choices = seen.view.taps_of(unit.kernel), _choices(unit, seen.view, problem, cost)
+    start, choices = seen.view.taps_of(unit.kernel), _choices(unit, seen.view, problem, cost, most)
     first = start * choices[0].kept if choices else start
     before = float((problem.error(first, bias) * scale).sum())
     ridge = _ridge(unit, seen, first, choices[0].kept if choices else None, cost)
-    if choices:
+    if choices and most == 1 and metric is None:
+        choices[0].take_()
+        taps = solve(problem, first, choices[0].kept, ridge)
+    elif choices:
         whole_metric = cost[0].diag() if metric is None else metric
-        ways = [_way(problem, start * one.kept, one, whole_metric, ridge) for one in choices]
+        ways = _ways(problem, start, choices, whole_metric, ridge)
         fine = [way for way in ways if float((problem.loss(way.taps) * scale).sum()) <= before]
         alone = min(ways, key=lambda way: float((problem.loss(way.alone) * scale).sum()))
         best = min(fine, key=lambda way: way.cost, default=alone)
@@ -127,16 +139,24 @@ class _Way:
     cost: float  # at the outputs, by the metric
 
 
-def _way(problem: Problem, start: Tensor, arrangement: Arrangement, metric: Tensor, ridge: float) -> _Way:
-    alone = solve(problem, start, arrangement.kept, ridge)
-    taps = solve_together(problem, start, alone, arrangement.kept, metric, ridge)
-    return _Way(arrangement, alone, taps, problem.cost(taps, metric))
+def _ways(problem: Problem, start: Tensor, choices: Sequence[Arrangement], metric: Tensor, ridge: float) -> list[_Way]:
+    """Solve for all filters together in those arrangements that cost least when every filter is solved for alone."""
+    found = []
+    for one in choices:
+        alone = solve(problem, start * one.kept, one.kept, ridge)
+        found.append(_Way(one, alone, alone, problem.cost(alone, metric)))
+    made = []
+    for way in sorted(found, key=lambda way: way.cost)[:_TRIED]:
+        kept = way.arrangement.kept
+        taps = solve_together(problem, start * kept, way.alone, kept, metric, ridge)
+        made.append(_Way(way.arrangement, way.alone, taps, problem.cost(taps, metric)))
+    return made
 
 
-def _choices(unit: Unit, view: View, problem: Problem, cost: Tensor) -> Sequence[Arrangement]:
+def _choices(unit: Unit, view: View, problem: Problem, cost: Tensor, most: int | None) -> Sequence[Arrangement]:
     if not isinstance(unit.made, Fittable):
         return ()
-    return unit.made.arrangements(view, problem, unit.kernel, cost[0])
+    return list(islice(unit.made.arrangements(view, problem, unit.kernel, cost[0]), most))
 
 
 def _own_bias(unit: Unit) -> Tensor:
