@@ -29,8 +29,7 @@ from surgeon.files import load as source
 from surgeon.files.architectures import Architecture
 from surgeon.files.pickles import Trust
 from surgeon.files.save import save as save_file
-from surgeon.fitting import budget as budgets
-from surgeon.fitting.in_memory import fit_
+from surgeon.fitting.in_memory import choose, fit_
 from surgeon.models.copies import Model, duplicate
 from surgeon.models.progress import Progress, parts, silent
 from surgeon.models.sandbox import ordinary
@@ -103,7 +102,7 @@ def plan(
         network = network_for(model, example)
         if data is not None or budget is not None:
             wanted, step = _recipe(recipe, overrides), parts(progress, 0.2, 1)
-            return budgets.choose_for(network, wanted, data, budget, bake=bake, seed=seed, progress=step).plan
+            return choose(network, wanted, data, budget, bake=bake, seed=seed, progress=step).plan
         progress("planning", 0.3 if time else 0.6)
         decided, surveyed = plan_for(network, _recipe(recipe, overrides), bake=bake, seed=seed)
         return gains.timed(decided, surveyed, parts(progress, 0.5, 1)) if time else decided

@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Self
 
@@ -191,6 +191,11 @@ class Block(Operator, abc.ABC, Generic[Opts]):
     def note(cls, options: Opts, norm_obstacle: str | None) -> str | None:
         """Say what the plan should add about a swap; `norm_obstacle` is why no norm is taken over, if none is."""
         return None
+
+    @classmethod
+    def settings(cls, options: Opts) -> Sequence[Opts]:
+        """List the options among which a budget may choose: these, and the same with more or less of the block."""
+        return (options,)
 
     @classmethod
     def remedy(cls, reason: str) -> str | None:

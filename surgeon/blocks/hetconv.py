@@ -134,6 +134,10 @@ class HetConv(Fittable[HetConvOptions], base.Foldable[HetConvOptions], base.Depl
         return "approximates the conv: taps are left out; retrain the network"
 
     @classmethod
+    def settings(cls, options: HetConvOptions) -> list[HetConvOptions]:
+        return [options.model_copy(update={"p": p}) for p in sorted({2, 4, 8, 16, options.p})]
+
+    @classmethod
     def remedy(cls, reason: str) -> str | None:
         return "another `p` would change that" if "would do" in reason else None
 

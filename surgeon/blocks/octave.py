@@ -97,6 +97,11 @@ class OctaveConv(Fittable[OctaveConvOptions], TwoStreamBlock[OctaveConvOptions])
         return False
 
     @classmethod
+    def settings(cls, options: OctaveConvOptions) -> list[OctaveConvOptions]:
+        shares = sorted({*(i / 8 for i in range(1, 7)), options.alpha} - {0.0})
+        return [options.model_copy(update={"alpha": alpha}) for alpha in shares]
+
+    @classmethod
     def note(cls, options: OctaveConvOptions, norm_obstacle: str | None) -> str | None:
         before, behind = options.alphas
         if not (before or behind):

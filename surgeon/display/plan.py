@@ -31,9 +31,12 @@ def plan_view(
     parts: list[RenderableType] = [Line(plan.saves_little)] if plan.saves_little else []
     common = words.shared((entry.note or "", entry.path) for entry in plan.swaps)
     if plan.swaps:
-        table = words.table("conv", "geometry", "becomes", "parameters", "MACs", "activations", "remark")
+        losses = {entry.path: _loses(entry) for entry in plan.swaps}
+        shown = ["loses"] if any(losses.values()) else []
+        table = words.table("conv", "geometry", "becomes", "parameters", "MACs", "activations", *shown, "remark")
         for entry in plan.swaps:
-            table.add_row(*_plan_row(entry, common))
+            *row, remark = _plan_row(entry, common)
+            table.add_row(*row, *[losses[entry.path]] * bool(shown), remark)
         parts.append(table)
     most = None if every_conv else _MOST_NAMES
     for note, paths in common.items():
@@ -48,7 +51,14 @@ def plan_view(
     for reason, paths in _by_reason((entry.path, entry.skip) for entry in plan.convs).items():
         says = f"{words.convs(len(paths))} {'stays' if len(paths) == 1 else 'stay'}: {reason}"
         parts.append(Listing(says, paths, most))
-    lines = [*_option_lines(plan), *_stream_lines(plan), _cost_line(plan), *measured, *gain_lines(plan)]
+    lines = [
+        *_option_lines(plan),
+        *_stream_lines(plan),
+        *_budget_line(plan),
+        _cost_line(plan),
+        *measured,
+        *gain_lines(plan),
+    ]
     lines += [f"written: {written}"] if written is not None else []
     return Group(*parts, *map(Line, lines))
 
@@ -81,6 +91,26 @@ def _plan_row(entry: Entry, common: Mapping[str, object]) -> tuple[str, ...]:
         words.change(entry.activations, entry.swap, "B"),
         "; ".join(remarks),
     )
+
+
+def _loses(entry: Entry) -> str:
+    """Say how far the outputs are with this swap alone, where that was measured for its setting."""
+    options = {name: f"{value:g}" for name, value in entry.options.items() if isinstance(value, int | float)}
+    found = {f"{name}: {value}" for name, value in options.items()} & (entry.loses or {}).keys()
+    return f"{(entry.loses or {})[found.pop()]:.2g}" if found else ""
+
+
+def _budget_line(plan: Plan) -> Iterator[str]:
+    """Say what was measured of a plan that was chosen by what sites lose."""
+    if (found := plan.budget) is None:
+        return
+    line = f"budget {found.asked}: " if found.asked else ""
+    line += f"relative error of the outputs {found.predicted:.2g} predicted from single sites"
+    if found.measured is not None:
+        line += (
+            f", {found.measured:.2g} measured, fitted to {found.images} images and judged on {found.held_back} others"
+        )
+    yield line
 
 
 def _kept(entry: Entry) -> str | None:

@@ -14,7 +14,7 @@ _SHORT = 40  # columns that a sentence may take in every row
 MOST_ROWS = 12  # of lists that could fill pages; JSON has all rows
 
 
-_NUMBERS = {"parameters", "MACs", "activations", "calls", "isolated", "propagated", "stored, ulp", "max abs"}
+_NUMBERS = {"loses", "parameters", "MACs", "activations", "calls", "isolated", "propagated", "stored, ulp", "max abs"}
 _NUMBERS |= {
     "max rel",
     "SQNR dB",

@@ -87,6 +87,11 @@ class Data:
         """Give the part of one of several processes: the batches i with i % count == rank."""
         return self._with(self.supply.only(range(rank, len(self), count)))
 
+    def first(self, images: int) -> Data:
+        """Give so many images or a little more, in whole batches, and two batches at least where there are two."""
+        enough = next((i + 1 for i in range(len(self)) if sum(self.supply.counts[: i + 1]) >= images), len(self))
+        return self._with(self.supply.only(range(min(len(self), max(2, enough)))))
+
     def held_back(self, count: int, seed: int) -> tuple[Data, Data]:
         """Put images aside, seeded: the rest, and these. Of a loader, whole batches until there are so many.
 

@@ -1,4 +1,4 @@
-"""Fit models that are in memory: what `surgeon.fit` does."""
+"""Fit models that are in memory, and choose what to convert of them: what `surgeon.fit` and `plan(data=)` do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from torch import nn
 
 from surgeon.analysis import example as examples
 from surgeon.analysis.example import Example
+from surgeon.analysis.network import Network
+from surgeon.errors import PlanError
+from surgeon.fitting import budget as budgets
 from surgeon.fitting import data as sources
+from surgeon.fitting.budget import Chosen
 from surgeon.fitting.fit import How
 from surgeon.fitting.fitted import Settings, carry_out_
 from surgeon.fitting.processes import joined
@@ -19,6 +23,7 @@ from surgeon.models.copies import Model, duplicate
 from surgeon.models.progress import Progress, silent
 from surgeon.models.sandbox import ordinary
 from surgeon.models.wrappers import checked
+from surgeon.recipes.recipe import Recipe
 
 
 def fit(
@@ -89,3 +94,27 @@ def fit_(
         with joined(devices.of(model)) as processes:
             carry_out_(model, reference, read, settings, processes=processes, progress=progress)
     return model
+
+
+def choose(
+    network: Network,
+    recipe: Recipe,
+    data: Any,
+    budget: str | None,
+    *,
+    bake: bool = False,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Chosen:
+    """Measure on images what each conv that a recipe would swap loses, and choose by a budget if there is one.
+
+    Raises:
+        PlanError: there are no images to measure with, or the budget cannot be reached.
+    """
+    limit = None if budget is None else budgets.parse(budget)
+    if data is None:
+        raise PlanError("a budget needs images to measure with", todo="Give them: plan(..., data=images).")
+    read = sources.of(data, network.model, seed=seed, example=network.inputs)
+    with joined(devices.of(network.model)) as processes:
+        options: dict[str, Any] = {"bake": bake, "seed": seed, "processes": processes, "progress": progress}
+        return budgets.choose(network, recipe, read, budget=limit, **options)

@@ -92,6 +92,9 @@ class Pass:
         keep = copied if self.calls > 1 else _as_it_is
         try:
             pairs = [(unit, unit.original) for unit in self.units]
+            if converted is reference:  # units that are not in a network yet, and see what their originals do
+                watched(reference, pairs, inputs, self._add_call)
+                return
             watched(reference, pairs, inputs, lambda unit, _, out: outputs[unit].append(keep(out)), self.calls)
             pairs = [(unit, unit.made) for unit in self.units]
             watched(converted, pairs, inputs, lambda unit, args, _: seen[unit].append(keep(args)), self.calls)
@@ -103,8 +106,11 @@ class Pass:
         for unit in self.units:
             made, given = seen.pop(unit), outputs.pop(unit)
             for args, out in zip(made, given, strict=True):
-                for view in unit.views(args):
-                    self._add_view(unit, view, view.wanted(unit.wanted(out)))
+                self._add_call(unit, args, out)
+
+    def _add_call(self, unit: Unit, args: Sequence[Any], out: Tensor) -> None:
+        for view in unit.views(args):
+            self._add_view(unit, view, view.wanted(unit.wanted(out)))
 
     def _add_view(self, unit: Unit, view: View, wanted: Tensor) -> None:
         totals = self._totals[unit]

@@ -61,7 +61,7 @@ class Processes:
                     _in_place_(one, dist.all_reduce)
 
     def whole(self, totals: Sequence[Total]) -> list[Tensor]:
-        """Give the sums over all processes, rounded at the end only, so that they are the same for any number of them."""
+        """Give the sums over all processes, rounded at the end only: the same for any number of processes."""
         if self.count == 1:
             return [total.rounded for total in totals]
         with _others():

@@ -88,23 +88,39 @@ def _solve(unit: Unit, seen: Seen, whole: Sums, scale: Tensor, bias: Tensor, met
     if metric is not None:
         cost = streams.take(metric.diagonal(), seen.view.filters, 0).view(scale.shape)
     start, choices = seen.view.taps_of(unit.kernel), _choices(unit, seen.view, problem, cost)
-    masked = [start * one.kept for one in choices] or [start]
-    before = float((problem.error(masked[0], bias) * scale).sum())
-    ridge = ridge_for((halves[0], halves[1]), masked[0], choices[0].kept if choices else None, cost)
-    found = [solve(problem, one, ways.kept, ridge) for one, ways in zip(masked, choices, strict=False)]
+    first = start * choices[0].kept if choices else start
+    before = float((problem.error(first, bias) * scale).sum())
+    ridge = ridge_for((halves[0], halves[1]), first, choices[0].kept if choices else None, cost)
     if choices:
-        best = min(range(len(found)), key=lambda i: float((problem.loss(found[i]) * cost).sum()))
-        choices[best].take_()
-        taps = found[best]
-        if metric is not None:
-            together = solve_together(problem, masked[best], taps, choices[best].kept, metric, ridge)
-            taps = together if float((problem.loss(together) * scale).sum()) <= before else taps
+        whole_metric = cost[0].diag() if metric is None else metric
+        ways = [_way(problem, start * one.kept, one, whole_metric, ridge) for one in choices]
+        fine = [way for way in ways if float((problem.loss(way.taps) * scale).sum()) <= before]
+        alone = min(ways, key=lambda way: float((problem.loss(way.alone) * scale).sum()))
+        best = min(fine, key=lambda way: way.cost, default=alone)
+        best.arrangement.take_()
+        taps = best.taps if fine else alone.alone
     else:
         taps = solve(problem, start, None, ridge)
     fitted = problem.bias(taps) if unit.has_bias else torch.zeros_like(bias)
     after = float((problem.error(taps, fitted) * scale).sum())
     constant = int((problem.second.diagonal(dim1=1, dim2=2) <= 0).sum())
     return _Solved(taps, fitted, before, after, float((problem.square * scale).sum()), constant, ridge)
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """What becomes of a view in one arrangement: the taps that every filter has `alone`, and those of all together."""
+
+    arrangement: Arrangement
+    alone: Tensor
+    taps: Tensor
+    cost: float  # at the outputs, by the metric
+
+
+def _way(problem: Problem, start: Tensor, arrangement: Arrangement, metric: Tensor, ridge: float) -> _Way:
+    alone = solve(problem, start, arrangement.kept, ridge)
+    taps = solve_together(problem, start, alone, arrangement.kept, metric, ridge)
+    return _Way(arrangement, alone, taps, problem.cost(taps, metric))
 
 
 def _choices(unit: Unit, view: View, problem: Problem, cost: Tensor) -> Sequence[Arrangement]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from surgeon.analysis import functional, sites
 from surgeon.analysis.network import Network
-from surgeon.analysis.sites import Site
+from surgeon.analysis.sites import Site, Survey
 from surgeon.blocks import Block, norms
 from surgeon.blocks.fittable import Fittable, Path, View
 from surgeon.conv.kernels import Norm
@@ -115,13 +115,17 @@ def prepared(reference: nn.Module, steps: Sequence[Operation], data: Data) -> nn
     return in_mode(made, False)
 
 
-def units(converted: nn.Module, reference: nn.Module, inputs: Inputs, *, refit: bool) -> list[Unit]:
+def units(
+    converted: nn.Module, reference: nn.Module, inputs: Inputs, *, refit: bool, survey: Survey | None = None
+) -> list[Unit]:
     """List what is fitted, in the order of execution; `inputs` is one small call. With `refit`, also what is behind.
+
+    `survey` is that of the reference, where it is known.
 
     Raises:
         FitError: a block has no original in the reference, or no block can be fitted.
     """
-    survey = sites.survey(Network(reference, inputs))
+    survey = survey or sites.survey(Network(reference, inputs))
     known = {path: site for site in survey.sites for path in site.paths}
     blocks = {path: m for path, m in converted.named_modules() if isinstance(m, Fittable)}
     if not blocks:
@@ -133,6 +137,12 @@ def units(converted: nn.Module, reference: nn.Module, inputs: Inputs, *, refit: 
     if refit:
         found += _behind(converted, reference, known)
     return _in_order(found, converted, reference, inputs)
+
+
+def unit_of(path: str, block: Block, converted: nn.Module, reference: nn.Module, survey: Survey) -> Unit:
+    """Pair one block, which need not be in the network yet, with the conv that it would stand for."""
+    site = next((site for site in survey.sites if path in site.paths), None)
+    return _of_block(path, block, converted, reference, site)
 
 
 def _of_block(path: str, block: Block, converted: nn.Module, reference: nn.Module, site: Site | None) -> Unit:

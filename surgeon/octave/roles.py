@@ -42,6 +42,11 @@ def assign(survey: Survey, wanted: Mapping[str, Wanted[TwoStreamOptions]]) -> Ro
     return made.roles
 
 
+def regions(survey: Survey, wanted: Mapping[str, Wanted[TwoStreamOptions]]) -> list[Region]:
+    """Give the regions of a network, with the layouts of all that is in them."""
+    return _Planner(survey, wanted).plan({}).regions
+
+
 @dataclass(slots=True)
 class _Planned:
     """The roles with some convs left out, and what was seen of the islands."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -32,8 +32,12 @@ _COSTS = ("params", "macs", "activations")
 _COUNTED = (*_COSTS, "ideal_macs", "kept_energy", "note")
 
 
-def make(recipe: Recipe, survey: Survey, *, seed: int = 0) -> Plan:
+def make(
+    recipe: Recipe, survey: Survey, *, seed: int = 0, chosen: Mapping[str, BlockOptions | str] | None = None
+) -> Plan:
     """Decide for every conv whether and how it is swapped.
+
+    `chosen` has, by path, the options of convs that have others than their rule gives them, or why they stay.
 
     Raises:
         PlanError: a rule that is not optional claims no conv.
@@ -47,7 +51,8 @@ def make(recipe: Recipe, survey: Survey, *, seed: int = 0) -> Plan:
     for rule in recipe.rules:
         if not rule.optional and not any(rule is claim for claim in claims):
             _refuse_idle_rule(rule, survey)
-    measured, claimed = _Measured(), list(zip(survey.sites, claims, strict=True))
+    rules = [_with_choice(rule, (chosen or {}).get(site.path)) for site, rule in zip(survey.sites, claims, strict=True)]
+    measured, claimed = _Measured(), list(zip(survey.sites, rules, strict=True))
     roles = _planned_together(survey, claimed)
     entries = [_entry(site, rule, roles, measured, survey.weights.get(site.path)) for site, rule in claimed]
     return Plan.model_validate(
@@ -82,6 +87,15 @@ def _claims(rule: Rule, site: Site) -> bool:
     if site.spec is None or (rule.match.needs_size and site.size is None):
         return False
     return rule.match.claims(Subject(site.paths, site.spec, site.size, site.readers))
+
+
+def _with_choice(rule: Rule | None, chosen: BlockOptions | str | None) -> Rule | None:
+    """Give a rule as it is for one conv."""
+    if rule is None or rule.swap is None or chosen is None:
+        return rule
+    if isinstance(chosen, str):
+        return replace(rule, swap=None, options=None, leave=chosen)
+    return replace(rule, options=chosen)
 
 
 def _refuse_idle_rule(rule: Rule, survey: Survey) -> None:
@@ -192,7 +206,7 @@ def recount(plan: Plan, survey: Survey) -> Plan:
     """
     entries, measured = {entry.path: entry for entry in plan.convs}, _Measured()
     convs = [_recounted(entries.get(site.path), site, measured, survey) for site in survey.sites]
-    fields: dict[str, Any] = {"convs": tuple(convs), "total": _total(survey.cost, convs), "time": None}
+    fields: dict[str, Any] = {"convs": tuple(convs), "total": _total(survey.cost, convs), "time": None, "budget": None}
     if survey.inputs is not None:
         fields["input"] = survey.inputs.record
     return plan.model_copy(update=fields)

@@ -104,6 +104,7 @@ class Entry(Form):
     ideal_macs: _Count | None = (
         None  # after the swap, as the block's paper counts them, where that is less than executed
     )
+    loses: dict[str, float] | None = None  # by setting: the error of the outputs with this one alone, fitted to images
     kept_energy: dict[str, float] | None = None  # for a block that thins a conv out, by each way of doing so
 
     @field_validator("swap")
@@ -202,6 +203,16 @@ class Timed(Form):
     threads: _Count
 
 
+class Budgeted(Form):
+    """What was measured to choose a plan: relative errors of the outputs, on images that were held back."""
+
+    asked: str | None = None  # the budget, as the user wrote it
+    predicted: Annotated[float, Field(ge=0)]  # from the errors of single sites
+    measured: Annotated[float, Field(ge=0)] | None = None  # of the network, fitted on a part of the images
+    images: _Count
+    held_back: _Count
+
+
 @dataclass(frozen=True, slots=True)
 class Gained:
     """What the whole model costs as it is, and once it is converted and fused, as it is deployed."""
@@ -247,6 +258,7 @@ class Plan(Shown, Form):
     low_passed: tuple[LowPassed, ...] = ()
     seams: tuple[SeamLeft, ...] = ()
     time: Timed | None = None  # where it was measured
+    budget: Budgeted | None = None  # where it was chosen by what sites lose
     convs: tuple[Entry, ...]
 
     @field_validator("format", mode="before")
