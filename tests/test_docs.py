@@ -109,7 +109,7 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_the_sources_of_images_in_the_readme_are_those_that_there_are() -> None:
     table = README[README.index("| `--data` | the images |") : README.index("`--images 512` takes so many")]
-    assert {suffix for suffix in re.findall(r"`x(\.\w+)`", table)} == set(stored.SUFFIXES)
+    assert set(re.findall(r"`x(\.\w+)`", table)) == set(stored.SUFFIXES)
 
 
 def test_the_recipe_of_the_readme_is_one() -> None:
