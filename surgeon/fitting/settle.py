@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surgeon.blocks import contract
 from surgeon.blocks.fittable import Arrangement, Fittable, View
 from surgeon.blocks.norms import core_of
 from surgeon.conv import kernels, streams
@@ -126,7 +127,7 @@ def _way(problem: Problem, start: Tensor, arrangement: Arrangement, metric: Tens
 def _choices(unit: Unit, view: View, problem: Problem, cost: Tensor) -> Sequence[Arrangement]:
     if not isinstance(unit.made, Fittable):
         return ()
-    return unit.made.arrangements(view, problem, unit.kernel, cost[0])
+    return contract.arrangements(unit.made, view, problem, unit.kernel, cost[0])
 
 
 def _own_bias(unit: Unit) -> Tensor:
@@ -165,7 +166,7 @@ def _give_(unit: Unit, kernel: Tensor, bias: Tensor) -> None:
     made: Any = unit.made
     with torch.no_grad():
         if unit.is_block:
-            made.take_kernel_(cast(kernel, made.weight.dtype, "weight"), bias)
+            contract.take_kernel_(made, cast(kernel, made.weight.dtype, "weight"), bias)
         else:
             made.weight.copy_(cast(kernel.reshape(made.weight.shape), made.weight.dtype, "weight"))
             if made.bias is not None:

@@ -408,3 +408,31 @@ def test_a_block_of_another_distribution_is_fitted(installed: Path) -> None:
     assert [(site["path"], site["block"]) for site in told["sites"]] == [("0", "blurred"), ("3", "Conv2d")]
     assert told["sites"][0]["after"] < told["sites"][0]["before"]
     assert told["network"]["fitted"]["relative_l2"] < 0.9 * told["network"]["converted"]["relative_l2"]
+
+
+NOT_FITTED = {  # what a block that should be fitted does, and what is said of it
+    "its views raise": ("def views(self, x):", "def views(self, x):\n        raise RuntimeError('no luck')",
+        "its views raised RuntimeError: no luck"),
+    "its views are none": ("def views(self, x):", "def views(self, x):\n        return 5",
+        "its views returned 5 instead of a list of views"),
+    "a filter is missing": ('View("all", ((0, self', 'View("all", ((1, self', "its views have the filters [1, 2, 3"),
+    "its arrangements raise": ("def take_k", "def arrangements(self, *_):\n        return 1 / 0\n\n    def take_k",
+        "its arrangements raised ZeroDivisionError"),
+    "its take_kernel_ raises": ("self.weight.copy_(kernel)", "self.weights.copy_(kernel)",
+        "its take_kernel_ raised AttributeError"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", NOT_FITTED)
+def test_a_block_that_breaks_its_contract_in_a_fit_is_named_with_its_package(installed: Path, what: str) -> None:
+    line, instead, said = NOT_FITTED[what]
+    assert line in BLURRED
+    install(installed, "otherblocks", "other", BLURRED.replace(line, instead), "other:Blurred")
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)).eval()
+    converted = surgeon.convert(net, {"surgeon": 1, "title": "T", "rules": [{"swap": "blurred"}]}, (1, 3, 10, 10))
+    before = {name: value.clone() for name, value in converted.state_dict().items()}
+    with pytest.raises(BlockError) as caught:
+        surgeon.fit_(converted, net, torch.randn(16, 3, 10, 10))
+    assert said in caught.value.problem
+    assert "the block 'blurred' of other" in caught.value.problem
+    assert all(torch.equal(value, before[name]) for name, value in converted.state_dict().items())

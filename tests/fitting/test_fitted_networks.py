@@ -156,6 +156,15 @@ def test_an_error_on_the_way_leaves_the_network_as_it_was() -> None:
     assert all(module.training for module in converted.modules())
 
 
+def test_progress_says_what_is_fitted_and_runs_forward() -> None:
+    net, seen = network(), list[tuple[str, float]]()
+    surgeon.convert(net, HETCONV, EXAMPLE, data=images(), progress=lambda what, share: seen.append((what, share)))
+    words, shares = zip(*seen, strict=True)
+    assert list(shares) == sorted(shares)
+    assert 0 <= shares[0] < shares[-1] <= 1
+    assert all(any(path in word for word in words) for path in ("conv2", "conv3", "fc"))
+
+
 NO_IMAGES = {
     "NaN": images(8).index_fill(0, torch.tensor([3]), float("nan")),
     "one colour": torch.ones(8, 3, 12, 12),
