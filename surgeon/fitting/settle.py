@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from surgeon.blocks import contract
 from surgeon.blocks.fittable import Arrangement, Fittable, View
 from surgeon.blocks.norms import core_of
 from surgeon.conv import kernels, streams
@@ -83,9 +83,7 @@ def _in_short(unit: Unit, solved: Sequence[_Solved]) -> SiteFit:
     return SiteFit(unit.path, kind, before, after, sum(one.constant for one in solved))
 
 
-def _solve(
-    unit: Unit, seen: Seen, scale: Tensor, bias: Tensor, metric: Tensor | None, most: int | None
-) -> _Solved:
+def _solve(unit: Unit, seen: Seen, scale: Tensor, bias: Tensor, metric: Tensor | None, most: int | None) -> _Solved:
     """Solve one view; where there are several arrangements of taps, take the one that loses least of the first `most`.
 
     With one arrangement and no metric, filters do not depend on each other.
@@ -156,7 +154,7 @@ def _ways(problem: Problem, start: Tensor, choices: Sequence[Arrangement], metri
 def _choices(unit: Unit, view: View, problem: Problem, cost: Tensor, most: int | None) -> Sequence[Arrangement]:
     if not isinstance(unit.made, Fittable):
         return ()
-    return list(islice(unit.made.arrangements(view, problem, unit.kernel, cost[0]), most))
+    return contract.arrangements(unit.made, view, problem, unit.kernel, cost[0], most)
 
 
 def _own_bias(unit: Unit) -> Tensor:
@@ -178,7 +176,7 @@ def _check(unit: Unit, held: Sums) -> None:
             todo="Look at the images, and at their --preprocess.",
         )
     rows, features = int(held.rows), held.seen.shape[1]
-    if float(held.second.diagonal(dim1=1, dim2=2).sum()) * rows <= (1 + 1e-12) * float(held.seen.square().sum()):
+    if held.is_constant:
         raise DataError(
             f"{unit.path}: what it sees is the same at every pixel of every image",
             todo="Give images that differ, as the network meets them.",
@@ -195,7 +193,7 @@ def _give_(unit: Unit, kernel: Tensor, bias: Tensor) -> None:
     made: Any = unit.made
     with torch.no_grad():
         if unit.is_block:
-            made.take_kernel_(cast(kernel, made.weight.dtype, "weight"), bias)
+            contract.take_kernel_(made, cast(kernel, made.weight.dtype, "weight"), bias)
         else:
             made.weight.copy_(cast(kernel.reshape(made.weight.shape), made.weight.dtype, "weight"))
             if made.bias is not None:
