@@ -35,7 +35,7 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # λ, as shares of the mean variance of 
 _CHUNK = 2**23  # float64 numbers that are laid out at once: 64 MB
 _STRIPS, _NARROW = 6, 64  # of a symmetric product, and how wide one is at least
 _MOST_STEPS = 100  # of conjugate gradients
-_SMALL = 1e-6  # a remaining gradient, beside the first, at which they end
+_SMALL = 1e-4  # a remaining gradient, beside the first, at which they end
 
 
 @dataclass(slots=True)

@@ -19,6 +19,7 @@ from surgeon.errors import DataError, PassError
 from surgeon.fitting.passes import Seen
 from surgeon.fitting.units import Unit
 
+_TRIED = 2  # arrangements; on the demo network the best one was among them at all of 12 sites
 _ROUNDING = 1e-9  # by which a sum of squares may be larger that is smaller in exact numbers
 
 
@@ -91,7 +92,7 @@ def _solve(unit: Unit, seen: Seen, scale: Tensor, bias: Tensor, metric: Tensor |
     ridge = _ridge(unit, seen, first, choices[0].kept if choices else None, cost)
     if choices:
         whole_metric = cost[0].diag() if metric is None else metric
-        ways = [_way(problem, start * one.kept, one, whole_metric, ridge) for one in choices]
+        ways = _ways(problem, start, choices, whole_metric, ridge)
         fine = [way for way in ways if float((problem.loss(way.taps) * scale).sum()) <= before]
         alone = min(ways, key=lambda way: float((problem.loss(way.alone) * scale).sum()))
         best = min(fine, key=lambda way: way.cost, default=alone)
@@ -127,10 +128,18 @@ class _Way:
     cost: float  # at the outputs, by the metric
 
 
-def _way(problem: Problem, start: Tensor, arrangement: Arrangement, metric: Tensor, ridge: float) -> _Way:
-    alone = solve(problem, start, arrangement.kept, ridge)
-    taps = solve_together(problem, start, alone, arrangement.kept, metric, ridge)
-    return _Way(arrangement, alone, taps, problem.cost(taps, metric))
+def _ways(problem: Problem, start: Tensor, choices: Sequence[Arrangement], metric: Tensor, ridge: float) -> list[_Way]:
+    """Solve for all filters together in those arrangements that cost least when every filter is solved for alone."""
+    found = []
+    for one in choices:
+        alone = solve(problem, start * one.kept, one.kept, ridge)
+        found.append(_Way(one, alone, alone, problem.cost(alone, metric)))
+    made = []
+    for way in sorted(found, key=lambda way: way.cost)[:_TRIED]:
+        kept = way.arrangement.kept
+        taps = solve_together(problem, start * kept, way.alone, kept, metric, ridge)
+        made.append(_Way(way.arrangement, way.alone, taps, problem.cost(taps, metric)))
+    return made
 
 
 def _choices(unit: Unit, view: View, problem: Problem, cost: Tensor) -> Sequence[Arrangement]:
