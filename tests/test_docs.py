@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import make_docs
 import pytest
 import test_public
 
 import surgeon
+from surgeon.fitting import stored
 from surgeon.recipes import recipe
 from surgeon.recipes.match import Match
 
@@ -96,11 +98,18 @@ def test_the_readme_shows_commands() -> None:
 
 def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    names: dict[str, object] = {}
-    exec(compile(code, "README.md", "exec"), names)
+    names: dict[str, Any] = {}
+    for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):  # the later ones go on from the first
+        exec(compile(code, "README.md", "exec"), names)
     assert names["report"]
     assert type(names["again"]) is type(names["model"])
+    told = surgeon.history(names["fitted"])[-1].measured["network"]
+    assert told["fitted"]["relative_l2"] < told["converted"]["relative_l2"]
+
+
+def test_the_sources_of_images_in_the_readme_are_those_that_there_are() -> None:
+    table = README[README.index("| `--data` | the images |") : README.index("`--images 512` takes so many")]
+    assert set(re.findall(r"`x(\.\w+)`", table)) == set(stored.SUFFIXES)
 
 
 def test_the_recipe_of_the_readme_is_one() -> None:

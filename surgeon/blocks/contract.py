@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from surgeon.blocks.base import Block, Foldable
+from surgeon.blocks.fittable import Arrangement, Fittable, View
+from surgeon.conv.least_squares import Problem
 from surgeon.conv.spec import ConvSpec
 from surgeon.errors import BlockError, PassError, SurgeonError
 
@@ -67,6 +70,32 @@ def fold_keeping_norm(block: Foldable) -> tuple[nn.Conv2d, nn.Module] | None:
         raise broken(type(block), f"its fold_keeping_norm returned {conv!r} instead of a Conv2d without bias")
     _check_geometry(block, conv, "fold_keeping_norm")
     return conv, norm
+
+
+def views(block: Fittable, args: Sequence[Any]) -> Sequence[View]:
+    """Ask a block what its filters see in one call; every filter of its conv is in one view."""
+    with _calling(type(block), "views"):
+        made: Any = block.views(*args)
+    if not isinstance(made, Sequence) or not all(isinstance(one, View) for one in made):
+        raise broken(type(block), f"its views returned {made!r:.80} instead of a list of views")
+    filters = sorted(i for view in made for start, stop in view.filters for i in range(start, stop))
+    if filters != list(range(block.spec.c_out)):
+        raise broken(type(block), f"its views have the filters {filters!s:.80} of {block.spec.c_out}")
+    return made
+
+
+def arrangements(
+    block: Fittable, view: View, problem: Problem, kernel: Tensor, weight: Tensor, most: int | None
+) -> Sequence[Arrangement]:
+    """Ask a block which choices of taps a view has, for the first `most` of them."""
+    with _calling(type(block), "arrangements"):
+        return list(islice(block.arrangements(view, problem, kernel, weight), most))
+
+
+def take_kernel_(block: Fittable, kernel: Tensor, bias: Tensor | None) -> None:
+    """Let a block take over fitted taps."""
+    with _calling(type(block), "take_kernel_"):
+        block.take_kernel_(kernel, bias)
 
 
 def _check_geometry(block: Foldable, made: nn.Conv2d, what: str) -> None:

@@ -8,7 +8,7 @@ the solved taps together into a kernel of the conv's shape, and hands that back.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic
 
@@ -112,8 +112,8 @@ class Fittable(Block[Opts], abc.ABC, Generic[Opts]):
     def take_kernel_(self, kernel: Tensor, bias: Tensor | None) -> None:
         """Take over taps from a kernel as the conv has it (out, in/groups, kh, kw), and a bias if the block has one."""
 
-    def arrangements(self, view: View, problem: Problem, kernel: Tensor, weight: Tensor) -> Sequence[Arrangement]:
-        """List the choices of taps to try; none where every filter has all that it sees.
+    def arrangements(self, view: View, problem: Problem, kernel: Tensor, weight: Tensor) -> Iterable[Arrangement]:
+        """Give the choices of taps to try, first that which it has; none where filters have all that they see.
 
         `kernel` is the conv's own in float64, and `weight` (filters,) what an error of each filter costs.
         """

@@ -298,19 +298,17 @@ class HetConv(Fittable[HetConvOptions], base.Foldable[HetConvOptions], base.Depl
         with torch.no_grad():
             self._project_(kernel, bias)
 
-    def arrangements(self, view: View, problem: Problem, kernel: Tensor, weight: Tensor) -> list[Arrangement]:
+    def arrangements(self, view: View, problem: Problem, kernel: Tensor, weight: Tensor) -> Iterator[Arrangement]:
         """Give the layout; for `best`, the groups that each energy leads to, those of the weights first."""
-        found = [self._groups()]
+        for one in self._groupings(problem, kernel, weight):
+            yield Arrangement(layouts.kept(one, self.spec.kernel), partial(self._group_, one))
+
+    def _groupings(self, problem: Problem, kernel: Tensor, weight: Tensor) -> Iterator[layouts.Groups]:
+        yield self._groups()
         if self.layout == "best":
-            weighed = (energy * weight[:, None] for energy in layouts.energies(kernel, problem.second[0]))
-            found += [layouts.best_groups(energy, self.p) for energy in weighed]
-            found += layouts.fixed_groups(kernel, self.p).values()
-        made: list[Arrangement] = []
-        for one in found:
-            kept = layouts.kept(one, self.spec.kernel)
-            if not any(torch.equal(kept, other.kept) for other in made):
-                made.append(Arrangement(kept, partial(self._group_, one)))
-        return made
+            for energy in layouts.energies(kernel, problem.second[0]):
+                yield layouts.best_groups(energy * weight[:, None], self.p)
+            yield from layouts.fixed_groups(kernel, self.p).values()
 
     def extra_repr(self) -> str:
         return f"{self.spec}, p={self.p}, layout={self.layout}"

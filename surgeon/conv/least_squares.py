@@ -63,6 +63,12 @@ class Sums:
     def tensors(self) -> tuple[Tensor, ...]:
         return self.rows, self.seen, self.wanted, self.second, self.cross, self.square
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether every feature is the same at all pixels."""
+        squares = float(self.second.diagonal(dim1=1, dim2=2).sum())
+        return squares * int(self.rows) <= (1 + 1e-12) * float(self.seen.square().sum())
+
     def add_(self, x: Tensor, t: Tensor) -> None:
         """Add pixels: features (n, g, d, pixels) and what is wanted (n, g, o, pixels)."""
         at_once = max(1, _CHUNK // (x.shape[1] * x.shape[2]))

@@ -92,7 +92,7 @@ def _legend(kinds: Sequence[str], has_line: bool) -> Iterator[str]:
         i = len(entries)
         x, y = _LEFT + 340 * (i % 2), 20 + 20 * (i // 2)
         yield f"<line x1='{x}' x2='{x + 18}' y1='{y}' y2='{y}' {_DASHED}/>"
-        yield f"<text x='{x + 24}' y='{y + 4}'>the best choice at every cost, predicted</text>"
+        yield f"<text x='{x + 24}' y='{y + 4}'>the best choice at every cost, foreseen</text>"
 
 
 def _round_up(number: float) -> float:

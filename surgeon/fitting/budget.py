@@ -19,7 +19,7 @@ from surgeon.analysis.fingerprint import fingerprint
 from surgeon.analysis.network import Network
 from surgeon.analysis.sites import Survey
 from surgeon.errors import PlanError
-from surgeon.fitting import knapsack, units
+from surgeon.fitting import knapsack, states, units
 from surgeon.fitting.data import Data
 from surgeon.fitting.fit import How
 from surgeon.fitting.knapsack import Table, Way
@@ -31,7 +31,7 @@ from surgeon.models.progress import Progress, parts, silent
 from surgeon.recipes.recipe import Recipe
 from surgeon.surgery.bake import bake_, bakeable, with_baked
 from surgeon.surgery.foresee import foresee
-from surgeon.surgery.history import Operation
+from surgeon.surgery.history import Operation, content_hash
 from surgeon.surgery.plan import Budgeted, Plan
 from surgeon.surgery.rank import with_permuted
 
@@ -40,6 +40,8 @@ _UNIFORM = 2  # uniform ways that are measured beside those that are chosen
 _ROUNDS = 4  # networks that are fitted to find what an error leads to
 _TRIES = 12  # choices until one costs what was counted for it
 _POINTS = 40  # of the curve
+_MOST_KNOWN = 8  # networks whose losses are remembered
+_KNOWN: dict[str, list[list[float]]] = {}  # what settings lose, by all that it depends on
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,14 +128,24 @@ def choose(
         whole = Operation("convert", "", "", space.plan(space.whole()).to_dict())
         reference = units.prepared(model, [whole], data)
     trials = Trials.of(space, survey, in_mode(reference, False), data, how or How(seed=seed), processes)
-    search = _Search(space, trials, survey, trials.losses(parts(progress, 0.05, 0.6)))
-    way = space_way(search, budget, parts(progress, 0.6, 1))
+    key = states.identity_of(data.digest, content_hash(model), recipe.text, recipe.overrides, seed, how, inputs.record)
+    search = _Search(space, trials, survey, _losses(key, trials, parts(progress, 0.05, 0.6)))
+    way = _way(search, budget, parts(progress, 0.6, 1))
     plan = search.written(way, budget)
     plan = plan if found is None else with_baked(plan, found, given)
     return Chosen(plan, tuple(search.points()))
 
 
-def space_way(search: _Search, budget: Budget | None, progress: Progress) -> Way:
+def _losses(key: str, trials: Trials, progress: Progress) -> list[list[float]]:
+    """Measure, or take what was measured before: several budgets are asked for, one after the other."""
+    if key not in _KNOWN:
+        _KNOWN[key] = trials.losses(progress)
+        for oldest in list(_KNOWN)[:-_MOST_KNOWN]:
+            del _KNOWN[oldest]
+    return _KNOWN[key]
+
+
+def _way(search: _Search, budget: Budget | None, progress: Progress) -> Way:
     """Find the way that a budget leads to."""
     if budget is None:
         return search.way_of(search.space.whole())
@@ -315,10 +327,19 @@ class _Search:
             f"it would lose {error:.2g} of the outputs to save {saved / self.total:.1%} of the multiply-adds ({words})"
         )
 
+    def _scale(self) -> float:
+        """Say how measured errors compare with the sums over single sites.
+
+        Most often they are smaller: sites make up for what was lost before them, and so do the layers behind.
+        """
+        pairs = [(error, math.sqrt(self.table.loss(levels))) for levels, error in self.measured.items()]
+        return _mean([error / loss for error, loss in pairs if loss and 0 < error < math.inf])
+
     def points(self) -> Iterator[Point]:
         """Give all that is in the picture."""
+        scale = self._scale()
         for way in knapsack.evenly([w for w in self.ways if math.isfinite(w.loss)], _POINTS, lambda way: way.cost):
-            yield Point("predicted", way.cost / self.total, math.sqrt(way.loss))
+            yield Point("predicted", way.cost / self.total, scale * math.sqrt(way.loss))
         for i, choice in enumerate(self.space.choices):
             for k, (level, error) in enumerate(zip(choice.levels, self.alone[i], strict=True), 1):
                 if math.isfinite(error):
@@ -328,6 +349,11 @@ class _Search:
         for levels, error in self.measured.items():
             kind: Literal["chosen", "uniform", "measured"] = "uniform" if levels in self.uniform else "measured"
             yield Point("chosen" if levels == best else kind, self._cost(levels) / self.total, error)
+
+
+def _mean(ratios: Sequence[float]) -> float:
+    """The geometric mean; 1 of nothing."""
+    return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else 1.0
 
 
 def _level(choice: Choice, words: str) -> int:

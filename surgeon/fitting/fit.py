@@ -171,7 +171,7 @@ class _Run:
             foreseen.note(group)
 
     def _fit_(self, group: Sequence[Unit], metrics: Mapping[str, Tensor], sites: Sites, progress: Progress) -> None:
-        """Collect what units see, and solve for them; a layer that was not converted stays where the images are few."""
+        """Collect what units see, and solve for them; a layer behind blocks stays where these say too little."""
         collected = Pass(group)
         what = ", ".join(unit.path for unit in group)
         collected.run(self.converted, self.reference, self.data, progress, what, processes=self.processes)

@@ -40,8 +40,9 @@ class Seen:
 
     @property
     def is_thin(self) -> bool:
-        """Whether there are fewer than two pixels for each tap of a filter."""
-        return float(self.halves[0].rows + self.halves[1].rows) < 2 * self.halves[0].seen.shape[1]
+        """Whether there are fewer than two pixels for each tap of a filter, or all pixels are alike."""
+        whole = self.halves[0] + self.halves[1]
+        return float(whole.rows) < 2 * whole.seen.shape[1] or whole.is_constant
 
 
 class Pass:

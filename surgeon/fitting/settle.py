@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surgeon.blocks import contract
 from surgeon.blocks.fittable import Arrangement, Fittable, View
 from surgeon.blocks.norms import core_of
 from surgeon.conv import kernels, streams
@@ -50,8 +51,10 @@ class _Solved:
     ridge: float
 
 
-def settle_(unit: Unit, sums: Mapping[str, Seen], metric: Tensor | None) -> SiteFit:
+def settle_(unit: Unit, sums: Mapping[str, Seen], metric: Tensor | None, *, is_quick: bool = False) -> SiteFit:
     """Solve all views of a unit and give it what was found.
+
+    A quick solution, as for a trial, has the first arrangement of taps, and each filter is solved alone.
 
     Raises:
         DataError: the images do not say enough about it, or hold numbers that are none.
@@ -63,7 +66,7 @@ def settle_(unit: Unit, sums: Mapping[str, Seen], metric: Tensor | None) -> Site
         view = seen.view
         part = streams.take(scale, view.filters, 0).view(view.groups, -1)
         start = streams.take(own, view.filters, 0).view(view.groups, -1)
-        one = _solve(unit, seen, part, start, metric)
+        one = _solve(unit, seen, part, start, None if is_quick else metric, 1 if is_quick else None)
         if not one.after <= one.before + _ROUNDING * one.size:
             raise PassError("fit", f"{unit.path} is further from its original than it was: {one.after} > {one.before}")
         view.put_(one.taps, made)
@@ -80,17 +83,23 @@ def _in_short(unit: Unit, solved: Sequence[_Solved]) -> SiteFit:
     return SiteFit(unit.path, kind, before, after, sum(one.constant for one in solved))
 
 
-def _solve(unit: Unit, seen: Seen, scale: Tensor, bias: Tensor, metric: Tensor | None) -> _Solved:
-    """Solve one view; where there are several arrangements of taps, take the one that loses least."""
+def _solve(unit: Unit, seen: Seen, scale: Tensor, bias: Tensor, metric: Tensor | None, most: int | None) -> _Solved:
+    """Solve one view; where there are several arrangements of taps, take the one that loses least of the first `most`.
+
+    With one arrangement and no metric, filters do not depend on each other.
+    """
     problem = _problem(unit, seen)
     cost = scale
     if metric is not None:
         cost = streams.take(metric.diagonal(), seen.view.filters, 0).view(scale.shape)
-    start, choices = seen.view.taps_of(unit.kernel), _choices(unit, seen.view, problem, cost)
+    start, choices = seen.view.taps_of(unit.kernel), _choices(unit, seen.view, problem, cost, most)
     first = start * choices[0].kept if choices else start
     before = float((problem.error(first, bias) * scale).sum())
     ridge = _ridge(unit, seen, first, choices[0].kept if choices else None, cost)
-    if choices:
+    if choices and most == 1 and metric is None:
+        choices[0].take_()
+        taps = solve(problem, first, choices[0].kept, ridge)
+    elif choices:
         whole_metric = cost[0].diag() if metric is None else metric
         ways = _ways(problem, start, choices, whole_metric, ridge)
         fine = [way for way in ways if float((problem.loss(way.taps) * scale).sum()) <= before]
@@ -142,10 +151,10 @@ def _ways(problem: Problem, start: Tensor, choices: Sequence[Arrangement], metri
     return made
 
 
-def _choices(unit: Unit, view: View, problem: Problem, cost: Tensor) -> Sequence[Arrangement]:
+def _choices(unit: Unit, view: View, problem: Problem, cost: Tensor, most: int | None) -> Sequence[Arrangement]:
     if not isinstance(unit.made, Fittable):
         return ()
-    return unit.made.arrangements(view, problem, unit.kernel, cost[0])
+    return contract.arrangements(unit.made, view, problem, unit.kernel, cost[0], most)
 
 
 def _own_bias(unit: Unit) -> Tensor:
@@ -167,7 +176,7 @@ def _check(unit: Unit, held: Sums) -> None:
             todo="Look at the images, and at their --preprocess.",
         )
     rows, features = int(held.rows), held.seen.shape[1]
-    if float(held.second.diagonal(dim1=1, dim2=2).sum()) * rows <= (1 + 1e-12) * float(held.seen.square().sum()):
+    if held.is_constant:
         raise DataError(
             f"{unit.path}: what it sees is the same at every pixel of every image",
             todo="Give images that differ, as the network meets them.",
@@ -184,7 +193,7 @@ def _give_(unit: Unit, kernel: Tensor, bias: Tensor) -> None:
     made: Any = unit.made
     with torch.no_grad():
         if unit.is_block:
-            made.take_kernel_(cast(kernel, made.weight.dtype, "weight"), bias)
+            contract.take_kernel_(made, cast(kernel, made.weight.dtype, "weight"), bias)
         else:
             made.weight.copy_(cast(kernel.reshape(made.weight.shape), made.weight.dtype, "weight"))
             if made.bias is not None:

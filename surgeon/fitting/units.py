@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from surgeon.analysis import functional, sites
 from surgeon.analysis.network import Network
 from surgeon.analysis.sites import Site, Survey
-from surgeon.blocks import Block, norms
+from surgeon.blocks import Block, contract, norms
 from surgeon.blocks.fittable import Fittable, Path, View
 from surgeon.conv.kernels import Norm
 from surgeon.conv.spec import ConvSpec
@@ -71,7 +71,7 @@ class Unit:
     def views(self, args: Sequence[Any]) -> Sequence[View]:
         """Say what its filters see in one call."""
         if isinstance(self.made, Fittable):
-            return self.made.views(*args)
+            return contract.views(self.made, args)
         x = args[0]
         if isinstance(self.made, nn.Linear):
             x = x.reshape(-1, x.shape[-1])[:, :, None, None]

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -340,6 +341,11 @@ def test_the_demo_tells_each_step(run) -> None:
     assert trained["accuracy"] - converted["accuracy"] > 0.15  # conversion alone loses much
     assert trained["accuracy"] - fitted["accuracy"] < 0.02  # fitting gives back nearly all of it
     assert converted["macs"] == fitted["macs"] < 0.75 * trained["macs"]
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    said = re.search(r"\(([\d.]+) %\) has ([\d.]+) % as octaves, and ([\d.]+) % once", readme)
+    assert said is not None
+    found = [100 * step["accuracy"] for step in demo["octave"]]
+    assert found == pytest.approx([float(one) for one in said.groups()], abs=0.5)  # two of 500 images
     assert sorted(path.name for path in Path("kept").iterdir()) == [
         "net.acnet.pt",
         "net.acnet.trained.fused.pt",

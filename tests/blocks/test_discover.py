@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import run_surgeon
 from torch import nn
 
@@ -71,6 +72,58 @@ class {name}(surgeon.Foldable[{name}Options]):
             if conv.bias is not None:
                 conv.bias.copy_(self.bias)
         return conv.train(self.training)
+'''
+BLURRED = '''
+"""A conv of blurred maps, which is fitted to the conv that it stands for."""
+
+import torch
+from torch import nn
+import surgeon
+from surgeon.blocks.fittable import Fittable, Path, View
+
+
+class BlurredOptions(surgeon.BlockOptions):
+    size: int = 3
+
+
+class Blurred(Fittable[BlurredOptions]):
+    name = "blurred"
+    title = "a conv of blurred maps"
+    paper = "none"
+    Options = BlurredOptions
+
+    def __init__(self, conv, options):
+        super().__init__()
+        self.spec, self.size = surgeon.ConvSpec.of(conv), options.size
+        self.weight, self.bias = nn.Parameter(conv.weight.clone()), None
+
+    @classmethod
+    def refusal(cls, spec, size, options):
+        return "it has groups or a bias" if spec.groups > 1 or spec.bias else None
+
+    @classmethod
+    def keeps_function(cls, options):
+        return options.size == 1
+
+    @classmethod
+    def from_conv(cls, conv, options, *, norm, generator):
+        return cls(conv, options).train(conv.training)
+
+    @classmethod
+    def trials(cls):
+        yield surgeon.Trial(surgeon.ConvSpec(4, 6, (3, 3), bias=False), BlurredOptions())
+
+    def blurred(self, x):
+        return nn.functional.avg_pool2d(x, self.size, 1, self.size // 2)
+
+    def forward(self, x):
+        return nn.functional.conv2d(self.blurred(x), self.weight, None, self.spec.stride, self.spec.padding)
+
+    def views(self, x):
+        return [View("all", ((0, self.spec.c_out),), (Path(self.blurred(x), self.spec, ((0, self.spec.c_in),)),))]
+
+    def take_kernel_(self, kernel, bias):
+        self.weight.copy_(kernel)
 '''
 FLOW = """
 import torch
@@ -343,3 +396,43 @@ def test_a_block_that_breaks_its_contract_is_named_with_its_package(installed: P
     assert said in caught.value.problem
     assert "the block 'broken' of other" in caught.value.problem
     assert type(net[0]) is nn.Conv2d
+
+
+def test_a_block_of_another_distribution_is_fitted(installed: Path) -> None:
+    install(installed, "otherblocks", "other", BLURRED, "other:Blurred")
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    recipe = {"surgeon": 1, "title": "T", "rules": [{"swap": "blurred", "match": {"kernel": 3}}]}
+    images = torch.randn(32, 3, 10, 10, generator=torch.Generator().manual_seed(0))
+    fitted = surgeon.convert(net.eval(), recipe, (1, 3, 10, 10), data=images)
+    told = surgeon.history(fitted)[-1].measured
+    assert [(site["path"], site["block"]) for site in told["sites"]] == [("0", "blurred"), ("3", "Conv2d")]
+    assert told["sites"][0]["after"] < told["sites"][0]["before"]
+    assert told["network"]["fitted"]["relative_l2"] < 0.9 * told["network"]["converted"]["relative_l2"]
+
+
+NOT_FITTED = {  # what a block that should be fitted does, and what is said of it
+    "its views raise": ("def views(self, x):", "def views(self, x):\n        raise RuntimeError('no luck')",
+        "its views raised RuntimeError: no luck"),
+    "its views are none": ("def views(self, x):", "def views(self, x):\n        return 5",
+        "its views returned 5 instead of a list of views"),
+    "a filter is missing": ('View("all", ((0, self', 'View("all", ((1, self', "its views have the filters [1, 2, 3"),
+    "its arrangements raise": ("def take_k", "def arrangements(self, *_):\n        return 1 / 0\n\n    def take_k",
+        "its arrangements raised ZeroDivisionError"),
+    "its take_kernel_ raises": ("self.weight.copy_(kernel)", "self.weights.copy_(kernel)",
+        "its take_kernel_ raised AttributeError"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", NOT_FITTED)
+def test_a_block_that_breaks_its_contract_in_a_fit_is_named_with_its_package(installed: Path, what: str) -> None:
+    line, instead, said = NOT_FITTED[what]
+    assert line in BLURRED
+    install(installed, "otherblocks", "other", BLURRED.replace(line, instead), "other:Blurred")
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)).eval()
+    converted = surgeon.convert(net, {"surgeon": 1, "title": "T", "rules": [{"swap": "blurred"}]}, (1, 3, 10, 10))
+    before = {name: value.clone() for name, value in converted.state_dict().items()}
+    with pytest.raises(BlockError) as caught:
+        surgeon.fit_(converted, net, torch.randn(16, 3, 10, 10))
+    assert said in caught.value.problem
+    assert "the block 'blurred' of other" in caught.value.problem
+    assert all(torch.equal(value, before[name]) for name, value in converted.state_dict().items())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import surgeon
 from surgeon.analysis import sites
 from surgeon.api import network_for
+from surgeon.blocks import registry
 from surgeon.errors import PlanError
 from surgeon.fitting import budget, data, sensitivity
 from surgeon.fitting.budget import Chosen
@@ -111,9 +112,9 @@ def test_a_site_that_hurts_stays(images: Tensor) -> None:
     loud.load_state_dict(net.state_dict())
     with torch.no_grad():
         loud.norm_a.weight.mul_(100)
-    swapped = {entry.path for entry in _chosen(net, images, HET, "macs=0.6").plan.swaps}
+    swapped = {entry.path for entry in _chosen(net, images, HET, "macs=0.8").plan.swaps}
     assert "a" in swapped
-    plan = _chosen(loud, images, HET, "macs=0.6").plan
+    plan = _chosen(loud, images, HET, "macs=0.8").plan
     assert "a" not in {entry.path for entry in plan.swaps}
     losses = {entry.path: (entry.loses or {}).get("p: 2", 0.0) for entry in plan.convs}
     assert losses["a"] > 2 * losses["b"]
@@ -192,3 +193,16 @@ def test_maps_that_are_added_are_one_choice(net: nn.Module) -> None:
 
 def test_levels_between_those_that_are_tried_are_filled_in() -> None:
     assert sensitivity._filled({1: 0.2, 3: 0.8, 5: 3.2}, 6) == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 3.2])
+
+
+def test_settings_keep_what_the_recipe_fixes() -> None:
+    for name, given in (("hetconv", {"p": 3, "layout": "best"}), ("octave", {"alpha": 0.3, "min_size": 2})):
+        block = registry()[name]
+        options = block.Options.model_validate(given)
+        settings = block.settings(options)
+        assert options in settings
+        assert len(settings) > 3
+        key = next(iter(given))
+        assert [one.model_copy(update={key: given[key]}) for one in settings] == [options] * len(settings)
+    plain = registry()["acblock"]
+    assert list(plain.settings(plain.Options())) == [plain.Options()]
