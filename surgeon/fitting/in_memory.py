@@ -86,11 +86,10 @@ def fit_(
     """Fit the blocks of `model` itself, and return it; if something goes wrong, it stays as it was."""
     with ordinary():
         checked(model), checked(reference)
+        settings = Settings(How(seed=seed), distil, None if resume is None else Path(resume))
         known = None if example is None else examples.make(example, seed=seed)
         options: dict[str, Any] = {"labels": labels, "images": images, "batch": batch, "preprocess": preprocess}
         read = sources.of(data, reference, **options, seed=seed, example=known)
-        state = None if resume is None else Path(resume)
-        settings = Settings(How(seed=seed), distil, state)
         with joined(devices.of(model)) as processes:
             carry_out_(model, reference, read, settings, processes=processes, progress=progress)
     return model
