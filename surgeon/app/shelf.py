@@ -63,7 +63,7 @@ def blocks(json: Json = False) -> None:
 
 @command("Example: surgeon demo --seconds 20")
 def demo(
-    seconds: Annotated[float, typer.Option(min=1, help="How long to train the network with ACBlocks.")] = 8,
+    seconds: Annotated[float, typer.Option(min=1, help="How long to train the network with ACBlocks.")] = 6,
     folder: Annotated[
         Path | None, typer.Option("--keep", metavar="FOLDER", help="Keep the models that are made in this folder.")
     ] = None,

@@ -45,6 +45,13 @@ class Settings:
     state: Path | None = None
     cache: Path | None = None
 
+    def __post_init__(self) -> None:
+        """Raise a FitError before any work is done if the number of steps is none."""
+        if type(self.distil) is not int or self.distil < 0:
+            raise FitError(
+                f"distil is {self.distil!r}, and should be a number of steps", todo="Give 200, say, or 0 for none."
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class Fitted(Shown):

@@ -88,10 +88,9 @@ def fit_(
     """Fit the blocks of `model` itself, and return it; if something goes wrong, it stays as it was."""
     with ordinary():
         checked(model), checked(reference)
+        settings = Settings(How(seed=seed), distil, None if resume is None else Path(resume))
         options: dict[str, Any] = {"labels": labels, "images": images, "batch": batch, "preprocess": preprocess}
         read = images_for(data, reference, example, **options, seed=seed)
-        state = None if resume is None else Path(resume)
-        settings = Settings(How(seed=seed), distil, state)
         with joined(devices.of(model)) as processes:
             carry_out_(model, reference, read, settings, processes=processes, progress=progress)
     return model

@@ -69,7 +69,8 @@ class Loader:
         if isinstance(self._made, Iterable) and not isinstance(self._made, str | bytes | Mapping):
             return self._made
         kind = type(self._made).__name__
-        raise DataError(f"{self.name} gives a {kind}, which does not yield batches", todo=_YIELD)
+        what = f"data of type {kind}" if self.name == f"a {kind}" else f"{self.name} gives a {kind}, which"
+        raise DataError(f"{what} does not yield batches", todo=_YIELD)
 
 
 class _Named:

@@ -187,6 +187,34 @@ def test_images_that_are_none_change_nothing(what: str) -> None:
     assert len(surgeon.history(converted)) == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"distil": -1}, "distil is -1"),
+        ({"distil": "3"}, "distil is '3'"),
+        ({"distil": 2.5}, "distil is 2.5"),
+        ({"images": 0}, "images is 0"),
+        ({"batch": 0}, "batch is 0"),
+        ({"labels": [0] * 63}, "there are 63 labels for 64 images"),
+        ({"data": None}, "data of type NoneType does not yield batches"),
+        ({"data": "photos"}, "the source of images photos is not there"),
+        ({"model": "net.pt"}, "a str is not a model"),
+        ({"reference": "net.pt"}, "a str is not a model"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_are_one_sentence_before_anything_is_done(options: dict[str, Any], said: str) -> None:
+    net = network()
+    converted = surgeon.convert(net, HETCONV, EXAMPLE)
+    done: list[str] = []
+    given = {"model": converted, "reference": net, "data": images(), **options}
+    with pytest.raises(SurgeonError) as caught:
+        surgeon.fit(**given, progress=lambda what, share: done.append(what))
+    assert said in caught.value.problem
+    assert caught.value.todo
+    assert not done
+
+
 def test_references_that_it_was_not_converted_from_are_refused() -> None:
     net = network()
     converted = surgeon.convert(net, HETCONV, EXAMPLE)
