@@ -29,7 +29,9 @@ from surgeon.files import load as source
 from surgeon.files.architectures import Architecture
 from surgeon.files.pickles import Trust
 from surgeon.files.save import save as save_file
-from surgeon.fitting.in_memory import choose, fit_
+from surgeon.fitting import low
+from surgeon.fitting.data import Data
+from surgeon.fitting.in_memory import choose, fit_, images_for
 from surgeon.models.copies import Model, duplicate
 from surgeon.models.progress import Progress, parts, silent
 from surgeon.models.sandbox import ordinary
@@ -151,11 +153,11 @@ def convert(
     """
     with ordinary():
         own = duplicate(checked(model))
-        step = progress if data is None else parts(progress, 0, 0.3)
-        convert_(own, how, example, overrides=overrides, bake=bake, seed=seed, progress=step)
         if data is None:
-            return own
-        return fit_(own, model, data, example=example, seed=seed, progress=parts(progress, 0.3, 1))
+            return convert_(own, how, example, overrides=overrides, bake=bake, seed=seed, progress=progress)
+        read = images_for(data, model, example, seed=seed)
+        _convert_(own, how, example, overrides, bake, seed, parts(progress, 0, 0.3), read)
+        return fit_(own, model, read, example=example, seed=seed, progress=parts(progress, 0.3, 1))
 
 
 def convert_(
@@ -173,12 +175,27 @@ def convert_(
     An optimizer that was made before does not know the parameters that are new; `new_parameters` gives them.
     """
     with ordinary():
-        progress("looking at the network", 0)
-        network = network_for(model, example, plan=how if isinstance(how, Plan) else None, seed=seed)
-        progress("planning", 0.2)
-        wanted = how if isinstance(how, Plan) else _recipe(how, overrides)
-        carry_out(wanted, network, bake=bake, seed=seed, progress=parts(progress, 0.3, 1))
+        _convert_(model, how, example, overrides, bake, seed, progress)
     return model
+
+
+def _convert_(
+    model: nn.Module,
+    how: Plan | RecipeLike,
+    example: Example | None,
+    overrides: Sequence[str],
+    bake: bool,
+    seed: int,
+    progress: Progress,
+    data: Data | None = None,
+) -> None:
+    """Swap the convs of a model; with images, these say which channels lose least where a recipe asks for that."""
+    progress("looking at the network", 0)
+    network = network_for(model, example, plan=how if isinstance(how, Plan) else None, seed=seed)
+    progress("planning", 0.2)
+    wanted = how if isinstance(how, Plan) else _recipe(how, overrides)
+    scores = None if isinstance(wanted, Plan) else low.scores(wanted, network, data)
+    carry_out(wanted, network, bake=bake, seed=seed, scores=scores, progress=parts(progress, 0.3, 1))
 
 
 def new_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

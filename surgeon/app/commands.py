@@ -34,6 +34,7 @@ from surgeon.files.save import save, to_open_again
 from surgeon.files.written import check_writable, packages, unreadable
 from surgeon.fitting import budget as budgets
 from surgeon.fitting import fitted as fits
+from surgeon.fitting import low
 from surgeon.fitting.fitted import Fitted, Settings
 from surgeon.fitting.processes import joined
 from surgeon.models import devices
@@ -169,7 +170,9 @@ def convert(
     data = None if images is None else images.read(loaded.model, network.inputs, seed=given.seed, trust=given.trust)
     original = duplicate(loaded.model) if time or data is not None else loaded.model
     ends = (0.9 if inputs is None and data is None else 0.5, 0.5 if inputs is None else 0.6)  # of converting, timing
-    decided, check = carry_out(wanted, network, bake=bake, seed=given.seed, progress=parts(progress, 0.3, ends[0]))
+    scores = None if isinstance(wanted, Plan) else low.scores(wanted, network, data)
+    step = parts(progress, 0.3, ends[0])
+    decided, check = carry_out(wanted, network, bake=bake, seed=given.seed, scores=scores, progress=step)
     if inputs is not None:
         decided = gains.compared(decided, original, loaded.model, inputs, parts(progress, *ends))
     fitted = None

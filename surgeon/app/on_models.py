@@ -11,6 +11,7 @@ from surgeon.app.options import (
     Distil,
     Force,
     Json,
+    Kept,
     Model,
     Output,
     Sets,
@@ -47,14 +48,15 @@ def convert(
     time: Time = False,
     distil: Distil = 0,
     state: State = None,
+    cache: Kept = None,
     json: Json = False,
 ) -> None:
     """Swap the convs of a model as a recipe or a plan says. What was done is checked, and the result saved.
 
     With --data, blocks that only approximate their convs are fitted to what these gave on images without labels.
     """
-    if images is None and (distil or state):
-        raise typer.BadParameter("--distil and --resume are for fitting: give images, --data SOURCE")
+    if images is None and (distil or state or cache):
+        raise typer.BadParameter("--distil, --resume and --cache are for fitting: give images, --data SOURCE")
     if (recipe is None) == (plan is None):
         raise typer.BadParameter("give either --recipe or --plan, for example --recipe acnet")
     if plan is not None and sets:
@@ -78,7 +80,7 @@ def convert(
             force=force,
             time=time,
             images=images,
-            fitting=Settings(How(seed=given.seed), distil, state),
+            fitting=Settings(How(seed=given.seed), distil, state, cache),
         )
     show(converted_data(done) if json else converted_view(done))
 
@@ -96,6 +98,7 @@ def fit(
     images: "Images | None",
     distil: Distil = 0,
     state: State = None,
+    cache: Kept = None,
     output: Output = None,
     force: Force = False,
     json: Json = False,
@@ -113,7 +116,7 @@ def fit(
         from surgeon.fitting.fit import How
         from surgeon.fitting.fitted import Settings
 
-        settings = Settings(How(seed=given.seed), distil, state)
+        settings = Settings(How(seed=given.seed), distil, state, cache)
         made = commands.fit(model, reference, images, given, progress, settings=settings, output=output, force=force)
     if made is not None:
         show(fit_data(*made) if json else fit_view(*made))

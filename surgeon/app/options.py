@@ -96,6 +96,13 @@ State = Annotated[
     ),
 ]
 
+Kept = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache", metavar="FOLDER", help="Keep here what depends on the original and the images alone, for next time."
+    ),
+]
+
 
 def about_images(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options that say which images to fit to; it receives them as its argument `images`.

@@ -15,6 +15,7 @@ from surgeon.errors import PlanError
 from surgeon.fitting import budget as budgets
 from surgeon.fitting import data as sources
 from surgeon.fitting.budget import Chosen
+from surgeon.fitting.data import Data
 from surgeon.fitting.fit import How
 from surgeon.fitting.fitted import Settings, carry_out_
 from surgeon.fitting.processes import joined
@@ -50,6 +51,7 @@ def fit(
 
     `history` of the result says how far each site and the whole network were from the reference, before and after.
 
+    >>> import torch
     >>> from surgeon import convert, history
     >>> model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
     >>> recipe = {"surgeon": 1, "rules": [{"swap": "hetconv", "with": {"p": 2}}]}
@@ -86,14 +88,19 @@ def fit_(
     """Fit the blocks of `model` itself, and return it; if something goes wrong, it stays as it was."""
     with ordinary():
         checked(model), checked(reference)
-        known = None if example is None else examples.make(example, seed=seed)
         options: dict[str, Any] = {"labels": labels, "images": images, "batch": batch, "preprocess": preprocess}
-        read = sources.of(data, reference, **options, seed=seed, example=known)
+        read = images_for(data, reference, example, **options, seed=seed)
         state = None if resume is None else Path(resume)
         settings = Settings(How(seed=seed), distil, state)
         with joined(devices.of(model)) as processes:
             carry_out_(model, reference, read, settings, processes=processes, progress=progress)
     return model
+
+
+def images_for(data: Any, model: nn.Module, example: Example | None, *, seed: int, **options: Any) -> Data:
+    """Read the images that the user gives for a model."""
+    known = None if example is None else examples.make(example, seed=seed)
+    return sources.of(data, model, **options, seed=seed, example=known)
 
 
 def choose(
