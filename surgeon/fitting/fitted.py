@@ -153,7 +153,7 @@ def _fitted(
     trained = distil_(
         converted,
         original,
-        data.share(processes.rank, processes.count),
+        _share_to_train(data, processes),
         steps=steps,
         seed=settings.how.seed,
         all_reduce=processes.add_ if processes.count > 1 else None,
@@ -162,6 +162,18 @@ def _fitted(
     )
     last = worth(converted, original, data, processes)
     return Fitted(data.source, data.preprocessing, data.images, found, trained, last)
+
+
+def _share_to_train(data: Data, processes: Processes) -> Data:
+    """Give the images of this process; all processes refuse where one of them has too few."""
+    share = data.share(processes.rank, processes.count)
+    with processes.agreeing():
+        if share.images < 2:
+            raise FitError(
+                f"it has {share.images} of the {data.images} images, too few to train with and to hold some back",
+                todo="Give more images, a smaller --batch, or fewer processes.",
+            )
+    return share
 
 
 def _since(reference: nn.Module, converted: nn.Module) -> Sequence[Operation]:

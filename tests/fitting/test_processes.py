@@ -17,6 +17,7 @@ from surgeon.conv.exact import Total
 from surgeon.errors import DataError
 from surgeon.fitting import data as images
 from surgeon.fitting import fit
+from surgeon.fitting.fitted import Settings, carry_out_
 from surgeon.fitting.processes import ALONE, Processes, joined
 
 RECIPE = {
@@ -70,6 +71,15 @@ def _other_images(processes: Processes, batch: int) -> str:
 
 def _too_few(processes: Processes, batch: int) -> str:
     return _refused(processes, *_pair(), images.of(torch.rand(1, 3, 8, 8), batch=batch))
+
+
+def _trained(processes: Processes, batch: int) -> str:
+    converted, net = _pair()
+    before = {key: value.clone() for key, value in converted.state_dict().items()}
+    with pytest.raises(surgeon.SurgeonError) as caught:
+        carry_out_(converted, net, _images(batch), Settings(distil=2), processes=processes)
+    assert all(torch.equal(before[key], value) for key, value in converted.state_dict().items())
+    return str(caught.value)
 
 
 def _gone(processes: Processes, batch: int) -> str:
@@ -139,6 +149,12 @@ def test_processes_that_were_given_other_images_are_refused(tmp_path: Path) -> N
     first, second = _in_processes(_other_images, 16, 2, tmp_path / "work")
     assert second.startswith("this process has other networks, images or options than the first one")
     assert first == f"process 1 of 2: {second}"
+
+
+def test_training_is_refused_by_all_where_one_has_no_images(tmp_path: Path) -> None:
+    *others, last = _in_processes(_trained, 25, 3, tmp_path / "work")
+    assert last.startswith("it has 0 of the 50 images, too few to train with")
+    assert others == [f"process 2 of 3: {last}"] * 2
 
 
 def test_a_process_that_is_gone_is_said_in_one_line(tmp_path: Path) -> None:
