@@ -98,7 +98,7 @@ class OctaveConv(Fittable[OctaveConvOptions], TwoStreamBlock[OctaveConvOptions])
 
     @classmethod
     def settings(cls, options: OctaveConvOptions) -> list[OctaveConvOptions]:
-        shares = sorted({*(i / 8 for i in range(1, 7)), options.alpha} - {0.0})
+        shares = sorted({*(i / 16 for i in range(1, 13)), options.alpha} - {0.0})
         return [options.model_copy(update={"alpha": alpha}) for alpha in shares]
 
     @classmethod

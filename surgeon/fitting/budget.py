@@ -24,7 +24,7 @@ from surgeon.fitting.data import Data
 from surgeon.fitting.fit import How
 from surgeon.fitting.knapsack import Table, Way
 from surgeon.fitting.processes import ALONE, Processes
-from surgeon.fitting.sensitivity import Trials
+from surgeon.fitting.sensitivity import Trials, tried_levels
 from surgeon.fitting.space import Choice, Space
 from surgeon.models.copies import in_mode, shadow
 from surgeon.models.progress import Progress, parts, silent
@@ -292,10 +292,11 @@ class _Search:
         plan = foresee(with_permuted(plan, self.survey, None), self.survey)
         entries = {entry.path: entry for entry in plan.convs}
         for i, choice in enumerate(self.space.choices):
+            told = {*tried_levels(len(choice.levels)), way.levels[i] - 1} - {-1}
             errors = {
                 level.words: float(f"{error:.3g}")
-                for level, error in zip(choice.levels, self.alone[i], strict=True)
-                if math.isfinite(error)
+                for k, (level, error) in enumerate(zip(choice.levels, self.alone[i], strict=True))
+                if k in told and math.isfinite(error)
             }
             for path in choice.paths:
                 update: dict[str, object] = {"loses": errors or None}
@@ -342,7 +343,7 @@ class _Search:
             yield Point("predicted", way.cost / self.total, scale * math.sqrt(way.loss))
         for i, choice in enumerate(self.space.choices):
             for k, (level, error) in enumerate(zip(choice.levels, self.alone[i], strict=True), 1):
-                if math.isfinite(error):
+                if math.isfinite(error) and k - 1 in tried_levels(len(choice.levels)):
                     words = f"{', '.join(choice.paths)}, {level.words}"
                     yield Point("alone", 1 - self._saves(i, k) / self.total, error, words)
         best = min(self.measured, key=lambda levels: self.measured[levels], default=None)

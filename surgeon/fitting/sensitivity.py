@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -111,7 +112,7 @@ class Trials:
         for choice in choices:
             if choice.has_streams:
                 progress(f"trying {choice.paths[0]}", len(found) / len(choices))
-                tried = {level: self._with_streams(choice, level) for level in _tried(len(choice.levels))}
+                tried = {level: self._with_streams(choice, level) for level in tried_levels(len(choice.levels))}
                 found[choice] = _filled(tried, len(choice.levels))
         return [found[choice] for choice in choices]
 
@@ -196,26 +197,26 @@ class Trials:
         return math.ceil(2 * self._features(unit.path) / pixels)
 
 
-def _tried(count: int) -> range:
-    """The levels that are tried: every second one where there are many."""
-    return range(count) if count <= _FEW else range(1, count, 2)
+def tried_levels(count: int) -> range:
+    """The levels that are tried: of many only three or four, the last one among them."""
+    step = 1 if count <= _FEW else math.ceil(count / 3)
+    return range((count - 1) % step, count, step)
 
 
 def _filled(tried: Mapping[int, float], count: int) -> list[float]:
-    """Put between the errors that were found what lies halfway, as of numbers that grow by factors.
+    """Put between the errors that were found what lies on the way, as of numbers that grow by factors.
 
-    >>> _filled({1: 0.2, 3: 0.8}, 4)
+    Below the first one, errors grow evenly from none.
+
+    >>> [round(error, 3) for error in _filled({1: 0.2, 3: 0.8}, 4)]
     [0.1, 0.2, 0.4, 0.8]
     """
-    found = []
-    for level in range(count):
-        if level in tried:
-            found.append(tried[level])
-        elif level == 0:
-            found.append(tried[1] / 2)
-        else:
-            found.append(math.sqrt(tried[level - 1] * tried.get(level + 1, tried[level - 1])))
-    return found
+    known = sorted(tried)
+    found = [tried[known[0]] * (level + 1) / (known[0] + 1) for level in range(known[0])]
+    for low, high in pairwise(known):
+        ratio = tried[high] / tried[low] if tried[low] and math.isfinite(tried[high]) else 1.0
+        found += [tried[low] * ratio ** ((level - low) / (high - low)) for level in range(low, high)]
+    return [*found, tried[known[-1]]]
 
 
 def _is_plain(block: nn.Module) -> bool:

@@ -104,7 +104,7 @@ class Entry(Form):
     ideal_macs: _Count | None = (
         None  # after the swap, as the block's paper counts them, where that is less than executed
     )
-    loses: dict[str, float] | None = None  # by setting: the error of the outputs with this one alone, fitted to images
+    loses: dict[str, float] | None = None  # by setting: the outputs' error with it alone; see `sensitivity`
     kept_energy: dict[str, float] | None = None  # for a block that thins a conv out, by each way of doing so
 
     @field_validator("swap")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -195,6 +196,11 @@ def test_maps_that_are_added_are_one_choice(net: nn.Module) -> None:
 
 def test_levels_between_those_that_are_tried_are_filled_in() -> None:
     assert sensitivity._filled({1: 0.2, 3: 0.8, 5: 3.2}, 6) == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 3.2])
+    assert sensitivity._filled({0: 0.0, 1: 0.5}, 2) == [0.0, 0.5]
+    assert sensitivity._filled({0: 0.5, 2: math.inf}, 3) == [0.5, 0.5, math.inf]
+    assert [list(sensitivity.tried_levels(count)) for count in (1, 4, 12)] == [[0], [0, 1, 2, 3], [3, 7, 11]]
+    for count in range(1, 20):
+        assert len(sensitivity._filled(dict.fromkeys(sensitivity.tried_levels(count), 0.1), count)) == count
 
 
 def test_settings_keep_what_the_recipe_fixes() -> None:
