@@ -37,6 +37,7 @@ bench: $(VENV)/.installed-test
 	$(RUN)/python benchmarks/kept_energy.py
 	$(RUN)/python benchmarks/octave.py
 	$(RUN)/python benchmarks/scaling.py
+	$(RUN)/python benchmarks/fit_memory.py --network resnet18 --pixels 64 --images 320 640 --batch 64
 
 networks: $(VENV)/.installed-test  # ten minutes of two cores; docs/networks.md is made of them
 	$(RUN)/python benchmarks/networks.py

@@ -162,7 +162,7 @@ def solve(problem: Problem, start: Tensor, kept: Tensor | None = None, ridge: fl
 
     >>> x, w = torch.randn(1, 1, 3, 50), torch.randn(1, 2, 3, dtype=torch.float64)
     >>> sums = Sums.none(1, 3, 2)
-    >>> sums.add_(x, w @ x.double()[0])
+    >>> sums.add_(x, (w @ x.double()[0])[None])
     >>> torch.allclose(solve(Problem.of(sums, has_bias=True), w), w)
     True
     """

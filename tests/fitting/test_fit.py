@@ -160,6 +160,16 @@ def test_branches_share_a_pass_and_come_to_the_numbers_of_two_passes(monkeypatch
     assert _is_same(_state(converted), _state(alone))
 
 
+def test_what_is_written_in_place_behind_a_conv_does_not_change_what_it_gave() -> None:
+    made = []
+    for in_place in (True, False):
+        converted, net = _pair(Twice)
+        converted.act.inplace = net.act.inplace = in_place
+        fit_(converted, net, _images())
+        made.append(_state(converted))
+    assert _is_same(*made)
+
+
 def test_how_a_batch_is_cut_does_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("surgeon.conv.least_squares._SMALL", 1e-13)
     whole, net = _pair(lambda: Branches().double())
