@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import surgeon
-from surgeon.app.commands import write_plan
+from surgeon.app.outputs import write_plan
 from surgeon.surgery.history import content_hash
 
 ROOT = Path(__file__).parents[1]

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from surgeon.blocks.hetconv import HetConv
     from surgeon.blocks.octave import OctaveConv
     from surgeon.conv.spec import ConvSpec
-    from surgeon.fitting.in_memory import fit, fit_
+    from surgeon.fitting.in_memory import fit, fit_, images
     from surgeon.models.call import Inputs
     from surgeon.proof.report import Check, Report
     from surgeon.recipes.recipe import Recipe
@@ -66,7 +66,7 @@ _HOMES = {
     "Recipe": "surgeon.recipes.recipe",
     "Survey": "surgeon.analysis.sites",
     "SurgeonError": "surgeon.errors",
-    **dict.fromkeys(("fit", "fit_"), "surgeon.fitting.in_memory"),
+    **dict.fromkeys(("fit", "fit_", "images"), "surgeon.fitting.in_memory"),
     "reordered": "surgeon.surgery.reorder",
     **dict.fromkeys(("convert", "convert_", "fuse", "fuse_", "history", "load"), "surgeon.api"),
     **dict.fromkeys(("new_parameters", "plan", "recipes_for", "save", "survey", "verify"), "surgeon.api"),
@@ -101,6 +101,7 @@ __all__ = [
     "fuse",
     "fuse_",
     "history",
+    "images",
     "load",
     "new_parameters",
     "plan",

@@ -101,10 +101,10 @@ def plan(
     """
     with ordinary():
         progress("looking for an input", 0)
-        network = network_for(model, example)
         if data is not None or budget is not None:
             wanted, step = _recipe(recipe, overrides), parts(progress, 0.2, 1)
-            return choose(network, wanted, data, budget, bake=bake, seed=seed, progress=step).plan
+            return choose(model, wanted, example, data, budget, bake=bake, seed=seed, progress=step).plan
+        network = network_for(model, example)
         progress("planning", 0.3 if time else 0.6)
         decided, surveyed = plan_for(network, _recipe(recipe, overrides), bake=bake, seed=seed)
         return gains.timed(decided, surveyed, parts(progress, 0.5, 1)) if time else decided
@@ -156,6 +156,8 @@ def convert(
         if data is None:
             return convert_(own, how, example, overrides=overrides, bake=bake, seed=seed, progress=progress)
         read = images_for(data, model, example, seed=seed)
+        if example is None and not isinstance(how, Plan):
+            example = next(iter(read)).inputs.batched(1)
         _convert_(own, how, example, overrides, bake, seed, parts(progress, 0, 0.3), read)
         return fit_(own, model, read, example=example, seed=seed, progress=parts(progress, 0.3, 1))
 

@@ -10,10 +10,9 @@ import functools
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from surgeon import api as surgery
@@ -21,13 +20,15 @@ from surgeon.analysis import example as examples
 from surgeon.analysis import sites
 from surgeon.analysis.network import Network
 from surgeon.analysis.sites import Survey
+from surgeon.app.given import Given
 from surgeon.app.images import Images
+from surgeon.app.outputs import claim_model, read_to_fit
 from surgeon.blocks import Block, Deployable, Foldable
 from surgeon.display import tradeoff, words
 from surgeon.errors import CaptureError
-from surgeon.files import architectures, formats
+from surgeon.files import formats
 from surgeon.files import load as source
-from surgeon.files.atomic import claim, write_atomically
+from surgeon.files.atomic import write_atomically
 from surgeon.files.load import Loaded
 from surgeon.files.pickles import Trust
 from surgeon.files.save import save, to_open_again
@@ -35,6 +36,7 @@ from surgeon.files.written import check_writable, packages, unreadable
 from surgeon.fitting import budget as budgets
 from surgeon.fitting import fitted as fits
 from surgeon.fitting import low
+from surgeon.fitting.data import Data
 from surgeon.fitting.fitted import Fitted, Settings
 from surgeon.fitting.processes import joined
 from surgeon.models import devices
@@ -56,19 +58,6 @@ from surgeon.surgery.replay import rebuild
 from surgeon.surgery.selfcheck import SelfCheck
 
 _log = logging.getLogger("surgeon")
-
-
-@dataclass(frozen=True, slots=True)
-class Given:
-    """What the user says about a model, the same for every command."""
-
-    arch: str | None = None
-    arch_args: tuple[str, ...] = ()
-    trust: Trust = field(default_factory=Trust)
-    inputs: tuple[str, ...] = ()  # examples, as `--input` takes them
-    seed: int = 0
-    device: torch.device = devices.CPU  # where models are run
-    weights: str | None = None  # which weights of a checkpoint to take
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,16 +104,18 @@ def plan(
 ) -> Plan:
     """Decide what a recipe makes of a model, and with `time` how long both take; with images, what each conv loses."""
     wanted, limit = recipes.load(recipe, overrides), None if budget is None else budgets.parse(budget)
-    network = _load_and_look(name, given, parts(progress, 0, 0.3), to_plan=True)
     if images is not None:
-        progress("reading the images", 0.3)
-        data = images.read(network.model, network.inputs, seed=given.seed, trust=given.trust)
-        step = parts(progress, 0.35, 1)
+        progress(f"loading {name}", 0)
+        model = _load(name, given).model
+        progress("reading the images", 0.1)
+        data, step = _images(images, model, given), parts(progress, 0.2, 1)
+        network = _network(model, given, to_plan=True, data=data)
         chosen = budgets.choose(network, wanted, data, budget=limit, bake=bake, seed=given.seed, progress=step)
         if picture is not None:
             drawn = tradeoff.svg(chosen)
             write_atomically(picture, lambda part: part.write_text(drawn, encoding="utf-8"), force=True)
         return chosen.plan
+    network = _load_and_look(name, given, parts(progress, 0, 0.3), to_plan=True)
     progress("looking at the convs and planning", 0.3)
     decided, surveyed = plan_for(network, wanted, bake=bake, seed=given.seed)
     return gains.timed(decided, surveyed, parts(progress, 0.6, 1)) if time else decided
@@ -150,13 +141,16 @@ def convert(
     time: bool = False,
     images: Images | None = None,
     fitting: Settings | None = None,
-) -> Converted:
-    """Convert with a recipe (its name or path), or with a plan that was read from a file; and fit to images."""
+) -> Converted | None:
+    """Convert with a recipe (its name or path), or with a plan that was read from a file; and fit to images.
+
+    Of several processes the first one writes, and the others give None.
+    """
     wanted = how if isinstance(how, Plan) else recipes.load(how, overrides)
     if isinstance(wanted, Plan):
         check_bakes(wanted, bake=bake)
     label = wanted.recipe.name if isinstance(wanted, Plan) else wanted.name
-    path = _claim(output, name, label, given, how, *_read_to_fit(images, fitting), force=force)
+    path = claim_model(output, name, label, given, how, *read_to_fit(images, fitting), force=force)
     progress(f"loading {name}", 0)
     loaded = _load(name, given)
     if formats.of_suffix(path).holds_modules:
@@ -164,10 +158,10 @@ def convert(
         check_writable(all_baked(loaded.model) if bakes else loaded.model, given.trust)
     progress("looking for an input", 0.1)
     planned = wanted if isinstance(wanted, Plan) else None
-    network = _network(loaded.model, given, plan=planned, to_plan=planned is None)
+    data = None if images is None else _images(images, loaded.model, given, planned)
+    network = _network(loaded.model, given, plan=planned, to_plan=planned is None, data=data)
     progress("looking at the convs and planning", 0.2)
     inputs = gains.can_be_timed(loaded.model, network.inputs) if time else None
-    data = None if images is None else images.read(loaded.model, network.inputs, seed=given.seed, trust=given.trust)
     original = duplicate(loaded.model) if time or data is not None else loaded.model
     ends = (0.9 if inputs is None and data is None else 0.5, 0.5 if inputs is None else 0.6)  # of converting, timing
     scores = None if isinstance(wanted, Plan) else low.scores(wanted, network, data)
@@ -177,9 +171,13 @@ def convert(
         decided = gains.compared(decided, original, loaded.model, inputs, parts(progress, *ends))
     fitted = None
     if data is not None:
-        fitted = fits.carry_out_(
-            loaded.model, original, data, fitting or Settings(), progress=parts(progress, ends[1], 0.9)
-        )
+        step = parts(progress, ends[1], 0.9)
+        with joined(given.device) as processes:
+            fitted = fits.carry_out_(
+                loaded.model, original, data, fitting or Settings(), processes=processes, progress=step
+            )
+            if not processes.is_first:
+                return None
     progress(f"writing {path}", 0.9)
     _save(loaded, path, given.trust, force=force)
     return Converted(decided, check, path, fitted)
@@ -197,13 +195,12 @@ def fit(
     force: bool = False,
 ) -> tuple[Fitted, Path] | None:
     """Fit a converted model to the one that it was made from, and write it; of several processes the first does."""
-    path = _claim(output, name, "fit", given, reference, *_read_to_fit(images, settings), force=force)
+    path = claim_model(output, name, "fit", given, reference, *read_to_fit(images, settings), force=force)
     progress(f"loading {name}", 0)
     loaded = _load(name, given)
     original = _load(reference, given).model
     progress("reading the images", 0.05)
-    example = examples.read(given.inputs[0], original, seed=given.seed) if given.inputs else None
-    data, step = images.read(original, example, seed=given.seed, trust=given.trust), parts(progress, 0.1, 0.95)
+    data, step = _images(images, original, given), parts(progress, 0.1, 0.95)
     with joined(given.device) as processes:
         done = fits.carry_out_(loaded.model, original, data, settings or Settings(), processes=processes, progress=step)
         if not processes.is_first:
@@ -224,7 +221,7 @@ def fuse(
     force: bool = False,
 ) -> Fused:
     """Fold the blocks of a model, and write it."""
-    path = _claim(output, name, "fused", given, force=force)
+    path = claim_model(output, name, "fused", given, force=force)
     progress(f"loading {name}", 0)
     loaded = _load(name, given)
     model, params = loaded.model, _count(loaded.model)
@@ -281,23 +278,6 @@ def bench(names: Sequence[str], given: Given, trials: Trials, progress: Progress
     return benching.run(models, inputs, trials.settings, rounds=trials.rounds, progress=parts(progress, 0.1, 1))
 
 
-def claim_plan(path: Path, name: str, recipe: str, given: Given, *, force: bool) -> None:
-    """Make sure, before a plan is made, that it can be written."""
-    claim(path, force=force, suffixes=(".yaml", ".yml", ".json"), origins=_read_for(name, given, recipe))
-
-
-def claim_picture(path: Path, name: str, given: Given, *, force: bool) -> None:
-    """Make sure, before anything is measured, that a picture of it can be written."""
-    claim(path, force=force, suffixes=(".svg",), origins=_read_for(name, given))
-
-
-def write_plan(decided: Plan, path: Path, *, force: bool) -> None:
-    """Write a plan file: JSON if its name ends in .json, else YAML."""
-    text = decided.dump(as_json=path.suffix == ".json")
-    whole = text.encode("utf-8", "backslashreplace")  # half characters, as JSON writes them
-    write_atomically(path, lambda part: part.write_bytes(whole), force=force)
-
-
 def _load_and_look(name: str, given: Given, progress: Progress, *, to_plan: bool = False) -> Network:
     """Load a model that stays as it is, and look at it."""
     progress(f"loading {name}", 0)
@@ -336,12 +316,25 @@ def _save(loaded: Loaded, path: Path, trust: Trust, *, force: bool) -> None:
         _log.info(needed)
 
 
-def _network(model: nn.Module, given: Given, *, plan: Plan | None = None, to_plan: bool = False) -> Network:
+def _images(images: Images, model: nn.Module, given: Given, plan: Plan | None = None) -> Data:
+    """Read the images for a model; what the user or a plan says that it takes is known, and nothing is guessed."""
+    example = examples.read(given.inputs[0], model, seed=given.seed) if given.inputs else None
+    if example is None and plan is not None and plan.inputs is not None:
+        example = plan.inputs.drawn(given.seed)
+    return images.read(model, example, seed=given.seed, trust=given.trust)
+
+
+def _network(
+    model: nn.Module, given: Given, *, plan: Plan | None = None, to_plan: bool = False, data: Data | None = None
+) -> Network:
     """Look at a model with the input that was given, or the one of a plan, or one that is found.
 
-    That it was found is said here, but not where a plan is made of it: that says so itself.
+    Where there are images, the first of them is one. That an input was found is said here, but not where a plan is made
+    of it: that says so itself.
     """
     example = examples.read(given.inputs[0], model, seed=given.seed) if given.inputs else None
+    if example is None and plan is None and data is not None:
+        example = next(iter(data)).inputs.batched(1)
     network = network_for(model, example, plan=plan, seed=given.seed)
     inputs = network.inputs
     if inputs is None and plan is not None and plan.inputs is not None:
@@ -363,32 +356,3 @@ def _labels(names: Sequence[str]) -> list[str]:
 
 def _count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _claim(output: Path | None, name: str, label: str, given: Given, *read: object, force: bool) -> Path:
-    """Choose where the model goes, and make sure before any work is done that it can be written there."""
-    path = output or _beside(name, label)
-    if output is None and not architectures.is_factory(name) and not Path(name).exists():
-        return path  # loading says that there is no such file, and which one may be meant
-    return claim(path, force=force, suffixes=formats.suffixes(), origins=_read_for(name, given, *read))
-
-
-def _read_for(name: str, given: Given, *read: object) -> list[str | Path]:
-    """List what is read to make a file, and must not be overwritten by it."""
-    return [one for one in (name, given.arch, *given.inputs, *read) if isinstance(one, str | Path)]
-
-
-def _read_to_fit(images: Images | None, settings: Settings | None) -> list[str | Path]:
-    """List the files that a fit reads: its images, their labels, and how far it is."""
-    state = None if settings is None else settings.state
-    return [*(() if images is None else images.files), *(() if state is None else (state,))]
-
-
-def _beside(name: str, label: str) -> Path:
-    """Name the result after its origin: model.pt → model.acnet.pt, torchvision:resnet18 → resnet18.acnet.pt."""
-    path = Path(name)
-    if path.suffix in formats.suffixes():
-        return path.with_name(f"{path.stem}.{label}{path.suffix}")
-    if path.name and path.exists():
-        return path.with_name(f"{path.stem}.{label}.pt")
-    return Path(f"{name.rpartition(':')[2]}.{label}.pt")

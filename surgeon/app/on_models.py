@@ -24,7 +24,7 @@ from surgeon.app.program import command
 from surgeon.app.terminal import bar, show
 
 if TYPE_CHECKING:
-    from surgeon.app.commands import Given
+    from surgeon.app.given import Given
     from surgeon.app.images import Images
 
 _log = logging.getLogger("surgeon")
@@ -82,7 +82,8 @@ def convert(
             images=images,
             fitting=Settings(How(seed=given.seed), distil, state, cache),
         )
-    show(converted_data(done) if json else converted_view(done))
+    if done is not None:
+        show(converted_data(done) if json else converted_view(done))
 
 
 @command("Example: surgeon fit model.octave.pt --reference model.pt --data photos/   writes model.octave.fit.pt")
@@ -103,7 +104,7 @@ def fit(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Fit a converted model to the one that it was made from, on images without labels. The result is saved.
+    """Fit a converted model to its original, on images without labels. The result is saved.
 
     Every HetConv and OctaveConv gets the taps whose output is nearest to the conv's, by least squares, in order; then
     the layers behind them. Under torchrun every process takes its share of the images.
@@ -225,18 +226,20 @@ def plan(
     With --data, every conv is fitted to these images alone, and the plan says what it would lose beside what it saves.
     --budget then chooses which convs are swapped, and with which options; convert --plan --data carries that out.
     """
+    if images is not None and images.labels:
+        raise typer.BadParameter("--labels measure accuracy, and a plan has none: give them to fit or convert")
     if images is None and (budget or picture):
         raise typer.BadParameter("--budget and --picture need images to measure with: give --data SOURCE")
     if images is not None and time:
         raise typer.BadParameter("give either --data or --time; convert --plan takes --time as well")
     with bar() as progress:
-        from surgeon.app import commands
+        from surgeon.app import commands, outputs
         from surgeon.display.plan import plan_view
 
         if output is not None:
-            commands.claim_plan(output, model, recipe, given, force=force)
+            outputs.claim_plan(output, model, recipe, given, force=force)
         if picture is not None:
-            commands.claim_picture(picture, model, given, force=force)
+            outputs.claim_picture(picture, model, given, force=force)
         decided = commands.plan(
             model,
             recipe,
@@ -250,7 +253,7 @@ def plan(
             picture=picture,
         )
         if output is not None:
-            commands.write_plan(decided, output, force=force)
+            outputs.write_plan(decided, output, force=force)
             if json:
                 _log.info(f"written: {output}")
     if json:

@@ -165,7 +165,7 @@ def about_models(command: Callable[..., None], *, only_with: str | None = None) 
         **rest: Any,
     ) -> None:
         from surgeon.app import settings
-        from surgeon.app.commands import Given
+        from surgeon.app.given import Given
         from surgeon.files.pickles import Trust
         from surgeon.models import devices
 

@@ -11,7 +11,7 @@ from surgeon.app.program import command
 from surgeon.app.terminal import bar, show, show_file
 
 if TYPE_CHECKING:
-    from surgeon.app.commands import Given
+    from surgeon.app.given import Given
 
 
 @command("Example: surgeon recipes acnet > mine.yaml   ·   surgeon recipes --for model.pt")
@@ -70,7 +70,7 @@ def demo(
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
-    """Convert, train, fold and verify a small network, and convert and fit it, offline. Images: Fashion-MNIST."""
+    """Convert, train, fold, verify and fit a small network, offline. Its images are from Fashion-MNIST."""
     from surgeon.app.demo import run
     from surgeon.display.demo import demo_data, demo_view
 

@@ -131,7 +131,7 @@ class HetConv(Fittable[HetConvOptions], base.Foldable[HetConvOptions], base.Depl
     def note(cls, options: HetConvOptions, norm_obstacle: str | None) -> str | None:
         if options.init == "scratch":
             return "starts at random: what the conv has learnt is lost"
-        return "approximates the conv: taps are left out; retrain the network"
+        return "approximates the conv: taps are left out; fit or retrain the network"
 
     @classmethod
     def settings(cls, options: HetConvOptions) -> list[HetConvOptions]:

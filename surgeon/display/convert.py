@@ -36,7 +36,7 @@ def converted_view(converted: Converted) -> RenderableType:
         lines.append(
             f"without seams, against every conv splitting and joining, in float64: relative L2 {check.streams:.1e}"
         )
-    if check.whole is not None:
+    if check.whole is not None and converted.fitted is None:
         lines.append(f"whole network, before and after, in its own dtype: relative L2 {check.whole:.1e}")
     if converted.fitted is None:
         return plan_view(converted.plan, every_conv=False, measured=lines, written=converted.path)

@@ -22,6 +22,7 @@ from surgeon.errors import PlanError
 from surgeon.fitting import knapsack, states, units
 from surgeon.fitting.data import Data
 from surgeon.fitting.fit import How
+from surgeon.fitting.identity import network_hash
 from surgeon.fitting.knapsack import Table, Way
 from surgeon.fitting.processes import ALONE, Processes
 from surgeon.fitting.sensitivity import Trials, tried_levels
@@ -31,7 +32,7 @@ from surgeon.models.progress import Progress, parts, silent
 from surgeon.recipes.recipe import Recipe
 from surgeon.surgery.bake import bake_, bakeable, with_baked
 from surgeon.surgery.foresee import foresee
-from surgeon.surgery.history import Operation, content_hash
+from surgeon.surgery.history import Operation
 from surgeon.surgery.plan import Budgeted, Plan
 from surgeon.surgery.rank import with_permuted
 
@@ -128,7 +129,7 @@ def choose(
         whole = Operation("convert", "", "", space.plan(space.whole()).to_dict())
         reference = units.prepared(model, [whole], data)
     trials = Trials.of(space, survey, in_mode(reference, False), data, how or How(seed=seed), processes)
-    key = states.identity_of(data.digest, content_hash(model), recipe.text, recipe.overrides, seed, how, inputs.record)
+    key = states.identity_of(data.digest, network_hash(model), recipe.text, recipe.overrides, seed, how, inputs.record)
     search = _Search(space, trials, survey, _losses(key, trials, parts(progress, 0.05, 0.6)))
     way = _way(search, budget, parts(progress, 0.6, 1))
     plan = search.written(way, budget)

@@ -31,12 +31,12 @@ from surgeon.fitting import stages
 from surgeon.fitting.augment import Augmentation
 from surgeon.fitting.compare import Compared
 from surgeon.fitting.data import Batch, Data
+from surgeon.fitting.identity import network_hash
 from surgeon.fitting.resume import State
 from surgeon.models import devices
 from surgeon.models.copies import in_mode, shadow, where
 from surgeon.models.progress import Progress, silent
 from surgeon.models.sandbox import ordinary, quietly
-from surgeon.surgery.history import content_hash
 
 Reduce = Callable[[list[Tensor]], None]  # adds tensors up over all processes, in place
 
@@ -104,7 +104,7 @@ def distil_(
         student, teacher = (in_mode(shadow(model, _trainable), False) for model in (converted, original))
         if (place := devices.of(student)) is not None:
             teacher = devices.moved(teacher, place)
-        what = f"{content_hash(student)} {content_hash(teacher)} {data.digest} {steps} {seed} {rate} {changes}"
+        what = f"{network_hash(student)} {network_hash(teacher)} {data.digest} {steps} {seed} {rate} {changes}"
         state = State(student, _parameters(student), rate, hashlib.sha256(what.encode()).hexdigest())
         run = _Run(student, teacher, rest, held, steps, seed, rate, changes, all_reduce)
         made = run.train(state, checkpoint, progress)

@@ -16,6 +16,7 @@ from surgeon.fitting import foresee, importance, states, statistics
 from surgeon.fitting.cache import Cache
 from surgeon.fitting.data import Data
 from surgeon.fitting.foresee import Foreseen
+from surgeon.fitting.identity import network_hash
 from surgeon.fitting.measure import Worth, measure, totals
 from surgeon.fitting.passes import Pass
 from surgeon.fitting.processes import ALONE, Processes
@@ -25,7 +26,7 @@ from surgeon.fitting.together import together
 from surgeon.fitting.units import Unit, units
 from surgeon.models import devices
 from surgeon.models.progress import Progress, parts, silent
-from surgeon.surgery.history import content_hash, versions
+from surgeon.surgery.history import versions
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,7 @@ class Fit:
     after: Worth
     has_new_statistics: bool
     seconds: float
+    left: tuple[str, ...] = ()  # layers behind blocks about which the images say too little
 
 
 def fit_(
@@ -78,16 +80,18 @@ def fit_(
     """
     begun = time.monotonic()
     run = _Run(converted, reference, data, how or How(), processes, cache or Cache())
-    with _as_it_was(converted):
+    with as_it_was(converted):
         found, foreseen = run.prepare()
-        sites = Sites(state, run.identity("sites", content_hash(converted), run.how), processes)
+        sites = Sites(state, run.identity("sites", network_hash(converted), run.how), processes)
         progress("measuring it as converted", 0)
         before = worth(converted, reference, data, processes)
         metrics = run.metrics([unit for group in found for unit in group], parts(progress, 0.02, 0.1))
         run.fit_sites_(found, foreseen, metrics, sites, parts(progress, 0.1, 0.9))
         progress("measuring it as fitted", 0.9)
         after, is_new = run.estimate_statistics_()
-    return Fit(tuple(sites.fits), before, after, is_new, time.monotonic() - begun)
+    fitted = {one.path for one in sites.fits}
+    left = tuple(unit.path for unit in sites.done if unit.path not in fitted)
+    return Fit(tuple(sites.fits), before, after, is_new, time.monotonic() - begun, left)
 
 
 def worth(converted: nn.Module, reference: nn.Module, data: Data, processes: Processes = ALONE) -> Worth:
@@ -115,7 +119,7 @@ class _Run:
     def identity(self, *parts: object) -> str:
         """Hash the images, the original and the versions, and what else something depends on."""
         device = devices.of(self.reference)
-        known = (self.data.digest, content_hash(self.reference), sorted(versions().items()), device and device.type)
+        known = (self.data.digest, network_hash(self.reference), sorted(versions().items()), device and device.type)
         return states.identity_of(*known, *parts)
 
     def prepare(self) -> tuple[list[list[Unit]], Foreseen]:
@@ -130,7 +134,7 @@ class _Run:
             foreseen = foresee.foresee(found, self.converted, self.reference, inputs, self.data.images)
             groups = together(found, self.converted, inputs, foreseen.fits)
             mine = self.identity(
-                content_hash(self.converted), self.how, [[one.path for one in group] for group in groups]
+                network_hash(self.converted), self.how, [[one.path for one in group] for group in groups]
             )
         first_has = processes.told(mine)
         with processes.agreeing():
@@ -197,7 +201,7 @@ class _Run:
 
 
 @contextlib.contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
+def as_it_was(model: nn.Module) -> Iterator[None]:
     """Put all numbers of a network back if what is done to it fails."""
     kept = [(one, one.detach().clone()) for one in (*model.parameters(), *model.buffers())]
     try:

@@ -18,7 +18,7 @@ from surgeon.errors import FitError
 from surgeon.fitting.cache import Cache
 from surgeon.fitting.data import Data
 from surgeon.fitting.distil import Distilled, distil_
-from surgeon.fitting.fit import Fit, How, fit_, worth
+from surgeon.fitting.fit import Fit, How, as_it_was, fit_, worth
 from surgeon.fitting.measure import Worth
 from surgeon.fitting.processes import ALONE, Processes
 from surgeon.fitting.units import prepared
@@ -57,7 +57,7 @@ class Settings:
 class Fitted(Shown):
     """What fitting did: on which images, every site before and after, and the network beside its original.
 
-    `fit` has both; `last` is the network in the end, which differs from `fit.after` where it was distilled.
+    `fit` has both; `last` is the network in the end: as fitted, or as distilled where that is nearer.
     """
 
     source: str
@@ -66,22 +66,29 @@ class Fitted(Shown):
     fit: Fit
     distilled: Distilled | None
     last: Worth
+    trained: Worth | None = None  # what distillation led to; it is not taken where that is further from the original
 
     def to_dict(self) -> dict[str, Any]:
         """Give what was measured as plain data, as it stands in a history."""
         steps = {"converted": self.fit.before, "fitted": self.fit.after}
-        if self.distilled is not None:
-            steps["distilled"] = self.last
+        if self.trained is not None:
+            steps["distilled"] = self.trained
         return {
             "source": self.source,
             "preprocessing": self.preprocessing,
             "images": self.images,
             "norms_estimated": self.fit.has_new_statistics,
             "sites": [asdict(site) for site in self.fit.sites],
+            **({"not_fitted": list(self.fit.left)} if self.fit.left else {}),
             "network": {name: _figures(one) for name, one in steps.items()},
-            **({} if self.distilled is None else {"distilled": asdict(self.distilled)}),
+            **({} if self.distilled is None else {"distilled": asdict(self.distilled) | {"kept": self.is_trained}}),
             "seconds": round(self.fit.seconds, 1),
         }
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the network in the end is the distilled one."""
+        return self.trained is not None and self.last is self.trained
 
     def __rich__(self) -> RenderableType:
         return fit_view(self)
@@ -110,20 +117,19 @@ def carry_out_(
         FitError: it was not converted from the reference. DataError: the images say too little about a site.
     """
     steps = _since(reference, converted)
-    parent, kept = content_hash(converted), {name: one.clone() for name, one in converted.state_dict().items()}
+    parent = content_hash(converted)
     modes = {module: module.training for module in converted.modules()}
     place = devices.of(converted)
     try:
-        with ordinary():
+        with ordinary(), as_it_was(converted):
             original = prepared(reference if place is None else devices.on(reference, place), steps, data)
             in_mode(converted, False)
             made = _fitted(converted, original, data, settings, processes, progress)
-    except BaseException:
-        converted.load_state_dict(kept)
-        raise
     finally:
         for module, mode in modes.items():
             module.training = mode
+    if _is_further(made.last, made.fit.before):
+        _log.warning("fitting has not brought the network nearer to its original; more images may, or --distil")
     record_(converted, Operation("fit", parent, content_hash(converted), None, versions(), measured=made.to_dict()))
     return made
 
@@ -150,6 +156,7 @@ def _fitted(
     )
     if not steps:
         return Fitted(data.source, data.preprocessing, data.images, found, None, found.after)
+    fitted = [(one.detach(), one.detach().clone()) for one in (*converted.parameters(), *converted.buffers())]
     trained = distil_(
         converted,
         original,
@@ -161,7 +168,21 @@ def _fitted(
         progress=parts(progress, 0.5, 0.95),
     )
     last = worth(converted, original, data, processes)
-    return Fitted(data.source, data.preprocessing, data.images, found, trained, last)
+    if not _is_further(last, found.after):
+        return Fitted(data.source, data.preprocessing, data.images, found, trained, last, last)
+    for one, number in fitted:
+        one.copy_(number)
+    return Fitted(data.source, data.preprocessing, data.images, found, trained, found.after, last)
+
+
+def _is_further(one: Worth, other: Worth) -> bool:
+    """Whether a network is further from the original than another: it agrees less, or as much with outputs further off.
+
+    A distance says less than the classes: to all scores of an image the same number can be added.
+    """
+    if one.agreement is not None and other.agreement is not None and one.agreement != other.agreement:
+        return one.agreement < other.agreement
+    return one.relative_l2 is not None and other.relative_l2 is not None and one.relative_l2 > other.relative_l2
 
 
 def _share_to_train(data: Data, processes: Processes) -> Data:
@@ -185,6 +206,7 @@ def _since(reference: nn.Module, converted: nn.Module) -> Sequence[Operation]:
     steps, known = history(converted), history(reference)
     shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(steps, known, strict=False)))
     since = [step for step in steps[shared:] if step.operation != "fit"]
+    fits = [step for step in steps[shared:] if step.operation == "fit"]
     if len(known) > shared or not any(step.operation == "convert" for step in since):
         raise FitError(
             "the network was not converted from this reference",
@@ -192,6 +214,12 @@ def _since(reference: nn.Module, converted: nn.Module) -> Sequence[Operation]:
         )
     if any(step.operation == "fuse" for step in since):
         raise FitError("the network has been fused, and its blocks are gone", todo=_BEFORE_FUSING)
+    if steps[-1].result != content_hash(converted) or any("distilled" in step.measured for step in fits):
+        raise FitError(
+            "the network was trained after it was converted, and fitting would take that away: it starts from the "
+            "original's kernels",
+            todo="Fit what `surgeon convert` wrote, and train it afterwards.",
+        )
     if since[0].parent != content_hash(reference):
         _log.warning("the reference's tensors are not those that the network was converted with")
     return since

@@ -10,7 +10,6 @@ from torch import nn
 
 from surgeon.analysis import example as examples
 from surgeon.analysis.example import Example
-from surgeon.analysis.network import Network
 from surgeon.errors import PlanError
 from surgeon.fitting import budget as budgets
 from surgeon.fitting import data as sources
@@ -25,6 +24,7 @@ from surgeon.models.progress import Progress, silent
 from surgeon.models.sandbox import ordinary
 from surgeon.models.wrappers import checked
 from surgeon.recipes.recipe import Recipe
+from surgeon.surgery.look import network_for
 
 
 def fit(
@@ -96,15 +96,44 @@ def fit_(
     return model
 
 
-def images_for(data: Any, model: nn.Module, example: Example | None, *, seed: int, **options: Any) -> Data:
+def images(
+    source: Any,
+    model: nn.Module | None = None,
+    *,
+    labels: Any = None,
+    images: int | None = None,
+    batch: int | None = None,
+    preprocess: str | None = None,
+    example: Example | None = None,
+    seed: int = 0,
+) -> Data:
+    """Read images once, for `plan`, `convert` and `fit`: a folder, a file, a tensor, anything that yields batches.
+
+    `images` takes so many of them, `batch` runs so many at once, `preprocess` says what is done to pictures where the
+    library of `model` does not, and `labels` are used to measure accuracy.
+
+    >>> import torch
+    >>> images(torch.rand(10, 3, 8, 8), batch=4).images
+    10
+
+    Raises:
+        DataError: there is no such source, or what is in it cannot be used.
+    """
+    with ordinary():
+        options: dict[str, Any] = {"labels": labels, "images": images, "batch": batch, "preprocess": preprocess}
+        return images_for(source, model, example, **options, seed=seed)
+
+
+def images_for(data: Any, model: nn.Module | None, example: Example | None, *, seed: int, **options: Any) -> Data:
     """Read the images that the user gives for a model."""
     known = None if example is None else examples.make(example, seed=seed)
     return sources.of(data, model, **options, seed=seed, example=known)
 
 
 def choose(
-    network: Network,
+    model: nn.Module,
     recipe: Recipe,
+    example: Example | None,
     data: Any,
     budget: str | None,
     *,
@@ -117,10 +146,11 @@ def choose(
     Raises:
         PlanError: there are no images to measure with, or the budget cannot be reached.
     """
-    limit = None if budget is None else budgets.parse(budget)
+    limit = None if budget is None else budgets.parse(str(budget))
     if data is None:
         raise PlanError("a budget needs images to measure with", todo="Give them: plan(..., data=images).")
-    read = sources.of(data, network.model, seed=seed, example=network.inputs)
+    read = images_for(data, checked(model), example, seed=seed)
+    network = network_for(model, next(iter(read)).inputs.batched(1) if example is None else example, seed=seed)
     with joined(devices.of(network.model)) as processes:
         options: dict[str, Any] = {"bake": bake, "seed": seed, "processes": processes, "progress": progress}
         return budgets.choose(network, recipe, read, budget=limit, **options)

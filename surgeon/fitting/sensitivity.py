@@ -86,7 +86,7 @@ class Trials:
 
     def fitted(self, plan: Plan, *, refit: bool, progress: Progress | None = None) -> nn.Module:
         """Carry a plan out on a copy and fit that; each conv splits and joins by itself, which computes the same."""
-        model = duplicate(self.reference)
+        model = duplicate(self.survey.model)
         place_(model, prepare(model, plan), self.survey.network)
         stream_(model, plan, self.survey.network, only_low_pass=True)
         in_mode(model, False)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
@@ -63,8 +63,17 @@ class Operation:
             convs, recipe = self.plan.get("convs", ()), self.plan.get("recipe", {})
             swapped = sum("swap" in entry for entry in convs)
             facts.append(f"plan=<{recipe.get('name')}: {swapped} of {len(convs)} convs swapped>")
+        if self.operation == "fit":
+            steps = list(self.measured.get("network", {}).items())
+            facts.append(f"images={self.measured.get('images')}")
+            facts += [f"{name}={_rounded(figures)}" for name, figures in steps]
         hashes = f"parent={self.parent[:8]!r}…, result={self.result[:8]!r}…"
         return f"Operation({', '.join([repr(self.operation), *facts, hashes])})"
+
+
+def _rounded(figures: Mapping[str, float]) -> str:
+    """Write figures of a network with three digits."""
+    return "<" + ", ".join(f"{name} {value:.3g}" for name, value in figures.items()) + ">"
 
 
 def versions() -> dict[str, str]:

@@ -347,7 +347,7 @@ def test_what_cannot_be_fitted_to_is_one_sentence(given: Any, said: str) -> None
         (torch.zeros(10, 4), "labels of shape 10×4"),
         (LABELS > 3, "not whole numbers"),
         ("own", "has no labels of its own"),
-        ("nowhere.npy", "there is no file nowhere.npy"),
+        ("nowhere.npy", "there is no file of labels nowhere.npy"),
         ("labels.csv", "not a file of labels"),
         (object(), "cannot be made of"),
     ],

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 from surgeon import api as surgery
 from surgeon.app import commands as pipeline
-from surgeon.app.commands import Given
 from surgeon.app.demo import data
 from surgeon.app.demo.net import SmallResNet
+from surgeon.app.given import Given
 from surgeon.app.images import Images
 from surgeon.errors import StoreError
 from surgeon.models.cost import measure
@@ -74,7 +74,7 @@ def _as_acblocks(
     start: Path, images: data.Images, seconds: float, given: Given, progress: Progress
 ) -> tuple[list[Snapshot], Report]:
     """Convert without changing the function, train, fold, and prove the folded network."""
-    converted = pipeline.convert(str(start), "acnet", given, parts(progress, 0, 0.1), output=None, force=False).path
+    converted = _converted(start, "acnet", given, parts(progress, 0, 0.1))
     trained = converted.with_name("net.acnet.trained.pt")
     steps = [_snapshot("converted to ACBlocks", converted, images)]
     model = surgery.load(converted)
@@ -86,11 +86,18 @@ def _as_acblocks(
     return steps, pipeline.verify(str(trained), str(fused), given, parts(progress, 0.9, 1))
 
 
+def _converted(start: Path, recipe: str, given: Given, progress: Progress) -> Path:
+    """Convert, and say where the result is."""
+    done = pipeline.convert(str(start), recipe, given, progress, output=None, force=False)
+    assert done is not None  # there is one process
+    return done.path
+
+
 def _as_octaves(start: Path, images: data.Images, given: Given, progress: Progress) -> list[Snapshot]:
     """Convert to blocks that cost less and compute something else, and fit them; labels are not used."""
     source = start.with_name("net.images.safetensors")
     save_file({"images": images.train_x}, source)
-    converted = pipeline.convert(str(start), "octave", given, parts(progress, 0, 0.3), output=None, force=False).path
+    converted = _converted(start, "octave", given, parts(progress, 0, 0.3))
     steps = [_snapshot("converted to octaves", converted, images)]
     shown = parts(progress, 0.3, 1)
     fitted = pipeline.fit(str(converted), str(start), Images(str(source)), given, shown)
