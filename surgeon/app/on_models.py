@@ -110,7 +110,7 @@ def fit(
     the layers behind them. Under torchrun every process takes its share of the images.
     """
     if images is None:
-        raise typer.BadParameter("give images: --data SOURCE, a folder of them, say")
+        raise typer.BadParameter("--data is missing: name images to fit to, for example --data photos/")
     with bar() as progress:
         from surgeon.app import commands
         from surgeon.display.fit import fit_data, fit_view

@@ -69,7 +69,7 @@ class Loader:
         if isinstance(self._made, Iterable) and not isinstance(self._made, str | bytes | Mapping):
             return self._made
         kind = type(self._made).__name__
-        what = f"data of type {kind}" if self.name == f"a {kind}" else f"{self.name} gives a {kind}, which"
+        what = f"data of type {kind}" if self.name == f"a {kind}" else f"{self.name} gives data of type {kind}, which"
         raise DataError(f"{what} does not yield batches", todo=_YIELD)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,11 +71,10 @@ class Pictures(Images):
         colours.check()
 
     def _head(self, path: Path, digest: Hash) -> tuple[int, int]:
-        from PIL import Image
 
         with stored.readable(path):
             content = path.read_bytes()
-            with Image.open(BytesIO(content)) as picture:
+            with _opened(path, content) as picture:
                 check_depth(picture, str(path))
                 size = picture.size
         digest.update(hashlib.sha256(content).digest())
@@ -84,6 +85,21 @@ class Pictures(Images):
 
         with stored.readable(path), Image.open(path) as file:
             return self.done.tensor(ImageOps.exif_transpose(file))
+
+
+@contextmanager
+def _opened(path: Path, content: bytes) -> Iterator[Any]:
+    """Open a picture; Pillow would name the bytes, not the file."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        picture = Image.open(BytesIO(content))
+    except UnidentifiedImageError as error:
+        raise DataError(
+            f"{path} cannot be read: it is no picture that Pillow knows", todo="Write it again, or move it away."
+        ) from error
+    with picture:
+        yield picture
 
 
 @dataclass(frozen=True, slots=True)

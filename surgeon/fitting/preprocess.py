@@ -121,7 +121,7 @@ def known(model: nn.Module | None, given: str | None, *, example: Inputs | None 
         if len(set(zip(found.mean, found.deviation, strict=True))) > 1:
             raise DataError(
                 f"mean and deviation of {len(found.mean)} channels ({found.whose}) do not fit a network of {channels}",
-                todo=f"Give --preprocess with {channels} numbers, such as {_NUMBERS}",
+                todo=f"Give --preprocess with {channels} number{'s' * (channels != 1)}, such as {_NUMBERS}",
             )
         found = replace(found, mean=found.mean[:1] * (channels or 1), deviation=found.deviation[:1] * (channels or 1))
     found = replace(found, channels=channels)

@@ -138,7 +138,7 @@ def test_noise_is_said_to_be_a_bad_idea(home: Path, capsys: pytest.CaptureFixtur
 
 
 REFUSED = {  # what is given, and what is said
-    "no images": ((*FIT,), "give images: --data SOURCE"),
+    "no images": ((*FIT,), "--data is missing: name images to fit to"),
     "no reference": (("fit", "net.het.pt", "--data", "x.safetensors"), "Missing option '--reference'"),
     "what to do with no images": ((*FIT, "--images", "3"), "--images, --batch, --preprocess and --labels say what"),
     "no image": ((*FIT, "--data", "x.safetensors", "--images", "0"), "Invalid value for '--images'"),

@@ -269,7 +269,7 @@ def test_functions_are_named_as_everywhere(tmp_path: Path) -> None:
     for name, said in {
         "broken": "no disk",
         "nothing": "yields nothing",
-        "number": "gives a int",
+        "number": "gives data of type int",
         "no": "has no 'no'",
     }.items():
         with pytest.raises(DataError, match=said):
