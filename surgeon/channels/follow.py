@@ -64,7 +64,7 @@ def channels_of(network: Network) -> Channels:
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1))
     >>> found = channels_of(Network(model, Inputs((torch.zeros(1, 3, 4, 4),))))
     >>> [[(place.names[0], place.axis) for place in one.places] for one in found.groups if not one.fixed]
-    [[('2.weight', 1), ('0.weight', 0), ('0.bias', 0)]]
+    [[('0.weight', 0), ('0.bias', 0), ('2.weight', 1)]]
     """
     orders, names = Orders(), _names(network.model)
     for island in network.islands:

@@ -31,6 +31,7 @@ def losses(network: Network, data: Data, progress: Progress = silent) -> Scores:
     """Give the mean loss of each output channel of every conv, by the first name of the conv.
 
     >>> import torch
+    >>> from torch import nn
     >>> from surgeon.fitting import data
     >>> model = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False)).requires_grad_(False)
     >>> model[0].weight[:] = torch.tensor([1.0, 2.0]).view(2, 1, 1, 1)

@@ -117,6 +117,7 @@ def is_scores(out: Tensor, inputs: Inputs) -> bool:
     One channel is no choice. A map with the channels of an input that is an image may be an image itself, and is not
     taken for scores.
 
+    >>> import torch
     >>> image = Inputs((torch.zeros(2, 3, 8, 8),))
     >>> [is_scores(torch.zeros(2, *shape), image) for shape in ((10,), (21, 8, 8), (3, 8, 8), (1,))]
     [True, True, False, False]
