@@ -112,7 +112,7 @@ class _Writer:
             if not all(same(value, slot.values[0]) for value in slot.values):
                 found.setdefault(tuple(map(repr, slot.values)), []).append(slot)
         for key, slots in found.items():
-            name = slots[0].hint
+            name = _common_name(slots)
             if name in self.taken:
                 name = f"{slots[0].place}_{name}"
             name = literals.as_name(name, "n", self.taken)
@@ -223,6 +223,12 @@ class _Writer:
         if first.kind == "nn.ModuleList":
             return call(first.kind, [Bracket("[", tuple(("", made) for made in below.values()), "]")])
         return call(first.kind, list(below.values()))
+
+
+def _common_name(slots: Sequence[_Slot]) -> str:
+    """Name what several layers share: what goes in and comes out of convs is `channels`."""
+    hints = {slot.hint for slot in slots}
+    return next((name for name in ("channels", "features") if {f"in_{name}", f"out_{name}"} <= hints), slots[0].hint)
 
 
 def _kind(value: Any) -> str:

@@ -16,10 +16,12 @@ import torch
 
 from surgeon.exports.layout import Bracket, Code, call
 
-RESERVED = frozenset(
-    {*keyword.kwlist, *keyword.softkwlist, *dir(builtins), "self", "torch", "nn", "F", "Tensor", "Any", "Path"}
-    | {"OrderedDict", "NamedTuple", "load", "load_file", "annotations"}
-)
+_WRITTEN = (
+    *("self", "torch", "nn", "F", "math", "Tensor", "Any", "Path", "OrderedDict", "NamedTuple", "load", "annotations"),
+    *("getattr", "setattr", "slice", "float", "super", "abs", "tuple", "list", "dict", "int", "bool", "str"),
+)  # what the text itself uses
+IN_USE = frozenset({*keyword.kwlist, *_WRITTEN})
+RESERVED = IN_USE | {*keyword.softkwlist, *dir(builtins)}
 
 
 class NoTextError(ValueError):

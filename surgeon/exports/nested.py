@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FrameType
+from types import FrameType, FunctionType
 from typing import Any
 import sys
 
@@ -115,6 +115,8 @@ class _Nested(fx.Tracer):
         """Add a step, and run it."""
         if target in ASSERTIONS:
             return None
+        if isinstance(target, FunctionType) and not (target.__module__ or "").startswith("torch."):
+            return target(*args, **kwargs)  # it was hidden from torch.fx, by torch.fx.wrap
         made = super().create_proxy(kind, target, args, kwargs, *rest, **more)
         if kind in ("call_function", "call_method"):
             made.node.meta["value"] = self._ran(lambda a, k: _perform(kind, target, a, k), args, kwargs)

@@ -32,6 +32,11 @@ _INFIX = {
     "or_": "|", "xor": "^", "lshift": "<<", "rshift": ">>", "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">",
     "ge": ">=", "pow": "**",
 }  # fmt: skip
+_RANKS = {
+    "==": 0, "!=": 0, "<": 0, "<=": 0, ">": 0, ">=": 0, "|": 0, "^": 0, "&": 0, "<<": 0, ">>": 0, "+": 2, "-": 2,
+    "*": 3, "/": 3, "//": 3, "%": 3, "@": 3, "**": 5,
+}  # fmt: skip
+_HIGHEST = 9
 _PREFIX = {"neg": "-", "invert": "~", "pos": "+"}
 _CHANGING = {"iadd": "+=", "isub": "-=", "imul": "*=", "itruediv": "/="}
 _PLAIN = {operator.abs: "abs", math.ceil: "math.ceil", math.floor: "math.floor", OrderedDict: "OrderedDict"}
@@ -50,8 +55,9 @@ class Forward:
         self.nodes = _needed(call.graph)
         self.output = next(reversed(call.graph.nodes))
         self.names: dict[fx.Node, str] = {}  # of variables
-        self.taken = set(literals.RESERVED)
+        self.taken = set(literals.IN_USE)
         self.parameters = [self._parameter(n, name) for n, name in zip(_inputs(call.graph), call.names, strict=True)]
+        self.taken |= literals.RESERVED
         self.last_use = self._last_uses()
         self.returns = annotation(mapped_values(self.output.args[0]))
         self.lines = self._lines()
@@ -165,23 +171,27 @@ class Forward:
         if getattr(operator, name, None) is node.target and name in _INFIX:
             return self._infix(_INFIX[name], *node.args)
         if getattr(operator, name, None) is node.target and name in _PREFIX:
-            return f"{_PREFIX[name]}{self._operand(node.args[0])}"
+            return f"{_PREFIX[name]}{self._operand(node.args[0], _HIGHEST)}"
         if getattr(operator, name, None) is node.target and name in _CHANGING:
             return call(f"{self._operand(node.args[0])}.{_METHODS[name]}", [self._argument(node.args[1])])
         return call(function_text(node.target), *self._arguments(node.args, node.kwargs))
 
     def _infix(self, sign: str, left: Any, right: Any) -> str:
-        one, other = self._operand(left), self._operand(right)
+        rank = _RANKS[sign]
+        one, other = self._operand(left, rank + (sign == "**")), self._operand(right, rank + 1)
         tight = sign == "**" and all(re.fullmatch(r"-?[\w.]+", side) for side in (one, other))
         return f"{one}{sign}{other}" if tight else f"{one} {sign} {other}"
 
-    def _operand(self, value: Any) -> str:
-        """Write what stands beside an operator, in parentheses if it is more than one word or call."""
+    def _operand(self, value: Any, rank: int = 9) -> str:
+        """Write what stands beside an operator of this rank, in parentheses if it needs them."""
         code = str(self._argument(value))
-        found = _skipped(value) if isinstance(value, fx.Node) else None
-        if found is not None and found not in self.names and _name_of(found.target) in {*_INFIX, *_PREFIX}:
-            return f"({code})"
-        return f"({code})" if isinstance(value, float | int) and not isinstance(value, bool) and value < 0 else code
+        if isinstance(value, fx.Node):
+            found = _skipped(value)
+            is_inside = found not in self.names and found.op == "call_function"
+            own = _rank_of(found) if is_inside else _HIGHEST
+        else:
+            own = 4 if isinstance(value, float | int) and not isinstance(value, bool) and value < 0 else _HIGHEST
+        return f"({code})" if own < rank else code
 
     def _subscript(self, whole: Any, place: Any) -> str:
         if isinstance(place, tuple) and place:
@@ -215,6 +225,8 @@ class Forward:
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return call(type(value).__name__, [self._argument(part) for part in value])
         if isinstance(value, tuple | list):
+            if (source := _whole(value)) is not None:
+                return self._argument(source)
             head, close = "()" if isinstance(value, tuple) else "[]"
             return Bracket(head, tuple(("", self._argument(part)) for part in value), close)
         if type(value) is OrderedDict:
@@ -227,7 +239,27 @@ class Forward:
         return literals.text(value)
 
 
+def _rank_of(node: fx.Node) -> int:
+    name = _name_of(node.target)
+    if getattr(operator, name, None) is not node.target:
+        return _HIGHEST
+    return _RANKS[_INFIX[name]] if name in _INFIX else 4 if name in _PREFIX else _HIGHEST
+
+
 _METHODS = {"iadd": "add_", "isub": "sub_", "imul": "mul_", "itruediv": "div_"}
+
+
+def _whole(value: tuple[Any, ...] | list[Any]) -> fx.Node | None:
+    """Give the step whose result is just these values, each of them in its place."""
+    nodes = [_skipped(one) for one in value if isinstance(one, fx.Node)]
+    if not nodes or len(nodes) < len(value) or any(one.target is not operator.getitem for one in nodes):
+        return None
+    source = nodes[0].args[0]
+    is_all = isinstance(source, fx.Node) and [one.args for one in nodes] == [(source, i) for i in range(len(nodes))]
+    if not is_all or not isinstance(source, fx.Node):
+        return None
+    known = source.meta["value"]
+    return source if type(known) is type(value) and len(known) == len(value) else None
 
 
 def function_text(function: Any) -> str:
