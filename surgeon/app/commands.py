@@ -22,10 +22,11 @@ from surgeon.analysis.network import Network
 from surgeon.analysis.sites import Survey
 from surgeon.app.given import Given
 from surgeon.app.images import Images
-from surgeon.app.outputs import claim_model, read_to_fit
+from surgeon.app.outputs import claim_model, claim_python, read_to_fit
 from surgeon.blocks import Block, Deployable, Foldable
 from surgeon.display import tradeoff, words
 from surgeon.errors import CaptureError
+from surgeon.exports.python import write_python
 from surgeon.files import formats
 from surgeon.files import load as source
 from surgeon.files.atomic import write_atomically
@@ -84,6 +85,7 @@ class Fused:
     branches: tuple[FoldedBranches, ...] = ()  # linear sub-graphs that are one conv now
     folded_norms: tuple[str, ...] = ()  # norms that were folded into the conv before them
     refused: Mapping[str, str] = field(default_factory=dict)  # sums that were not folded, and why
+    python: str | None = None  # the class that was written, where `path` is a folder with model.py
 
 
 def survey(name: str, given: Given, progress: Progress = silent) -> Survey:
@@ -223,18 +225,25 @@ def fuse(
     keep_norms: bool = False,
     further: Further = BLOCKS_ONLY,
     output: Path | None = None,
+    python: Path | None = None,
     force: bool = False,
 ) -> Fused:
-    """Fold the blocks of a model, and what is linear besides as far as `further` says, and write it."""
-    path = claim_model(output, name, "fused", given, force=force)
+    """Fold the blocks of a model, and what is linear besides as far as `further` says, and write it.
+
+    With `python`, a folder, it is written as Python of plain torch instead.
+    """
+    if python is None:
+        path = claim_model(output, name, "fused", given, force=force)
+    else:
+        path = claim_python(python, name, given, force=force)
     progress(f"loading {name}", 0)
     loaded = _load(name, given)
     model, params = loaded.model, _count(loaded.model)
-    if formats.of_suffix(path).holds_modules:
+    if python is None and formats.of_suffix(path).holds_modules:
         check_writable(model, given.trust)
     progress("looking for an input", 0.3)
     network = _network(model, given)
-    step = parts(progress, 0.4, 0.9)
+    step = parts(progress, 0.4, 0.9 if python is None else 0.6)
     done = fold_all_(network, dense=dense, keep_norms=keep_norms, further=further, progress=step)
     if done.warning is not None:
         _log.warning(done.warning)
@@ -242,13 +251,19 @@ def fuse(
         _log.info(stays)
     elif not done.blocks and not done.further:
         _log.info(_nothing(further))
-    progress(f"writing {path}", 0.9)
-    _save(loaded, path, given.trust, force=force)
+    written = None
+    if python is not None:
+        step = parts(progress, 0.6, 1)
+        written = write_python(model, network.inputs, python, origin=name, force=force, seed=given.seed, progress=step)
+    else:
+        progress(f"writing {path}", 0.9)
+        _save(loaded, path, given.trust, force=force)
     folded = tuple(block for block in done.blocks if not isinstance(model.get_submodule(block), Block))
     more = done.further
     return Fused(
         *(folded, (params, _count(model)), done.distance, path, done.norms, done.notes),
         *(tuple(more.folded.values()), tuple(more.norms), more.refused),
+        python=None if written is None else written.name,
     )
 
 

@@ -14,6 +14,7 @@ from surgeon.app.options import (
     Kept,
     Model,
     Output,
+    Python,
     Sets,
     State,
     Time,
@@ -152,6 +153,7 @@ def fuse(
         bool, typer.Option("--norms", help="Also fold every norm into the conv or linear layer that it belongs to.")
     ] = False,
     everything: Annotated[bool, typer.Option("--all", help="All of these.")] = False,
+    python: Python = None,
     output: Output = None,
     force: Force = False,
     json: Json = False,
@@ -163,6 +165,8 @@ def fuse(
     """
     if blocks and (branches or norms or everything):
         raise typer.BadParameter("--blocks means blocks alone: take it, or the others, away")
+    if python is not None and output is not None:
+        raise typer.BadParameter("--python and -o both say what to write: take one away")
     with bar() as progress:
         from surgeon.app import commands
         from surgeon.display.convert import fused_data, fused_view
@@ -170,7 +174,7 @@ def fuse(
 
         how = {"dense": dense, "keep_norms": keep_norms}
         further = Further(branches=branches or everything, norms=norms or everything, costlier=dense)
-        done = commands.fuse(model, given, progress, **how, further=further, output=output, force=force)
+        done = commands.fuse(model, given, progress, **how, further=further, output=output, python=python, force=force)
     show(fused_data(done) if json else fused_view(done))
 
 

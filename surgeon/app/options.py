@@ -70,6 +70,14 @@ Output = Annotated[
     Path | None,
     typer.Option("--output", "-o", metavar="FILE", help="Where to write; .safetensors writes weights and a manifest."),
 ]
+Python = Annotated[
+    Path | None,
+    typer.Option(
+        "--python",
+        metavar="FOLDER",
+        help="Write it as Python of plain torch instead: model.py and model.safetensors, which need no surgeon.",
+    ),
+]
 Bake = Annotated[
     bool,
     typer.Option(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from surgeon.app.given import Given
 from surgeon.app.images import Images
+from surgeon.exports.python import claim_folder
 from surgeon.files import architectures, formats
 from surgeon.files.atomic import claim, write_atomically
 from surgeon.fitting.fitted import Settings
@@ -35,6 +36,12 @@ def claim_model(output: Path | None, name: str, label: str, given: Given, *read:
     if output is None and not architectures.is_factory(name) and not Path(name).exists():
         return path  # loading says that there is no such file, and which one may be meant
     return claim(path, force=force, suffixes=formats.suffixes(), origins=read_for(name, given, *read))
+
+
+def claim_python(folder: Path, name: str, given: Given, *, force: bool) -> Path:
+    """Make sure, before any work is done, that a folder of Python can be written."""
+    claim_folder(folder, force=force, origins=read_for(name, given))
+    return folder
 
 
 def read_for(name: str, given: Given, *read: object) -> list[str | Path]:

@@ -69,6 +69,8 @@ def fused_view(fused: Fused) -> RenderableType:
     lines += fused.notes
     if fused.distance is not None:
         lines.append(f"whole network, before and after, in its own dtype: relative L2 {fused.distance:.1e}")
+    if fused.python is not None:
+        lines.append(f"verified: the class {fused.python} in {fused.path}/model.py, which needs no surgeon, is equivalent")
     return Group(*map(Line, [*lines, f"written: {fused.path}"]))
 
 

@@ -70,7 +70,7 @@ def _names(groups: Sequence[list[Own]]) -> dict[Any, str]:
         for one in alike:
             extra = [child for child in one.children if child not in common and literals.is_name(child)]
             words = "".join(child.title().replace("_", "") for child in extra) if len(extra) == 1 else ""
-            made = literals.as_name(f"{name}With{words}" if words else name, "Module", taken)
+            made = literals.as_name(f"{name}With{words}" if words else name, "Module", taken, link="")
             names[one.key] = made
             taken.add(made)
     return names

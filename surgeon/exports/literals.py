@@ -37,7 +37,7 @@ def is_name(text: str) -> bool:
     return text.isascii() and text.isidentifier() and not keyword.iskeyword(text) and not text.startswith("__")
 
 
-def as_name(text: str, otherwise: str, taken: frozenset[str] | set[str] = RESERVED) -> str:
+def as_name(text: str, otherwise: str, taken: frozenset[str] | set[str] = RESERVED, *, link: str = "_") -> str:
     """Make a name of a text, which is none of those that are taken.
 
     >>> as_name("conv1.weight", "x"), as_name("class", "x"), as_name("0", "x")
@@ -50,7 +50,7 @@ def as_name(text: str, otherwise: str, taken: frozenset[str] | set[str] = RESERV
         made += "_"
     found, count = made, 2
     while found in taken:
-        found, count = f"{made}_{count}", count + 1
+        found, count = f"{made}{link}{count}", count + 1
     return found
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgeon.blocks.sum_of_convs import is_ours as is_sum_of_convs
 from surgeon.errors import CaptureError
 from surgeon.exports import layers, literals
 from surgeon.exports.layers import Argument
@@ -217,5 +218,7 @@ def _stored(module: nn.Module) -> list[Stored]:
 
 def _class_name(module: nn.Module) -> str:
     """Name the class that is written for a module as its own class is called."""
+    if is_sum_of_convs(module):
+        return "SumOfConvs"
     own = str(vars(module).get("origin", "")).rpartition(".")[2] or type(module).__name__
     return literals.as_name(own, "Module")

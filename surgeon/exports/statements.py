@@ -11,6 +11,7 @@ nothing reads its old value any more:
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
 import re
@@ -23,7 +24,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from surgeon.exports import literals
-from surgeon.exports.layout import Bracket, Code, call, lines
+from surgeon.exports.layers import same
+from surgeon.exports.layout import WIDTH, Bracket, Code, call, lines
 from surgeon.exports.literals import NoTextError
 from surgeon.exports.nested import Call
 
@@ -37,6 +39,7 @@ _RANKS = {
     "*": 3, "/": 3, "//": 3, "%": 3, "@": 3, "**": 5,
 }  # fmt: skip
 _HIGHEST = 9
+_SAYS_LITTLE = re.compile(r"\d+$|relu|act|bn|norm|drop", re.IGNORECASE)  # names of modules, for a variable
 _PREFIX = {"neg": "-", "invert": "~", "pos": "+"}
 _CHANGING = {"iadd": "+=", "isub": "-=", "imul": "*=", "itruediv": "/="}
 _PLAIN = {operator.abs: "abs", math.ceil: "math.ceil", math.floor: "math.floor", OrderedDict: "OrderedDict"}
@@ -58,6 +61,7 @@ class Forward:
         self.taken = set(literals.IN_USE)
         self.parameters = [self._parameter(n, name) for n, name in zip(_inputs(call.graph), call.names, strict=True)]
         self.taken |= literals.RESERVED
+        self.unpacked = {part for node in self.nodes for part in _parts(node) or ()}
         self.last_use = self._last_uses()
         self.returns = annotation(mapped_values(self.output.args[0]))
         self.lines = self._lines()
@@ -73,7 +77,7 @@ class Forward:
 
         def note(node: fx.Node, at: int) -> None:
             node = _skipped(node)
-            if node not in self.names and not self._is_statement(node):
+            if node not in self.names and node not in self.unpacked and not self._is_statement(node):
                 for one in node.all_input_nodes:
                     note(one, at)
             else:
@@ -94,7 +98,7 @@ class Forward:
         if node.target is getattr:
             return False
         if node.target is operator.getitem and not isinstance(node.args[0].meta.get("value"), Tensor):
-            return False
+            return False  # a part of what a step gives, which that step may have unpacked
         return isinstance(node.meta.get("value"), Tensor) or len(node.users) > 1 or node.op == "call_module" or (
             isinstance(node.meta.get("value"), tuple | list | dict) and node.target is not OrderedDict
         )
@@ -107,7 +111,12 @@ class Forward:
             if self._is_returned(node, at):
                 return [*made, *lines("return ", self._code(node), indent=8)]
             made += self._statement(node, at)
-        return [*made, *lines("return ", self._argument(self.output.args[0]), indent=8)]
+        given = self._argument(self.output.args[0])
+        if isinstance(given, Bracket) and given.head == "(" and len(given.items) > 1:
+            bare = f"        return {str(given)[1:-1]}"
+            if len(bare) <= WIDTH:
+                return [*made, bare]
+        return [*made, *lines("return ", given, indent=8)]
 
     def _is_returned(self, node: fx.Node, at: int) -> bool:
         """Whether it is the last step, and its result is what the forward gives."""
@@ -127,8 +136,17 @@ class Forward:
         code = self._code(node)
         if not node.users:
             return lines("", code, indent=8)
+        if (parts := _parts(node)) is not None:
+            for part, hint in zip(parts, _pair_names(node.meta["value"]), strict=True):
+                self.names[part] = self._new_name(hint or self._hint(part))
+            return lines(f"{', '.join(self.names[part] for part in parts)} = ", code, indent=8)
         self.names[node] = self._variable(node, at)
         return lines(f"{self.names[node]} = ", code, indent=8)
+
+    def _new_name(self, hint: str) -> str:
+        made = literals.as_name(hint, "out", self.taken)
+        self.taken.add(made)
+        return made
 
     def _variable(self, node: fx.Node, at: int) -> str:
         """Choose the variable of a step: one whose value nothing reads any more, or a new one."""
@@ -138,9 +156,7 @@ class Forward:
                 others = [n for n, one in self.names.items() if one == name]
                 if all(self.last_use.get(n, -1) <= at for n in others) and isinstance(node.meta["value"], Tensor):
                     return name
-        made = literals.as_name(self._hint(node), "out", self.taken)
-        self.taken.add(made)
-        return made
+        return self._new_name(self._hint(node))
 
     def _hint(self, node: fx.Node) -> str:
         """Say what a new variable is called: `out` if it leads to the result, else as the last module on its way."""
@@ -151,9 +167,10 @@ class Forward:
         if self.output in at.users and self.output.args[0] is at:
             return "out"
         modules = [n.target.rpartition(".")[2] for n in named if n.op == "call_module"]
-        words = [re.sub(r"_?\d+$", "", one) for one in reversed(modules) if not one.isdigit()]
+        words = [re.sub(r"_?\d+$", "", one) for one in reversed(modules) if not _SAYS_LITTLE.match(one)]
         own = _name_of(node.target) if node.op != "call_module" else ""
-        return next((one for one in words if literals.is_name(one)), own.strip("_")) or "y"
+        found = next((one for one in words if literals.is_name(one)), own.strip("_"))
+        return {"getitem": "part", "": "y"}.get(found, found)
 
     def _code(self, node: fx.Node) -> Code:
         """Write what a step computes."""
@@ -174,7 +191,7 @@ class Forward:
             return f"{_PREFIX[name]}{self._operand(node.args[0], _HIGHEST)}"
         if getattr(operator, name, None) is node.target and name in _CHANGING:
             return call(f"{self._operand(node.args[0])}.{_METHODS[name]}", [self._argument(node.args[1])])
-        return call(function_text(node.target), *self._arguments(node.args, node.kwargs))
+        return call(function_text(node.target), *self._arguments(node.args, _telling(node.target, node.kwargs)))
 
     def _infix(self, sign: str, left: Any, right: Any) -> str:
         rank = _RANKS[sign]
@@ -194,6 +211,7 @@ class Forward:
         return f"({code})" if own < rank else code
 
     def _subscript(self, whole: Any, place: Any) -> str:
+        whole, place = _direct(whole, place)
         if isinstance(place, tuple) and place:
             inside = ", ".join(map(self._place, place)) + ("," if len(place) == 1 else "")
         else:
@@ -247,6 +265,50 @@ def _rank_of(node: fx.Node) -> int:
 
 
 _METHODS = {"iadd": "add_", "isub": "sub_", "imul": "mul_", "itruediv": "div_"}
+
+
+def _parts(node: fx.Node) -> list[fx.Node] | None:
+    """Give the steps that read each part of what a module gives once, if nothing else reads it."""
+    value, users = node.meta.get("value"), list(node.users)
+    if node.op != "call_module" or type(value) not in (tuple, list) or len(users) < 2 or len(users) != len(value):
+        return None
+    if any(one.target is not operator.getitem or not isinstance(part, Tensor) for one, part in zip(users, value, strict=True)):
+        return None
+    by_place = {one.args[1]: one for one in users}
+    return [by_place[i] for i in range(len(value))] if set(by_place) == set(range(len(value))) else None
+
+
+def _pair_names(value: tuple[Tensor, ...]) -> tuple[str, ...]:
+    """Name what is unpacked: two maps of which the second has half the resolution are two streams."""
+    if len(value) == 2 and all(one.dim() == 4 for one in value):
+        high, low = (one.shape[-2:] for one in value)
+        if tuple(low) == tuple(-(-side // 2) for side in high):
+            return "high", "low"
+    return ("",) * len(value)
+
+
+def _direct(whole: Any, place: Any) -> tuple[Any, Any]:
+    """Read shape[-2:][0] as shape[-2]."""
+    if type(place) is int and place >= 0 and isinstance(whole, fx.Node) and whole.target is operator.getitem:
+        cut = whole.args[1]
+        is_of_sizes = isinstance(whole.args[0], fx.Node) and isinstance(whole.args[0].meta.get("value"), torch.Size)
+        if is_of_sizes and isinstance(cut, slice) and cut.step is None and cut.stop is None and type(cut.start) is int:
+            if cut.start + place < 0 or cut.start >= 0:
+                return whole.args[0], cut.start + place
+    return whole, place
+
+
+def _telling(function: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Give the named arguments that say more than the defaults do."""
+    try:
+        known = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # it is not written in Python
+        return kwargs
+    return {
+        name: value
+        for name, value in kwargs.items()
+        if name not in known or isinstance(value, fx.Node) or not same(value, known[name].default)
+    }
 
 
 def _whole(value: tuple[Any, ...] | list[Any]) -> fx.Node | None:
