@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from surgeon import api as surgery
@@ -56,6 +57,7 @@ from surgeon.surgery.further import FoldedBranches, Further
 from surgeon.surgery.fuse import BLOCKS_ONLY, fold_all_
 from surgeon.surgery.look import network_for
 from surgeon.surgery.plan import Plan
+from surgeon.surgery.precision import Noise
 from surgeon.surgery.replay import rebuild
 from surgeon.surgery.selfcheck import SelfCheck
 
@@ -86,6 +88,8 @@ class Fused:
     folded_norms: tuple[str, ...] = ()  # norms that were folded into the conv before them
     refused: Mapping[str, str] = field(default_factory=dict)  # sums that were not folded, and why
     python: str | None = None  # the class that was written, where `path` is a folder with model.py
+    dtype: str | None = None  # what the network was cast to in the end
+    noise: Noise | None = None  # what that costs
 
 
 def survey(name: str, given: Given, progress: Progress = silent) -> Survey:
@@ -224,6 +228,7 @@ def fuse(
     dense: bool = False,
     keep_norms: bool = False,
     further: Further = BLOCKS_ONLY,
+    dtype: torch.dtype | None = None,
     output: Path | None = None,
     python: Path | None = None,
     force: bool = False,
@@ -244,12 +249,12 @@ def fuse(
     progress("looking for an input", 0.3)
     network = _network(model, given)
     step = parts(progress, 0.4, 0.9 if python is None else 0.6)
-    done = fold_all_(network, dense=dense, keep_norms=keep_norms, further=further, progress=step)
+    done = fold_all_(network, dense=dense, keep_norms=keep_norms, further=further, dtype=dtype, progress=step)
     if done.warning is not None:
         _log.warning(done.warning)
     if stays := _what_stays(model, keep_norms=keep_norms):
         _log.info(stays)
-    elif not done.blocks and not done.further:
+    elif not done.blocks and not done.further and dtype is None:
         _log.info(_nothing(further))
     written = None
     if python is not None:
@@ -264,6 +269,8 @@ def fuse(
         *(folded, (params, _count(model)), done.distance, path, done.norms, done.notes),
         *(tuple(more.folded.values()), tuple(more.norms), more.refused),
         python=None if written is None else written.name,
+        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+        noise=done.noise,
     )
 
 

@@ -6,7 +6,7 @@ that one conv gives and the next one takes, are one argument.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,7 +122,9 @@ class _Writer:
                 member.values[name] = value
             default = slots[0].default
             is_usual = any(same(value, default) for value in slots[0].values)
-            self.made.arguments.append(Argument(name, slots[0].values[0], default if is_usual else Argument("", 0).default))
+            self.made.arguments.append(
+                Argument(name, slots[0].values[0], default if is_usual else Argument("", 0).default)
+            )
         self.made.arguments.sort(key=lambda one: not one.is_required)
 
     def _slots(self) -> Iterator[_Slot]:
@@ -192,7 +194,9 @@ class _Writer:
             return self._container(first, parts)
         if isinstance(first, Layer):
             arguments = list(first.arguments)
-            columns = [[part.arguments[at].value for part in parts if isinstance(part, Layer)] for at in range(len(arguments))]
+            columns = [
+                [part.arguments[at].value for part in parts if isinstance(part, Layer)] for at in range(len(arguments))
+            ]
             return self._call(first.kind, arguments, columns)
         whole = self.classes[first.key]
         columns = [[part.values[one.name] for part in parts if isinstance(part, Own)] for one in whole.arguments]
@@ -238,7 +242,9 @@ def _kind(value: Any) -> str:
 
 
 def _definition(name: str, items: Sequence[str], returns: str) -> list[str]:
-    return lines("", Bracket(f"def {name}(", tuple(("", one) for one in ("self", *items)), ")"), f" -> {returns}:", indent=4)
+    return lines(
+        "", Bracket(f"def {name}(", tuple(("", one) for one in ("self", *items)), ")"), f" -> {returns}:", indent=4
+    )
 
 
 def _signature(parameters: Sequence[tuple[str, str]], returns: str) -> list[str]:

@@ -8,13 +8,12 @@ step is also run on the example (`values`).
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType, FunctionType
 from typing import Any
-import sys
 
 import torch
 from torch import Tensor, fx, nn
@@ -282,5 +281,3 @@ def _asks_what_it_is(frame: FrameType | None) -> bool:
         return False
     home = frame.f_globals.get("__name__", "")
     return not (home.startswith(("torch.fx", "torch.utils", "surgeon.exports")))
-
-

@@ -66,7 +66,9 @@ def claim_folder(folder: Path, *, force: bool, origins: Sequence[str | PathLike[
     elif folder.exists() or folder.is_symlink():
         raise StoreError(f"{folder} is not a folder", todo="Give another one with --python.")
     elif not folder.parent.is_dir():
-        raise StoreError(f"there is no folder {folder.parent}", todo="Make it first, or give another one with --python.")
+        raise StoreError(
+            f"there is no folder {folder.parent}", todo="Make it first, or give another one with --python."
+        )
 
 
 def write_python(
@@ -103,7 +105,9 @@ def write_python(
         report = compare(model, _imported(part), inputs, seed, silent)
         if not report:
             failed = next((check.says for check in report.checks if not check.passed), report.verdict)
-            raise VerifyError(f"the Python that was written does not compute what the network does: {failed}", todo=_TODO)
+            raise VerifyError(
+                f"the Python that was written does not compute what the network does: {failed}", todo=_TODO
+            )
         progress("running it in a process of its own", 0.7)
         _run_alone(model, inputs, part)
         said = json.dumps({"version": __version__, "origin": origin, "verified": _verdict(report), **as_data(model)})

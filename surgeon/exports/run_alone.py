@@ -3,7 +3,7 @@
 It is given as text to a fresh interpreter, so it imports nothing of surgeon: `python -c PROGRAM FOLDER PATHS BLOCKED`.
 """
 
-PROGRAM = '''
+PROGRAM = """
 import importlib.util, json, sys
 
 folder, paths, blocked = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
@@ -52,4 +52,4 @@ with torch.no_grad():
                 one.data = one.data.to(dtype)
         made[name] = leaves(model(*cast(given["args"], dtype), **cast(given["kwargs"], dtype)))
 torch.save(made, f"{folder}/outputs.pt")
-'''
+"""

@@ -131,9 +131,7 @@ def _loading(name: str, ties: Mapping[str, str], model: nn.Module) -> list[str]:
         *(
             line
             for tied, first in ties.items()
-            for line in lines(
-                f"tensors[{literals.string(tied)}] = ", f"tensors[{literals.string(first)}]", indent=4
-            )
+            for line in lines(f"tensors[{literals.string(tied)}] = ", f"tensors[{literals.string(first)}]", indent=4)
         ),
         '    with torch.device("meta"):',
         f"        model = {name}()",
@@ -153,5 +151,3 @@ def _tied(tied: str, first: str, model: nn.Module) -> list[str]:
     if literals.is_name(name):
         return lines(f"{holder}.{name} = ", source, indent=4)
     return lines("", call("setattr", [holder, literals.string(name), source]), indent=4)
-
-

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.nn import functional as F
 
 from surgeon.exports import literals
@@ -97,10 +97,13 @@ class Forward:
             return True
         if node.target is getattr:
             return False
-        if node.target is operator.getitem and not isinstance(node.args[0].meta.get("value"), Tensor):
+        if node.target is operator.getitem and not isinstance(_value(_args(node)[0]), Tensor):
             return False  # a part of what a step gives, which that step may have unpacked
-        return isinstance(node.meta.get("value"), Tensor) or len(node.users) > 1 or node.op == "call_module" or (
-            isinstance(node.meta.get("value"), tuple | list | dict) and node.target is not OrderedDict
+        return (
+            isinstance(node.meta.get("value"), Tensor)
+            or len(node.users) > 1
+            or node.op == "call_module"
+            or (isinstance(node.meta.get("value"), tuple | list | dict) and node.target is not OrderedDict)
         )
 
     def _lines(self) -> list[str]:
@@ -122,14 +125,14 @@ class Forward:
         """Whether it is the last step, and its result is what the forward gives."""
         is_last = not any(self._is_statement(n) for n in self.nodes[at + 1 :])
         is_all = isinstance(self.output.args[0], fx.Node) and _skipped(self.output.args[0]) is node
-        return is_last and is_all and not _name_of(node.target) in _CHANGING and node.target is not operator.setitem
+        return is_last and is_all and _name_of(node.target) not in _CHANGING and node.target is not operator.setitem
 
     def _statement(self, node: fx.Node, at: int) -> list[str]:
         if node.target is operator.setitem:
             place = self._subscript(node.args[0], node.args[1])
             return lines(f"{place} = ", self._argument(node.args[2]), indent=8)
         if (sign := _CHANGING.get(_name_of(node.target))) and node.op == "call_function":
-            changed = _skipped(node.args[0])
+            changed = _skipped(_args(node)[0])
             if changed in self.names:
                 self.names[node] = self.names[changed]
                 return lines(f"{self.names[node]} {sign} ", self._argument(node.args[1]), indent=8)
@@ -166,7 +169,7 @@ class Forward:
             named.append(at)
         if self.output in at.users and self.output.args[0] is at:
             return "out"
-        modules = [n.target.rpartition(".")[2] for n in named if n.op == "call_module"]
+        modules = [str(n.target).rpartition(".")[2] for n in named if n.op == "call_module"]
         words = [re.sub(r"_?\d+$", "", one) for one in reversed(modules) if not _SAYS_LITTLE.match(one)]
         own = _name_of(node.target) if node.op != "call_module" else ""
         found = next((one for one in words if literals.is_name(one)), own.strip("_"))
@@ -269,10 +272,13 @@ _METHODS = {"iadd": "add_", "isub": "sub_", "imul": "mul_", "itruediv": "div_"}
 
 def _parts(node: fx.Node) -> list[fx.Node] | None:
     """Give the steps that read each part of what a module gives once, if nothing else reads it."""
-    value, users = node.meta.get("value"), list(node.users)
+    value, users = _value(node), list(node.users)
     if node.op != "call_module" or type(value) not in (tuple, list) or len(users) < 2 or len(users) != len(value):
         return None
-    if any(one.target is not operator.getitem or not isinstance(part, Tensor) for one, part in zip(users, value, strict=True)):
+    if any(
+        one.target is not operator.getitem or not isinstance(part, Tensor)
+        for one, part in zip(users, value, strict=True)
+    ):
         return None
     by_place = {one.args[1]: one for one in users}
     return [by_place[i] for i in range(len(value))] if set(by_place) == set(range(len(value))) else None
@@ -391,7 +397,9 @@ def _changes(node: fx.Node) -> bool:
 
 def _skipped(node: fx.Node) -> fx.Node:
     """Give the step whose result this one passes on: a dropout does, in eval mode."""
-    while node.target in _DROPOUTS and node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True) is False:
+    while (
+        node.target in _DROPOUTS and node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True) is False
+    ):
         source = node.args[0] if node.args else node.kwargs["input"]
         assert isinstance(source, fx.Node)
         node = source
@@ -410,6 +418,15 @@ def _main_inputs(node: fx.Node) -> list[fx.Node]:
 
 def _inputs(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if node.op == "placeholder"]
+
+
+def _args(node: fx.Node) -> tuple[Any, ...]:
+    return node.args
+
+
+def _value(node: fx.Node) -> Any:
+    """Give what a step gives in the run on the example."""
+    return node.meta.get("value")
 
 
 def _name_of(target: Any) -> str:

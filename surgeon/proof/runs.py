@@ -9,7 +9,7 @@ from its own float64 result.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -60,7 +60,10 @@ class Models:
 
     def __init__(self, a: nn.Module, b: nn.Module, replay: Replay | None, seed: int, exact: torch.dtype) -> None:
         self.dtype, self.exact, self.seed = dtype_of(a), exact, seed
-        self.own_a, self.own_b = evaluating(a), evaluating(b)
+        self.was_cast = replay is not None and replay.dtype not in (None, self.dtype)
+        if replay is not None and replay.dtype is not None:
+            self.dtype = replay.dtype
+        self.own_a, self.own_b = evaluating(a, _to(self.dtype) if self.was_cast else None), evaluating(b)
         self.double_a = evaluating(a, as_double)
         self.is_double = exact == torch.float64
         self.a, self.b = (self.double_a, evaluating(b, as_double)) if self.is_double else (self.own_a, self.own_b)
@@ -121,7 +124,7 @@ class Models:
             exact=None if self.replay is None else self._exactness(self.replay, inputs, truth, recorder, bool(flat)),
             modules=None if self.twin is None else worst(out_b, self._call(self.twin, inputs, self.exact)),
             storage=self._storage(outs_b, truths, draws) if self._needs_outputs else [],
-            rounding=self._rounding(owns, outs_b, truths, draws) if is_rounded else [],
+            rounding=self._rounding(owns, outs_b, self._own_truths(truths, draws), draws) if is_rounded else [],
             draws=len(draws),
             gaps=self._gaps(recorder),
             merged=recorder.merged,
@@ -131,6 +134,12 @@ class Models:
             odd=sum(not t.isfinite().all() for t in tensors(owns[1][0]) if t.is_floating_point()),
             blank=sum(not t.isfinite().any() for t in _floats(truth)),
         )
+
+    def _own_truths(self, truths: list[Any], draws: Sequence[Inputs]) -> list[Any]:
+        """Run A in float64 as it is in its own dtype, which is another A where it was cast."""
+        if not self.was_cast:
+            return truths
+        return [self._call(evaluating(self.own_a, as_double), one, self.exact) for one in draws]
 
     def _recorder(self) -> Recorder:
         if self.replay is not None:
@@ -375,6 +384,10 @@ class Models:
         return call(model, inputs, dtype, self.seed)
 
 
+def _to(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    return lambda t: t.to(dtype) if t.is_floating_point() else t.clone()
+
+
 def _largest(draws: Sequence[Sequence[Apart]]) -> list[Apart]:
     """Take the largest of several draws, output by output."""
     first, *others = draws
@@ -391,7 +404,7 @@ def _floats(out: Any) -> list[Tensor]:
 def _with_tensors_of(b: nn.Module, replay: nn.Module) -> nn.Module | None:
     """Copy the replay's modules and give them B's tensors; None if they do not fit, which another check reports."""
     dtype = dtype_of(b)
-    in_own = None if dtype == torch.float64 else lambda t: t.to(dtype) if t.is_floating_point() else t.clone()
+    in_own = None if dtype == torch.float64 else _to(dtype)
     twin = shadow(replay, in_own)
     try:
         twin.load_state_dict(without_roles(b.state_dict()), assign=True)
