@@ -72,9 +72,7 @@ def fused_view(fused: Fused) -> RenderableType:
     if fused.dtype is not None:
         lines.append(_of_dtype(fused))
     if fused.python is not None:
-        lines.append(
-            f"verified: the class {fused.python} in {fused.path}/model.py, which needs no surgeon, is equivalent"
-        )
+        lines.append(f"verified: {fused.python} in {fused.path}/model.py, which needs no surgeon, is equivalent")
     return Group(*map(Line, [*lines, f"written: {fused.path}"]))
 
 

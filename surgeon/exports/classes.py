@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from surgeon.exports import literals
-from surgeon.exports.layers import Argument, same
+from surgeon.exports.layers import REQUIRED, Argument, same
 from surgeon.exports.layout import Bracket, Code, call, lines
 from surgeon.exports.parts import Container, Layer, Own, Part, Stored
 
@@ -122,9 +122,7 @@ class _Writer:
                 member.values[name] = value
             default = slots[0].default
             is_usual = any(same(value, default) for value in slots[0].values)
-            self.made.arguments.append(
-                Argument(name, slots[0].values[0], default if is_usual else Argument("", 0).default)
-            )
+            self.made.arguments.append(Argument(name, slots[0].values[0], default if is_usual else REQUIRED))
         self.made.arguments.sort(key=lambda one: not one.is_required)
 
     def _slots(self) -> Iterator[_Slot]:
@@ -133,7 +131,7 @@ class _Writer:
             for i in range(len(stored.shape)):
                 hint = f"{stored.name}_size" if len(stored.shape) == 1 else f"{stored.name}_size_{i}"
                 values = tuple(one.tensors[at].shape[i] for one in self.members)
-                yield _Slot(hint, stored.name, Argument("", 0).default, values)
+                yield _Slot(hint, stored.name, REQUIRED, values)
         for name in first.children:
             yield from self._slots_of(name, [one.children[name] for one in self.members])
 
@@ -194,9 +192,8 @@ class _Writer:
             return self._container(first, parts)
         if isinstance(first, Layer):
             arguments = list(first.arguments)
-            columns = [
-                [part.arguments[at].value for part in parts if isinstance(part, Layer)] for at in range(len(arguments))
-            ]
+            rows = [[one.value for one in part.arguments] for part in parts if isinstance(part, Layer)]
+            columns = [list(column) for column in zip(*rows, strict=True)]
             return self._call(first.kind, arguments, columns)
         whole = self.classes[first.key]
         columns = [[part.values[one.name] for part in parts if isinstance(part, Own)] for one in whole.arguments]
@@ -242,9 +239,8 @@ def _kind(value: Any) -> str:
 
 
 def _definition(name: str, items: Sequence[str], returns: str) -> list[str]:
-    return lines(
-        "", Bracket(f"def {name}(", tuple(("", one) for one in ("self", *items)), ")"), f" -> {returns}:", indent=4
-    )
+    begin = Bracket(f"def {name}(", tuple(("", one) for one in ("self", *items)), ")")
+    return lines("", begin, f" -> {returns}:", indent=4)
 
 
 def _signature(parameters: Sequence[tuple[str, str]], returns: str) -> list[str]:

@@ -17,7 +17,7 @@ from surgeon.exports.literals import NoTextError, text
 
 _SKIPPED = ("device", "dtype", "_weight", "_freeze", "init", "min_value", "max_value", "process_group")
 _ALIKE_IN_PLACE = ("training", "num_batches_tracked")
-_REQUIRED = inspect.Parameter.empty
+REQUIRED = inspect.Parameter.empty
 _TENSORS_ASKED_FOR = {"bias": "bias", "add_bias_kv": "bias_k"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
@@ -28,11 +28,11 @@ class Argument:
 
     name: str
     value: Any
-    default: Any = _REQUIRED
+    default: Any = REQUIRED
 
     @property
     def is_required(self) -> bool:
-        return self.default is _REQUIRED
+        return self.default is REQUIRED
 
     @property
     def is_default(self) -> bool:
@@ -96,12 +96,12 @@ def _has_bias(module: nn.MultiheadAttention, name: str) -> bool:
 
 def _short(found: list[Argument]) -> list[Argument]:
     """Write (3, 3) as 3, and leave out the stride of a pooling that is its kernel."""
-    made = []
+    made: list[Argument] = []
     for one in found:
         value = one.value
         if isinstance(value, tuple) and value and all(same(part, value[0]) for part in value):
             value = value[0]
-        if one.name == "stride" and one.default is None and same(value, next(iter(made)).value):
+        if one.name == "stride" and one.default is None and same(value, made[0].value):
             value = None
         made.append(Argument(one.name, value, one.default))
     return made

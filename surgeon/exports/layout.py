@@ -49,10 +49,13 @@ def call(function: str, args: Sequence[Code] = (), named: Sequence[tuple[str, Co
 
 
 def lines(begin: str, code: Code, end: str = "", *, indent: int) -> list[str]:
-    """Write `begin code end` on as few lines as fit, each with its indentation.
+    r"""Write `begin code end` on as few lines as fit, each with its indentation.
 
-    >>> lines("x = ", call("f", ["a" * 50, "b" * 50]), indent=0)[1:]
-    ['    aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa,', '    bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb,', ')']
+    >>> print("\n".join(lines("x = ", call("f", ["a" * 50, "b" * 50]), indent=0)))
+    x = f(
+        aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa,
+        bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb,
+    )
     """
     whole = f"{' ' * indent}{begin}{code}{end}"
     if len(whole) <= WIDTH:

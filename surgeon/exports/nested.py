@@ -201,7 +201,7 @@ class _Nested(fx.Tracer):
         assert self.now is not None
         for path, one in self.now.module.named_modules(remove_duplicate=False):
             if one is m:
-                return path
+                return str(path)
         raise TypeError(f"its forward calls a {type(m).__name__} that is not registered in it")
 
     def _read(self, tensor: Tensor) -> fx.Proxy:

@@ -66,9 +66,8 @@ def claim_folder(folder: Path, *, force: bool, origins: Sequence[str | PathLike[
     elif folder.exists() or folder.is_symlink():
         raise StoreError(f"{folder} is not a folder", todo="Give another one with --python.")
     elif not folder.parent.is_dir():
-        raise StoreError(
-            f"there is no folder {folder.parent}", todo="Make it first, or give another one with --python."
-        )
+        todo = "Make it first, or give another one with --python."
+        raise StoreError(f"there is no folder {folder.parent}", todo=todo)
 
 
 def write_python(
@@ -105,9 +104,8 @@ def write_python(
         report = compare(model, _imported(part), inputs, seed, silent)
         if not report:
             failed = next((check.says for check in report.checks if not check.passed), report.verdict)
-            raise VerifyError(
-                f"the Python that was written does not compute what the network does: {failed}", todo=_TODO
-            )
+            what = "the Python that was written does not compute what the network does"
+            raise VerifyError(f"{what}: {failed}", todo=_TODO)
         progress("running it in a process of its own", 0.7)
         _run_alone(model, inputs, part)
         said = json.dumps({"version": __version__, "origin": origin, "verified": _verdict(report), **as_data(model)})
@@ -166,7 +164,8 @@ def _others(inputs: Inputs) -> list[Inputs]:
 def _imported(folder: Path) -> nn.Module:
     """Run the text that was just written, and load its weights."""
     spec = importlib.util.spec_from_file_location("surgeon_written_model", folder / CODE)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:
         with quietly(0):

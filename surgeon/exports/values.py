@@ -50,7 +50,8 @@ class Value(fx.Proxy):
         return len(value_of(self))
 
     def __iter__(self) -> Iterator[Any]:
-        return iter([self[i] for i in range(len(value_of(self)))])
+        whole: Any = self
+        return iter([whole[i] for i in range(len(value_of(self)))])
 
     def __abs__(self) -> Any:
         return self.tracer.create_proxy("call_function", operator.abs, (self,), {})

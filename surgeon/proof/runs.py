@@ -9,7 +9,7 @@ from its own float64 result.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,8 +30,10 @@ from surgeon.proof.distance import (
     excess,
     furthest,
     is_matched,
+    largest,
     matched,
     pooled,
+    rounded_to,
     tensors,
     worst,
 )
@@ -59,11 +61,10 @@ class Models:
     """The models in their dtypes and in `exact`, which is float64 if A runs there; and the modules that they share."""
 
     def __init__(self, a: nn.Module, b: nn.Module, replay: Replay | None, seed: int, exact: torch.dtype) -> None:
-        self.dtype, self.exact, self.seed = dtype_of(a), exact, seed
-        self.was_cast = replay is not None and replay.dtype not in (None, self.dtype)
-        if replay is not None and replay.dtype is not None:
-            self.dtype = replay.dtype
-        self.own_a, self.own_b = evaluating(a, _to(self.dtype) if self.was_cast else None), evaluating(b)
+        cast = None if replay is None else replay.dtype
+        self.dtype, self.exact, self.seed = cast or dtype_of(a), exact, seed
+        self.was_cast = self.dtype != dtype_of(a)
+        self.own_a, self.own_b = evaluating(a, rounded_to(self.dtype) if self.was_cast else None), evaluating(b)
         self.double_a = evaluating(a, as_double)
         self.is_double = exact == torch.float64
         self.a, self.b = (self.double_a, evaluating(b, as_double)) if self.is_double else (self.own_a, self.own_b)
@@ -137,9 +138,8 @@ class Models:
 
     def _own_truths(self, truths: list[Any], draws: Sequence[Inputs]) -> list[Any]:
         """Run A in float64 as it is in its own dtype, which is another A where it was cast."""
-        if not self.was_cast:
-            return truths
-        return [self._call(evaluating(self.own_a, as_double), one, self.exact) for one in draws]
+        as_stored = evaluating(self.own_a, as_double) if self.was_cast else None
+        return truths if as_stored is None else [self._call(as_stored, one, self.exact) for one in draws]
 
     def _recorder(self) -> Recorder:
         if self.replay is not None:
@@ -246,7 +246,7 @@ class Models:
         moved = [self._call(model, inputs, torch.float64) for model in shaken]
         if not all(is_matched(one, truth) for one in (out, *moved)):
             return Exactness(None, blocks=blocks)
-        noise = _largest([pooled([one], [truth]) for one in moved])
+        noise = largest([pooled([one], [truth]) for one in moved])
         limits = [
             (one.l2 if one.flips <= most.flips_allowed(self.margin) else torch.inf, max(EXACT, self.margin * most.l2))
             for one, most in zip(pooled([out], [truth]), noise, strict=True)
@@ -273,7 +273,7 @@ class Models:
         sides = [(self.own_a, truths), (self.own_b, outs_b), *[(self.own_a, truths)] * (_SHAKES - 1)]
         for i, (model, outs) in enumerate(sides):
             moved = evaluating(model, Jitter(self.seed + i, units=units, keeps_dtype=not self.is_double))
-            noise = _largest([noise, pooled([self._call(moved, one, self.exact) for one in draws], outs)])
+            noise = largest([noise, pooled([self._call(moved, one, self.exact) for one in draws], outs)])
             if not i:
                 continue
             limits = [self.margin * most.l2 + self.arithmetic for most in noise]
@@ -384,19 +384,6 @@ class Models:
         return call(model, inputs, dtype, self.seed)
 
 
-def _to(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    return lambda t: t.to(dtype) if t.is_floating_point() else t.clone()
-
-
-def _largest(draws: Sequence[Sequence[Apart]]) -> list[Apart]:
-    """Take the largest of several draws, output by output."""
-    first, *others = draws
-    found = list(first)
-    for draw in others:
-        found = [one.furthest(other) for one, other in zip(found, draw, strict=True)]
-    return found
-
-
 def _floats(out: Any) -> list[Tensor]:
     return [t for t in tensors(out) if t.is_floating_point() and t.numel()]
 
@@ -404,7 +391,7 @@ def _floats(out: Any) -> list[Tensor]:
 def _with_tensors_of(b: nn.Module, replay: nn.Module) -> nn.Module | None:
     """Copy the replay's modules and give them B's tensors; None if they do not fit, which another check reports."""
     dtype = dtype_of(b)
-    in_own = None if dtype == torch.float64 else _to(dtype)
+    in_own = None if dtype == torch.float64 else rounded_to(dtype)
     twin = shadow(replay, in_own)
     try:
         twin.load_state_dict(without_roles(b.state_dict()), assign=True)
