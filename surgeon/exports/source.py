@@ -95,7 +95,7 @@ def _imports(body: str) -> list[str]:
         *(["import math"] if is_used("math") else []),
         *(["from collections import OrderedDict"] if is_used("OrderedDict") else []),
         "from pathlib import Path",
-        *([f"from typing import Any, {', '.join(typing)}"] if typing else []),
+        *([f"from typing import {', '.join(typing)}"] if typing else []),
         "",
         "import torch",
         *(["import torch.nn.functional as F"] if is_used("F") else []),

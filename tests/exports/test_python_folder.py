@@ -233,9 +233,8 @@ def test_a_wrong_text_is_found_and_nothing_is_left(tmp_path: Path, monkeypatch, 
     if where == "verifier":
         monkeypatch.setattr(python, "source", wrong)
     else:
-        monkeypatch.setattr(
-            python, "PROGRAM", python.PROGRAM.replace("made[name] = leaves(", "made[name] = 2 * leaves(")
-        )
+        program = python.PROGRAM.replace("torch.save(made", "made['float64'][0] += 1e-9; torch.save(made")
+        monkeypatch.setattr(python, "PROGRAM", program)
     model = Outer(nn.Conv2d(3, 3, 1)).eval()
     with pytest.raises(VerifyError, match="the Python that was written"):
         write_python(model, Inputs((torch.randn(1, 3, 4, 4),)), tmp_path / "out", origin="a test")
