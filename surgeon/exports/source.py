@@ -80,7 +80,7 @@ def _names(part: Part, path: str, model: nn.Module) -> Iterator[str]:
 
 def _head(head: str) -> list[str]:
     """Write the docstring of the file; what came from a file or a user cannot end it."""
-    said = [printable(line).replace("\\", "/").replace('"', "'").rstrip() for line in head.splitlines()]
+    said = [printable(line).replace("\\", "/").replace('"', "'").rstrip() for line in head.splitlines() or [""]]
     return [f'"""{said[0]}', *said[1:], '"""', ""]
 
 

@@ -98,7 +98,7 @@ def test_a_resnet_has_one_class_for_each_kind_of_block_and_its_own_keys(tmp_path
         said = json.loads(file.metadata()["surgeon.python"])
     assert said["verified"]["verdict"] == "equivalent"
     assert [step["operation"] for step in said["history"]] == ["convert", "fuse"]
-    again = source(duplicate(model), Inputs((torch.randn(1, 3, 64, 64),)), "")
+    again = source(duplicate(model), Inputs((torch.randn(1, 3, 64, 64),)), "again")
     assert again.text.split("import torch")[1] == text.split("import torch")[1]
 
 
