@@ -102,16 +102,20 @@ class Jitter:
     """Moves every number by `units` in its last place, up or down; the result is float64.
 
     Half a unit cannot be stored in float64, so a float64 number moves by a whole unit; so does every number that keeps
-    its dtype.
+    its dtype. The tensors whose memory begins at one of the addresses `still` are not moved.
     """
 
-    def __init__(self, seed: int, *, units: float = 0.5, keeps_dtype: bool = False) -> None:
+    def __init__(
+        self, seed: int, *, units: float = 0.5, keeps_dtype: bool = False, still: Collection[int] = ()
+    ) -> None:
         self.generator = torch.Generator().manual_seed(seed)
-        self.units, self.keeps_dtype = units, keeps_dtype
+        self.units, self.keeps_dtype, self.still = units, keeps_dtype, still
 
     def __call__(self, tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return tensor.clone()
+        if tensor.numel() and tensor.data_ptr() in self.still:
+            return tensor.clone() if self.keeps_dtype else tensor.double()
         coin = torch.randint(0, 2, tensor.shape, generator=self.generator).to(tensor.device) * 2 - 1
         is_whole = self.keeps_dtype or tensor.dtype == torch.float64
         moved = tensor.double() + coin * ulp(tensor) * (max(self.units, 1) if is_whole else self.units)

@@ -65,7 +65,7 @@ def verify(
     except NotInFloat64Error as error:
         models = Models(a, b, replay, seed, models.dtype)
         runs = models.run(inputs)
-        remarks.append(f"A does not run in float64 ({error}), so outputs were compared in {own}")
+        remarks.append(f"{error}, so outputs were compared in {own}")
     evidence = _evidence(models, runs, b, replay, a)
     found = checks(evidence, approximate=approximate)
     passed = all(check.passed for check in found)
