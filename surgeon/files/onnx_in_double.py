@@ -54,7 +54,7 @@ class InDouble:
 
     def _hoist_(self, graph: GraphProto) -> None:
         """Take float numbers out of the main graph: initializers, constants, and settings of its nodes."""
-        stay = [one for one in graph.initializer if not self._is_number(one.name, one)]
+        stay = [_widened(one) for one in graph.initializer if not self._is_number(one.name, one)]
         del graph.initializer[:]
         graph.initializer.extend(stay)
         nodes = []
@@ -89,10 +89,22 @@ def _widen_(nodes: Any) -> None:
         for one in node.attribute:
             if one.name in ("to", "dtype") and one.type == AttributeProto.INT and one.i in _FLOATS:
                 one.i = TensorProto.DOUBLE
-            elif one.type == AttributeProto.TENSOR and one.t.data_type in _FLOATS:
-                one.t.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(one.t).astype(np.float64)))
+            elif one.type == AttributeProto.TENSOR:
+                one.t.CopyFrom(_widened(one.t))
+            elif one.name == "value_float":  # of a constant
+                one.name, one.type = "value", AttributeProto.TENSOR
+                one.t.CopyFrom(numpy_helper.from_array(np.array(one.f, dtype=np.float64)))
             for graph in _graphs(one):
                 _widen_(graph.node)
+                for tensor in graph.initializer:
+                    tensor.CopyFrom(_widened(tensor))
+
+
+def _widened(tensor: TensorProto) -> TensorProto:
+    """Give floats as float64, and other numbers as they are."""
+    if tensor.data_type not in _FLOATS:
+        return tensor
+    return numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float64), tensor.name)
 
 
 def _graphs(attribute: AttributeProto) -> Iterator[GraphProto]:

@@ -23,7 +23,8 @@ from surgeon.models.sandbox import quietly
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-_EXTRA = "extra/"  # the folder in the archive that holds what else the file says
+_EXTRA = "/extra/"  # the folder in the archive that holds what else the file says
+_OF_ARCHIVE = "/.data/"  # the folder whose content torch makes of all others
 
 
 class Pt2(Export):
@@ -49,14 +50,13 @@ class Pt2(Export):
     def add(self, path: Path, captured: Captured, said: Mapping[str, str]) -> None:
         before = _records(path)
         _save(captured.program, path, dict(said))
-        after = {name: crc for name, crc in _records(path).items() if _EXTRA not in name}
-        if after != {name: crc for name, crc in before.items() if _EXTRA not in name}:
+        if _records(path) != before:
             raise StoreError("torch has written another program the second time", todo="Nothing was written; try again.")
 
     def said(self, path: Path) -> dict[str, str]:
         with zipfile.ZipFile(path) as archive:
-            names = [name for name in archive.namelist() if f"/{_EXTRA}" in name]
-            return {name.partition(f"/{_EXTRA}")[2]: archive.read(name).decode() for name in names}
+            names = [name for name in archive.namelist() if _EXTRA in name]
+            return {name.partition(_EXTRA)[2]: archive.read(name).decode() for name in names}
 
 
 class _Torch(Program):
@@ -100,5 +100,7 @@ def _save(program: ExportedProgram, path: Path, said: dict[str, str]) -> None:
 
 
 def _records(path: Path) -> dict[str, int]:
+    """Give the checksums of all records of the program."""
     with zipfile.ZipFile(path) as archive:
-        return {one.filename: one.CRC for one in archive.infolist()}
+        held = [one for one in archive.infolist() if _EXTRA not in one.filename and _OF_ARCHIVE not in one.filename]
+        return {one.filename: one.CRC for one in held}
