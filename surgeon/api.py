@@ -44,6 +44,7 @@ from surgeon.surgery import history as histories
 from surgeon.surgery.advice import Advice, advise
 from surgeon.surgery.compare import compare
 from surgeon.surgery.decide import carry_out, plan_for
+from surgeon.surgery.further import Further
 from surgeon.surgery.fuse import fold_all_
 from surgeon.surgery.history import Operation
 from surgeon.surgery.look import network_for
@@ -227,6 +228,8 @@ def fuse(
     *,
     dense: bool = False,
     keep_norms: bool = False,
+    branches: bool = False,
+    norms: bool = False,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Model:
@@ -239,6 +242,10 @@ def fuse(
     own name and of its own class: the weights load into the class that the model had before it was converted, and
     training can go on. Blocks inside modules that fold themselves (RepVGG, MobileOne) do so without being asked.
 
+    With `branches` whatever is linear between a map and a later sum becomes one conv, too: the branches of RepVGG,
+    MobileOne or DBB, by whatever class. With `norms` every norm is folded into the conv or linear layer that it belongs
+    to. Each is proved in float64; what would take more multiply-adds as one conv stays, unless `dense` is given.
+
     >>> type(fuse(convert(nn.Sequential(nn.Conv2d(3, 8, 3)), "acnet"))[0]).__name__
     'Conv2d'
     >>> make = lambda: nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8))
@@ -250,7 +257,8 @@ def fuse(
     """
     with ordinary():
         own = duplicate(checked(model))
-        return fuse_(own, example, dense=dense, keep_norms=keep_norms, seed=seed, progress=progress)
+        how: dict[str, Any] = {"dense": dense, "keep_norms": keep_norms, "branches": branches, "norms": norms}
+        return fuse_(own, example, **how, seed=seed, progress=progress)
 
 
 def fuse_(
@@ -259,6 +267,8 @@ def fuse_(
     *,
     dense: bool = False,
     keep_norms: bool = False,
+    branches: bool = False,
+    norms: bool = False,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Model:
@@ -266,7 +276,9 @@ def fuse_(
     with ordinary():
         progress("looking for an input", 0)
         network = network_for(model, example, seed=seed)
-        done = fold_all_(network, dense=dense, keep_norms=keep_norms, progress=parts(progress, 0.2, 1))
+        further = Further(branches=branches, norms=norms, costlier=dense)
+        step = parts(progress, 0.2, 1)
+        done = fold_all_(network, dense=dense, keep_norms=keep_norms, further=further, progress=step)
     done.say(_log)
     return model
 

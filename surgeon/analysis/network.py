@@ -44,6 +44,11 @@ class Network:
         self.model, self.inputs = model, inputs
         self._run, self._called_with = run, called_with
 
+    @property
+    def called_with(self) -> Inputs | None:
+        """How it is called, as far as that is known."""
+        return self.inputs if self.inputs is not None else self._called_with
+
     @cached_property
     def names(self) -> dict[nn.Module, tuple[str, ...]]:
         """All names of every module."""

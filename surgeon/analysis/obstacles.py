@@ -19,6 +19,13 @@ from surgeon.blocks import Block, norms
 
 NO_NORM = "no norm follows"
 COMPUTING_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
+_NORMS_OF: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
+    nn.ConvTranspose2d: (nn.BatchNorm2d, nn.SyncBatchNorm),
+    nn.Conv1d: (nn.BatchNorm1d, nn.SyncBatchNorm),
+    nn.ConvTranspose1d: (nn.BatchNorm1d, nn.SyncBatchNorm),
+    nn.Conv3d: (nn.BatchNorm3d, nn.SyncBatchNorm),
+    nn.ConvTranspose3d: (nn.BatchNorm3d, nn.SyncBatchNorm),
+}
 BAKE = "--bake (from Python, bake=True) makes its tensors permanent"
 
 
@@ -30,6 +37,21 @@ def norms_behind(network: Network) -> list[tuple[tuple[str, ...], tuple[str, ...
         norm, _ = norm_behind(facts, module)
         if norm is not None and not (isinstance(module, nn.Conv2d) and obstacle(facts, module)):
             found.append((facts.names[module], facts.names[norm]))
+    return found
+
+
+def norms_behind_others(network: Network) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Give the same for transposed convs and for those of one or three dimensions."""
+    facts = Facts(network)
+    found = []
+    for conv in facts.names:
+        kinds = _NORMS_OF.get(type(conv), ())
+        if not kinds or computes_its_tensors(conv) or custom_call(conv, "it") or conv in facts.kept_aside:
+            continue
+        is_shared = any(facts.owners[id(one)] != {conv} for one in conv.parameters()) or conv in facts.read_directly
+        norm, _ = norm_behind(facts, conv)
+        if isinstance(norm, kinds) and not is_shared:
+            found.append((facts.names[conv], facts.names[norm]))
     return found
 
 
@@ -68,7 +90,7 @@ def obstacle(facts: Facts, module: nn.Module) -> str | None:
     return None
 
 
-def computes_its_tensors(conv: nn.Conv2d) -> str | None:
+def computes_its_tensors(conv: nn.Module) -> str | None:
     """Say what computes a weight or a bias: a parametrization, or a hook, as pruning and older weight norms have."""
     if parametrize.is_parametrized(conv):
         return f"a parametrization computes its weight; {BAKE}"

@@ -221,7 +221,7 @@ def _taken(module: nn.Module) -> list[str]:
     """Name what a module holds that would be hidden by an attribute of the class `Rewritten`, or hide one."""
     held = (module._modules, module._parameters, module._buffers)
     return [name for name in (*_OWN, "graph") if name in vars(module)] or [
-        name for one in held for name in one if name in _NAMES
+        name for one in held for name in one if name in _NAMES or name in _OWN
     ]
 
 

@@ -49,11 +49,16 @@ def trace(module: nn.Module, inputs: Inputs | None) -> fx.Graph | str:
     """
     if (known := graph_of(module)) is not None:
         return known
-    found = _trace_in_both_modes(module, inputs, stops_early=False)
+    found = _traced(module, inputs, stops_early=False)
     if isinstance(found, str):
-        around = _trace_in_both_modes(module, inputs, stops_early=True)
+        around = _traced(module, inputs, stops_early=True)
         found = around if isinstance(around, fx.Graph) else found
     return found
+
+
+def trace_in_eval_mode(module: nn.Module, inputs: Inputs | None) -> fx.Graph | str:
+    """Trace as `trace` does, but in eval mode alone: for what is made for inference, whatever it does in training."""
+    return _traced(module, inputs, stops_early=False, modes=(False,))
 
 
 def may_convolve(module: nn.Module) -> bool:
@@ -63,7 +68,9 @@ def may_convolve(module: nn.Module) -> bool:
     return any(parameter.dim() == 4 for parameter in module.parameters())
 
 
-def _trace_in_both_modes(module: nn.Module, inputs: Inputs | None, *, stops_early: bool) -> fx.Graph | str:
+def _traced(
+    module: nn.Module, inputs: Inputs | None, *, stops_early: bool, modes: tuple[bool, ...] = (True, False)
+) -> fx.Graph | str:
     given = _arguments(module, inputs or Inputs())
     defaults = {name: value for name, value in given.items() if not Inputs((value,)).has_tensors}
     ways = [defaults] if inputs is not None or not defaults else [defaults, {}]
@@ -71,7 +78,7 @@ def _trace_in_both_modes(module: nn.Module, inputs: Inputs | None, *, stops_earl
     tensors = pytree.tree_map_only(Draw, lambda _: _A_TENSOR, tensors)
     known = drawn_from()
     try:
-        graphs = [_trace_once(module, mode, way, tensors, stops_early) for way in ways for mode in (True, False)]
+        graphs = [_trace_once(module, mode, way, tensors, stops_early) for way in ways for mode in modes]
         if drawn_from() != known and draws(lambda: _trace_once(module, True, ways[0], tensors, stops_early)):
             return "its forward draws random numbers by itself, and a graph would always do what the first ones said"
     except Exception as error:
@@ -80,9 +87,9 @@ def _trace_in_both_modes(module: nn.Module, inputs: Inputs | None, *, stops_earl
         return f"what it does depends on which optional inputs it is given, in {places.said(node)}"
     for i, other in enumerate(graphs[1:]):
         if difference := _difference(graphs[0], other):
-            when = "with and without its optional arguments" if i else "in train and eval mode"
+            when = "in train and eval mode" if not i and len(modes) > 1 else "with and without its optional arguments"
             return f"the graph is not the same {when}, first at {difference}"
-    _mark_(graphs[0], graphs[1])
+    _mark_(graphs[0], graphs[len(modes) - 1])
     if remembers := next((n.meta[REMEMBERS] for one in graphs for n in one.nodes if REMEMBERS in n.meta), None):
         _output_of(graphs[0]).meta[REMEMBERS] = remembers
     return graphs[0]

@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import logging
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import nn
@@ -51,7 +51,8 @@ from surgeon.surgery.advice import Advice
 from surgeon.surgery.bake import all_baked
 from surgeon.surgery.bench import Timing, Trials
 from surgeon.surgery.decide import carry_out, check_bakes, plan_for
-from surgeon.surgery.fuse import fold_all_
+from surgeon.surgery.further import FoldedBranches, Further
+from surgeon.surgery.fuse import BLOCKS_ONLY, fold_all_
 from surgeon.surgery.look import network_for
 from surgeon.surgery.plan import Plan
 from surgeon.surgery.replay import rebuild
@@ -80,6 +81,9 @@ class Fused:
     path: Path
     norms: tuple[str, ...] = ()  # that were given back
     notes: tuple[str, ...] = ()  # what else the user has to know
+    branches: tuple[FoldedBranches, ...] = ()  # linear sub-graphs that are one conv now
+    folded_norms: tuple[str, ...] = ()  # norms that were folded into the conv before them
+    refused: Mapping[str, str] = field(default_factory=dict)  # sums that were not folded, and why
 
 
 def survey(name: str, given: Given, progress: Progress = silent) -> Survey:
@@ -217,10 +221,11 @@ def fuse(
     *,
     dense: bool = False,
     keep_norms: bool = False,
+    further: Further = BLOCKS_ONLY,
     output: Path | None = None,
     force: bool = False,
 ) -> Fused:
-    """Fold the blocks of a model, and write it."""
+    """Fold the blocks of a model, and what is linear besides as far as `further` says, and write it."""
     path = claim_model(output, name, "fused", given, force=force)
     progress(f"loading {name}", 0)
     loaded = _load(name, given)
@@ -229,17 +234,30 @@ def fuse(
         check_writable(model, given.trust)
     progress("looking for an input", 0.3)
     network = _network(model, given)
-    done = fold_all_(network, dense=dense, keep_norms=keep_norms, progress=parts(progress, 0.4, 0.9))
+    step = parts(progress, 0.4, 0.9)
+    done = fold_all_(network, dense=dense, keep_norms=keep_norms, further=further, progress=step)
     if done.warning is not None:
         _log.warning(done.warning)
     if stays := _what_stays(model, keep_norms=keep_norms):
         _log.info(stays)
-    elif not done.blocks:
-        _log.info("the model has no block that can be folded; it is written unchanged")
+    elif not done.blocks and not done.further:
+        _log.info(_nothing(further))
     progress(f"writing {path}", 0.9)
     _save(loaded, path, given.trust, force=force)
     folded = tuple(block for block in done.blocks if not isinstance(model.get_submodule(block), Block))
-    return Fused(folded, (params, _count(model)), done.distance, path, done.norms, done.notes)
+    more = done.further
+    return Fused(
+        *(folded, (params, _count(model)), done.distance, path, done.norms, done.notes),
+        *(tuple(more.folded.values()), tuple(more.norms), more.refused),
+    )
+
+
+def _nothing(further: Further) -> str:
+    """Say that there was nothing to fold, of what was asked for."""
+    parts = [word for word, is_asked in (("branches", further.branches), ("norm", further.norms)) if is_asked]
+    what = " or ".join(["block", *parts])
+    hint = "" if further else "; --branches and --norms fold what is not a block of surgeon's"
+    return f"the model has no {what} that can be folded; it is written unchanged{hint}"
 
 
 def _what_stays(model: nn.Module, *, keep_norms: bool) -> str | None:

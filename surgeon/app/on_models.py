@@ -139,20 +139,38 @@ def fuse(
             "that the model had before, and training can go on.",
         ),
     ] = False,
+    blocks: Annotated[bool, typer.Option("--blocks", help="Fold surgeon's own blocks alone: the default.")] = False,
+    branches: Annotated[
+        bool,
+        typer.Option(
+            "--branches",
+            help="Also make one conv of whatever is linear between a map and a later sum: the branches of RepVGG, "
+            "MobileOne, DBB and their like, whoever wrote them.",
+        ),
+    ] = False,
+    norms: Annotated[
+        bool, typer.Option("--norms", help="Also fold every norm into the conv or linear layer that it belongs to.")
+    ] = False,
+    everything: Annotated[bool, typer.Option("--all", help="All of these.")] = False,
     output: Output = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
     """Fold every block into one plain conv, or a few that cost less. The result is saved.
 
-    Inside modules that fold themselves (RepVGG, MobileOne), blocks become a conv and a norm, as with --keep-norms.
+    Inside modules that fold themselves (RepVGG, MobileOne), blocks become a conv and a norm, as with --keep-norms;
+    --branches folds these, too.
     """
+    if blocks and (branches or norms or everything):
+        raise typer.BadParameter("--blocks means blocks alone: take it, or the others, away")
     with bar() as progress:
         from surgeon.app import commands
         from surgeon.display.convert import fused_data, fused_view
+        from surgeon.surgery.further import Further
 
         how = {"dense": dense, "keep_norms": keep_norms}
-        done = commands.fuse(model, given, progress, **how, output=output, force=force)
+        further = Further(branches=branches or everything, norms=norms or everything, costlier=dense)
+        done = commands.fuse(model, given, progress, **how, further=further, output=output, force=force)
     show(fused_data(done) if json else fused_view(done))
 
 

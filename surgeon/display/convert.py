@@ -12,6 +12,8 @@ from surgeon.display.fit import fit_view
 from surgeon.display.plan import plan_view
 from surgeon.display.sheet import Line
 
+_SHOWN = 8
+
 if TYPE_CHECKING:
     from surgeon.app.commands import Converted, Fused
 
@@ -56,13 +58,34 @@ def converted_data(converted: Converted) -> dict[str, Any]:
 def fused_view(fused: Fused) -> RenderableType:
     before, after = fused.params
     folded = words.counted(len(fused.folded), "block")
-    lines = [f"folded: {folded}, {words.amount(before)} → {words.amount(after)} parameters"]
+    found = [folded] if fused.folded or not (fused.branches or fused.folded_norms) else []
+    norms = len(fused.folded_norms) + sum(not one.has_branches for one in fused.branches)
+    found += [words.counted(count, "linear sub-graph")] if (count := len(fused.branches) - _alone(fused)) else []
+    found += [words.counted(norms, "norm")] if norms else []
+    lines = [f"folded: {', '.join(found)}, {words.amount(before)} → {words.amount(after)} parameters"]
+    lines += _of_branches(fused)
     if fused.norms:
         lines.append(f"given back: {words.counted(len(fused.norms), 'norm')}, each behind the conv that it belongs to")
     lines += fused.notes
     if fused.distance is not None:
         lines.append(f"whole network, before and after, in its own dtype: relative L2 {fused.distance:.1e}")
     return Group(*map(Line, [*lines, f"written: {fused.path}"]))
+
+
+def _alone(fused: Fused) -> int:
+    """How many of the sub-graphs are one conv with its norms."""
+    return sum(not one.has_branches for one in fused.branches)
+
+
+def _of_branches(fused: Fused) -> list[str]:
+    """Name sub-graphs, and sums that were not folded; the first few of each."""
+    made = [f"  {one}" for one in fused.branches if one.has_branches]
+    kept = [f"  not folded: {where}: {why}" for where, why in fused.refused.items()]
+    return [*_first(made, "more like these"), *_first(kept, "more sums are not folded")]
+
+
+def _first(lines: list[str], rest: str) -> list[str]:
+    return lines if len(lines) <= _SHOWN else [*lines[: _SHOWN - 1], f"  and {len(lines) - _SHOWN + 1} {rest}"]
 
 
 def fused_data(fused: Fused) -> dict[str, Any]:

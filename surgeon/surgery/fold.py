@@ -9,17 +9,22 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from functools import partial
 
+import torch
 from torch import nn
 
+from surgeon._torch_compat import ConvNd
 from surgeon.analysis import convs
 from surgeon.analysis.network import Network
-from surgeon.analysis.obstacles import custom_call, norms_behind
+from surgeon.analysis.obstacles import custom_call, norms_behind, norms_behind_others
 from surgeon.blocks import Block, Deployable, Foldable, contract, norms
 from surgeon.conv import kernels
+from surgeon.conv.numbers import cast
 from surgeon.conv.spec import ConvSpec
 from surgeon.errors import PlanError
+from surgeon.models.copies import shadow
 from surgeon.models.memory import give_back_after
 from surgeon.octave import rewrite as seams
+from surgeon.proof.distance import as_double
 from surgeon.surgery import give_back
 from surgeon.surgery.finite import finite
 from surgeon.surgery.give_back import Paths, Return
@@ -35,12 +40,14 @@ def fold_blocks_(
     returns: Mapping[Paths, Return] | None = None,
     deploys: bool = True,
     rules: int = RULES,
+    dtypes: dict[nn.Module, torch.dtype] | None = None,
 ) -> tuple[str, ...]:
     """Replace every block of a network by the conv it folds to, or by its deployment form; returns their names.
 
     Blocks that cost less than one conv are deployed in several, unless `dense` asks for that conv. Those in `returns`
     become a conv and the norm that they have taken over. Without `deploys`, no block gets its deployment form. `rules`
-    are those by which a recorded operation was carried out.
+    are those by which a recorded operation was carried out. With `dtypes`, what blocks fold to stays in float64, since
+    it will be a part of something else that is folded; noted there is the dtype that each of these convs is to have.
 
     The running statistics are folded in, whatever mode the model is in; the mode stays the same.
 
@@ -55,7 +62,10 @@ def fold_blocks_(
         if (origin := (returns or {}).get(paths)) is not None:
             folded |= give_back.make(paths, block, origin, stood.get(origin.norm))
         else:
-            folded[paths] = finite(paths[0], "folded", partial(_fold, block), block)
+            source = block if dtypes is None else shadow(block, as_double)
+            folded[paths] = conv = finite(paths[0], "folded", partial(_fold, source), block)
+            if dtypes is not None:
+                dtypes[conv] = next(block.parameters()).dtype
     deployed, folded_in = _deployed(network, rules, folded) if deploys else ({}, {})
     rests = {paths: norms.plain_rest(m) for paths, m in stood.items() if isinstance(m, norms.NormRest)}
     rests = {paths: rest for paths, rest in rests.items() if blocks and paths not in folded}
@@ -116,15 +126,20 @@ def _deployed(
     return {paths: finite(paths[0], "folded", block.deploy, block) for paths, block in blocks.items()}, rests
 
 
-def fold_norms_(network: Network) -> tuple[str, ...]:
+def fold_norms_(network: Network, only: Collection[str] | None = None) -> tuple[str, ...]:
     """Fold every batch norm that belongs to one conv or block alone into it, in eval mode; returns the norms' names.
 
     This is done in float64 and cast once. What the class of a norm does besides takes its place, or an Identity.
+    Transposed convs and those of one or three dimensions are convs here, too. `only` names the norms to fold, as a
+    history has recorded them.
     """
     model, folded = network.model, {}
-    for paths, norm_paths in norms_behind(network):
+    for paths, norm_paths in (*norms_behind(network), *norms_behind_others(network)):
+        if only is not None and norm_paths[0] not in only:
+            continue
         module, norm = model.get_submodule(paths[0]), norms.core_of(model.get_submodule(norm_paths[0]))
-        make = partial(module.with_norm, norm) if isinstance(module, Block) else partial(_with_norm, module, norm)
+        made_by = _with_norm if isinstance(module, nn.Conv2d) else _other_with_norm
+        make = partial(module.with_norm, norm) if isinstance(module, Block) else partial(made_by, module, norm)
         if (made := finite(paths[0], f"folded with {norm_paths[0]}", make, module, norm)) is not None:
             folded[norm_paths] = (paths, made)
     for norm_paths, (paths, made) in folded.items():
@@ -142,6 +157,28 @@ def _with_norm(conv: nn.Module, norm: nn.Module) -> nn.Conv2d:
     assert isinstance(spec, ConvSpec)  # no norm belongs to another one
     kernel, bias = kernels.with_norm(conv.weight, conv.bias, norm)
     return spec.build_with(kernel, bias, like=conv.weight).train(conv.training)
+
+
+def _other_with_norm(conv: nn.Module, norm: nn.Module) -> nn.Module:
+    """Fold a norm into a transposed conv, or into one of other dimensions: a copy of it with other tensors.
+
+    A transposed conv has its filters on the second axis, (in, out/groups, …), group by group.
+    """
+    assert isinstance(conv, ConvNd)
+    numbers = kernels.Norm.of(norm).double()
+    scale = numbers.weight / torch.sqrt(numbers.var + numbers.eps)
+    bias = -numbers.mean if conv.bias is None else conv.bias.detach().double() - numbers.mean
+    weight = conv.weight.detach().double()
+    ones = [1] * (weight.dim() - 2)
+    if conv.transposed:
+        grouped = weight.view(conv.groups, -1, *weight.shape[1:]) * scale.view(conv.groups, 1, -1, *ones)
+        weight = grouped.flatten(0, 1)
+    else:
+        weight = weight * scale.view(-1, 1, *ones)
+    made, trains = shadow(conv), conv.weight.requires_grad
+    made.weight = nn.Parameter(cast(weight, conv.weight.dtype, "weight"), trains)
+    made.bias = nn.Parameter(cast(numbers.bias + bias * scale, conv.weight.dtype, "bias"), trains)
+    return made
 
 
 def _fold(block: Foldable) -> nn.Conv2d:

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from surgeon.analysis.network import Network
+from surgeon.analysis.run import Run
 from surgeon.analysis.self_folding import SelfFolding
 from surgeon.errors import PassError, PlanError, VerifyError
 from surgeon.models.call import Inputs
 from surgeon.models.copies import shadow
-from surgeon.models.progress import Progress, silent
+from surgeon.models.progress import Progress, parts, silent
 from surgeon.models.sandbox import ordinary
 from surgeon.proof import calls
 from surgeon.proof.distance import worst
 from surgeon.surgery import give_back
+from surgeon.surgery.branches import fold_further_
 from surgeon.surgery.fold import fold_blocks_, rules_for
+from surgeon.surgery.further import Done, Further
 from surgeon.surgery.give_back import Paths, Return
 from surgeon.surgery.history import Operation, content_hash, history, planned_inputs, record_, versions
 from surgeon.surgery.selfcheck import check_finite, is_far, outputs_of
+
+BLOCKS_ONLY = Further()
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +40,7 @@ class Folded:
     norms: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()  # sentences about modules that fold themselves
     warning: str | None = None  # keys that do not fit back, though that was asked for
+    further: Done = field(default_factory=Done)  # what was folded besides blocks
 
     def say(self, log: logging.Logger) -> None:
         """Log what the user has to know."""
@@ -45,43 +52,62 @@ class Folded:
 
 @ordinary()
 def fold_all_(
-    network: Network, *, dense: bool = False, keep_norms: bool = False, progress: Progress = silent
+    network: Network,
+    *,
+    dense: bool = False,
+    keep_norms: bool = False,
+    further: Further = BLOCKS_ONLY,
+    progress: Progress = silent,
 ) -> Folded:
     """Fold, record it in the model's history, and say what was folded and how far the output moved.
 
     With `keep_norms` every block becomes the conv and the norm that it was made of. Blocks inside modules that fold
-    themselves do so always.
+    themselves do so always. `further` says what is folded besides blocks.
 
     Raises:
         PlanError: it overflows, or does not run, when its blocks are folded, or a norm cannot go back to where it was.
         PassError: it moved the output by more than rounding can. The model is as it was.
     """
+    if further and keep_norms:
+        raise PlanError("norms are to be kept, and to be folded", todo="Take one of the two options away.")
     model, inputs = network.model, network.inputs
     progress("running the network as it was", 0)
     parent, before = content_hash(model), outputs_of(model, inputs)
     planned = planned_inputs(history(model))  # verify will look at the network with these, too
     returns = give_back.returns(network, history(model), everywhere=keep_norms, dense=dense)
-    notes = _notes(network, returns)
+    notes = () if further.branches else _notes(network, returns)
     progress("folding, and running the network as it is then", 0.5)
     restore, original, rules = _snapshot(model), shadow(model), 1 if keep_norms else rules_for(network, dense=dense)
     is_planned = inputs is not None and planned is not None and inputs.text == planned.text
     distance = None
+    run = network.run if further and inputs is not None else Run()
     try:
         looked = network if is_planned else Network(model, called_with=planned)
-        folded = fold_blocks_(looked, dense=dense, returns=returns, deploys=not keep_norms)
+        dtypes: dict[nn.Module, torch.dtype] | None = {} if further else None
+        folded = fold_blocks_(looked, dense=dense, returns=returns, deploys=not keep_norms, dtypes=dtypes)
+        step = parts(progress, 0.5, 0.9)
+        again = Network(model, called_with=looked.called_with)
+        more = fold_further_(again, further, run=run, dtypes=dtypes, progress=step)
         if before is not None and inputs is not None:
             distance = _distance(model, original, inputs, before)
     except BaseException:
         restore()
         raise
-    if folded:
+    if folded or more:
         measured = {"folded": len(folded)} | ({} if distance is None else {"whole": distance})
         how: dict[str, Any] = {"dense": dense, "keep_norms": keep_norms, "rules": rules}
+        how |= {
+            "branches": further.branches,
+            "norms": further.norms,
+            "within": tuple(more.modules),
+            "before": tuple(more.norms),
+        }
         returned = () if keep_norms else tuple(paths[0] for paths in returns)
         made = content_hash(model)
         record_(model, Operation("fuse", parent, made, None, versions(), **how, returned=returned, measured=measured))
     norms = tuple(one.norm[0] for one in returns.values() if one.norm)
-    return Folded(folded, distance, norms, notes, give_back.unfit(model, returns) if keep_norms else None)
+    warning = give_back.unfit(model, returns) if keep_norms else None
+    return Folded(folded, distance, norms, notes, warning, more)
 
 
 def _notes(network: Network, returns: Mapping[Paths, Return]) -> tuple[str, ...]:
@@ -122,20 +148,25 @@ def _outputs_now(model: nn.Module, inputs: Inputs) -> Any:
         ) from error
 
 
+def _registers(module: nn.Module) -> dict[str, dict[str, Any]]:
+    return {name: dict(vars(module)[name]) for name in ("_modules", "_parameters", "_buffers")}
+
+
 def _snapshot(model: nn.Module) -> Callable[[], None]:
     """Remember which modules a model holds, and what they are; returns a function that puts them back.
 
     Folding changes no tensor, so none is copied.
     """
-    held = [(module, type(module), dict(vars(module)), dict(module._modules)) for module in model.modules()]
+    held = [(module, type(module), dict(vars(module)), _registers(module)) for module in model.modules()]
 
     def restore() -> None:
-        for module, kind, state, children in held:
+        for module, kind, state, registers in held:
             module.__class__ = kind
             vars(module).clear()
             vars(module).update(state)
-            module._modules.clear()
-            module._modules.update(children)
+            for name, known in registers.items():
+                vars(module)[name].clear()
+                vars(module)[name].update(known)
             if isinstance(module, fx.GraphModule):  # its class holds the code of its graph
                 module.recompile()
 

@@ -30,6 +30,10 @@ _LATER = (
     "rules",
     "keep_norms",
     "returned",
+    "branches",
+    "norms",
+    "within",
+    "before",
 )  # fields that older releases do not know, so that they read all that they can
 _MOST_STEPS = 64  # that are done again, when a file asks for it
 
@@ -54,11 +58,15 @@ class Operation:
     rules: int = 1  # fuse: the rules of folding that it followed; 1 leaves HetConvs as they are
     keep_norms: bool = False  # fuse: every block became the conv and the norm that it had been made of
     returned: tuple[str, ...] = ()  # fuse: the blocks that did so because the network around them folds itself
+    branches: bool = False  # fuse: linear sub-graphs became one conv each
+    norms: bool = False  # fuse: norms were folded into the convs beside them
+    within: tuple[str, ...] = ()  # fuse: the modules in whose graphs this was done, '' for the model itself
+    before: tuple[str, ...] = ()  # fuse: the norms that were folded into the convs before them, under their names
     measured: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __repr__(self) -> str:
         """Say in one line what was done: a plan and its recipe would fill pages."""
-        facts = [f"{name}=True" for name in ("dense", "keep_norms") if getattr(self, name)]
+        facts = [f"{name}=True" for name in ("dense", "keep_norms", "branches", "norms") if getattr(self, name)]
         if self.plan is not None:
             convs, recipe = self.plan.get("convs", ()), self.plan.get("recipe", {})
             swapped = sum("swap" in entry for entry in convs)

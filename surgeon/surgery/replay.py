@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,8 +25,10 @@ from surgeon.proof.evidence import Replay
 from surgeon.surgery import give_back
 from surgeon.surgery import manifest as manifests
 from surgeon.surgery.bake import bake_
+from surgeon.surgery.branches import fold_further_
 from surgeon.surgery.check import check
 from surgeon.surgery.fold import fold_blocks_
+from surgeon.surgery.further import Further, Recorded
 from surgeon.surgery.history import Operation, content_hash, history, planned_inputs, set_history_
 from surgeon.surgery.operate import operate_
 from surgeon.surgery.permute import permute_
@@ -49,7 +52,12 @@ def redo_(
             network = Network(model, called_with=planned_inputs(done))
             returns = give_back.recorded(network, done, step)
             deploys = not step.keep_norms
-            fold_blocks_(network, dense=step.dense, returns=returns, deploys=deploys, rules=step.rules)
+            further = Further(branches=step.branches, norms=step.norms, costlier=step.dense)
+            dtypes: dict[nn.Module, torch.dtype] | None = {} if further else None
+            how: dict[str, Any] = {"dense": step.dense, "deploys": deploys, "rules": step.rules}
+            fold_blocks_(network, **how, returns=returns, dtypes=dtypes)
+            folded = Network(model, called_with=network.called_with)
+            fold_further_(folded, further, recorded=Recorded(step.before, step.within), dtypes=dtypes)
         else:
             plan = Plan.model_validate(step.plan)
             given = fingerprints.fingerprint(model) if plan.baked else None

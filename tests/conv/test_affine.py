@@ -1,4 +1,4 @@
-"""Sums and sequences of convs are one conv, or are refused: against running them one by one, and impulses at borders."""
+"""Sums and sequences of convs are one conv, or are refused: against running them one by one; impulses at borders."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def convs(draw: st.DrawFn, c_in: int, c_out: int, *, stride: int | None = None) 
 
 @torch.no_grad()
 def apart(found: Affine, runs: Runs, channels: int) -> float:
-    """Say how far a result is from running the parts, on maps of noise and on one impulse at every pixel of a border."""
+    """Say how far a result is from running the parts, on maps of noise and on an impulse at every pixel."""
     worst = 0.0
     for size in SIZES:
         noise = torch.randn(2, channels, *size, dtype=torch.float64)
