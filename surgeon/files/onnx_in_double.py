@@ -3,8 +3,8 @@
 onnx's own reference evaluator says what every step means. Convs and poolings, which take it minutes, are computed by
 torch. Whatever the graph says in float32 becomes float64: the numbers that it stores, and casts.
 
-Its float constants are numbers of the file, too. Those that are not whole, which somebody has rounded to store them, are
-given beside its weights, so that the caller can move them by their rounding.
+Its float constants are numbers of the file, too. Those that are not whole, and were rounded to store them, are given
+beside its weights, so that the caller can move them by their rounding.
 """
 
 from __future__ import annotations
@@ -148,12 +148,12 @@ class ConvTranspose(OpRun):
         return (F.pad(made, _for_torch([*(-one for one in pads[:axes]), *ends], axes)).numpy(),)
 
 
-class MaxPool(_MaxPool):  # type: ignore[misc]
+class MaxPool(_MaxPool):
     op_domain = ""
 
-    def _run(self, x: Any, **how: Any) -> tuple[Any, ...]:
+    def _run(self, x: Any, **how: Any) -> tuple[Any, ...]:  # type: ignore[override]
         if len([name for name in self.onnx_node.output if name]) > 1:
-            made: tuple[Any, ...] = super()._run(x, **how)
+            made: tuple[Any, ...] = super()._run(x, **how)  # type: ignore[no-untyped-call]
             return made
         axes = x.ndim - 2
         kernel, stride = how["kernel_shape"], how["strides"] or [1] * axes
@@ -165,16 +165,16 @@ class MaxPool(_MaxPool):  # type: ignore[misc]
         return (_MAX[axes](given, kernel, stride, padding, dilation, bool(how["ceil_mode"])).numpy(),)
 
 
-class AveragePool(_AveragePool):  # type: ignore[misc]
+class AveragePool(_AveragePool):
     op_domain = ""
 
-    def _run(self, x: Any, **how: Any) -> tuple[Any, ...]:
+    def _run(self, x: Any, **how: Any) -> tuple[Any, ...]:  # type: ignore[override]
         axes = x.ndim - 2
         kernel, stride = how["kernel_shape"], how["strides"] or [1] * axes
         pads = _pads(x.shape[2:], kernel, stride, [1] * axes, how)
         is_even = pads[:axes] == pads[axes:] and all(2 * p <= k for p, k in zip(pads, kernel, strict=False))
         if not is_even or any(one != 1 for one in how["dilations"] or []):
-            made: tuple[Any, ...] = super()._run(x, **how)
+            made: tuple[Any, ...] = super()._run(x, **how)  # type: ignore[no-untyped-call]
             return made
         counts = bool(how["count_include_pad"])
         return (_AVERAGE[axes](_tensor(x), kernel, stride, pads[:axes], bool(how["ceil_mode"]), counts).numpy(),)

@@ -54,7 +54,7 @@ def still(a: nn.Module, b: nn.Module) -> frozenset[int]:
 def narrows(a: nn.Module, b: nn.Module, inputs: Inputs, seed: int) -> bool:
     """Whether code of the model that is no file computes in a smaller dtype, though all it was given is float64."""
     code = [model for model in (a, b) if not isinstance(model, Compiled)]
-    watch = _Narrowed()
+    watch = _Narrowed()  # type: ignore[no-untyped-call]
     for model in code:
         with watch:
             call(model, inputs, torch.float64, seed)
@@ -67,7 +67,7 @@ def refusal(a: nn.Module, b: nn.Module, inputs: Inputs) -> str | None:
     return next((why for one in files if (why := one.refusal(inputs.args, inputs.kwargs)) is not None), None)
 
 
-class _Narrowed(TorchDispatchMode):
+class _Narrowed(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes whether any step gives numbers in a smaller dtype than float64."""
 
     seen = False

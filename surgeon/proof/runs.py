@@ -87,7 +87,7 @@ class Models:
     @property
     def arithmetic(self) -> float:
         few = _ARITHMETIC * torch.finfo(self.exact).eps
-        return max(few, EXACT) if self.is_compiled and self.is_double else few  # steps are taken apart, and put together
+        return max(few, EXACT) if self.is_compiled and self.is_double else few  # a file has other steps
 
     def run(self, inputs: Sequence[Inputs]) -> tuple[Measured, ...]:
         """Run both models on every input, and on one more.

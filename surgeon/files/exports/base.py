@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from surgeon.errors import ModelError
+from surgeon.errors import ModelError, StoreError
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
+SAID = "surgeon."  # begins the names of what surgeon says in the metadata of a file
 SIDES = ("batch", "height", "width")  # what sides that may vary are called
 
 
@@ -68,6 +69,7 @@ class Program(abc.ABC):
     tensors: Mapping[str, Tensor]  # the numbers that it stores, by name
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
+    said: Mapping[str, str]  # the metadata of the file
 
     @abc.abstractmethod
     def run(self, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -95,10 +97,20 @@ class Export(abc.ABC):
         """
         missing = [name for name in self.needs if importlib.util.find_spec(name) is None]
         if missing:
+            are = "is" if len(missing) == 1 else "are"
             raise ModelError(
-                f"{self.name} needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed",
+                f"{self.name} needs {' and '.join(missing)}, which {are} not installed",
                 todo=f"Install it with: pip install 'conv-surgeon[{self.extra}]'.",
             )
+
+    def check_opset(self, opset: int | None) -> None:
+        """Make sure that a file can have this opset.
+
+        Raises:
+            StoreError: it cannot.
+        """
+        if opset is not None:
+            raise StoreError(f"{self.name} has no opset", todo="Leave out --opset, or write an .onnx file.")
 
     @abc.abstractmethod
     def write(self, captured: Captured, path: Path, *, opset: int | None) -> dict[str, Any]:

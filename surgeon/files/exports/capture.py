@@ -54,7 +54,7 @@ def capture(model: nn.Module, inputs: Inputs, *, dynamic_size: bool = False) -> 
 
 
 def _captured(model: nn.Module, inputs: Inputs, outputs: tuple[str, ...], batch: bool, size: bool) -> Captured:
-    shapes, varies = ShapesCollection(), {}
+    shapes, varies = ShapesCollection(), {}  # type: ignore[no-untyped-call]
     for tensor in inputs.tensors:
         is_batch = batch and tensor.dim() > 0 and len(tensor) == inputs.batch
         first = 2 if tensor.dim() > 3 or is_batch else 1

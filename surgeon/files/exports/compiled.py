@@ -24,7 +24,8 @@ class Compiled(nn.Module):
 
     def __init__(self, program: Program) -> None:
         super().__init__()
-        self.program, self._like = program, None
+        self.program = program
+        self._like: Any = None
         for i, tensor in enumerate(program.tensors.values()):
             self.register_parameter(f"{_PREFIX}{i}", nn.Parameter(tensor, requires_grad=False))
 
@@ -37,6 +38,8 @@ class Compiled(nn.Module):
         if why := self.refusal(args, kwargs):
             raise CaptureError(why, todo="Give an input that the file takes.")
         made = self.program.run(self.stored, args, kwargs)
+        if given := flat(self.program, args, kwargs):
+            made = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(given[0].device), made)
         return made if self._like is None else _in_place_of(self._like, made)
 
     def refusal(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
@@ -51,14 +54,18 @@ class Compiled(nn.Module):
         return None
 
     def answering_like(self, out: Any) -> Self:
-        """Give results in the structure of another model's: a file may hold a flat list of tensors only."""
-        self._like = out
+        """Give results in the structure of another model's: a file may hold no more than a list of tensors."""
+        self._like = pytree.tree_map_only(Tensor, lambda _: _Hole(), out)
         return self
 
     def train(self, mode: bool = True) -> Self:
         """Note the mode. A program was made in eval mode, and stays as it is."""
         self.training = mode
         return self
+
+
+class _Hole:
+    """Where a tensor belongs in a result."""
 
 
 def flat(program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
@@ -73,10 +80,10 @@ def _in_place_of(like: Any, made: Any) -> Any:
     """Put tensors in the places that another model's result has for them."""
     given = [leaf for leaf in pytree.tree_leaves(made) if isinstance(leaf, Tensor)]
     leaves, tree = pytree.tree_flatten(like)
-    if sum(isinstance(leaf, Tensor) for leaf in leaves) != len(given):
+    if sum(isinstance(leaf, _Hole) for leaf in leaves) != len(given):
         return made  # the difference is for whoever compares them
     rest = iter(given)
-    return pytree.tree_unflatten([next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves], tree)
+    return pytree.tree_unflatten([next(rest) if isinstance(leaf, _Hole) else leaf for leaf in leaves], tree)
 
 
 def dtypes_of(tensors: Mapping[str, Tensor]) -> set[torch.dtype]:

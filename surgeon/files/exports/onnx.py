@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 _SYMBOL = re.compile(r"\b[su]\d+\b")  # what torch calls a side that varies
+_FIRST_OPSET = 18  # which torch writes; older ones would be converted, which fails for many operators
 _LARGEST = 2**31 - 2**20  # bytes of a protobuf file, with something left for its graph
 _OWN_DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "ai.onnx.preview.training", "com.microsoft")  # of onnxruntime itself
 _TO_HOST = "Save it as one file: onnx.save(onnx.load('model.onnx'), 'whole.onnx')."
@@ -40,6 +42,15 @@ class Onnx(Export):
     extra = "onnx"
     needs = ("onnx", "onnxscript", "onnxruntime")
     most_bytes: ClassVar[int | None] = _LARGEST
+
+    def check_opset(self, opset: int | None) -> None:
+        from onnx.defs import onnx_opset_version
+
+        if opset is not None and not _FIRST_OPSET <= opset <= onnx_opset_version():
+            raise StoreError(
+                f"opset {opset} is none that can be written",
+                todo=f"Give one from {_FIRST_OPSET} to {onnx_opset_version()}, or leave out --opset.",
+            )
 
     def write(self, captured: Captured, path: Path, *, opset: int | None) -> dict[str, Any]:
         model = _exported(captured, opset)
@@ -63,7 +74,7 @@ class Onnx(Export):
             file.write(more.SerializeToString(deterministic=True))
 
     def said(self, path: Path) -> dict[str, str]:
-        return {one.key: one.value for one in _read(path).metadata_props}
+        return _said(_read(path))
 
 
 class _Onnx(Program):
@@ -87,6 +98,7 @@ class _Onnx(Program):
         self.tensors = {name: torch.from_numpy(array.copy()) for name, array in found.items()}
         self.inputs = tuple(_port(one) for one in model.graph.input if one.name not in self._names)
         self.outputs = tuple(map(_port, model.graph.output))
+        self.said = _said(model)
 
     @cached_property
     def _session(self) -> Any:
@@ -145,7 +157,9 @@ def _of_step(error: BaseException) -> str:
     """Name the step that ONNX has no operator for, if that is why."""
     at: BaseException | None = error
     while at is not None:
-        if found := re.search(r"No (?:ONNX|decompositions|translation) \w+ .*?(?:for|of) ([^\s]*\S+::\S+|<[^>]*>)", str(at)):
+        if found := re.search(
+            r"No (?:ONNX|decompositions|translation) \w+ .*?(?:for|of) ([^\s]*\S+::\S+|<[^>]*>)", str(at)
+        ):
             return f"ONNX has nothing for its step {found[1].strip('<>.')}"
         at = at.__cause__
     return where(error)
@@ -200,7 +214,9 @@ def _read(path: Path) -> ModelProto:
         try:
             load_external_data_for_model(model, str(path.parent))
         except Exception as error:  # whatever is wrong with offsets and lengths
-            raise ModelError(f"the weights of {path} cannot be read: {where(error)}", todo="Export it again.") from error
+            raise ModelError(
+                f"the weights of {path} cannot be read: {where(error)}", todo="Export it again."
+            ) from error
     return model
 
 
@@ -272,6 +288,10 @@ def _with(model: ModelProto, numbers: Mapping[str, Tensor]) -> ModelProto:
     return made
 
 
+def _said(model: ModelProto) -> dict[str, str]:
+    return {one.key: one.value for one in model.metadata_props}
+
+
 def _is_same(one: Tensor, other: Tensor) -> bool:
     return one.data_ptr() == other.data_ptr() or torch.equal(one, other)
 
@@ -281,7 +301,7 @@ def _port(value: Any) -> Port:
 
     kind = value.type.tensor_type
     try:
-        dtype = torch.from_numpy(__import__("numpy").empty(0, tensor_dtype_to_np_dtype(kind.elem_type))).dtype
+        dtype = torch.from_numpy(np.empty(0, tensor_dtype_to_np_dtype(kind.elem_type))).dtype
     except (TypeError, KeyError):  # text, sequences, bfloat16
         dtype = None
     if not kind.HasField("shape"):

@@ -35,15 +35,13 @@ class Pt2(Export):
     runs_when_opened: ClassVar[bool] = True
 
     def write(self, captured: Captured, path: Path, *, opset: int | None) -> dict[str, Any]:
-        if opset is not None:
-            raise StoreError("a .pt2 file has no opset", todo="Leave out --opset; it is for .onnx files.")
         _save(captured.program, path, {})
         return {}
 
     def open(self, path: Path) -> Program:
         try:
             with quietly(), path.open("rb") as file:
-                return _Torch(torch.export.load(file))
+                return _Torch(torch.export.load(file), self.said(path))
         except Exception as error:  # whatever a damaged file makes torch say
             raise ModelError(f"{path} cannot be opened as a .pt2: {where(error)}", todo="Export it again.") from error
 
@@ -51,7 +49,9 @@ class Pt2(Export):
         before = _records(path)
         _save(captured.program, path, dict(said))
         if _records(path) != before:
-            raise StoreError("torch has written another program the second time", todo="Nothing was written; try again.")
+            raise StoreError(
+                "torch has written another program the second time", todo="Nothing was written; try again."
+            )
 
     def said(self, path: Path) -> dict[str, str]:
         with zipfile.ZipFile(path) as archive:
@@ -64,7 +64,8 @@ class _Torch(Program):
 
     kind = ".pt2"
 
-    def __init__(self, program: ExportedProgram) -> None:
+    def __init__(self, program: ExportedProgram, said: Mapping[str, str]) -> None:
+        self.said = said
         self.module: nn.Module = program.module(check_guards=False)
         held = [*self.module.named_parameters(), *self.module.named_buffers()]
         self.tensors = {name: tensor.detach() for name, tensor in held}
