@@ -23,7 +23,7 @@ _NARROW = (torch.float32, torch.float16, torch.bfloat16)
 def units(a: nn.Module, b: nn.Module) -> float:
     """By how many units the numbers of B may be moved: none if both hold the same, one, or a few."""
     kinds = [[type(module) for module in model.modules()] for model in (a, b)]
-    if kinds[0] != kinds[1]:
+    if kinds[0] != kinds[1] or isinstance(a, Compiled):
         return FEW_UNITS
     ours, theirs = b.state_dict(), a.state_dict()
     keys = [key for key in theirs if not key.endswith("num_batches_tracked")]
@@ -44,11 +44,12 @@ def with_tensors_of(b: nn.Module, replay: nn.Module) -> nn.Module | None:
     return twin
 
 
-def still(a: nn.Module, b: nn.Module) -> frozenset[int]:
-    """Where the tensors lie that both hold under one name, bit by bit: rounding explains nothing of these."""
+def still(a: nn.Module, b: nn.Module) -> dict[int, Tensor]:
+    """Say of tensors that both hold under one name which numbers are equal, by address: nothing has rounded these."""
     ours, theirs = _by_name(a), _by_name(b)
-    same = [name for name in ours.keys() & theirs.keys() if _is_equal(ours[name], theirs[name])]
-    return frozenset(side[name].data_ptr() for side in (ours, theirs) for name in same)
+    pairs = [(ours[name], theirs[name]) for name in ours.keys() & theirs.keys()]
+    alike = [(x, y) for x, y in pairs if x.numel() and x.dtype == y.dtype and x.shape == y.shape]
+    return {one.data_ptr(): x == y for x, y in alike for one in (x, y)}
 
 
 def narrows(a: nn.Module, b: nn.Module, inputs: Inputs, seed: int) -> bool:
@@ -82,7 +83,3 @@ def _by_name(model: nn.Module) -> dict[str, Tensor]:
     if isinstance(model, Compiled):
         return model.stored
     return {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-
-
-def _is_equal(one: Tensor, other: Tensor) -> bool:
-    return bool(one.numel()) and one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)

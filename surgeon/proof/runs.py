@@ -67,7 +67,7 @@ class Models:
         self.replay = evaluating(replay.exact) if replay is not None else None
         self.noise: list[Apart] = []  # what moving weights does to the outputs
         self.is_compiled = isinstance(b, Compiled) or isinstance(a, Compiled)
-        self.still: frozenset[int] | None = None  # where tensors lie that both hold alike
+        self.still: dict[int, Tensor] | None = None  # numbers that both hold alike, by address
         self.twin = in_common.with_tensors_of(self.b, self.replay) if self.replay is not None else None
         self.margin = 2.0 if self.dtype in (torch.float32, torch.float64) else 3.0
         self.core_a, self.core_b = self.own_a, self.own_b
@@ -282,11 +282,11 @@ class Models:
         self.noise = noise
         return list(zip(found, noise, strict=True))
 
-    def _still(self, inputs: Inputs) -> frozenset[int]:
-        """Say where tensors lie that need not be moved: a file holds A's, bit by bit, and A is as exact as they are."""
+    def _still(self, inputs: Inputs) -> dict[int, Tensor]:
+        """Say which numbers need not be moved: a file holds A's, and A is as exact as they are."""
         if self.still is None:
             is_exact = self.is_compiled and self.is_double and not in_common.narrows(self.a, self.b, inputs, self.seed)
-            self.still = in_common.still(self.own_a, self.own_b) if is_exact else frozenset()
+            self.still = in_common.still(self.own_a, self.own_b) if is_exact else {}
         return self.still
 
     def _own(self, inputs: Inputs) -> Any:

@@ -94,7 +94,7 @@ def _evidence(
     """Put together what the runs have measured and what is compared without running."""
     stored = same = built = None
     if replay is None:
-        same = models.same_tensors(runs)
+        same = {} if models.is_compiled else models.same_tensors(runs)
     else:
         stored = stored_off(b, replay.rounded, a)
         expected = models.twin or models.replay or replay.exact

@@ -19,6 +19,7 @@ from torch.export import Dim, ShapesCollection
 from surgeon._torch_compat import pytree
 from surgeon.errors import CaptureError
 from surgeon.files.exports.base import SIDES, Captured
+from surgeon.files.exports.compiled import is_record, opened
 from surgeon.models import devices
 from surgeon.models.call import Inputs
 from surgeon.models.copies import in_mode, shadow, where
@@ -84,7 +85,7 @@ def _sides(program: Any, inputs: Inputs, varies: dict[int, list[int]]) -> Iterat
 
 def _output_names(out: Any) -> tuple[str, ...]:
     """Name outputs after the keys of dicts and the fields of records; others are output, or output_0, output_1 …"""
-    leaves, _ = pytree.tree_flatten_with_path(_opened(out))
+    leaves, _ = pytree.tree_flatten_with_path(opened(out))
     found: list[str] = []
     for path, leaf in leaves:
         if not isinstance(leaf, Tensor):
@@ -96,31 +97,17 @@ def _output_names(out: Any) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _opened(out: Any) -> Any:
-    """Turn records that torch does not look into (dataclasses) into dicts."""
-    return pytree.tree_map(lambda leaf: _fields(leaf) if _is_record(leaf) else leaf, out, is_leaf=_is_record)
-
-
-def _is_record(value: Any) -> bool:
-    is_class = isinstance(value, type)
-    return dataclasses.is_dataclass(value) and not is_class and pytree.tree_leaves(value) == [value]
-
-
-def _fields(record: Any) -> dict[str, Any]:
-    return {one.name: _opened(getattr(record, one.name)) for one in dataclasses.fields(record)}
-
-
 def _opening_records(model: nn.Module, out: Any) -> nn.Module:
     """Let a copy return dicts in place of records that torch cannot export."""
-    leaves = pytree.tree_leaves(out, is_leaf=_is_record)
-    if any(_is_record(leaf) for leaf in leaves):
+    leaves = pytree.tree_leaves(out, is_leaf=is_record)
+    if any(is_record(leaf) for leaf in leaves):
         forward = model.forward
 
         @functools.wraps(forward)
-        def opened(*args: Any, **kwargs: Any) -> Any:
-            return _opened(forward(*args, **kwargs))
+        def in_dicts(*args: Any, **kwargs: Any) -> Any:
+            return opened(forward(*args, **kwargs))
 
-        vars(model)["forward"] = opened
+        vars(model)["forward"] = in_dicts
     return model
 
 

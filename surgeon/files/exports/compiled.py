@@ -6,6 +6,7 @@ numbers computes in float64, so that a file can be judged like any other model. 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -55,13 +56,30 @@ class Compiled(nn.Module):
 
     def answering_like(self, out: Any) -> Self:
         """Give results in the structure of another model's: a file may hold no more than a list of tensors."""
-        self._like = pytree.tree_map_only(Tensor, lambda _: _Hole(), out)
+        self._like = pytree.tree_map_only(Tensor, lambda _: _Hole(), opened(out))
         return self
 
     def train(self, mode: bool = True) -> Self:
         """Note the mode. A program was made in eval mode, and stays as it is."""
         self.training = mode
         return self
+
+
+def is_record(value: Any) -> bool:
+    """Whether something is a dataclass's object, and torch does not look into it."""
+    is_class = isinstance(value, type)
+    return dataclasses.is_dataclass(value) and not is_class and pytree.tree_leaves(value) == [value]
+
+
+def opened(out: Any) -> Any:
+    """Turn records that torch does not look into into dicts."""
+
+    def fields(record: Any) -> Any:
+        if not is_record(record):
+            return record
+        return {one.name: opened(getattr(record, one.name)) for one in dataclasses.fields(record)}
+
+    return pytree.tree_map(fields, out, is_leaf=is_record)
 
 
 class _Hole:
