@@ -26,7 +26,7 @@ from surgeon.app.outputs import claim_model, read_to_fit
 from surgeon.blocks import Block, Deployable, Foldable
 from surgeon.display import tradeoff, words
 from surgeon.errors import CaptureError
-from surgeon.files import formats
+from surgeon.files import exports, formats
 from surgeon.files import load as source
 from surgeon.files.atomic import write_atomically
 from surgeon.files.load import Loaded
@@ -45,12 +45,13 @@ from surgeon.models.progress import Progress, parts, silent
 from surgeon.proof.report import Report
 from surgeon.recipes import recipe as recipes
 from surgeon.surgery import bench as benching
-from surgeon.surgery import gains
+from surgeon.surgery import export, gains
 from surgeon.surgery import manifest as manifests
 from surgeon.surgery.advice import Advice
 from surgeon.surgery.bake import all_baked
 from surgeon.surgery.bench import Timing, Trials
 from surgeon.surgery.decide import carry_out, check_bakes, plan_for
+from surgeon.surgery.export import Exported, Form, is_exported
 from surgeon.surgery.further import FoldedBranches, Further
 from surgeon.surgery.fuse import BLOCKS_ONLY, fold_all_
 from surgeon.surgery.look import network_for
@@ -84,6 +85,7 @@ class Fused:
     branches: tuple[FoldedBranches, ...] = ()  # linear sub-graphs that are one conv now
     folded_norms: tuple[str, ...] = ()  # norms that were folded into the conv before them
     refused: Mapping[str, str] = field(default_factory=dict)  # sums that were not folded, and why
+    exported: Exported | None = None  # where the file holds a program
 
 
 def survey(name: str, given: Given, progress: Progress = silent) -> Survey:
@@ -222,19 +224,21 @@ def fuse(
     dense: bool = False,
     keep_norms: bool = False,
     further: Further = BLOCKS_ONLY,
+    form: Form | None = None,
     output: Path | None = None,
     force: bool = False,
 ) -> Fused:
-    """Fold the blocks of a model, and what is linear besides as far as `further` says, and write it."""
-    path = claim_model(output, name, "fused", given, force=force)
+    """Fold the blocks of a model, and what is linear besides as far as `further` says, and write it or export it."""
+    path = claim_model(output, name, "fused", given, force=force, exported=True)
+    is_export = is_exported(path, form)
     progress(f"loading {name}", 0)
     loaded = _load(name, given)
     model, params = loaded.model, _count(loaded.model)
-    if formats.of_suffix(path).holds_modules:
+    if not is_export and formats.of_suffix(path).holds_modules:
         check_writable(model, given.trust)
     progress("looking for an input", 0.3)
     network = _network(model, given)
-    step = parts(progress, 0.4, 0.9)
+    step = parts(progress, 0.4, 0.5 if is_export else 0.9)
     done = fold_all_(network, dense=dense, keep_norms=keep_norms, further=further, progress=step)
     if done.warning is not None:
         _log.warning(done.warning)
@@ -242,13 +246,19 @@ def fuse(
         _log.info(stays)
     elif not done.blocks and not done.further:
         _log.info(_nothing(further))
-    progress(f"writing {path}", 0.9)
-    _save(loaded, path, given.trust, force=force)
+    progress(f"writing {path}", 0.5 if is_export else 0.9)
+    made = None
+    if is_export:
+        made = export.write(
+            model, path, network.inputs, form, force=force, seed=given.seed, progress=parts(progress, 0.5, 1)
+        )
+    else:
+        _save(loaded, path, given.trust, force=force)
     folded = tuple(block for block in done.blocks if not isinstance(model.get_submodule(block), Block))
     more = done.further
     return Fused(
         *(folded, (params, _count(model)), done.distance, path, done.norms, done.notes),
-        *(tuple(more.folded.values()), tuple(more.norms), more.refused),
+        *(tuple(more.folded.values()), tuple(more.norms), more.refused, made),
     )
 
 
@@ -277,9 +287,9 @@ def _what_stays(model: nn.Module, *, keep_norms: bool) -> str | None:
 def verify(name_a: str, name_b: str, given: Given, progress: Progress = silent) -> Report:
     """Load two models and compare them."""
     progress(f"loading {name_a}", 0)
-    a = _load(name_a, given).model
+    a = _opened(name_a, given)
     progress(f"loading {name_b}", 0.1)
-    b = _load(name_b, given).model
+    b = _opened(name_b, given)
     inputs = [examples.read(text, a, seed=given.seed) for text in given.inputs]
     return surgery.verify(a, b, inputs or None, seed=given.seed, progress=parts(progress, 0.2, 1))
 
@@ -322,6 +332,16 @@ def _load(name: str, given: Given, *, to_time: bool = False) -> Loaded:
         _log.warning(f"{given.device} has no float64, which surgeon needs for its proofs; {name} is run on the CPU")
         return loaded
     return replace(loaded, model=devices.moved(loaded.model, given.device))
+
+
+def _opened(name: str, given: Given) -> nn.Module:
+    """Load a model, or open a file that holds a program."""
+    if not exports.is_export(name):
+        return _load(name, given).model
+    program, notices = exports.open_(Path(name), given.trust)
+    for notice in notices:
+        _log.warning(notice)
+    return program
 
 
 def _save(loaded: Loaded, path: Path, trust: Trust, *, force: bool) -> None:

@@ -9,10 +9,12 @@ import typer
 from surgeon.app.options import (
     Bake,
     Distil,
+    DynamicSize,
     Force,
     Json,
     Kept,
     Model,
+    Opset,
     Output,
     Sets,
     State,
@@ -152,6 +154,8 @@ def fuse(
         bool, typer.Option("--norms", help="Also fold every norm into the conv or linear layer that it belongs to.")
     ] = False,
     everything: Annotated[bool, typer.Option("--all", help="All of these.")] = False,
+    size: DynamicSize = False,
+    opset: Opset = None,
     output: Output = None,
     force: Force = False,
     json: Json = False,
@@ -160,17 +164,22 @@ def fuse(
 
     Inside modules that fold themselves (RepVGG, MobileOne), blocks become a conv and a norm, as with --keep-norms;
     --branches folds these, too.
+
+    With -o model.onnx or -o model.pt2 the result is exported: the file is run, and compared with the network, before
+    it takes its place.
     """
     if blocks and (branches or norms or everything):
         raise typer.BadParameter("--blocks means blocks alone: take it, or the others, away")
     with bar() as progress:
         from surgeon.app import commands
         from surgeon.display.convert import fused_data, fused_view
+        from surgeon.surgery.export import Form
         from surgeon.surgery.further import Further
 
+        form = Form(size, opset)
         how = {"dense": dense, "keep_norms": keep_norms}
         further = Further(branches=branches or everything, norms=norms or everything, costlier=dense)
-        done = commands.fuse(model, given, progress, **how, further=further, output=output, force=force)
+        done = commands.fuse(model, given, progress, **how, further=further, form=form, output=output, force=force)
     show(fused_data(done) if json else fused_view(done))
 
 
