@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from surgeon.proof.report import Check, Report
     from surgeon.recipes.recipe import Recipe
     from surgeon.surgery.advice import Advice
+    from surgeon.surgery.export import export
     from surgeon.surgery.history import Operation
     from surgeon.surgery.plan import Plan
     from surgeon.surgery.reorder import reordered
@@ -58,6 +59,7 @@ _HOMES = {
     **dict.fromkeys(("Check", "Report"), "surgeon.proof.report"),
     "ConvSpec": "surgeon.conv.spec",
     "Example": "surgeon.analysis.example",
+    "export": "surgeon.surgery.export",
     "HetConv": "surgeon.blocks.hetconv",
     "Inputs": "surgeon.models.call",
     "Operation": "surgeon.surgery.history",
@@ -96,6 +98,7 @@ __all__ = [
     "convert",
     "convert_",
     "errors",
+    "export",
     "fit",
     "fit_",
     "fuse",

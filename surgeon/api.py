@@ -25,6 +25,7 @@ from surgeon.analysis.example import Example
 from surgeon.analysis.sites import Survey
 from surgeon.blocks import Block
 from surgeon.errors import Fault, ModelError, RecipeError
+from surgeon.files import exports
 from surgeon.files import load as source
 from surgeon.files.architectures import Architecture
 from surgeon.files.pickles import Trust
@@ -326,7 +327,8 @@ def load(
     """Load a model file without running what is in it, or build a network that is named.
 
     `arch` is the network that a file of weights belongs to, and `weights` a key or prefix that chooses among several in
-    the file; `allow` names packages whose modules a pickle may hold.
+    the file; `allow` names packages whose modules a pickle may hold. An `.onnx` file, or with `unsafe_pickle` a `.pt2`,
+    which runs what is in it, is opened as a module that runs its program, for `verify` to compare.
 
     >>> type(load("torchvision:resnet18")).__name__
     'ResNet'
@@ -339,6 +341,11 @@ def load(
             f"{type(name).__name__} is given as the name of a file or network", todo="Give a path or text."
         )
     trust = Trust(allow=tuple(allow), unsafe_pickle=unsafe_pickle)
+    if exports.is_export(fspath(name)):
+        program, notices = exports.open_(Path(name), trust)
+        for notice in notices:
+            _log.warning(notice)
+        return program
     again = functools.partial(replay.rebuild, trust=trust, seed=seed)
     with ordinary():
         loaded = source.load(

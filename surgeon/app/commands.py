@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,12 +22,13 @@ from surgeon.analysis.network import Network
 from surgeon.analysis.sites import Survey
 from surgeon.app.given import Given
 from surgeon.app.images import Images
+from surgeon.app.left import nothing_to_fold, what_stays
 from surgeon.app.outputs import claim_model, claim_python, read_to_fit
-from surgeon.blocks import Block, Deployable, Foldable
-from surgeon.display import tradeoff, words
+from surgeon.blocks import Block
+from surgeon.display import tradeoff
 from surgeon.errors import CaptureError
 from surgeon.exports.python import write_python
-from surgeon.files import formats
+from surgeon.files import exports, formats
 from surgeon.files import load as source
 from surgeon.files.atomic import write_atomically
 from surgeon.files.load import Loaded
@@ -47,12 +47,13 @@ from surgeon.models.progress import Progress, parts, silent
 from surgeon.proof.report import Report
 from surgeon.recipes import recipe as recipes
 from surgeon.surgery import bench as benching
-from surgeon.surgery import gains
+from surgeon.surgery import export, gains
 from surgeon.surgery import manifest as manifests
 from surgeon.surgery.advice import Advice
 from surgeon.surgery.bake import all_baked
 from surgeon.surgery.bench import Timing, Trials
 from surgeon.surgery.decide import carry_out, check_bakes, plan_for
+from surgeon.surgery.export import Exported, Form, is_exported
 from surgeon.surgery.further import FoldedBranches, Further
 from surgeon.surgery.fuse import BLOCKS_ONLY, fold_all_
 from surgeon.surgery.look import network_for
@@ -87,6 +88,7 @@ class Fused:
     branches: tuple[FoldedBranches, ...] = ()  # linear sub-graphs that are one conv now
     folded_norms: tuple[str, ...] = ()  # norms that were folded into the conv before them
     refused: Mapping[str, str] = field(default_factory=dict)  # sums that were not folded, and why
+    exported: Exported | None = None  # where the file holds a program
     python: str | None = None  # the class that was written, where `path` is a folder with model.py
     dtype: str | None = None  # what the network was cast to in the end
     noise: Noise | None = None  # what that costs
@@ -228,38 +230,41 @@ def fuse(
     dense: bool = False,
     keep_norms: bool = False,
     further: Further = BLOCKS_ONLY,
+    form: Form | None = None,
     dtype: torch.dtype | None = None,
     output: Path | None = None,
     python: Path | None = None,
     force: bool = False,
 ) -> Fused:
-    """Fold the blocks of a model, and what is linear besides as far as `further` says, and write it.
+    """Fold the blocks of a model, and what is linear besides as far as `further` says, and write it or export it.
 
     With `python`, a folder, it is written as Python of plain torch instead.
     """
     if python is None:
-        path = claim_model(output, name, "fused", given, force=force)
+        path = claim_model(output, name, "fused", given, force=force, exported=True)
     else:
         path = claim_python(python, name, given, force=force)
+    is_export = is_exported(path, form)
     progress(f"loading {name}", 0)
     loaded = _load(name, given)
     model, params = loaded.model, _count(loaded.model)
-    if python is None and formats.of_suffix(path).holds_modules:
+    if python is None and not is_export and formats.of_suffix(path).holds_modules:
         check_writable(model, given.trust)
     progress("looking for an input", 0.3)
     network = _network(model, given)
-    step = parts(progress, 0.4, 0.9 if python is None else 0.6)
+    step = parts(progress, 0.4, 0.5 if is_export or python is not None else 0.9)
     done = fold_all_(network, dense=dense, keep_norms=keep_norms, further=further, dtype=dtype, progress=step)
     if done.warning is not None:
         _log.warning(done.warning)
-    if stays := _what_stays(model, keep_norms=keep_norms):
+    if stays := what_stays(model, keep_norms=keep_norms):
         _log.info(stays)
     elif not done.blocks and not done.further and dtype is None:
-        _log.info(_nothing(further))
-    written = None
+        _log.info(nothing_to_fold(further))
+    written, made, step = None, None, parts(progress, 0.5, 1)
     if python is not None:
-        step = parts(progress, 0.6, 1)
         written = write_python(model, network.inputs, python, origin=name, force=force, seed=given.seed, progress=step)
+    elif is_export:
+        made = export.write(model, path, network.inputs, form, force=force, seed=given.seed, progress=step)
     else:
         progress(f"writing {path}", 0.9)
         _save(loaded, path, given.trust, force=force)
@@ -267,41 +272,19 @@ def fuse(
     more = done.further
     return Fused(
         *(folded, (params, _count(model)), done.distance, path, done.norms, done.notes),
-        *(tuple(more.folded.values()), tuple(more.norms), more.refused),
+        *(tuple(more.folded.values()), tuple(more.norms), more.refused, made),
         python=None if written is None else written.name,
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         noise=done.noise,
     )
 
 
-def _nothing(further: Further) -> str:
-    """Say that there was nothing to fold, of what was asked for."""
-    parts = [word for word, is_asked in (("branches", further.branches), ("norm", further.norms)) if is_asked]
-    what = " or ".join(["block", *parts])
-    hint = "" if further else "; --branches and --norms fold what is not a block of surgeon's"
-    return f"the model has no {what} that can be folded; it is written unchanged{hint}"
-
-
-def _what_stays(model: nn.Module, *, keep_norms: bool) -> str | None:
-    """Say which blocks were not folded, and why."""
-    if cheaper := sorted({m.name for m in model.modules() if isinstance(m, Foldable)}):
-        stays = f"{', '.join(cheaper)} is not folded, because it costs less than the conv it folds to"
-        return f"{stays}; --dense folds it too"
-    whole = Counter(m.name for m in model.modules() if isinstance(m, Deployable))
-    if keep_norms and whole:
-        return f"{', '.join(sorted(whole))} is left as it is: no conv and norm compute the same"
-    if whole:
-        blocks = " and ".join(words.counted(count, f"{name} block") for name, count in whole.items())
-        return f"{blocks} of convs with groups not folded; the norms behind are folded in"
-    return None
-
-
 def verify(name_a: str, name_b: str, given: Given, progress: Progress = silent) -> Report:
     """Load two models and compare them."""
     progress(f"loading {name_a}", 0)
-    a = _load(name_a, given).model
+    a = _opened(name_a, given)
     progress(f"loading {name_b}", 0.1)
-    b = _load(name_b, given).model
+    b = _opened(name_b, given)
     inputs = [examples.read(text, a, seed=given.seed) for text in given.inputs]
     return surgery.verify(a, b, inputs or None, seed=given.seed, progress=parts(progress, 0.2, 1))
 
@@ -344,6 +327,16 @@ def _load(name: str, given: Given, *, to_time: bool = False) -> Loaded:
         _log.warning(f"{given.device} has no float64, which surgeon needs for its proofs; {name} is run on the CPU")
         return loaded
     return replace(loaded, model=devices.moved(loaded.model, given.device))
+
+
+def _opened(name: str, given: Given) -> nn.Module:
+    """Load a model, or open a file that holds a program."""
+    if not exports.is_export(name):
+        return _load(name, given).model
+    program, notices = exports.open_(Path(name), given.trust)
+    for notice in notices:
+        _log.warning(notice)
+    return program
 
 
 def _save(loaded: Loaded, path: Path, trust: Trust, *, force: bool) -> None:

@@ -9,10 +9,12 @@ import typer
 from surgeon.app.options import (
     Bake,
     Distil,
+    DynamicSize,
     Force,
     Json,
     Kept,
     Model,
+    Opset,
     Output,
     Python,
     Sets,
@@ -153,6 +155,8 @@ def fuse(
         bool, typer.Option("--norms", help="Also fold every norm into the conv or linear layer that it belongs to.")
     ] = False,
     everything: Annotated[bool, typer.Option("--all", help="All of these.")] = False,
+    size: DynamicSize = False,
+    opset: Opset = None,
     half: Annotated[bool, typer.Option("--half", help="Cast the result to float16; folded in float64 first.")] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="Cast the result to bfloat16; folded in float64 first.")] = False,
     python: Python = None,
@@ -164,6 +168,9 @@ def fuse(
 
     Inside modules that fold themselves (RepVGG, MobileOne), blocks become a conv and a norm, as with --keep-norms;
     --branches folds these, too.
+
+    With -o model.onnx or -o model.pt2 the result is exported: the file is run, and compared with the network, before
+    it takes its place.
     """
     if blocks and (branches or norms or everything):
         raise typer.BadParameter("--blocks means blocks alone: take it, or the others, away")
@@ -176,10 +183,11 @@ def fuse(
 
         from surgeon.app import commands
         from surgeon.display.convert import fused_data, fused_view
+        from surgeon.surgery.export import Form
         from surgeon.surgery.further import Further
 
         dtype = torch.float16 if half else torch.bfloat16 if bf16 else None
-        how: dict[str, Any] = {"dense": dense, "keep_norms": keep_norms, "dtype": dtype}
+        how: dict[str, Any] = {"dense": dense, "keep_norms": keep_norms, "dtype": dtype, "form": Form(size, opset)}
         further = Further(branches=branches or everything, norms=norms or everything, costlier=dense)
         done = commands.fuse(model, given, progress, **how, further=further, output=output, python=python, force=force)
     show(fused_data(done) if json else fused_view(done))

@@ -70,6 +70,12 @@ Output = Annotated[
     Path | None,
     typer.Option("--output", "-o", metavar="FILE", help="Where to write; .safetensors writes weights and a manifest."),
 ]
+DynamicSize = Annotated[
+    bool, typer.Option("--dynamic-size", help="For .onnx and .pt2: let height and width vary, as the batch does.")
+]
+Opset = Annotated[
+    int | None, typer.Option("--opset", metavar="N", help="For .onnx: the version of its operators; 20 if left out.")
+]
 Python = Annotated[
     Path | None,
     typer.Option(

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from surgeon.app.given import Given
 from surgeon.app.images import Images
+from surgeon.errors import StoreError
 from surgeon.exports.python import claim_folder
-from surgeon.files import architectures, formats
+from surgeon.files import architectures, exports, formats
 from surgeon.files.atomic import claim, write_atomically
 from surgeon.fitting.fitted import Settings
 from surgeon.surgery.plan import Plan
@@ -30,12 +31,20 @@ def write_plan(decided: Plan, path: Path, *, force: bool) -> None:
     write_atomically(path, lambda part: part.write_bytes(whole), force=force)
 
 
-def claim_model(output: Path | None, name: str, label: str, given: Given, *read: object, force: bool) -> Path:
-    """Choose where the model goes, and make sure before any work is done that it can be written there."""
+def claim_model(
+    output: Path | None, name: str, label: str, given: Given, *read: object, force: bool, exported: bool = False
+) -> Path:
+    """Choose where the model goes, and make sure before any work is done that it can be written there.
+
+    It may be an export where the command writes them (`exported`).
+    """
     path = output or beside(name, label)
     if output is None and not architectures.is_factory(name) and not Path(name).exists():
         return path  # loading says that there is no such file, and which one may be meant
-    return claim(path, force=force, suffixes=formats.suffixes(), origins=read_for(name, given, *read))
+    suffixes = (*formats.suffixes(), *(exports.suffixes() if exported else ()))
+    if exports.is_export(path) and not exported:
+        raise StoreError(f"{path.name} would be an export, which `surgeon fuse` writes", todo="End it in .pt here.")
+    return claim(path, force=force, suffixes=suffixes, origins=read_for(name, given, *read))
 
 
 def claim_python(folder: Path, name: str, given: Given, *, force: bool) -> Path:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 
 from surgeon.display import words
+from surgeon.display.exported import exported_view
 from surgeon.display.fit import fit_view
 from surgeon.display.plan import plan_view
 from surgeon.display.sheet import Line
@@ -73,6 +74,8 @@ def fused_view(fused: Fused) -> RenderableType:
         lines.append(_of_dtype(fused))
     if fused.python is not None:
         lines.append(f"verified: {fused.python} in {fused.path}/model.py, which needs no surgeon, is equivalent")
+    if fused.exported is not None:
+        return Group(*map(Line, lines), exported_view(fused.exported))
     return Group(*map(Line, [*lines, f"written: {fused.path}"]))
 
 
@@ -106,4 +109,8 @@ def _first(lines: list[str], rest: str) -> list[str]:
 
 
 def fused_data(fused: Fused) -> dict[str, Any]:
-    return {**asdict(fused), "path": str(fused.path), "params": {"before": fused.params[0], "after": fused.params[1]}}
+    params = {"before": fused.params[0], "after": fused.params[1]}
+    exported = {} if fused.exported is None else {"exported": fused.exported.to_dict()}
+    plain = asdict(replace(fused, exported=None))
+    del plain["exported"]
+    return {**plain, "path": str(fused.path), "params": params, **exported}

@@ -70,6 +70,7 @@ class Evidence:
     exact: torch.dtype  # in which they were compared as stored: float64 if A runs there
     margin: float
     arithmetic: float  # relative L2 in `exact` by which two runs may differ through their order alone
+    is_compiled: bool = False  # A or B is a file that holds a program
 
     @property
     def wired(self) -> float:

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgeon.blocks.base import without_roles
 from surgeon.errors import VerifyError
+from surgeon.files.exports.compiled import Compiled
 from surgeon.models.call import Inputs
-from surgeon.models.copies import kind_of, shadow, where
+from surgeon.models.copies import kind_of, where
 from surgeon.models.devices import dtype_of
-from surgeon.proof import pairing
+from surgeon.proof import in_common, pairing
 from surgeon.proof.calls import call, evaluating
 from surgeon.proof.distance import (
     EXACT,
@@ -39,11 +39,11 @@ from surgeon.proof.distance import (
 )
 from surgeon.proof.evidence import Exactness, Measured, Replay
 from surgeon.proof.figures import figures
-from surgeon.proof.isolated import FEW_UNITS, Gap, Judge, measure
+from surgeon.proof.isolated import Gap, Judge, measure
 from surgeon.proof.probes import positive, probes
 from surgeon.proof.recorder import Recorder
 from surgeon.proof.report import Distance
-from surgeon.proof.ulps import Jitter, Off, off, same
+from surgeon.proof.ulps import Jitter, Off, same
 from surgeon.proof.wiring import own_tensors, wiring
 
 ENOUGH = 64  # numbers are needed to measure a rounding error; two correct ones then differ by m once in 50,000 cases
@@ -54,7 +54,7 @@ _NUDGE = 1e-3  # of every number of an input; an output that this moves by less 
 
 
 class NotInFloat64Error(Exception):
-    """A runs in its own dtype, and not in float64; the message says why not."""
+    """A model runs in its own dtype, and not in float64; the message says which, and why not."""
 
 
 class Models:
@@ -70,7 +70,9 @@ class Models:
         self.a, self.b = (self.double_a, evaluating(b, as_double)) if self.is_double else (self.own_a, self.own_b)
         self.replay = evaluating(replay.exact) if replay is not None else None
         self.noise: list[Apart] = []  # what moving weights does to the outputs
-        self.twin = _with_tensors_of(self.b, self.replay) if self.replay is not None else None
+        self.is_compiled = isinstance(b, Compiled) or isinstance(a, Compiled)
+        self.still: dict[int, Tensor] | None = None  # numbers that both hold alike, by address
+        self.twin = in_common.with_tensors_of(self.b, self.replay) if self.replay is not None else None
         self.margin = 2.0 if self.dtype in (torch.float32, torch.float64) else 3.0
         self.core_a, self.core_b = self.own_a, self.own_b
         if replay is None:
@@ -88,7 +90,8 @@ class Models:
 
     @property
     def arithmetic(self) -> float:
-        return _ARITHMETIC * torch.finfo(self.exact).eps
+        few = _ARITHMETIC * torch.finfo(self.exact).eps
+        return max(few, EXACT) if self.is_compiled and self.is_double else few  # a file has other steps
 
     def run(self, inputs: Sequence[Inputs]) -> tuple[Measured, ...]:
         """Run both models on every input, and on one more.
@@ -158,6 +161,8 @@ class Models:
             if self.replay is None:
                 matched(out, truth)
         except VerifyError as error:
+            if self.is_double and isinstance(self.b, Compiled) and is_matched(self._own(inputs), truth):
+                raise NotInFloat64Error(f"B does not run in float64 ({where(error.__cause__ or error)})") from error
             problem = error.problem.replace("a model does not run", "A runs, and B does not,")
             if (site := recorder.first_other) is not None:
                 problem += f"; in B the result of {site} is the first that has another shape than in A"
@@ -170,6 +175,8 @@ class Models:
     def _probed(self, inputs: Inputs) -> list[Measured]:
         """Run both on an input of another size, with larger numbers in it, if A takes one: only in float64."""
         for probe in probes(inputs, self.seed) if self.is_double else []:
+            if in_common.refusal(self.own_a, self.own_b, probe) is not None:
+                continue  # a file says itself which sizes it takes
             recorder = self._recorder()
             try:
                 with recorder.recording():
@@ -229,7 +236,7 @@ class Models:
             if self.exact == self.dtype:
                 raise
             self._call(self.own_a, inputs, self.dtype)  # if that does not run either, the input is wrong
-            raise NotInFloat64Error(where(error.__cause__ or error)) from error
+            raise NotInFloat64Error(f"A does not run in float64 ({where(error.__cause__ or error)})") from error
 
     def _exactness(self, replay: nn.Module, inputs: Inputs, truth: Any, recorder: Recorder, is_flat: bool) -> Exactness:
         """Compare the outputs of the replay with A's; if A is flat or ill-conditioned there, its blocks, too."""
@@ -264,7 +271,7 @@ class Models:
         found = pooled(outs_b, truths)
         if all(one.l2 <= self.arithmetic and not one.flips for one in found):
             return [(one, Apart(0.0, 0, one.count, one.is_whole)) for one in found]
-        units = self._units()  # by which numbers may have been moved
+        units = in_common.units(self.own_a, self.own_b)  # by which numbers may have been moved
         if not units:
             return [(one, Apart(0.0, 0, one.count)) for one in found]
         if len(self.noise) == len(found) and self._is_explained(found, self.noise):
@@ -272,7 +279,8 @@ class Models:
         noise = [Apart(0.0, 0, one.count, one.is_whole) for one in found]
         sides = [(self.own_a, truths), (self.own_b, outs_b), *[(self.own_a, truths)] * (_SHAKES - 1)]
         for i, (model, outs) in enumerate(sides):
-            moved = evaluating(model, Jitter(self.seed + i, units=units, keeps_dtype=not self.is_double))
+            keeps, still = not self.is_double, self._still(draws[0])
+            moved = evaluating(model, Jitter(self.seed + i, units=units, keeps_dtype=keeps, still=still))
             noise = largest([noise, pooled([self._call(moved, one, self.exact) for one in draws], outs)])
             if not i:
                 continue
@@ -282,6 +290,20 @@ class Models:
                 break
         self.noise = noise
         return list(zip(found, noise, strict=True))
+
+    def _still(self, inputs: Inputs) -> dict[int, Tensor]:
+        """Say which numbers need not be moved: a file holds A's, and A is as exact as they are."""
+        if self.still is None:
+            is_exact = self.is_compiled and self.is_double and not in_common.narrows(self.a, self.b, inputs, self.seed)
+            self.still = in_common.still(self.own_a, self.own_b) if is_exact else {}
+        return self.still
+
+    def _own(self, inputs: Inputs) -> Any:
+        """Run B in its own dtype; None where it does not run."""
+        try:
+            return self._call(self.own_b, inputs, self.dtype)
+        except VerifyError:
+            return None
 
     def _is_explained(self, found: Sequence[Apart], noise: Sequence[Apart]) -> bool:
         pairs = list(zip(found, noise, strict=True))
@@ -306,17 +328,6 @@ class Models:
             outs = pooled([self._call(moved, one, self.exact) for one in draws], outs_b)
             noise = [one.furthest(other) for one, other in zip(noise, outs, strict=True)]
         return list(zip(found, noise, strict=True))
-
-    def _units(self) -> float:
-        """By how many units the numbers of B may be moved: none if both hold the same, one, or a few."""
-        kinds = [[type(module) for module in model.modules()] for model in (self.own_a, self.own_b)]
-        if kinds[0] != kinds[1]:
-            return FEW_UNITS
-        ours, theirs = self.own_b.state_dict(), self.own_a.state_dict()
-        keys = [key for key in theirs if not key.endswith("num_batches_tracked")]
-        pairs = [(ours.get(key), theirs[key]) for key in keys if isinstance(theirs[key], torch.Tensor)]
-        is_equal = all(one is not None and off(one, two, {two.dtype}).ulps == 0 for one, two in pairs)
-        return 0.0 if is_equal else 1.0
 
     def _gaps(self, recorder: Recorder) -> dict[str, Gap]:
         """Measure every stretch, in order of execution; judge it where no replay proves B."""
@@ -386,15 +397,3 @@ class Models:
 
 def _floats(out: Any) -> list[Tensor]:
     return [t for t in tensors(out) if t.is_floating_point() and t.numel()]
-
-
-def _with_tensors_of(b: nn.Module, replay: nn.Module) -> nn.Module | None:
-    """Copy the replay's modules and give them B's tensors; None if they do not fit, which another check reports."""
-    dtype = dtype_of(b)
-    in_own = None if dtype == torch.float64 else rounded_to(dtype)
-    twin = shadow(replay, in_own)
-    try:
-        twin.load_state_dict(without_roles(b.state_dict()), assign=True)
-    except RuntimeError:
-        return None
-    return twin

@@ -6,7 +6,7 @@ ulp = the distance from a number to the next one that its dtype can hold
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,18 +102,22 @@ class Jitter:
     """Moves every number by `units` in its last place, up or down; the result is float64.
 
     Half a unit cannot be stored in float64, so a float64 number moves by a whole unit; so does every number that keeps
-    its dtype.
+    its dtype. `still` says, by the address where a tensor begins, which of its numbers stay where they are.
     """
 
-    def __init__(self, seed: int, *, units: float = 0.5, keeps_dtype: bool = False) -> None:
+    def __init__(
+        self, seed: int, *, units: float = 0.5, keeps_dtype: bool = False, still: Mapping[int, Tensor] | None = None
+    ) -> None:
         self.generator = torch.Generator().manual_seed(seed)
-        self.units, self.keeps_dtype = units, keeps_dtype
+        self.units, self.keeps_dtype, self.still = units, keeps_dtype, still or {}
 
     def __call__(self, tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return tensor.clone()
         coin = torch.randint(0, 2, tensor.shape, generator=self.generator).to(tensor.device) * 2 - 1
         is_whole = self.keeps_dtype or tensor.dtype == torch.float64
+        if tensor.numel() and (kept := self.still.get(tensor.data_ptr())) is not None:
+            coin = coin.masked_fill(kept.to(tensor.device), 0)
         moved = tensor.double() + coin * ulp(tensor) * (max(self.units, 1) if is_whole else self.units)
         return moved.to(tensor.dtype) if self.keeps_dtype else moved
 

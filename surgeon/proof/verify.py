@@ -65,7 +65,7 @@ def verify(
     except NotInFloat64Error as error:
         models = Models(a, b, replay, seed, models.dtype)
         runs = models.run(inputs)
-        remarks.append(f"A does not run in float64 ({error}), so outputs were compared in {own}")
+        remarks.append(f"{error}, so outputs were compared in {own}")
     evidence = _evidence(models, runs, b, replay, a)
     found = checks(evidence, approximate=approximate)
     passed = all(check.passed for check in found)
@@ -94,14 +94,17 @@ def _evidence(
     """Put together what the runs have measured and what is compared without running."""
     stored = same = built = None
     if replay is None:
-        same = models.same_tensors(runs)
+        same = {} if models.is_compiled else models.same_tensors(runs)
     else:
         stored = stored_off(b, replay.rounded, models.own_a if models.was_cast else a)
         expected = models.twin or models.replay or replay.exact
         changing = changed_by_running(replay.exact, expected) | changed_by_running(b, models.b)
         built = differences(expected, models.b, changing)
     return Evidence(
-        runs, stored, same, built, models.dtype, models.exact, margin=models.margin, arithmetic=models.arithmetic
+        *(runs, stored, same, built, models.dtype, models.exact),
+        margin=models.margin,
+        arithmetic=models.arithmetic,
+        is_compiled=models.is_compiled,
     )
 
 
@@ -114,5 +117,7 @@ def _remarks(evidence: Evidence) -> Iterator[str]:
     if flat := sorted({i for run in given for i in run.flat}):
         which = f"output {flat[0]}" if given[0].outputs > 1 else "the output"
         yield f"{which} of A does not move when the input does, so it shows nothing; its modules decide"
-    if evidence.same is not None and not any(run.gaps for run in evidence.runs):
+    if evidence.is_compiled:
+        yield "a file that holds a program has no modules, so the outputs were compared"
+    elif evidence.same is not None and not any(run.gaps for run in evidence.runs):
         yield "A and B have no module of the same name, so their outputs alone were compared"

@@ -1,7 +1,11 @@
-"""Two models → Report: what was done to make B of A is done again, and B compared with that."""
+"""Two models → Report: what was done to make B of A is done again, and B compared with that.
+
+Either may be a file that holds a program. What its history says is done to A, and the file compared with the result.
+"""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -9,9 +13,14 @@ from torch import nn
 
 from surgeon.analysis import example as examples
 from surgeon.errors import CaptureError, VerifyError
+from surgeon.files.exports.base import SAID, Program
+from surgeon.files.exports.compiled import Compiled
 from surgeon.models import devices
-from surgeon.models.progress import Progress
+from surgeon.models.call import Inputs
+from surgeon.models.copies import duplicate, shadow
+from surgeon.models.progress import Progress, parts
 from surgeon.models.wrappers import checked
+from surgeon.proof import calls
 from surgeon.proof import verify as equivalence
 from surgeon.proof.report import Report
 from surgeon.surgery import history as histories
@@ -22,6 +31,8 @@ from surgeon.surgery.look import inputs_for
 def compare(a: nn.Module, b: nn.Module, example: Any, seed: int, progress: Progress) -> Report:
     """Compare two models on one example or a list of them; what a history says is done again to A first."""
     checked(a), checked(b)
+    if isinstance(b, Compiled) and not isinstance(a, Compiled) and (made := _made_again(a, b)) is not None:
+        return _in_two_steps(a, made, b, example, seed, progress)
     if (place := devices.of(a)) is not None and place.type != "meta":
         b = devices.on(b, place)
     if empty := [name for name, model in (("A", a), ("B", b)) if any(p.is_meta for p in model.parameters())]:
@@ -33,10 +44,14 @@ def compare(a: nn.Module, b: nn.Module, example: Any, seed: int, progress: Progr
     is_list = isinstance(example, list) and not all(isinstance(side, int) for side in example)
     given: Any = example if is_list else [example]
     steps = replay.steps_between(a, b)
-    inputs = [inputs_for(b if one is None and steps else a, one, seed=seed) for one in given]
+    if isinstance(a, Compiled) or isinstance(b, Compiled):
+        inputs = [_for_file(a, b, one, seed) for one in given]
+    else:
+        inputs = [inputs_for(b if one is None and steps else a, one, seed=seed) for one in given]
     known = [one for one in inputs if one is not None]
     if not known:
         raise CaptureError("no input is known that the model accepts", todo=examples.PASS_ONE)
+    a, b = _alike(a, b, known[0], seed)
     progress("repeating the operations in float64", 0.1)
     again = replay.done_again(a, steps) if replay.can_be_done(steps) else None
     progress("comparing", 0.4)
@@ -59,3 +74,84 @@ def compare(a: nn.Module, b: nn.Module, example: Any, seed: int, progress: Progr
     if not steps and (lapse := replay.lapse(a, b)) is not None:
         found = replace(found, remarks=(*found.remarks, lapse))
     return found
+
+
+def _made_again(a: nn.Module, b: Compiled) -> nn.Module | None:
+    """Make of A what the history in a file says that the file was exported from; None if it says nothing about A."""
+    named = nn.Module()
+    try:
+        data = json.loads(b.program.said.get(f"{SAID}history", "null"))
+    except (ValueError, RecursionError) as error:
+        raise histories.foreign("the history in the metadata of the file") from error
+    if data is None:
+        return None
+    histories.set_history_(named, histories.steps_in(data, "the history in the metadata of the file"))
+    steps = replay.steps_between(a, named)
+    if not replay.can_be_done(steps):
+        return None
+    made = replay.redo_(duplicate(a), steps)
+    made.load_state_dict(replay.done_again(a, steps).rounded.state_dict())  # rounded once, to the dtypes that it has
+    histories.set_history_(made, histories.history(named))
+    return made
+
+
+def _in_two_steps(a: nn.Module, made: nn.Module, b: Compiled, example: Any, seed: int, progress: Progress) -> Report:
+    """Compare A with what its history makes of it, and the file with that."""
+    first = compare(a, made, example, seed, parts(progress, 0, 0.5))
+    second = compare(_without_history(made), b, example, seed, parts(progress, 0.5, 1))
+    verdict = second.verdict if first.verdict == "equivalent" else first.verdict
+    said = "what the history in the file says was done to A again; the second half of the checks is about the file"
+    return replace(
+        first,
+        verdict="different" if second.verdict == "different" else verdict,
+        checks=(*first.checks, *second.checks),
+        distances=second.distances if first.verdict == "equivalent" else first.distances,
+        remarks=(said, *first.remarks, *second.remarks),
+    )
+
+
+def _without_history(model: nn.Module) -> nn.Module:
+    own = shadow(model)
+    histories.set_history_(own, ())
+    return own
+
+
+def _for_file(a: nn.Module, b: nn.Module, example: Any, seed: int) -> Inputs | None:
+    """Give the example, or an input that a file says it was made with or takes, or one that the other model accepts."""
+    if example is not None:
+        return examples.make(example, seed=seed)
+    files = [model.program for model in (a, b) if isinstance(model, Compiled)]
+    code = next((model for model in (a, b) if not isinstance(model, Compiled)), a)
+    return examples.look(
+        code, [_recorded(one.said.get(f"{SAID}input")) for one in files] + list(map(_declared, files)), seed=seed
+    ).inputs
+
+
+def _recorded(text: str | None) -> Any:
+    """Read the input that a file says it was made with: shapes or text, which are checked when they are used."""
+    try:
+        found = json.loads(text or "null")
+        return found if isinstance(found, str) else [tuple(map(int, shape)) for shape in found or ()] or None
+    except (ValueError, TypeError, RecursionError):
+        return None
+
+
+def _declared(program: Program) -> list[tuple[int, ...]] | None:
+    """Give the shapes that a file says it takes, with a batch of 1; None where it leaves more open than the batch."""
+    shapes = []
+    for port in program.inputs:
+        if port.sides is None or port.dtype is None or not port.dtype.is_floating_point:
+            return None
+        if any(not isinstance(side, int) for side in port.sides[1:]):
+            return None
+        shapes.append(tuple(side if isinstance(side, int) else 1 for side in port.sides))
+    return shapes or None
+
+
+def _alike(a: nn.Module, b: nn.Module, inputs: Inputs, seed: int) -> tuple[nn.Module, nn.Module]:
+    """Let a file answer in the structure of the other model's result; two files answer in lists of tensors."""
+    if isinstance(a, Compiled) is isinstance(b, Compiled):
+        return a, b
+    out = calls.outputs(b if isinstance(a, Compiled) else a, inputs, seed=seed)
+    made = [shadow(one).answering_like(out) if isinstance(one, Compiled) else one for one in (a, b)]
+    return made[0], made[1]

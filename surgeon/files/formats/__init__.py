@@ -13,7 +13,7 @@ from surgeon.errors import ModelError
 from surgeon.files.faults import compiled, folder, missing, no_file, part_of, source_code
 from surgeon.files.formats.base import Format
 
-__all__ = ["Format", "known", "of_file", "of_suffix", "suffixes"]
+__all__ = ["Format", "check_file", "known", "of_file", "of_suffix", "suffixes"]
 
 _HEAD = 64  # bytes, which are enough to tell any format
 
@@ -37,11 +37,11 @@ def of_suffix(path: Path) -> Format:
     return next(one for one in known() if path.suffix in one.suffixes)
 
 
-def of_file(path: Path) -> Format:
-    """Tell the format of a file by its first bytes.
+def check_file(path: Path) -> bytes:
+    """Make sure that a name is that of a file that can be read, and give its first bytes.
 
     Raises:
-        ModelError: it is not there, cannot be read, or holds no module and no tensors that surgeon could read.
+        ModelError: it is not there, no file, or cannot be read.
     """
     try:
         mode = path.stat().st_mode
@@ -50,12 +50,21 @@ def of_file(path: Path) -> Format:
         if not stat.S_ISREG(mode):
             raise no_file(path, mode)
         with path.open("rb") as file:
-            head = file.read(_HEAD)
+            return file.read(_HEAD)
     except FileNotFoundError as error:
         raise missing(path) from error
     except (OSError, ValueError) as error:  # ValueError: a name with a null character
         why = getattr(error, "strerror", None) or error
         raise ModelError(f"{path} cannot be read: {why}", todo="Name a file that you may read.") from error
+
+
+def of_file(path: Path) -> Format:
+    """Tell the format of a file by its first bytes.
+
+    Raises:
+        ModelError: it is not there, cannot be read, or holds no module and no tensors that surgeon could read.
+    """
+    head = check_file(path)
     if part := part_of(path, head):
         raise part
     if head.startswith(b"version https://git-lfs"):

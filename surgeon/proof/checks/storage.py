@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from surgeon.proof.checks.base import Question, flips_of, output_of
-from surgeon.proof.distance import dtype_name, furthest
+from surgeon.proof.distance import EXACT, dtype_name, furthest
 from surgeon.proof.evidence import Evidence
 from surgeon.proof.report import Check
 
@@ -25,9 +25,11 @@ class Storage(Question):
         for run in evidence.runs:
             limits = [(found.l2, evidence.margin * noise.l2 + evidence.arithmetic) for found, noise in run.storage]
             for i, found, limit in furthest(limits):
+                is_moved = run.storage[i][1].l2 > 0 or evidence.arithmetic < EXACT
+                why = f" ({evidence.margin:g} × what rounding the weights does)" if is_moved else ""
                 says = (
                     f"{output_of(run, i)}as stored in {dtype_name(evidence.exact)}: relative L2 {found:.1e}, "
-                    f"at most {limit:.1e} ({evidence.margin:g} × what rounding the weights does)"
+                    f"at most {limit:.1e}{why}"
                 )
                 yield self.answer(found, limit, says)
             for i, one, limit in flips_of(run.storage, evidence.margin):
