@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from surgeon.analysis import places
@@ -126,19 +127,23 @@ def _folded(steps: Steps, source: fx.Node, inside: Mapping[fx.Node, Step], *, co
         return None
     if why := _changed_in_place(steps, source, nodes):
         return why
-    values = {source: Affine.identity(channels)}
     try:
-        for node in nodes:
-            values[node] = inside[node].apply(*(values[one] for one in inside[node].operands))
-        whole = values[nodes[-1]].uncropped()
-        spec = whole.spec()
+        for device in (torch.device("meta"), _device_of(steps)):  # first of what shape it is, which costs nothing
+            values = {source: Affine.identity(channels).to(device)}
+            for node in nodes:
+                values[node] = inside[node].apply(*(values[one] for one in inside[node].operands))
+            whole = values[nodes[-1]].uncropped()
+            if whole.spec().pads_input is not None:
+                return "no conv of torch pads its sides unequally"
+            if whole.kernel.numel() > whole.macs * _TIMES and not costlier:
+                return f"as one conv it would take {whole.kernel.numel() / whole.macs:.2f} times the multiply-adds"
     except NotOneConvError as error:
         return str(error)
-    if spec.pads_input is not None:
-        return "no conv of torch pads its sides unequally"
-    if whole.kernel.numel() > whole.macs * _TIMES and not costlier:
-        return f"as one conv it would take {whole.kernel.numel() / whole.macs:.2f} times the multiply-adds"
     return SubGraph(source, nodes, inside, whole)
+
+
+def _device_of(steps: Steps) -> torch.device:
+    return next((one.device for one in steps.root.parameters()), torch.device("cpu"))
 
 
 def _is_of_one_space(source: fx.Node, nodes: Sequence[fx.Node], inside: Mapping[fx.Node, Step]) -> bool:

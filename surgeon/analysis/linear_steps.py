@@ -195,7 +195,7 @@ class Steps:
             is_chunk = source.target in (torch.chunk, "chunk")
             sizes = _argument(source, 1)
             return Step("take", (source,), lambda x: _part(x, sizes, index, is_chunk=is_chunk), space="map")
-        if not isinstance(index, tuple) or len(index) < 2 or not _is_whole(index[0]) or not isinstance(index[1], slice):
+        if not isinstance(index, tuple) or len(index) < 2 or index[0] != slice(None) or not isinstance(index[1], slice):
             return None
         ends = (index[1].start, index[1].stop, index[1].step)
         if not all(one is None or isinstance(one, int) for one in ends) or not all(map(_is_whole, index[2:])):
@@ -312,6 +312,8 @@ def _part(x: Affine, sizes: Any, index: int, *, is_chunk: bool) -> Affine:
 def _scaled(x: Affine, factor: Tensor | float, shift: Tensor | float | None, by: float) -> Affine:
     """x·factor + by·shift, with numbers for all channels or for each."""
     ones = torch.ones(x.c_out, dtype=torch.float64, device=x.kernel.device)
+    factor = factor.to(ones.device) if isinstance(factor, Tensor) else factor
+    shift = shift.to(ones.device) if isinstance(shift, Tensor) else shift
     for given in (factor, shift):
         if isinstance(given, Tensor) and len(given) != x.c_out:
             raise NotOneConvError("a scale has another number of channels")
@@ -352,9 +354,9 @@ def channels_of(source: fx.Node, inside: Mapping[fx.Node, Step]) -> int | None:
             step = inside.get(user)
             if step is None or node not in step.operands or user in seen:
                 continue
-            if step.channels is not None:
+            if step.channels is not None and step.kind != "scale":  # a scale of 8 channels may make 8 of one
                 return step.channels
-            if step.kind in ("same", "mean", "pad", "scale", "sum", "list", "unlist"):
+            if step.channels is None and step.kind in ("same", "mean", "pad", "scale", "list", "unlist"):
                 seen.add(user)
                 waiting.append(user)
     return None

@@ -126,6 +126,7 @@ class Affine:
         return any(side > 0 for axis in self.axes for side in (axis.before, axis.after))
 
     def to(self, device: torch.device) -> Self:
+        """Move it; on the meta device it says of what shape it is, and what it costs."""
         return replace(self, kernel=self.kernel.to(device), bias=self.bias.to(device))
 
     def scaled(self, factor: Tensor | float) -> Self:
@@ -169,6 +170,7 @@ class Affine:
         """
         if self.c_out != other.c_in:
             raise NotOneConvError(f"{self.c_out} channels are read as {other.c_in}")
+        other = other.to(self.kernel.device)
         mode = _mode_between(self, other)
         rows, columns = (one.then(two) for one, two in zip(self.axes, other.axes, strict=True))
         pixels = other.rows.stride * other.columns.stride
@@ -244,7 +246,7 @@ def aligned(parts: Sequence[Affine], groups: int) -> list[Affine]:
     mode = modes.pop() if modes else parts[0].mode
     axes = [Axis.around([one.axes[i] for one in parts]) for i in range(2)]
     made = []
-    for one in parts:
+    for one in (part.to(parts[0].kernel.device) for part in parts):
         places = [axis.places_of(own) for axis, own in zip(axes, one.axes, strict=True)]
         kernel = _spread(regrouped(one.kernel, one.groups, groups), axes, places)
         made.append(replace(one, kernel=kernel, rows=axes[0], columns=axes[1], groups=groups, mode=mode))
@@ -279,7 +281,7 @@ def _mode_between(first: Affine, second: Affine) -> str:
     for one, two in zip(first.axes, second.axes, strict=True):
         if max(two.before, two.after) > 0 and not one.is_point:
             raise NotOneConvError("zeros that lie between two convs are not what the first gives there")
-    if bool((first.bias != 0).any()):
+    if not first.bias.is_meta and bool((first.bias != 0).any()):
         raise NotOneConvError("zeros that lie between two convs are not the bias that the first gives there")
     if first.pads and first.mode != "zeros":
         raise NotOneConvError(f"one pads in mode {first.mode}, the next with zeros")

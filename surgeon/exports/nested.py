@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import FrameType, FunctionType
@@ -25,7 +26,7 @@ from surgeon.models.call import Inputs
 from surgeon.models.copies import where
 from surgeon.models.sandbox import Guard, quietly, tracing
 
-_TODO = "`surgeon fuse -o model.pt` keeps its own code."
+TODO = "`surgeon fuse -o model.pt` keeps its own code."
 
 
 @dataclass(slots=True)
@@ -75,7 +76,7 @@ def nested(model: nn.Module, inputs: Inputs, is_leaf: Callable[[nn.Module], bool
             raise CaptureError(
                 f"{what or 'the model'} ({type(tracer.now.module).__name__ if tracer.now else ''}) cannot be written "
                 f"as Python: tracing stopped: {where(error)}",
-                todo=_TODO,
+                todo=TODO,
             ) from error
     return tracer.calls
 
@@ -157,11 +158,23 @@ class _Nested(fx.Tracer):
             return a.node
         if isinstance(a, Tensor):
             return self._read(a).node
+        if type(a) is OrderedDict:  # which a graph would keep as a dict
+            return self.create_proxy("call_function", OrderedDict, (list(a.items()),), {}).node
         if isinstance(a, tuple | list | dict | slice) and type(a) is not torch.Size:
-            return mapped(a, self.create_arg)
+            return self._structure(a)
         if isinstance(a, torch.Size):
             return tuple(a)
         return a
+
+    def _structure(self, a: Any) -> Any:
+        """Make a nested structure of steps of one of placeholders."""
+        if isinstance(a, tuple) and hasattr(a, "_fields"):
+            return type(a)(*map(self.create_arg, a))
+        if isinstance(a, dict):
+            return {key: self.create_arg(one) for key, one in a.items()}
+        if isinstance(a, slice):
+            return slice(*map(self.create_arg, (a.start, a.stop, a.step)))
+        return (tuple if isinstance(a, tuple) else list)(map(self.create_arg, a))
 
     def _enter(
         self, m: nn.Module, path: str, forward: Callable[..., Any], args: Any, kwargs: Any

@@ -13,10 +13,8 @@ from surgeon.blocks.sum_of_convs import is_ours as is_sum_of_convs
 from surgeon.errors import CaptureError
 from surgeon.exports import layers, literals
 from surgeon.exports.layers import Argument
-from surgeon.exports.nested import Call
+from surgeon.exports.nested import TODO, Call
 from surgeon.exports.statements import Forward
-
-_TODO = "`surgeon fuse -o model.pt` keeps its own code."
 
 
 @dataclass(slots=True)
@@ -182,7 +180,7 @@ def _part(module: nn.Module, path: str, calls: dict[nn.Module, list[Call]], used
             raise CaptureError(
                 f"{path} ({type(module).__name__}) cannot be written as Python: it does not do the same in all of its "
                 f"{len(calls[module])} calls",
-                todo=_TODO,
+                todo=TODO,
             )
         forward = made
         break_on_constants(one, len(calls[module]), path)
@@ -195,7 +193,7 @@ def break_on_constants(call: Call, count: int, path: str) -> None:
         raise CaptureError(
             f"{path} ({type(call.module).__name__}) cannot be written as Python: it makes a tensor in each of its "
             f"{count} calls",
-            todo=_TODO,
+            todo=TODO,
         )
 
 
@@ -204,7 +202,7 @@ def _forward(call: Call, path: str) -> Forward:
         return Forward(call, lambda target: reach(call.module, target))
     except literals.NoTextError as error:
         raise CaptureError(
-            f"{path or 'the model'} ({type(call.module).__name__}) cannot be written as Python: {error}", todo=_TODO
+            f"{path or 'the model'} ({type(call.module).__name__}) cannot be written as Python: {error}", todo=TODO
         ) from error
 
 

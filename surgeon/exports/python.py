@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from surgeon._torch_compat import pytree
 from surgeon._version import __version__
-from surgeon.errors import CaptureError, StoreError, SurgeonError, VerifyError
+from surgeon.errors import CaptureError, StoreError, SurgeonError, VerifyError, printable
+from surgeon.exports.nested import TODO
 from surgeon.exports.run_alone import PROGRAM
 from surgeon.exports.source import Source, source
 from surgeon.files.atomic import claim, write_atomically
@@ -41,7 +42,6 @@ from surgeon.surgery.history import as_data
 CODE, WEIGHTS, HEADER = "model.py", "model.safetensors", "surgeon.python"
 _LIMIT = 1e-12  # relative L2 in float64: it is the same arithmetic
 _HOURS = 3600  # seconds that the run in a process of its own may take
-_TODO = "`surgeon fuse -o model.pt` keeps the network's own code."
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +101,11 @@ def write_python(
         tensors = {name: tensor.clone().contiguous() for name, tensor in made.tensors.items()}
         save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
         progress("comparing it", 0.2)
-        report = compare(model, _imported(part), inputs, seed, silent)
+        report = compare(model, _imported(part, made), inputs, seed, silent)
         if not report:
             failed = next((check.says for check in report.checks if not check.passed), report.verdict)
             what = "the Python that was written does not compute what the network does"
-            raise VerifyError(f"{what}: {failed}", todo=_TODO)
+            raise VerifyError(f"{what}: {failed}", todo=TODO)
         progress("running it in a process of its own", 0.7)
         _run_alone(model, inputs, part)
         said = json.dumps({"version": __version__, "origin": origin, "verified": _verdict(report), **as_data(model)})
@@ -117,7 +117,7 @@ def write_python(
 
 def _head(origin: str, inputs: Inputs) -> str:
     return (
-        f"Written by surgeon {__version__} from {origin}.\n\n"
+        f"Written by surgeon {__version__} from {printable(origin)}.\n\n"
         "Before it was written, it was run in a process without surgeon and compared with\n"
         "that network: in float64 and in its own dtype, both computed the same.\n"
         f"It is called as with {inputs}, and does what the network\n"
@@ -146,7 +146,7 @@ def _check_other_sizes(model: nn.Module, inputs: Inputs, made: Source, head: str
             raise CaptureError(
                 f"the network does different things for inputs of {inputs} and {other}, and Python would always do "
                 "what it does for the first",
-                todo=_TODO,
+                todo=TODO,
             )
         return
 
@@ -161,8 +161,8 @@ def _others(inputs: Inputs) -> list[Inputs]:
     return [inputs.map(larger).batched(inputs.batch + 1), inputs.batched(inputs.batch + 1)]
 
 
-def _imported(folder: Path) -> nn.Module:
-    """Run the text that was just written, and load its weights."""
+def _imported(folder: Path, made: Source) -> nn.Module:
+    """Run the text that was just written, and load its weights; it gives the named tuples that the network gives."""
     spec = importlib.util.spec_from_file_location("surgeon_written_model", folder / CODE)
     assert spec is not None
     assert spec.loader is not None
@@ -170,9 +170,12 @@ def _imported(folder: Path) -> nn.Module:
     try:
         with quietly(0):
             spec.loader.exec_module(module)
+            for name, kind in made.tuples.items():
+                if vars(module)[name]._fields == vars(kind)["_fields"]:
+                    setattr(module, name, kind)
             loaded: nn.Module = module.load()
     except Exception as error:
-        raise VerifyError(f"the Python that was written does not run: {error}", todo=_TODO) from error
+        raise VerifyError(f"the Python that was written does not run: {error}", todo=TODO) from error
     return loaded
 
 
@@ -189,10 +192,10 @@ def _run_alone(model: nn.Module, inputs: Inputs, folder: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=_HOURS, check=False)
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
-        raise VerifyError(f"the Python that was written does not run in a process of its own: {said}", todo=_TODO)
+        raise VerifyError(f"the Python that was written does not run in a process of its own: {said}", todo=TODO)
     outputs = torch.load(folder / "outputs.pt", weights_only=True)
     if expected is not None and (why := _difference(expected, outputs["float64"])) is not None:
-        raise VerifyError(f"the Python that was written gives other outputs in a process of its own: {why}", todo=_TODO)
+        raise VerifyError(f"the Python that was written gives other outputs in a process of its own: {why}", todo=TODO)
 
 
 def _in_double(model: nn.Module, inputs: Inputs) -> list[Any] | None:

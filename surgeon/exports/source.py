@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
-from surgeon.errors import printable
+from surgeon.errors import CaptureError, printable
 from surgeon.exports import classes, literals
 from surgeon.exports.layout import call, lines
-from surgeon.exports.nested import Call, nested
+from surgeon.exports.nested import TODO, Call, nested
 from surgeon.exports.parts import Layer, Own, Part, is_container, is_leaf, part_of, reach
 from surgeon.models.call import Inputs
 
@@ -23,7 +24,8 @@ class Source:
     text: str
     name: str
     tensors: Mapping[str, Tensor]
-    left_out: tuple[str, ...]  # modules that take no part in what it computes
+    left_out: tuple[str, ...]  # those that take no part in what it computes
+    tuples: Mapping[str, type]  # the classes of named tuples that it gives, which the text has again
 
 
 def source(model: nn.Module, inputs: Inputs, head: str) -> Source:
@@ -43,10 +45,12 @@ def source(model: nn.Module, inputs: Inputs, head: str) -> Source:
     body = [line for one in made for line in (*one.lines, "", "")]
     body += [*_loading(made[-1].name, ties, model), ""]
     text = "\n".join(body)
-    head_lines = [*_head(head), *_imports(text), "", "", *_tuples(calls, text)]
+    kinds = {name: kind for name, kind in _tuples(calls).items() if re.search(rf"\b{name}\b", text)}
+    tuples = [line for name, kind in kinds.items() for line in _tuple_lines(name, kind)]
+    head_lines = [*_head(head), *_imports("\n".join([*tuples, text])), "", "", *tuples]
     tensors = {name: held[name].detach() for name in names if name not in ties}
     left_out = sorted(name for name in model.state_dict() if name not in names)
-    return Source("\n".join(head_lines) + "\n" + text, made[-1].name, tensors, tuple(left_out))
+    return Source("\n".join(head_lines) + "\n" + text, made[-1].name, tensors, tuple(left_out), kinds)
 
 
 def _held(model: nn.Module, calls: Mapping[nn.Module, list[Call]]) -> Iterator[tuple[str, Tensor]]:
@@ -76,7 +80,7 @@ def _names(part: Part, path: str, model: nn.Module) -> Iterator[str]:
 
 def _head(head: str) -> list[str]:
     """Write the docstring of the file; what came from a file or a user cannot end it."""
-    said = [printable(line).replace("\\", "/").replace('"', "'").rstrip() for line in head.splitlines()]
+    said = [printable(line).replace("\\", "/").replace('"', "'").rstrip() for line in head.splitlines() or [""]]
     return [f'"""{said[0]}', *said[1:], '"""', ""]
 
 
@@ -99,18 +103,19 @@ def _imports(body: str) -> list[str]:
     ]
 
 
-def _tuples(calls: Mapping[nn.Module, list[Call]], body: str) -> list[str]:
-    """Write the classes of named tuples that modules give."""
+def _tuples(calls: Mapping[nn.Module, list[Call]]) -> dict[str, type]:
+    """Find the classes of named tuples that modules give."""
     kinds: dict[str, type] = {}
     for found in calls.values():
         for one in found:
             for kind in _kinds_of(one.result):
-                kinds.setdefault(kind.__name__, kind)
-    made: list[str] = []
-    for name, kind in kinds.items():
-        if re.search(rf"\b{name}\b", body):
-            made += [f"class {name}(NamedTuple):", *(f"    {one}: Any" for one in kind._fields), "", ""]  # type: ignore[attr-defined]
-    return made
+                if not literals.is_name(kind.__name__) or kinds.setdefault(kind.__name__, kind) is not kind:
+                    raise CaptureError(f"a named tuple is called {kind.__name__!r}, as something else is", todo=TODO)
+    return kinds
+
+
+def _tuple_lines(name: str, kind: Any) -> list[str]:
+    return [f"class {name}(NamedTuple):", *(f"    {one}: Any" for one in kind._fields), "", ""]
 
 
 def _kinds_of(value: object) -> Iterator[type]:

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from surgeon._torch_compat import ConvNd
 from surgeon.analysis import linear, rewritten
+from surgeon.analysis.islands import Island
 from surgeon.analysis.linear import VIEWS, Refused, SubGraph
 from surgeon.analysis.linear_steps import Steps
 from surgeon.analysis.network import Network
@@ -69,7 +70,7 @@ def fold_further_(
         progress(f"folding what is linear in {path or 'the model'}", i / len(paths))
         if recorded is not None and path not in recorded.modules:
             continue
-        if (module := _at(model, path)) is not None:
+        if (module := _at(model, path)) is not None and module not in whole.apart:
             _Folder(whole, path, module, how).fold_(done)
     done.round_(model)
     if how.norms:
@@ -103,6 +104,7 @@ class _Whole:
         flat = [path for path, calls in run.calls.items() if {len(call.shape_in) for call in calls} == {2}]
         self.flat, self.is_recorded = {self.model.get_submodule(path) for path in flat}, is_recorded
         self.needed = {*self.aside, *read}  # modules that are read other than by being called
+        self.apart = {one for island in network.islands for one in _taken_apart(self.model, island)}
 
     def is_flat(self, norm: nn.Module) -> bool:
         """Whether a norm was given vectors (n, c) alone, as a run has shown, or had when it was recorded."""
@@ -111,6 +113,19 @@ class _Whole:
     def keeps(self, module: nn.Module) -> bool:
         """Whether a module is also kept where nothing can take its place."""
         return module in self.aside
+
+
+def _taken_apart(model: nn.Module, island: Island) -> set[nn.Module]:
+    """Find the modules whose submodules a graph calls, while their own forward is not what runs."""
+    root = model.get_submodule(island.path)
+    modules, entered, held = dict(root.named_modules(remove_duplicate=False)), {root}, set[nn.Module]()
+    for node in island.graph.nodes:
+        stack = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+        entered |= {modules[path] for path in stack if path in modules}
+        if node.op == "call_module":
+            parts = str(node.target).split(".")
+            held |= {modules[".".join(parts[:length])] for length in range(1, len(parts))}
+    return held - entered
 
 
 class _Folder:
@@ -178,7 +193,12 @@ class _Folder:
         like = next(self.module.parameters()) if first is None else first.weight
         where = f"{self.path}: {found.sink.name}".removeprefix(": ")
         held = [(name, t) for one in self._modules(found) for name, t in one.state_dict().items()]
-        if why := numbers.fault((name, t) for name, t in held if isinstance(t, Tensor)):
+        why = numbers.fault((name, t) for name, t in held if isinstance(t, Tensor))
+        if any(name.endswith("running_var") and bool((t < 0).any()) for name, t in held):
+            why = why or "a running variance is negative"
+        if not numbers.is_finite(found.affine.kernel) or not numbers.is_finite(found.affine.bias):
+            why = why or "the folded numbers are not finite"
+        if why is not None:
             done.refused[where] = why
             return None
         dtype = next((known for one in self._modules(found) if (known := done.dtypes.get(one))), like.dtype)

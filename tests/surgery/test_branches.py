@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -135,6 +136,57 @@ def test_blocks_of_papers_become_one_conv_each(name: str) -> None:
     assert all_close(model, made, 6, (8, 9))
     assert (convs_in(made), norms_in(made)) == (count, 0)
     assert len(done.folded) == count
+
+
+class Broadcasts(nn.Module):
+    """A scale of eight channels makes eight maps of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.rand(8, 1, 1))
+        self.wide, self.point = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x[:, :1] * self.gamma
+        return F.relu(self.wide(y) + self.point(y))
+
+
+class Columns(nn.Module):
+    """A cut with an ellipsis in front is one of columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.point = nn.Conv2d(4, 4, (1, 2)), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.wide(x) + self.point(x)[..., 1:])
+
+
+@pytest.mark.parametrize("kind", [Broadcasts, Columns])
+def test_what_looks_like_channels_is_not_taken_for_them(kind: type[nn.Module]) -> None:
+    model = kind().double().eval()
+    made, _ = folded(model)
+    assert all_close(model, made, 4)
+
+
+def test_many_convs_in_a_row_are_looked_at_in_no_time() -> None:
+    """Sixteen convs without an activation have a hundred and twenty sequences, most of them with enormous kernels."""
+    model = nn.Sequential(*(nn.Conv2d(32, 32, 3, bias=False) for _ in range(16))).eval()
+    start = time.process_time()
+    _, done = folded(model)
+    assert time.process_time() - start < 20
+    assert not done
+
+
+def test_variances_that_are_none_are_refused() -> None:
+    model = shake_(RepVGGBlock(4)).double().eval()
+    with torch.no_grad():
+        model.zero.running_var[1] = -1.0
+    _, done = folded(model)
+    assert "a running variance is negative" in done.refused.values()
+    model.zero.running_var[1], model.zero.eps = 0.0, 0.0
+    _, done = folded(model)
+    assert "the folded numbers are not finite" in done.refused.values()
 
 
 def test_zeros_between_two_convs_are_refused_with_the_reason() -> None:
@@ -376,8 +428,8 @@ def test_an_activation_in_place_in_front_of_branches_does_no_harm() -> None:
             x = self.stem(x)
             return F.relu(self.block.three(x) + self.block.zero(x))
 
-    made, done = folded(Inlined().double().eval())
-    assert len(done.folded) == 1
+    made, done = folded(Inlined().double().eval(), Further(branches=True))
+    assert [one.norms for one in done.folded.values()] == [2]
     assert all_close(Inlined().double().eval(), made, 4)
 
 
