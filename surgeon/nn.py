@@ -17,6 +17,7 @@ HOMES = {
     "ACBlock": "surgeon.blocks.acblock",
     "BasicBlock": "surgeon.app.demo.net",
     "ConvSpec": "surgeon.conv.spec",
+    "DiverseBranch": "surgeon.blocks.dbb",
     "FrozenNorm": "surgeon.blocks.norms",
     "FusedOctave": "surgeon.blocks.fused_octave",
     "HetConv": "surgeon.blocks.hetconv",
@@ -28,6 +29,7 @@ HOMES = {
     "PairNorm": "surgeon.blocks.pairs",
     "PairRest": "surgeon.blocks.pairs",
     "PairSyncNorm": "surgeon.blocks.pairs",
+    "RepVGG": "surgeon.blocks.repvgg",
     "Rewritten": "surgeon.analysis.rewritten",
     "SmallResNet": "surgeon.app.demo.net",
 }

@@ -16,8 +16,10 @@ import surgeon
 import surgeon.nn
 from surgeon.blocks import Block, registry
 from surgeon.blocks.acblock import ACBlock
+from surgeon.blocks.dbb import DiverseBranch
 from surgeon.blocks.hetconv import HetConv
 from surgeon.blocks.octave import OctaveConv
+from surgeon.blocks.repvgg import RepVGG
 from surgeon.conv.spec import ConvSpec
 from surgeon.nn import FORMAT_KEY
 
@@ -42,8 +44,16 @@ BLOCKS = {
     "acblock": (ACBlock, {"init": "split", "placement": "border"}),
     "hetconv": (HetConv, {"p": 2, "layout": "best"}),
     "octave": (OctaveConv, {}),
+    "repvgg": (RepVGG, {"init": "split"}),
+    "dbb": (DiverseBranch, {"init": "split"}),
 }
-SPECS = {ACBlock: CONV, HetConv: CONV, OctaveConv: CONV.change(padding=(2, 2))}
+SPECS = {
+    ACBlock: CONV,
+    HetConv: CONV,
+    OctaveConv: CONV.change(padding=(2, 2)),
+    RepVGG: CONV,
+    DiverseBranch: ConvSpec(4, 8, (3, 5), padding=(0, 1)),  # its 1×1 conv needs a shift
+}
 every_block = pytest.mark.parametrize("name", BLOCKS)
 
 

@@ -65,6 +65,8 @@ def test_every_old_address_leads_to_a_new_one() -> None:
         "PairFrozenNorm",
         "PairRest",
         "PairSyncNorm",
+        "DiverseBranch",
+        "RepVGG",
     }  # since their first file
     assert {name.rpartition(".")[2] for name in surgeon.nn.MOVED.values()} | never_elsewhere == set(surgeon.nn.__all__)
 
@@ -190,7 +192,9 @@ def test_a_file_that_imports_the_other_way_is_found(tmp_path: Path) -> None:
 # The files of each block; no other file may name its classes.
 BLOCKS = {
     "ACBlock": {"surgeon.blocks.acblock"},
+    "DiverseBranch": {"surgeon.blocks.dbb"},
     "HetConv": {"surgeon.blocks.hetconv"},
+    "RepVGG": {"surgeon.blocks.repvgg"},
     "OctaveConv": {"surgeon.blocks.octave", "surgeon.blocks.fused_octave"},
     "FusedOctave": {"surgeon.blocks.octave", "surgeon.blocks.fused_octave"},
 }

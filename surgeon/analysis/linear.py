@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import fx, nn
+from torch import fx
 
+from surgeon.analysis import places
+from surgeon.analysis.in_place import base_of, reads_later, written_by
 from surgeon.analysis.linear_steps import Step, Steps, channels_of
-from surgeon.blocks import norms
 from surgeon.conv.affine import Affine
 from surgeon.conv.axis import NotOneConvError
 
@@ -176,48 +177,15 @@ def _reference(node: fx.Node) -> fx.Node:
 
 def _changed_in_place(steps: Steps, source: fx.Node, nodes: tuple[fx.Node, ...]) -> str | None:
     """Say which step changes what another one reads, so that names do not tell what is read."""
-    bases = {node: _base(steps, node) for node in (source, *nodes)}
+    bases = {node: base_of(node, steps.modules) for node in (source, *nodes)}
     first, last = steps.order[nodes[0]], steps.order[nodes[-1]]
     for node in steps.order:
-        target = _written(steps, node)
+        target = written_by(node, steps.modules)
         if target is None:
             continue
-        base = _base(steps, target)
+        base = base_of(target, steps.modules)
         if base is bases[source] and (node in bases or first <= steps.order[node] <= last):
-            return f"{node.name} changes in place what other steps read"
-        later = [
-            user
-            for one, at in bases.items()
-            if at is base and steps.order[one] < steps.order[node]
-            for user in one.users
-            if user is not node and steps.order[user] > steps.order[node]
-        ]
-        if node in bases and later:
-            return f"{node.name} changes in place what {later[0].name} reads"
+            return f"{places.said(node)} changes in place what other steps read"
+        if node in bases and (later := reads_later(node, base, steps.order, steps.modules)):
+            return f"{places.said(node)} changes in place what {places.said(later)} reads"
     return None
-
-
-def _base(steps: Steps, node: fx.Node) -> fx.Node:
-    """Give the step whose memory a step's result lies in."""
-    while (step := steps.step(node)) is not None and (step.kind in VIEWS or _written(steps, node) is not None):
-        if not step.operands or step.operands[0] is node:
-            break
-        node = step.operands[0]
-    return node
-
-
-def _written(steps: Steps, node: fx.Node) -> fx.Node | None:
-    """Give the step whose result another one changes in place, if it does."""
-    first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
-    module: nn.Module | None = steps.module(node)
-    if module is not None:
-        if norms.is_batch_norm(module):  # what an activation inside it changes is its own result
-            return None
-        return first if any(getattr(one, "inplace", False) is True for one in module.modules()) else None
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    is_in_place = node.op == "call_method" and name.endswith("_") and not name.endswith("__")
-    is_in_place |= node.op == "call_function" and (name in _OPERATORS or (name.endswith("_") and name[0] != "_"))
-    return first if is_in_place or node.kwargs.get("inplace") is True else None
-
-
-_OPERATORS = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem")

@@ -72,12 +72,13 @@ class Step:
 class Steps:
     """The steps of one graph, each looked at once."""
 
-    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+    def __init__(self, root: nn.Module, graph: fx.Graph, is_flat: Callable[[nn.Module], bool]) -> None:
         self.root = root
         self.modules = dict(root.named_modules(remove_duplicate=False))
         self.order = {node: i for i, node in enumerate(graph.nodes)}
         self._steps: dict[fx.Node, Step | None] = {}
         self.constants = Constants(root)
+        self.is_flat = is_flat  # whether a norm is given vectors (n, c) alone: of (n, l, c) it norms the second axis
 
     def module(self, node: fx.Node) -> nn.Module | None:
         """The module that a step calls."""
@@ -117,7 +118,8 @@ class Steps:
         if type(module) is nn.Linear:
             return _linear(node, module)
         if norms.is_batch_norm(module):
-            return _norm(node, module)
+            is_known = not isinstance(module, nn.BatchNorm1d) or self.is_flat(module)
+            return _norm(node, module) if is_known else None
         if type(module) is nn.AvgPool2d:
             names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
             return _averaged(node, *(getattr(module, name) for name in names))

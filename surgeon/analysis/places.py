@@ -7,6 +7,8 @@ tracing notes in its meta which line of whose forward was running.
 from __future__ import annotations
 
 import ast
+import dis
+import functools
 import itertools
 import linecache
 import sys
@@ -39,6 +41,23 @@ def note_(node: fx.Node, module: str, caller: CodeType) -> None:
         frame = frame.f_back
     if frame is not None and frame.f_code is not caller:
         node.meta[PLACE] = Place(frame.f_code, frame.f_lasti, frame.f_lineno, module)
+
+
+def is_in_place(node: fx.Node) -> bool:
+    """Whether a step comes from an operator such as `+=`, which tracing records as `+`."""
+    place, home = node.meta.get(PLACE), getattr(node.target, "__module__", "")
+    if node.op != "call_function" or not isinstance(place, Place) or home != "_operator":
+        return False
+    code = place.code.co_code
+    return code[place.at] == dis.opmap["BINARY_OP"] and code[place.at + 1] in _in_place_operators()
+
+
+@functools.cache
+def _in_place_operators() -> frozenset[int]:
+    """The arguments of the instruction BINARY_OP that stand for `+=` and its like."""
+    sample = "; ".join(f"a {sign}= b" for sign in ("+", "-", "*", "/", "//", "%", "**", "@", "&", "|", "^"))
+    found = dis.get_instructions(compile(sample, "", "exec"))
+    return frozenset(one.arg for one in found if one.opname == "BINARY_OP" and one.arg is not None)
 
 
 def said(node: fx.Node, kind: type[nn.Module] | None = None) -> str:

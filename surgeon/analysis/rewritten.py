@@ -29,6 +29,7 @@ from torch import fx, nn
 from surgeon._torch_compat import ConvNd, NormBase, reads_weights_only
 from surgeon.analysis import program as data
 from surgeon.analysis import signatures
+from surgeon.analysis.in_place import lost_in_place
 from surgeon.analysis.places import said
 from surgeon.analysis.program import REMEMBERS, SURROUNDINGS, Data
 from surgeon.blocks.base import Operator
@@ -199,6 +200,8 @@ def obstacle(module: nn.Module, graph: fx.Graph, custom_call: Callable[[nn.Modul
         return f"its attribute {taken[0]} has a name that a rewritten graph uses for itself"
     if is_theirs and (why := unkept(type(module))):
         return why
+    if lost := lost_in_place(graph, dict(module.named_modules(remove_duplicate=False))):
+        return f"{lost}, and a rewritten graph would not"
     called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
     inlined = [(path, part) for path, part in module.named_modules() if not _is_below(path, called)]
     for path, part in inlined:

@@ -167,7 +167,8 @@ class Affine:
         Raises:
             NotOneConvError: the second sees zeros, or mirrors, where the first would give something else.
         """
-        assert self.c_out == other.c_in
+        if self.c_out != other.c_in:
+            raise NotOneConvError(f"{self.c_out} channels are read as {other.c_in}")
         mode = _mode_between(self, other)
         rows, columns = (one.then(two) for one, two in zip(self.axes, other.axes, strict=True))
         pixels = other.rows.stride * other.columns.stride

@@ -62,7 +62,7 @@ def fold_further_(
     if not how:
         return done
     run = run or Run()
-    whole = _Whole(network, run)
+    whole = _Whole(network, run, is_recorded=recorded is not None)
     paths = [path for path, one in model.named_modules() if _may_hold(one) and path not in run.taken_apart]
     paths = sorted(paths, key=lambda path: (-path.count(".") if path else 1, path))
     for i, path in enumerate(paths):
@@ -95,12 +95,18 @@ def _at(model: nn.Module, path: str) -> nn.Module | None:
 class _Whole:
     """What is known of the whole network before anything is folded."""
 
-    def __init__(self, network: Network, run: Run) -> None:
+    def __init__(self, network: Network, run: Run, *, is_recorded: bool) -> None:
         self.model, self.inputs = network.model, network.called_with
         self.foldings = SelfFoldings(self.model)
         read = Facts(network).read_directly | {self.model.get_submodule(path) for path in run.read_directly}
         self.aside = network.kept_aside
+        flat = [path for path, calls in run.calls.items() if {len(call.shape_in) for call in calls} == {2}]
+        self.flat, self.is_recorded = {self.model.get_submodule(path) for path in flat}, is_recorded
         self.needed = {*self.aside, *read}  # modules that are read other than by being called
+
+    def is_flat(self, norm: nn.Module) -> bool:
+        """Whether a norm was given vectors (n, c) alone, as a run has shown, or had when it was recorded."""
+        return self.is_recorded or norm in self.flat
 
     def keeps(self, module: nn.Module) -> bool:
         """Whether a module is also kept where nothing can take its place."""
@@ -118,7 +124,7 @@ class _Folder:
             if isinstance(found, str):
                 found = trace_in_eval_mode(shadow(module), inputs)
         self.graph = found if isinstance(found, fx.Graph) else fx.Graph()
-        self.steps = Steps(module, self.graph)
+        self.steps = Steps(module, self.graph, whole.is_flat)
 
     @cached_property
     def names(self) -> dict[nn.Module, tuple[str, ...]]:

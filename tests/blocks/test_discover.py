@@ -354,7 +354,7 @@ def test_what_cannot_be_used_is_refused_with_the_distribution_that_brings_it(ins
 
 def test_a_block_that_is_named_twice_is_one(installed: Path) -> None:
     install(installed, "otherblocks", "other", "from scaled_block import Scaled", "other:Scaled")
-    assert list(registry()) == ["acblock", "hetconv", "octave", "scaled"]
+    assert list(registry()) == ["acblock", "dbb", "hetconv", "octave", "repvgg", "scaled"]
 
 
 def test_a_block_that_is_not_what_it_claims_to_be_is_named_with_its_package(installed: Path) -> None:

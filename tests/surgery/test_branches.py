@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 import surgeon
 from surgeon.analysis.network import Network
+from surgeon.analysis.run import observe
 from surgeon.errors import PlanError
 from surgeon.surgery.branches import fold_further_
 from surgeon.surgery.further import Done, Further
@@ -39,9 +40,11 @@ BOTH = Further(branches=True, norms=True)
 NONLINEAR = ("relu", "square", "softmax", "max")
 
 
-def folded(model: nn.Module, how: Further = BOTH) -> tuple[nn.Module, Done]:
+def folded(model: nn.Module, how: Further = BOTH, example: Tensor | None = None) -> tuple[nn.Module, Done]:
+    """Fold a copy; with an example, a run shows what a graph does not."""
     made = deepcopy(model)
-    return made, fold_further_(Network(made), how)
+    run = None if example is None else observe(made, [example])
+    return made, fold_further_(Network(made), how, run=run)
 
 
 def all_close(model: nn.Module, made: nn.Module, channels: int, size: tuple[int, int] = (7, 6)) -> bool:
@@ -175,8 +178,8 @@ def test_what_costs_more_as_one_conv_is_folded_only_if_it_is_asked_for() -> None
 )
 def test_networks_of_timm_have_no_more_than_what_timm_leaves(name: str, size: int) -> None:
     model = shake_(timm.create_model(name), gently=True).double().eval()
-    made, _ = folded(model, Further(branches=True))
     x = torch.randn(1, 3, size, size, dtype=torch.float64)
+    made, _ = folded(model, Further(branches=True), x)
     with torch.no_grad():
         assert relative(made(x), model(x)) <= 1e-12
     theirs = timm.utils.reparameterize_model(model)
@@ -332,12 +335,63 @@ def test_norms_of_other_layers_are_folded_in() -> None:
         )
     )
     model = model.double().eval()
-    made, done = folded(model, Further(norms=True))
+    made, done = folded(model, Further(norms=True), torch.randn(2, 4, 7, 6, dtype=torch.float64))
     assert norms_in(made) == 0
     assert done.norms == ["1"]
     assert all_close(model, made, 4)
     padded = shake_(nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())).double().eval()
     assert norms_in(folded(padded, Further(norms=True))[0]) == 1  # its shift would stand where zeros are
+
+
+def test_a_norm_of_lists_of_vectors_is_not_one_of_vectors() -> None:
+    """On (n, l, c) a BatchNorm1d norms the second axis; l may well be as large as c."""
+    model = shake_(nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU())).double().eval()
+    lists, vectors = torch.randn(3, 5, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    assert [norms_in(folded(model, BOTH, x)[0]) for x in (lists, vectors, None)] == [1, 0, 1]
+
+
+class AddsTo(nn.Module):
+    """`y += z` is traced as y + z: that y is what the caller gave, or what is read later, only the code tells."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.conv, self.same, self.where = nn.Conv2d(4, 4, 3, padding=1), nn.Identity(), where
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.same(x) if self.where == "an alias" else x.clone()[:] if self.where == "nothing" else F.relu(x)
+        z = y[:, :2] if self.where == "a view" else y
+        y += self.conv(x)
+        return F.relu(y) + z.mean() if self.where == "a view" else F.relu(y) + x
+
+
+@pytest.mark.parametrize("where", ["an alias", "a view", "nothing"])
+def test_what_is_added_in_place_is_found_in_the_code(where: str) -> None:
+    model = AddsTo(where).double().eval()
+    made, done = folded(model)
+    x = torch.randn(2, 4, 7, 6, dtype=torch.float64)
+    with torch.no_grad():
+        assert relative(made(x.clone()), model(x.clone())) <= 1e-12
+    if where == "an alias":
+        assert any("changes in place what other steps read" in why for why in done.refused.values())
+
+
+def test_a_graph_that_would_lose_an_addition_in_place_is_not_written() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.point = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x *= 0.5  # which the caller sees
+            return F.relu(self.wide(x) + self.point(x))
+
+    model = Outer().double().eval()
+    made, done = folded(model)
+    given = torch.ones(1, 4, 5, 5, dtype=torch.float64)
+    with torch.no_grad():
+        made(given)
+    assert given.unique().tolist() == [0.5]
+    assert any("changes in place what it was given" in why for why in done.refused.values())
 
 
 def test_norms_stay_where_branches_alone_are_asked_for() -> None:
