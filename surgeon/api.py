@@ -231,6 +231,7 @@ def fuse(
     keep_norms: bool = False,
     branches: bool = False,
     norms: bool = False,
+    dtype: torch.dtype | None = None,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Model:
@@ -247,6 +248,8 @@ def fuse(
     MobileOne or DBB, by whatever class. With `norms` every norm is folded into the conv or linear layer that it belongs
     to. Each is proved in float64; what would take more multiply-adds as one conv stays, unless `dense` is given.
 
+    With `dtype`, torch.float16 or torch.bfloat16, all of this is done in float64, and the result is cast once.
+
     >>> type(fuse(convert(nn.Sequential(nn.Conv2d(3, 8, 3)), "acnet"))[0]).__name__
     'Conv2d'
     >>> make = lambda: nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8))
@@ -259,6 +262,7 @@ def fuse(
     with ordinary():
         own = duplicate(checked(model))
         how: dict[str, Any] = {"dense": dense, "keep_norms": keep_norms, "branches": branches, "norms": norms}
+        how["dtype"] = dtype
         return fuse_(own, example, **how, seed=seed, progress=progress)
 
 
@@ -270,6 +274,7 @@ def fuse_(
     keep_norms: bool = False,
     branches: bool = False,
     norms: bool = False,
+    dtype: torch.dtype | None = None,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Model:
@@ -279,7 +284,7 @@ def fuse_(
         network = network_for(model, example, seed=seed)
         further = Further(branches=branches, norms=norms, costlier=dense)
         step = parts(progress, 0.2, 1)
-        done = fold_all_(network, dense=dense, keep_norms=keep_norms, further=further, progress=step)
+        done = fold_all_(network, dense=dense, keep_norms=keep_norms, further=further, dtype=dtype, progress=step)
     done.say(_log)
     return model
 

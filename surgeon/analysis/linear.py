@@ -181,7 +181,7 @@ def _changed_in_place(steps: Steps, source: fx.Node, nodes: tuple[fx.Node, ...])
     first, last = steps.order[nodes[0]], steps.order[nodes[-1]]
     for node in steps.order:
         target = written_by(node, steps.modules)
-        if target is None:
+        if target is None or node is source:  # what it has changed is what the sub-graph reads
             continue
         base = base_of(target, steps.modules)
         if base is bases[source] and (node in bases or first <= steps.order[node] <= last):

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from surgeon import api as surgery
@@ -22,10 +22,12 @@ from surgeon.analysis.network import Network
 from surgeon.analysis.sites import Survey
 from surgeon.app.given import Given
 from surgeon.app.images import Images
-from surgeon.app.outputs import claim_model, read_to_fit
-from surgeon.blocks import Block, Deployable, Foldable
-from surgeon.display import tradeoff, words
+from surgeon.app.left import nothing_to_fold, what_stays
+from surgeon.app.outputs import claim_model, claim_python, read_to_fit
+from surgeon.blocks import Block
+from surgeon.display import tradeoff
 from surgeon.errors import CaptureError
+from surgeon.exports.python import write_python
 from surgeon.files import exports, formats
 from surgeon.files import load as source
 from surgeon.files.atomic import write_atomically
@@ -56,6 +58,7 @@ from surgeon.surgery.further import FoldedBranches, Further
 from surgeon.surgery.fuse import BLOCKS_ONLY, fold_all_
 from surgeon.surgery.look import network_for
 from surgeon.surgery.plan import Plan
+from surgeon.surgery.precision import Noise
 from surgeon.surgery.replay import rebuild
 from surgeon.surgery.selfcheck import SelfCheck
 
@@ -86,6 +89,9 @@ class Fused:
     folded_norms: tuple[str, ...] = ()  # norms that were folded into the conv before them
     refused: Mapping[str, str] = field(default_factory=dict)  # sums that were not folded, and why
     exported: Exported | None = None  # where the file holds a program
+    python: str | None = None  # the class that was written, where `path` is a folder with model.py
+    dtype: str | None = None  # what the network was cast to in the end
+    noise: Noise | None = None  # what that costs
 
 
 def survey(name: str, given: Given, progress: Progress = silent) -> Survey:
@@ -225,63 +231,52 @@ def fuse(
     keep_norms: bool = False,
     further: Further = BLOCKS_ONLY,
     form: Form | None = None,
+    dtype: torch.dtype | None = None,
     output: Path | None = None,
+    python: Path | None = None,
     force: bool = False,
 ) -> Fused:
-    """Fold the blocks of a model, and what is linear besides as far as `further` says, and write it or export it."""
-    path = claim_model(output, name, "fused", given, force=force, exported=True)
+    """Fold the blocks of a model, and what is linear besides as far as `further` says, and write it or export it.
+
+    With `python`, a folder, it is written as Python of plain torch instead.
+    """
+    if python is None:
+        path = claim_model(output, name, "fused", given, force=force, exported=True)
+    else:
+        path = claim_python(python, name, given, force=force)
     is_export = is_exported(path, form)
     progress(f"loading {name}", 0)
     loaded = _load(name, given)
     model, params = loaded.model, _count(loaded.model)
-    if not is_export and formats.of_suffix(path).holds_modules:
+    if python is None and not is_export and formats.of_suffix(path).holds_modules:
         check_writable(model, given.trust)
     progress("looking for an input", 0.3)
     network = _network(model, given)
-    step = parts(progress, 0.4, 0.5 if is_export else 0.9)
-    done = fold_all_(network, dense=dense, keep_norms=keep_norms, further=further, progress=step)
+    step = parts(progress, 0.4, 0.5 if is_export or python is not None else 0.9)
+    done = fold_all_(network, dense=dense, keep_norms=keep_norms, further=further, dtype=dtype, progress=step)
     if done.warning is not None:
         _log.warning(done.warning)
-    if stays := _what_stays(model, keep_norms=keep_norms):
+    if stays := what_stays(model, keep_norms=keep_norms):
         _log.info(stays)
-    elif not done.blocks and not done.further:
-        _log.info(_nothing(further))
-    progress(f"writing {path}", 0.5 if is_export else 0.9)
-    made = None
-    if is_export:
-        made = export.write(
-            model, path, network.inputs, form, force=force, seed=given.seed, progress=parts(progress, 0.5, 1)
-        )
+    elif not done.blocks and not done.further and dtype is None:
+        _log.info(nothing_to_fold(further))
+    written, made, step = None, None, parts(progress, 0.5, 1)
+    if python is not None:
+        written = write_python(model, network.inputs, python, origin=name, force=force, seed=given.seed, progress=step)
+    elif is_export:
+        made = export.write(model, path, network.inputs, form, force=force, seed=given.seed, progress=step)
     else:
+        progress(f"writing {path}", 0.9)
         _save(loaded, path, given.trust, force=force)
     folded = tuple(block for block in done.blocks if not isinstance(model.get_submodule(block), Block))
     more = done.further
     return Fused(
         *(folded, (params, _count(model)), done.distance, path, done.norms, done.notes),
         *(tuple(more.folded.values()), tuple(more.norms), more.refused, made),
+        python=None if written is None else written.name,
+        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+        noise=done.noise,
     )
-
-
-def _nothing(further: Further) -> str:
-    """Say that there was nothing to fold, of what was asked for."""
-    parts = [word for word, is_asked in (("branches", further.branches), ("norm", further.norms)) if is_asked]
-    what = " or ".join(["block", *parts])
-    hint = "" if further else "; --branches and --norms fold what is not a block of surgeon's"
-    return f"the model has no {what} that can be folded; it is written unchanged{hint}"
-
-
-def _what_stays(model: nn.Module, *, keep_norms: bool) -> str | None:
-    """Say which blocks were not folded, and why."""
-    if cheaper := sorted({m.name for m in model.modules() if isinstance(m, Foldable)}):
-        stays = f"{', '.join(cheaper)} is not folded, because it costs less than the conv it folds to"
-        return f"{stays}; --dense folds it too"
-    whole = Counter(m.name for m in model.modules() if isinstance(m, Deployable))
-    if keep_norms and whole:
-        return f"{', '.join(sorted(whole))} is left as it is: no conv and norm compute the same"
-    if whole:
-        blocks = " and ".join(words.counted(count, f"{name} block") for name, count in whole.items())
-        return f"{blocks} of convs with groups not folded; the norms behind are folded in"
-    return None
 
 
 def verify(name_a: str, name_b: str, given: Given, progress: Progress = silent) -> Report:

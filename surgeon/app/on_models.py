@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,7 @@ from surgeon.app.options import (
     Model,
     Opset,
     Output,
+    Python,
     Sets,
     State,
     Time,
@@ -156,6 +157,9 @@ def fuse(
     everything: Annotated[bool, typer.Option("--all", help="All of these.")] = False,
     size: DynamicSize = False,
     opset: Opset = None,
+    half: Annotated[bool, typer.Option("--half", help="Cast the result to float16; folded in float64 first.")] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Cast the result to bfloat16; folded in float64 first.")] = False,
+    python: Python = None,
     output: Output = None,
     force: Force = False,
     json: Json = False,
@@ -170,16 +174,22 @@ def fuse(
     """
     if blocks and (branches or norms or everything):
         raise typer.BadParameter("--blocks means blocks alone: take it, or the others, away")
+    if half and bf16:
+        raise typer.BadParameter("--half and --bf16 are two dtypes: take one away")
+    if python is not None and output is not None:
+        raise typer.BadParameter("--python and -o both say what to write: take one away")
     with bar() as progress:
+        import torch
+
         from surgeon.app import commands
         from surgeon.display.convert import fused_data, fused_view
         from surgeon.surgery.export import Form
         from surgeon.surgery.further import Further
 
-        form = Form(size, opset)
-        how = {"dense": dense, "keep_norms": keep_norms}
+        dtype = torch.float16 if half else torch.bfloat16 if bf16 else None
+        how: dict[str, Any] = {"dense": dense, "keep_norms": keep_norms, "dtype": dtype, "form": Form(size, opset)}
         further = Further(branches=branches or everything, norms=norms or everything, costlier=dense)
-        done = commands.fuse(model, given, progress, **how, further=further, form=form, output=output, force=force)
+        done = commands.fuse(model, given, progress, **how, further=further, output=output, python=python, force=force)
     show(fused_data(done) if json else fused_view(done))
 
 

@@ -76,6 +76,14 @@ DynamicSize = Annotated[
 Opset = Annotated[
     int | None, typer.Option("--opset", metavar="N", help="For .onnx: the version of its operators; 20 if left out.")
 ]
+Python = Annotated[
+    Path | None,
+    typer.Option(
+        "--python",
+        metavar="FOLDER",
+        help="Write it as Python of plain torch instead: model.py and model.safetensors, which need no surgeon.",
+    ),
+]
 Bake = Annotated[
     bool,
     typer.Option(

@@ -7,6 +7,7 @@ from pathlib import Path
 from surgeon.app.given import Given
 from surgeon.app.images import Images
 from surgeon.errors import StoreError
+from surgeon.exports.python import claim_folder
 from surgeon.files import architectures, exports, formats
 from surgeon.files.atomic import claim, write_atomically
 from surgeon.fitting.fitted import Settings
@@ -44,6 +45,12 @@ def claim_model(
     if exports.is_export(path) and not exported:
         raise StoreError(f"{path.name} would be an export, which `surgeon fuse` writes", todo="End it in .pt here.")
     return claim(path, force=force, suffixes=suffixes, origins=read_for(name, given, *read))
+
+
+def claim_python(folder: Path, name: str, given: Given, *, force: bool) -> Path:
+    """Make sure, before any work is done, that a folder of Python can be written."""
+    claim_folder(folder, force=force, origins=read_for(name, given))
+    return folder
 
 
 def read_for(name: str, given: Given, *read: object) -> list[str | Path]:

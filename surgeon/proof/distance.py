@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -274,3 +274,17 @@ def _narrow_(module: nn.Module, args: Any, out: Any) -> None:
 
 def _kind(tensor: Tensor) -> str:
     return f"{'×'.join(map(str, tensor.shape)) or 'a scalar'} {dtype_name(tensor.dtype)}"
+
+
+def rounded_to(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Give the cast of floating point tensors to a dtype; others are copied."""
+    return lambda t: t.to(dtype) if t.is_floating_point() else t.clone()
+
+
+def largest(draws: Sequence[Sequence[Apart]]) -> list[Apart]:
+    """Take the largest of several draws, output by output."""
+    first, *others = draws
+    found = list(first)
+    for draw in others:
+        found = [one.furthest(other) for one, other in zip(found, draw, strict=True)]
+    return found

@@ -16,10 +16,14 @@ from surgeon.proof.ulps import Off
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """B made anew from A: in float64 throughout, and with every tensor rounded between two operations, as in files."""
+    """B made anew from A: in float64 throughout, and with every tensor rounded between two operations, as in files.
+
+    `dtype` is what B was cast to, if it was; then A is compared with it in that dtype.
+    """
 
     exact: nn.Module
     rounded: nn.Module
+    dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from surgeon.models.call import Inputs
 from surgeon.models.copies import shadow
 from surgeon.models.devices import dtype_of
 from surgeon.proof.calls import call
+from surgeon.proof.distance import rounded_to
 from surgeon.proof.isolated import FEW_UNITS
 from surgeon.proof.ulps import off
 
@@ -35,7 +36,7 @@ def units(a: nn.Module, b: nn.Module) -> float:
 def with_tensors_of(b: nn.Module, replay: nn.Module) -> nn.Module | None:
     """Copy the replay's modules and give them B's tensors; None if they do not fit, which another check reports."""
     dtype = dtype_of(b)
-    in_own = None if dtype == torch.float64 else lambda t: t.to(dtype) if t.is_floating_point() else t.clone()
+    in_own = None if dtype == torch.float64 else rounded_to(dtype)
     twin = shadow(replay, in_own)
     try:
         twin.load_state_dict(without_roles(b.state_dict()), assign=True)

@@ -30,8 +30,10 @@ from surgeon.proof.distance import (
     excess,
     furthest,
     is_matched,
+    largest,
     matched,
     pooled,
+    rounded_to,
     tensors,
     worst,
 )
@@ -59,8 +61,10 @@ class Models:
     """The models in their dtypes and in `exact`, which is float64 if A runs there; and the modules that they share."""
 
     def __init__(self, a: nn.Module, b: nn.Module, replay: Replay | None, seed: int, exact: torch.dtype) -> None:
-        self.dtype, self.exact, self.seed = dtype_of(a), exact, seed
-        self.own_a, self.own_b = evaluating(a), evaluating(b)
+        cast = None if replay is None else replay.dtype
+        self.dtype, self.exact, self.seed = cast or dtype_of(a), exact, seed
+        self.was_cast = self.dtype != dtype_of(a)
+        self.own_a, self.own_b = evaluating(a, rounded_to(self.dtype) if self.was_cast else None), evaluating(b)
         self.double_a = evaluating(a, as_double)
         self.is_double = exact == torch.float64
         self.a, self.b = (self.double_a, evaluating(b, as_double)) if self.is_double else (self.own_a, self.own_b)
@@ -124,7 +128,7 @@ class Models:
             exact=None if self.replay is None else self._exactness(self.replay, inputs, truth, recorder, bool(flat)),
             modules=None if self.twin is None else worst(out_b, self._call(self.twin, inputs, self.exact)),
             storage=self._storage(outs_b, truths, draws) if self._needs_outputs else [],
-            rounding=self._rounding(owns, outs_b, truths, draws) if is_rounded else [],
+            rounding=self._rounding(owns, outs_b, self._own_truths(truths, draws), draws) if is_rounded else [],
             draws=len(draws),
             gaps=self._gaps(recorder),
             merged=recorder.merged,
@@ -134,6 +138,11 @@ class Models:
             odd=sum(not t.isfinite().all() for t in tensors(owns[1][0]) if t.is_floating_point()),
             blank=sum(not t.isfinite().any() for t in _floats(truth)),
         )
+
+    def _own_truths(self, truths: list[Any], draws: Sequence[Inputs]) -> list[Any]:
+        """Run A in float64 as it is in its own dtype, which is another A where it was cast."""
+        as_stored = evaluating(self.own_a, as_double) if self.was_cast else None
+        return truths if as_stored is None else [self._call(as_stored, one, self.exact) for one in draws]
 
     def _recorder(self) -> Recorder:
         if self.replay is not None:
@@ -244,7 +253,7 @@ class Models:
         moved = [self._call(model, inputs, torch.float64) for model in shaken]
         if not all(is_matched(one, truth) for one in (out, *moved)):
             return Exactness(None, blocks=blocks)
-        noise = _largest([pooled([one], [truth]) for one in moved])
+        noise = largest([pooled([one], [truth]) for one in moved])
         limits = [
             (one.l2 if one.flips <= most.flips_allowed(self.margin) else torch.inf, max(EXACT, self.margin * most.l2))
             for one, most in zip(pooled([out], [truth]), noise, strict=True)
@@ -272,7 +281,7 @@ class Models:
         for i, (model, outs) in enumerate(sides):
             keeps, still = not self.is_double, self._still(draws[0])
             moved = evaluating(model, Jitter(self.seed + i, units=units, keeps_dtype=keeps, still=still))
-            noise = _largest([noise, pooled([self._call(moved, one, self.exact) for one in draws], outs)])
+            noise = largest([noise, pooled([self._call(moved, one, self.exact) for one in draws], outs)])
             if not i:
                 continue
             limits = [self.margin * most.l2 + self.arithmetic for most in noise]
@@ -384,15 +393,6 @@ class Models:
 
     def _call(self, model: nn.Module, inputs: Inputs, dtype: torch.dtype) -> Any:
         return call(model, inputs, dtype, self.seed)
-
-
-def _largest(draws: Sequence[Sequence[Apart]]) -> list[Apart]:
-    """Take the largest of several draws, output by output."""
-    first, *others = draws
-    found = list(first)
-    for draw in others:
-        found = [one.furthest(other) for one, other in zip(found, draw, strict=True)]
-    return found
 
 
 def _floats(out: Any) -> list[Tensor]:

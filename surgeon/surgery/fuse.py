@@ -26,6 +26,7 @@ from surgeon.surgery.fold import fold_blocks_, rules_for
 from surgeon.surgery.further import Done, Further
 from surgeon.surgery.give_back import Paths, Return
 from surgeon.surgery.history import Operation, content_hash, history, planned_inputs, record_, versions
+from surgeon.surgery.precision import Noise, cast_, checked_half, noise, raise_
 from surgeon.surgery.selfcheck import check_finite, is_far, outputs_of
 
 BLOCKS_ONLY = Further()
@@ -41,6 +42,7 @@ class Folded:
     notes: tuple[str, ...] = ()  # sentences about modules that fold themselves
     warning: str | None = None  # keys that do not fit back, though that was asked for
     further: Done = field(default_factory=Done)  # what was folded besides blocks
+    noise: Noise | None = None  # what a smaller dtype costs, where one was asked for and an input is known
 
     def say(self, log: logging.Logger) -> None:
         """Log what the user has to know."""
@@ -57,12 +59,14 @@ def fold_all_(
     dense: bool = False,
     keep_norms: bool = False,
     further: Further = BLOCKS_ONLY,
+    dtype: torch.dtype | None = None,
     progress: Progress = silent,
 ) -> Folded:
     """Fold, record it in the model's history, and say what was folded and how far the output moved.
 
     With `keep_norms` every block becomes the conv and the norm that it was made of. Blocks inside modules that fold
-    themselves do so always. `further` says what is folded besides blocks.
+    themselves do so always. `further` says what is folded besides blocks. With `dtype`, float16 or bfloat16, all is
+    done in float64, and the network is cast last.
 
     Raises:
         PlanError: it overflows, or does not run, when its blocks are folded, or a norm cannot go back to where it was.
@@ -72,12 +76,20 @@ def fold_all_(
         raise PlanError("norms are to be kept, and to be folded", todo="Take one of the two options away.")
     model, inputs = network.model, network.inputs
     progress("running the network as it was", 0)
-    parent, before = content_hash(model), outputs_of(model, inputs)
+    half = None if dtype is None else checked_half(dtype)
+    parent, restore = content_hash(model), _snapshot(model)
+    if dtype is not None:
+        raise_(model)
+    try:
+        before = outputs_of(model, inputs)
+    except BaseException:
+        restore()
+        raise
     planned = planned_inputs(history(model))  # verify will look at the network with these, too
     returns = give_back.returns(network, history(model), everywhere=keep_norms, dense=dense)
     notes = () if further.branches else _notes(network, returns)
     progress("folding, and running the network as it is then", 0.5)
-    restore, original, rules = _snapshot(model), shadow(model), 1 if keep_norms else rules_for(network, dense=dense)
+    original, rules = shadow(model), 1 if keep_norms else rules_for(network, dense=dense)
     is_planned = inputs is not None and planned is not None and inputs.text == planned.text
     distance = None
     run = network.run if further and inputs is not None else Run()
@@ -90,12 +102,17 @@ def fold_all_(
         more = fold_further_(again, further, run=run, dtypes=dtypes, progress=step)
         if before is not None and inputs is not None:
             distance = _distance(model, original, inputs, before)
+        lost = None
+        if dtype is not None:
+            cast_(model, dtype)
+            lost = noise(model, original, inputs, dtype)
     except BaseException:
         restore()
         raise
-    if folded or more:
-        measured = {"folded": len(folded)} | ({} if distance is None else {"whole": distance})
-        how: dict[str, Any] = {"dense": dense, "keep_norms": keep_norms, "rules": rules}
+    if folded or more or dtype is not None:
+        measured: dict[str, Any] = {"folded": len(folded)} | ({} if distance is None else {"whole": distance})
+        measured |= {} if lost is None else lost.to_dict()
+        how: dict[str, Any] = {"dense": dense, "keep_norms": keep_norms, "rules": rules, "dtype": half}
         how |= {
             "branches": further.branches,
             "norms": further.norms,
@@ -107,7 +124,7 @@ def fold_all_(
         record_(model, Operation("fuse", parent, made, None, versions(), **how, returned=returned, measured=measured))
     norms = tuple(one.norm[0] for one in returns.values() if one.norm)
     warning = give_back.unfit(model, returns) if keep_norms else None
-    return Folded(folded, distance, norms, notes, warning, more)
+    return Folded(folded, distance, norms, notes, warning, more, lost)
 
 
 def _notes(network: Network, returns: Mapping[Paths, Return]) -> tuple[str, ...]:

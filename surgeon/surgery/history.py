@@ -34,6 +34,7 @@ _LATER = (
     "norms",
     "within",
     "before",
+    "dtype",
 )  # fields that older releases do not know, so that they read all that they can
 _MOST_STEPS = 64  # that are done again, when a file asks for it
 
@@ -62,6 +63,7 @@ class Operation:
     norms: bool = False  # fuse: norms were folded into the convs beside them
     within: tuple[str, ...] = ()  # fuse: the modules in whose graphs this was done, '' for the model itself
     before: tuple[str, ...] = ()  # fuse: the norms that were folded into the convs before them, under their names
+    dtype: Literal["float16", "bfloat16"] | None = None  # fuse: what the network was cast to in the end
     measured: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __repr__(self) -> str:

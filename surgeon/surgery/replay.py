@@ -33,6 +33,7 @@ from surgeon.surgery.history import Operation, content_hash, history, planned_in
 from surgeon.surgery.operate import operate_
 from surgeon.surgery.permute import permute_
 from surgeon.surgery.plan import Plan
+from surgeon.surgery.precision import cast_
 from surgeon.surgery.selfcheck import check_permuted
 
 
@@ -41,7 +42,8 @@ def redo_(
 ) -> nn.Module:
     """Carry out recorded operations again on `model` itself, and return it; its history lacks those in `before`.
 
-    `like` is the model in its own dtype, if this one was cast: tensors are baked as they were there.
+    `like` is the model in its own dtype, if this one is in float64 to prove another: tensors are baked as they were
+    there, and nothing is cast to a smaller dtype.
     """
     done = [*history(model), *before]
     for step in steps:
@@ -58,6 +60,8 @@ def redo_(
             fold_blocks_(network, **how, returns=returns, dtypes=dtypes)
             folded = Network(model, called_with=network.called_with)
             fold_further_(folded, further, recorded=Recorded(step.before, step.within), dtypes=dtypes)
+            if step.dtype is not None and like is None:
+                cast_(model, getattr(torch, step.dtype))
         else:
             plan = Plan.model_validate(step.plan)
             given = fingerprints.fingerprint(model) if plan.baked else None
@@ -159,7 +163,9 @@ def folded_since(replayed: nn.Module, b: nn.Module) -> str | None:
 def done_again(a: nn.Module, steps: Sequence[Operation]) -> Replay:
     """Repeat the steps on a copy."""
     exact = redo_(shadow(a, as_double), steps, like=a)
-    return Replay(exact, exact if len(steps) == 1 else redo_rounding_(duplicate(a), steps))
+    cast = [getattr(torch, step.dtype) for step in steps if step.dtype is not None]
+    rounded = exact if len(steps) == 1 else redo_rounding_(duplicate(a), steps)
+    return Replay(exact, rounded, cast[-1] if cast else None)
 
 
 def as_baked(a: nn.Module, steps: Sequence[Operation]) -> tuple[nn.Module, tuple[str, ...]]:

@@ -364,6 +364,23 @@ class AddsTo(nn.Module):
         return F.relu(y) + z.mean() if self.where == "a view" else F.relu(y) + x
 
 
+def test_an_activation_in_place_in_front_of_branches_does_no_harm() -> None:
+    model = shake_(nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(inplace=True), RepVGGBlock(4))).double().eval()
+
+    class Inlined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.block = model[:2], model[2]
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return F.relu(self.block.three(x) + self.block.zero(x))
+
+    made, done = folded(Inlined().double().eval())
+    assert len(done.folded) == 1
+    assert all_close(Inlined().double().eval(), made, 4)
+
+
 @pytest.mark.parametrize("where", ["an alias", "a view", "nothing"])
 def test_what_is_added_in_place_is_found_in_the_code(where: str) -> None:
     model = AddsTo(where).double().eval()
