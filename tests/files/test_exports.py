@@ -92,7 +92,7 @@ def test_a_file_that_was_exported_is_equivalent_in_float64(name: str, suffix: st
     report = surgeon.verify(net, surgeon.load(path, unsafe_pickle=True), NETS[name][2])
     assert report.equivalent, report
     assert report.distances[0].float64 is not None
-    assert report.distances[0].float64 < 1e-8
+    assert report.distances[0].float64 < 2**-24  # half a unit of float32, in which ONNX holds constants
     assert len(report.checks) >= 3
 
 
