@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[1]
 
 def test_what_is_tried_is_the_oldest_that_is_allowed() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    allowed = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    extras = project["optional-dependencies"]
+    allowed = [*project["dependencies"], *extras["test"], *extras["onnx"]]
     bounds = {name: tuple(map(int, version.split("."))) for name, version in _pairs(allowed, ">=")}
     tried = {name: tuple(map(int, version.split("."))) for name, version in _pairs(_lines(), "==")}
     assert tried.pop("torchvision")  # the one that was built for that torch

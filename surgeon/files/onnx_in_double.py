@@ -83,6 +83,19 @@ class InDouble:
         return True
 
 
+def floats_of(model: ModelProto) -> dict[str, np.ndarray[Any, Any]]:
+    """Give the weights of a graph: its initializers of floats."""
+    floats = [one for one in model.graph.initializer if one.data_type in _FLOATS | {TensorProto.DOUBLE}]
+    return {one.name: numpy_helper.to_array(one) for one in floats}
+
+
+def as_tensor(array: np.ndarray[Any, Any]) -> Tensor:
+    """Copy an array; NumPy has no bfloat16 of its own."""
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.astype(np.float32)).bfloat16()
+    return torch.from_numpy(np.array(array))
+
+
 def _widen_(nodes: Any) -> None:
     """Let casts and constants below these nodes be float64."""
     for node in nodes:

@@ -33,7 +33,9 @@ def compare(a: nn.Module, b: nn.Module, example: Any, seed: int, progress: Progr
     checked(a), checked(b)
     if isinstance(b, Compiled) and not isinstance(a, Compiled) and (made := _made_again(a, b)) is not None:
         return _in_two_steps(a, made, b, example, seed, progress)
-    if (place := devices.of(a)) is not None and place.type != "meta":
+    if isinstance(a, Compiled) or isinstance(b, Compiled):  # which runs on the CPU
+        a, b = devices.on(a, devices.CPU), devices.on(b, devices.CPU)
+    elif (place := devices.of(a)) is not None and place.type != "meta":
         b = devices.on(b, place)
     if empty := [name for name, model in (("A", a), ("B", b)) if any(p.is_meta for p in model.parameters())]:
         raise VerifyError(

@@ -31,6 +31,7 @@ from surgeon.models.progress import Progress, parts, silent
 from surgeon.models.sandbox import ordinary
 from surgeon.proof import calls
 from surgeon.proof import verify as equivalence
+from surgeon.proof.distance import dtype_name
 from surgeon.proof.report import Report
 from surgeon.surgery import history as histories
 from surgeon.surgery.look import network_for
@@ -119,9 +120,15 @@ def _checked(model: nn.Module, path: Path) -> Export:
     """Give the kind of file, which the tensors of the network fit in.
 
     Raises:
-        StoreError: the network is larger than such a file can be.
+        StoreError: the network is larger than such a file can be, or in a dtype in which it could not be run.
     """
     kind = exports.of_suffix(path)
+    if kind.dtypes is not None and (dtype := devices.dtype_of(model)) not in kind.dtypes:
+        raise StoreError(
+            f"the network is stored in {dtype_name(dtype)}, in which an {kind.name} file could not be "
+            "run here, and not be compared",
+            todo=f"Export it in {' or '.join(map(dtype_name, kind.dtypes))}, or write a .pt2 file.",
+        )
     size = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
     if kind.most_bytes is not None and size > kind.most_bytes:
         raise StoreError(

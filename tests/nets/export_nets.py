@@ -89,9 +89,11 @@ class Activations(nn.Module):
         self.up = nn.ConvTranspose2d(8, 8, 3, 2, 1, 1)
         self.steps = nn.Sequential(nn.GELU(), nn.Hardswish(), nn.LeakyReLU(0.01), nn.SiLU(), nn.Hardsigmoid())
         self.pool = nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False)
+        self.mask = nn.Conv2d(8, 8, 1)  # what it is given was cast from truth values
 
     def forward(self, image: Tensor) -> Tensor:
         y = self.up(self.steps(self.norm(self.conv(image))))
+        y = y + self.mask((y > 0).to(y.dtype))
         y = nn.functional.interpolate(self.pool(y), scale_factor=2.0, mode="bilinear")
         return y**2.0 / 3.7
 

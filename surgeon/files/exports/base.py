@@ -87,6 +87,7 @@ class Export(abc.ABC):
     extra: ClassVar[str] = ""  # of surgeon's distribution, which brings what it needs
     needs: ClassVar[tuple[str, ...]] = ()  # modules that are imported for it
     most_bytes: ClassVar[int | None] = None  # of tensors that a file can hold
+    dtypes: ClassVar[tuple[torch.dtype, ...] | None] = None  # of networks that can be run from it; None for all
     runs_when_opened: ClassVar[bool] = False  # whether opening a file may run what is in it
 
     def check(self) -> None:

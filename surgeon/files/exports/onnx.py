@@ -41,6 +41,7 @@ class Onnx(Export):
     suffixes = (".onnx",)
     extra = "onnx"
     needs = ("onnx", "onnxscript", "onnxruntime")
+    dtypes = (torch.float32, torch.float16)  # in which onnxruntime has convs on the CPU
     most_bytes: ClassVar[int | None] = _LARGEST
 
     def check_opset(self, opset: int | None) -> None:
@@ -61,7 +62,7 @@ class Onnx(Export):
         return {"opset": own, "operators": dict(steps.most_common())}
 
     def open(self, path: Path) -> Program:
-        return _Onnx(_read(path), path)
+        return _Onnx(_checked(_read(path), path), path)
 
     def add(self, path: Path, captured: Captured, said: Mapping[str, str]) -> None:
         """Append the metadata: protobuf reads two messages in a row as one, so that no byte of the program changes."""
@@ -83,19 +84,18 @@ class _Onnx(Program):
     kind = "ONNX"
 
     def __init__(self, model: ModelProto, path: Path) -> None:
-        from surgeon.files.onnx_in_double import InDouble
+        from surgeon.files.onnx_in_double import InDouble, as_tensor, floats_of
 
         self._model, self._path = model, path
         self._names = {one.name for one in model.graph.initializer}
+        self._double: InDouble | None = None
+        found = floats_of(model)
         try:
             self._double = InDouble(model)
             found = self._double.tensors
-        except Exception:  # an operator that onnx itself does not compute, such as one of onnxruntime's own
-            from onnx import numpy_helper
-
-            self._double, floats = None, [one for one in model.graph.initializer if one.data_type in (1, 10, 11)]  # type: ignore[assignment]
-            found = {one.name: numpy_helper.to_array(one) for one in floats}
-        self.tensors = {name: torch.from_numpy(array.copy()) for name, array in found.items()}
+        except Exception as error:  # an operator that onnx itself does not compute, such as one of onnxruntime's own
+            self._why = where(error)
+        self.tensors = {name: as_tensor(array) for name, array in found.items()}
         self.inputs = tuple(_port(one) for one in model.graph.input if one.name not in self._names)
         self.outputs = tuple(map(_port, model.graph.output))
         self.said = _said(model)
@@ -111,7 +111,7 @@ class _Onnx(Program):
         is_wide = any(one.dtype == wide for one in (*tensors.values(), *given.values()))
         if is_wide and not stored and not any(port.dtype == wide for port in self.inputs):
             if self._double is None:
-                raise NotImplementedError("the file has operators that onnx cannot compute in float64")
+                raise NotImplementedError(f"onnx cannot compute it: {self._why}")
             made = self._double.run(tensors, given)
         else:
             made = [torch.from_numpy(one) for one in self._fed(tensors, given)]
@@ -216,6 +216,25 @@ def _read(path: Path) -> ModelProto:
         except Exception as error:  # whatever is wrong with offsets and lengths
             raise ModelError(
                 f"the weights of {path} cannot be read: {where(error)}", todo="Export it again."
+            ) from error
+    return model
+
+
+def _checked(model: ModelProto, path: Path) -> ModelProto:
+    """Make sure that all tensors in a file have as many bytes as their shapes say.
+
+    Raises:
+        ModelError: one has not, or is of a kind that onnx does not know.
+    """
+    from onnx import numpy_helper
+
+    for one in _tensors(model):
+        try:
+            numpy_helper.to_array(one)
+        except Exception as error:  # whatever onnx says
+            raise ModelError(
+                f"{path} is damaged: its tensor {one.name[:100]!r} cannot be read: {where(error)}",
+                todo="Copy or export it again.",
             ) from error
     return model
 

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from surgeon._torch_compat import pytree
 from surgeon.errors import ModelError, StoreError
 from surgeon.files.exports.base import Captured, Export, Port, Program
+from surgeon.files.exports.compiled import flat
 from surgeon.models.copies import where
 from surgeon.models.sandbox import quietly
 
@@ -67,6 +69,7 @@ class _Torch(Program):
     def __init__(self, program: ExportedProgram, said: Mapping[str, str]) -> None:
         self.said = said
         self.module: nn.Module = program.module(check_guards=False)
+        self._wide = _widened(program)
         held = [*self.module.named_parameters(), *self.module.named_buffers()]
         self.tensors = {name: tensor.detach() for name, tensor in held}
         signature = program.graph_signature
@@ -77,8 +80,25 @@ class _Torch(Program):
         self.outputs = tuple(_ports(values, signature.user_outputs))
 
     def run(self, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        narrow = all(tensor.dtype != torch.float64 for tensor in self.tensors.values())
+        is_wide = any(one.dtype == torch.float64 for one in (*tensors.values(), *flat(self, args, kwargs)))
         with torch.no_grad():
-            return functional_call(self.module, dict(tensors), args, dict(kwargs))
+            return functional_call(self._wide if narrow and is_wide else self.module, dict(tensors), args, dict(kwargs))
+
+
+def _widened(program: ExportedProgram) -> nn.Module:
+    """Give the program with float64 wherever a step names the dtype that the network was exported in."""
+    made = program.module(check_guards=False)
+
+    def wide(value: Any) -> Any:
+        return torch.float64 if value in (torch.float32, torch.float16, torch.bfloat16) else value
+
+    for node in made.graph.nodes:
+        if node.op == "call_function":
+            args, kwargs = pytree.tree_map_only(torch.dtype, wide, (node.args, dict(node.kwargs)))
+            node.args, node.kwargs = args, kwargs
+    made.recompile()
+    return made
 
 
 def _ports(values: Mapping[str, Any], names: Any) -> list[Port]:
