@@ -27,7 +27,6 @@ from surgeon.app.outputs import claim_model, claim_python, read_to_fit
 from surgeon.blocks import Block
 from surgeon.display import tradeoff
 from surgeon.errors import CaptureError
-from surgeon.exports.python import write_python
 from surgeon.files import exports, formats
 from surgeon.files import load as source
 from surgeon.files.atomic import write_atomically
@@ -45,6 +44,7 @@ from surgeon.models import devices
 from surgeon.models.copies import duplicate
 from surgeon.models.progress import Progress, parts, silent
 from surgeon.proof.report import Report
+from surgeon.python.write import write_python
 from surgeon.recipes import recipe as recipes
 from surgeon.surgery import bench as benching
 from surgeon.surgery import export, gains

@@ -7,10 +7,10 @@ from pathlib import Path
 from surgeon.app.given import Given
 from surgeon.app.images import Images
 from surgeon.errors import StoreError
-from surgeon.exports.python import claim_folder
 from surgeon.files import architectures, exports, formats
 from surgeon.files.atomic import claim, write_atomically
 from surgeon.fitting.fitted import Settings
+from surgeon.python.write import claim_folder
 from surgeon.surgery.plan import Plan
 
 

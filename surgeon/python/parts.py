@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from surgeon.blocks.sum_of_convs import is_ours as is_sum_of_convs
 from surgeon.errors import CaptureError
-from surgeon.exports import layers, literals
-from surgeon.exports.layers import Argument
-from surgeon.exports.nested import TODO, Call
-from surgeon.exports.statements import Forward
+from surgeon.python import layers, literals
+from surgeon.python.layers import Argument
+from surgeon.python.nested import TODO, Call
+from surgeon.python.statements import Forward
 
 
 @dataclass(slots=True)

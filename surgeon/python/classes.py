@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from surgeon.exports import literals
-from surgeon.exports.layers import REQUIRED, Argument, same
-from surgeon.exports.layout import Bracket, Code, call, lines
-from surgeon.exports.parts import Container, Layer, Own, Part, Stored
+from surgeon.python import literals
+from surgeon.python.layers import REQUIRED, Argument, same
+from surgeon.python.layout import Bracket, Code, call, lines
+from surgeon.python.parts import Container, Layer, Own, Part, Stored
 
 _MOST_POSITIONAL = 3
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgeon.exports.literals import NoTextError, text
+from surgeon.python.literals import NoTextError, text
 
 _SKIPPED = ("device", "dtype", "_weight", "_freeze", "init", "min_value", "max_value", "process_group")
 _ALIKE_IN_PLACE = ("training", "num_batches_tracked")

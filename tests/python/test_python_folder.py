@@ -23,11 +23,11 @@ from torchvision.models._utils import IntermediateLayerGetter
 
 import surgeon
 from surgeon.errors import CaptureError, StoreError, VerifyError
-from surgeon.exports import python
-from surgeon.exports.python import write_python
-from surgeon.exports.source import source
 from surgeon.models.call import Inputs
 from surgeon.models.copies import duplicate
+from surgeon.python import python
+from surgeon.python.source import source
+from surgeon.python.write import write_python
 
 ALONE = """
 import sys

@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from surgeon.errors import CaptureError, printable
-from surgeon.exports import classes, literals
-from surgeon.exports.layout import call, lines
-from surgeon.exports.nested import TODO, Call, nested
-from surgeon.exports.parts import Layer, Own, Part, is_container, is_leaf, part_of, reach
 from surgeon.models.call import Inputs
+from surgeon.python import classes, literals
+from surgeon.python.layout import call, lines
+from surgeon.python.nested import TODO, Call, nested
+from surgeon.python.parts import Layer, Own, Part, is_container, is_leaf, part_of, reach
 
 
 @dataclass(frozen=True, slots=True)

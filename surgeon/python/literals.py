@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from surgeon.exports.layout import Bracket, Code, call
+from surgeon.python.layout import Bracket, Code, call
 
 _WRITTEN = (
     *("self", "torch", "nn", "F", "math", "Tensor", "Any", "Path", "OrderedDict", "NamedTuple", "load", "annotations"),

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from surgeon.exports import literals
-from surgeon.exports.layers import same
-from surgeon.exports.literals import NoTextError
-from surgeon.exports.values import mapped
+from surgeon.python import literals
+from surgeon.python.layers import same
+from surgeon.python.literals import NoTextError
+from surgeon.python.values import mapped
 
 INFIX = {
     "add": "+", "sub": "-", "mul": "*", "truediv": "/", "floordiv": "//", "mod": "%", "matmul": "@", "and_": "&",

@@ -19,11 +19,11 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from surgeon.exports import literals
-from surgeon.exports.layout import WIDTH, Bracket, Code, call, lines
-from surgeon.exports.literals import NoTextError
-from surgeon.exports.nested import Call
-from surgeon.exports.steps import (
+from surgeon.python import literals
+from surgeon.python.layout import WIDTH, Bracket, Code, call, lines
+from surgeon.python.literals import NoTextError
+from surgeon.python.nested import Call
+from surgeon.python.steps import (
     CHANGING,
     HIGHEST,
     INFIX,

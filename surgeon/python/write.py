@@ -25,9 +25,6 @@ from torch import Tensor, nn
 from surgeon._torch_compat import pytree
 from surgeon._version import __version__
 from surgeon.errors import CaptureError, StoreError, SurgeonError, VerifyError, printable
-from surgeon.exports.nested import TODO
-from surgeon.exports.run_alone import PROGRAM
-from surgeon.exports.source import Source, source
 from surgeon.files.atomic import claim, write_atomically
 from surgeon.models import devices
 from surgeon.models.call import Inputs
@@ -36,6 +33,9 @@ from surgeon.models.progress import Progress, silent
 from surgeon.models.sandbox import quietly
 from surgeon.proof.distance import dtype_name
 from surgeon.proof.report import Report
+from surgeon.python.nested import TODO
+from surgeon.python.run_alone import PROGRAM
+from surgeon.python.source import Source, source
 from surgeon.surgery.compare import compare
 from surgeon.surgery.history import as_data
 

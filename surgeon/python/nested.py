@@ -21,10 +21,10 @@ from torch import Tensor, fx, nn
 
 from surgeon._torch_compat import ASSERTIONS
 from surgeon.errors import CaptureError
-from surgeon.exports.values import Value, leaves, mapped, value_of
 from surgeon.models.call import Inputs
 from surgeon.models.copies import where
 from surgeon.models.sandbox import Guard, quietly, tracing
+from surgeon.python.values import Value, leaves, mapped, value_of
 
 TODO = "`surgeon fuse -o model.pt` keeps its own code."
 
@@ -293,4 +293,4 @@ def _asks_what_it_is(frame: FrameType | None) -> bool:
     if frame is None:
         return False
     home = frame.f_globals.get("__name__", "")
-    return not (home.startswith(("torch.fx", "torch.utils", "surgeon.exports")))
+    return not (home.startswith(("torch.fx", "torch.utils", "surgeon.python")))
