@@ -129,8 +129,8 @@ class Parallel(base.Foldable[Opts], Generic[Opts]):
     def fold(self) -> nn.Conv2d:
         with torch.no_grad():
             whole = affine.total([one.before.then(Affine.norm(kernels.Norm.of(one.norm))) for one in self.branches()])
-            conv = self.spec.build_with(whole.kernel, whole.bias, like=self._first.weight)
-        conv.requires_grad_(self._first.weight.requires_grad)
+            conv = self.spec.build_with(whole.kernel, whole.bias, like=self._first().weight)
+        conv.requires_grad_(self._first().weight.requires_grad)
         return conv.train(self.training)
 
     def fold_keeping_norm(self) -> tuple[nn.Conv2d, nn.Module]:
@@ -141,10 +141,10 @@ class Parallel(base.Foldable[Opts], Generic[Opts]):
             behind = [replace(one, mean=one.mean - part.bias) for one, part in zip(numbers, aligned, strict=True)]
             pairs = list(zip((one.kernel for one in aligned), behind, strict=True))
             kernel, made = kernels.keep_bn(pairs, scales=own.weight is not None, shifts=own.bias is not None)
-            conv = self.spec.build_with(kernel, None, like=self._first.weight)
+            conv = self.spec.build_with(kernel, None, like=self._first().weight)
             norm = copied(own)
             made.write_(norm)
-        conv.requires_grad_(self._first.weight.requires_grad)
+        conv.requires_grad_(self._first().weight.requires_grad)
         return conv.train(self.training), norm
 
     def unfoldable(self) -> str | None:
@@ -162,11 +162,8 @@ class Parallel(base.Foldable[Opts], Generic[Opts]):
                 return f"{name} keeps no running statistics"
         return None
 
-    @property
-    def _first(self) -> nn.Conv2d:
-        conv = self.get_submodule(self.first_conv)
-        assert isinstance(conv, nn.Conv2d)
-        return conv
+    def _first(self) -> nn.Conv2d:  # no property: torch.jit.script compiles those
+        return self._conv(self.first_conv)
 
     def _start_from_scratch_(self, gamma: float, generator: torch.Generator) -> None:
         for branch in self.branches():
@@ -176,7 +173,7 @@ class Parallel(base.Foldable[Opts], Generic[Opts]):
 
     def _take_over_(self, weight: Tensor, generator: torch.Generator) -> None:
         assert isinstance(weight, nn.Parameter)
-        self._first.weight = weight
+        self._first().weight = weight
         for branch in self.branches()[1:]:
             self._draw_(branch.convs, generator)
             branch.norm.weight.zero_()  # type: ignore[operator] # a fresh norm has one
@@ -203,7 +200,7 @@ class Parallel(base.Foldable[Opts], Generic[Opts]):
             norm.weight.copy_(own.weight.double() * share)
             norm.running_mean.copy_(part.bias)  # what norms inside a branch add
             kernel = kernel - part.kernel * share
-        self._first.weight.copy_(kernel)
+        self._first().weight.copy_(kernel)
         for conv in convs:
             conv.weight = nn.Parameter(conv.weight.to(weight.dtype))
 

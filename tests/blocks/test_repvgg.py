@@ -123,3 +123,11 @@ def test_a_tap_that_is_off_is_caught() -> None:
 @pytest.mark.parametrize(("kernel", "why"), [((1, 1), "1x1 kernel"), ((2, 3), "2 is even")])
 def test_other_kernels_are_refused(kernel: tuple[int, int], why: str) -> None:
     assert why in str(RepVGG.refusal(ConvSpec(4, 4, kernel), None, RepVGGOptions()))
+
+
+@pytest.mark.parametrize("init", ["takeover", "split"])
+def test_it_is_compiled_by_torchscript(init: str) -> None:
+    block = block_of(nn.Conv2d(4, 4, 3, padding=1), init=init).eval()
+    x = torch.randn(1, 4, 7, 7)
+    scripted = torch.jit.script(nn.Sequential(block, nn.ReLU()))
+    assert relative(scripted(x), F.relu(block(x))) < 1e-6
