@@ -12,7 +12,7 @@ Every sub-graph is compared with its conv in float64, on maps whose borders are 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cached_property
 
 import torch
@@ -99,12 +99,16 @@ class _Whole:
     def __init__(self, network: Network, run: Run, *, is_recorded: bool) -> None:
         self.model, self.inputs = network.model, network.called_with
         self.foldings = SelfFoldings(self.model)
-        read = Facts(network).read_directly | {self.model.get_submodule(path) for path in run.read_directly}
+        read = Facts(network).read_directly | self._still_there(run.read_directly)
         self.aside = network.kept_aside
         flat = [path for path, calls in run.calls.items() if {len(call.shape_in) for call in calls} == {2}]
-        self.flat, self.is_recorded = {self.model.get_submodule(path) for path in flat}, is_recorded
+        self.flat, self.is_recorded = self._still_there(flat), is_recorded
         self.needed = {*self.aside, *read}  # modules that are read other than by being called
         self.apart = {one for island in network.islands for one in _taken_apart(self.model, island)}
+
+    def _still_there(self, paths: Iterable[str]) -> set[nn.Module]:
+        """Give the modules of these names; those inside blocks that were folded since the run are gone."""
+        return {module for path in paths if (module := _at(self.model, path)) is not None}
 
     def is_flat(self, norm: nn.Module) -> bool:
         """Whether a norm was given vectors (n, c) alone, as a run has shown, or had when it was recorded."""

@@ -433,6 +433,17 @@ def test_an_activation_in_place_in_front_of_branches_does_no_harm() -> None:
     assert all_close(Inlined().double().eval(), made, 4)
 
 
+@pytest.mark.parametrize("recipe", ["acnet", "dbb", "repvgg"])
+def test_blocks_whose_code_reads_their_parts_are_folded_before_branches(recipe: str) -> None:
+    model = shake_(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())).double().eval()
+    x = torch.randn(1, 3, 8, 8, dtype=torch.float64)
+    converted = surgeon.convert(model, recipe, x)
+    made = surgeon.fuse(converted, x, branches=True, norms=True)
+    with torch.no_grad():
+        assert relative(made(x), converted(x)) <= 1e-12
+    assert isinstance(made[0], nn.Conv2d)
+
+
 @pytest.mark.parametrize("where", ["an alias", "a view", "nothing"])
 def test_what_is_added_in_place_is_found_in_the_code(where: str) -> None:
     model = AddsTo(where).double().eval()
