@@ -261,6 +261,8 @@ def _linear(node: fx.Node, layer: nn.Linear) -> Step | None:
 def _norm(node: fx.Node, norm: nn.Module) -> Step | None:
     if norm.running_mean is None or norm.running_var is None or isinstance(norm, nn.BatchNorm3d):
         return None
+    if computes_its_tensors(norm):
+        return None
     space = "vector" if isinstance(norm, nn.BatchNorm1d) else "map"
     if own_norms.refusal(norm, has_bias=False) is not None:
         return None

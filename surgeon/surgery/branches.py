@@ -31,7 +31,7 @@ from surgeon.analysis.self_folding import SelfFoldings
 from surgeon.analysis.trace import may_convolve, trace, trace_in_eval_mode
 from surgeon.blocks import Operator, norms
 from surgeon.conv import numbers
-from surgeon.errors import PassError, PlanError
+from surgeon.errors import PlanError
 from surgeon.models.copies import names, shadow
 from surgeon.models.progress import Progress, silent
 from surgeon.models.sandbox import quietly
@@ -75,7 +75,7 @@ def fold_further_(
     done.round_(model)
     if how.norms:
         again = Network(model, called_with=network.called_with)
-        done.norms += fold_norms_(again, None if recorded is None else recorded.norms)
+        done.norms += fold_norms_(again, None if recorded is None else recorded.norms, may_fold=whole.may_fold)
     return done
 
 
@@ -104,6 +104,7 @@ class _Whole:
         flat = [path for path, calls in run.calls.items() if {len(call.shape_in) for call in calls} == {2}]
         self.flat, self.is_recorded = self._still_there(flat), is_recorded
         self.needed = {*self.aside, *read}  # modules that are read other than by being called
+        self.inside = {one for module in self._still_there(run.taken_apart) for one in module.modules()}
         self.apart = {one for island in network.islands for one in _taken_apart(self.model, island)}
 
     def _still_there(self, paths: Iterable[str]) -> set[nn.Module]:
@@ -113,6 +114,10 @@ class _Whole:
     def is_flat(self, norm: nn.Module) -> bool:
         """Whether a norm was given vectors (n, c) alone, as a run has shown, or had when it was recorded."""
         return self.is_recorded or norm in self.flat
+
+    def may_fold(self, conv: nn.Module) -> bool:
+        """Whether a conv is nothing but called, by the forward of every module that holds it."""
+        return conv not in self.needed and conv not in self.inside
 
     def keeps(self, module: nn.Module) -> bool:
         """Whether a module is also kept where nothing can take its place."""
@@ -237,16 +242,15 @@ class _Folder:
         return None not in modules and len(set(modules)) == len(modules) and len(found.convs) >= 1
 
     def _is_whole(self, found: SubGraph) -> bool:
-        """Whether it is all that the module does, and another module holds it."""
+        """Whether it is all that a module does whose class says no more: torch's own, or one that folds itself so."""
         inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
         last = next(reversed(self.graph.nodes))
-        is_all = inputs == [found.source] and last.args == (found.sink,) and not found.leaves
-        return (
-            is_all
-            and bool(self.path)
-            and custom_call(self.module, "it") is None
-            and self.module not in self.whole.needed
-        )
+        is_all = inputs == [found.source] and last.args == (found.sink,) and not found.leaves and bool(self.path)
+        around = self.whole.foldings.around([self.path])
+        is_plain = type(self.module).__module__.startswith("torch.nn.")
+        if not is_all or not (is_plain or (around is not None and around.path == self.path)):
+            return False
+        return custom_call(self.module, "it") is None and not self.whole.keeps(self.module)
 
     def _in_a_row_(self, found: SubGraph, conv: Layer, done: Done) -> None:
         widest = self._widest(found)
@@ -289,6 +293,15 @@ class _Folder:
             else:
                 sink.replace_all_uses_with(step)
         _erase_unused_(graph, {copied[node] for one, _ in found for node in needed(one)})
+        before = {place: _there(self.module, place) for place in places}
+        for (_, conv), place in zip(found, places, strict=True):
+            _set(self.module, place, conv)
+        why = rewritten.unwritable(self.module, graph)
+        for place, known in before.items():
+            _set(self.module, place, known)
+        if why is not None:
+            done.refused |= {f"{self.path}: {one.sink.name}".removeprefix(": "): why for one, _ in found}
+            return
         for (one, conv), place in zip(found, places, strict=True):
             rest = self.steps.module(one.sink) if one.leaves else None
             for path in list(self._emptied(one, graph, place)):
@@ -297,8 +310,6 @@ class _Folder:
             if rest is not None:
                 self._put_(rest, norms.plain_rest(rest).train(rest.training))
             self._note(done, one, f"{self.path}.{place}".removeprefix("."))
-        if why := rewritten.unwritable(self.module, graph):
-            raise PassError("fuse", f"the graph of {self.path or 'the model'} cannot be kept: {why}")
         rewritten.rewrite_(self.module, graph)
 
     def _place(self, found: SubGraph) -> str:
@@ -354,9 +365,19 @@ def _is_under(path: str, consumed: Collection[str]) -> bool:
     return any(f"{path}.".startswith(f"{one}.") for one in consumed)
 
 
-def _set(module: nn.Module, path: str, made: nn.Module) -> None:
+def _there(module: nn.Module, path: str) -> nn.Module | None:
     holder, _, name = path.rpartition(".")
-    module.get_submodule(holder)._modules[name] = made
+    return module.get_submodule(holder)._modules.get(name)
+
+
+def _set(module: nn.Module, path: str, made: nn.Module | None) -> None:
+    """Put a module at a path, or take away what is there."""
+    holder, _, name = path.rpartition(".")
+    register = module.get_submodule(holder)._modules
+    if made is None:
+        register.pop(name, None)
+    else:
+        register[name] = made
 
 
 def _take_out_(module: nn.Module, path: str) -> None:

@@ -6,7 +6,7 @@ under all its names. A block that no single conv can replace first takes in the 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 
 import torch
@@ -126,16 +126,20 @@ def _deployed(
     return {paths: finite(paths[0], "folded", block.deploy, block) for paths, block in blocks.items()}, rests
 
 
-def fold_norms_(network: Network, only: Collection[str] | None = None) -> tuple[str, ...]:
+def fold_norms_(
+    network: Network, only: Collection[str] | None = None, *, may_fold: Callable[[nn.Module], bool] | None = None
+) -> tuple[str, ...]:
     """Fold every batch norm that belongs to one conv or block alone into it, in eval mode; returns the norms' names.
 
     This is done in float64 and cast once. What the class of a norm does besides takes its place, or an Identity.
     Transposed convs and those of one or three dimensions are convs here, too. `only` names the norms to fold, as a
-    history has recorded them.
+    history has recorded them; `may_fold` is asked of every conv.
     """
     model, folded = network.model, {}
     for paths, norm_paths in (*norms_behind(network), *norms_behind_others(network)):
         if only is not None and norm_paths[0] not in only:
+            continue
+        if may_fold is not None and not may_fold(model.get_submodule(paths[0])):
             continue
         module, norm = model.get_submodule(paths[0]), norms.core_of(model.get_submodule(norm_paths[0]))
         made_by = _with_norm if isinstance(module, nn.Conv2d) else _other_with_norm

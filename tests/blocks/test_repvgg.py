@@ -125,6 +125,7 @@ def test_other_kernels_are_refused(kernel: tuple[int, int], why: str) -> None:
     assert why in str(RepVGG.refusal(ConvSpec(4, 4, kernel), None, RepVGGOptions()))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
 @pytest.mark.parametrize("init", ["takeover", "split"])
 def test_it_is_compiled_by_torchscript(init: str) -> None:
     block = block_of(nn.Conv2d(4, 4, 3, padding=1), init=init).eval()

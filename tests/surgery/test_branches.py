@@ -510,6 +510,96 @@ def test_blocks_and_branches_are_folded_together() -> None:
     assert surgeon.verify(converted, made, (1, 4, 9, 9)).equivalent
 
 
+class ByName(nn.Module):
+    """Blocks that are linear as a whole, but called by the name of their input, read, or asked for their class."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.block, self.way = _Linear(), way
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.way == "class":
+            assert isinstance(self.block, _Linear)
+        y = self.block(feats=x) if self.way == "keyword" else self.block(x)
+        return F.relu(y * self.block.factor if self.way == "attribute" else y)
+
+
+class _Linear(nn.Module):
+    factor = 0.5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.point = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, feats: Tensor) -> Tensor:
+        return self.wide(feats) + self.point(feats)
+
+
+@pytest.mark.parametrize("way", ["keyword", "attribute", "class"])
+def test_a_module_of_the_users_keeps_its_class_and_how_it_is_called(way: str) -> None:
+    model = ByName(way).double().eval()
+    made = surgeon.fuse(model, (1, 4, 7, 6), branches=True)
+    assert all_close(model, made, 4)
+    assert convs_in(made) == 1
+
+
+class Loops(nn.Module):
+    """A Sequential that is taken apart by code that no graph shows, and a weight that is read there."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.rows, self.way = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()), way
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        if float(x.sum()) > 1e9:
+            return [x]
+        if self.way == "weight":
+            return [self.rows(x), F.conv2d(x, self.rows[0].weight)]
+        found = []
+        for row in self.rows:
+            x = row(x)
+            found.append(x)
+        return found
+
+
+@pytest.mark.parametrize("way", ["loop", "weight"])
+def test_norms_stay_where_code_without_a_graph_takes_modules_apart(way: str) -> None:
+    model = shake_(Loops(way)).double().eval()
+    made = surgeon.fuse(model, (1, 4, 7, 6), norms=True)
+    x = torch.randn(2, 4, 7, 6, dtype=torch.float64)
+    with torch.no_grad():
+        assert all(relative(b, a) <= 1e-12 for a, b in zip(model(x), made(x), strict=True))
+    assert norms_in(made) == 1
+
+
+def test_a_graph_that_cannot_be_kept_is_a_reason_and_no_error() -> None:
+    class Anything(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.point = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, *xs: Tensor) -> Tensor:
+            return F.relu(self.wide(xs[0]) + self.point(xs[0]))
+
+    model = nn.Sequential(Anything()).double().eval()
+    made, done = folded(model)
+    assert all_close(model, made, 4)
+    assert convs_in(made) in (1, 2)
+    assert convs_in(made) == 1 or any("*xs" in why for why in done.refused.values())
+
+
+def test_a_norm_whose_scale_is_computed_stays() -> None:
+    class Softplus(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.softplus(x)
+
+    model = shake_(RepVGGBlock(4)).eval()
+    torch.nn.utils.parametrize.register_parametrization(model.zero, "weight", Softplus())
+    made = surgeon.fuse(model, (1, 4, 9, 9), branches=True)
+    x = torch.randn(1, 4, 9, 9)
+    assert relative(made(x), model(x)) < 1e-6
+
+
 def test_numbers_are_rounded_once() -> None:
     """A branch inside a branch is folded in two steps; what is stored is the float64 result, rounded."""
     model = shake_(Nested(6)).eval()
