@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,53 +79,60 @@ def fold_all_(
     progress("running the network as it was", 0)
     half = None if dtype is None else checked_half(dtype)
     parent, restore = content_hash(model), _snapshot(model)
-    if dtype is not None:
-        raise_(model)
-    try:
+    with _or_as_it_was(restore):
+        if dtype is not None:
+            raise_(model)
         before = outputs_of(model, inputs)
-    except BaseException:
-        restore()
-        raise
     planned = planned_inputs(history(model))  # verify will look at the network with these, too
     returns = give_back.returns(network, history(model), everywhere=keep_norms, dense=dense)
     notes = () if further.branches else _notes(network, returns)
     progress("folding, and running the network as it is then", 0.5)
     original, rules = shadow(model), 1 if keep_norms else rules_for(network, dense=dense)
     is_planned = inputs is not None and planned is not None and inputs.text == planned.text
-    distance = None
+    looked = network if is_planned else Network(model, called_with=planned)
     run = network.run if further and inputs is not None else Run()
-    try:
-        looked = network if is_planned else Network(model, called_with=planned)
-        dtypes: dict[nn.Module, torch.dtype] | None = {} if further else None
-        folded = fold_blocks_(looked, dense=dense, returns=returns, deploys=not keep_norms, dtypes=dtypes)
-        step = parts(progress, 0.5, 0.9)
-        again = Network(model, called_with=looked.called_with)
-        more = fold_further_(again, further, run=run, dtypes=dtypes, progress=step)
-        if before is not None and inputs is not None:
-            distance = _distance(model, original, inputs, before)
-        lost = None
-        if dtype is not None:
-            cast_(model, dtype)
-            lost = noise(model, original, inputs, dtype)
-    except BaseException:
-        restore()
-        raise
+    how: dict[str, Any] = {"dense": dense, "returns": returns, "deploys": not keep_norms}
+    with _or_as_it_was(restore):
+        folded, more = _fold_(looked, how, further, run, parts(progress, 0.5, 0.9))
+        distance = None if before is None or inputs is None else _distance(model, original, inputs, before)
+        lost = None if dtype is None else _cast(model, original, inputs, dtype)
     if folded or more or dtype is not None:
         measured: dict[str, Any] = {"folded": len(folded)} | ({} if distance is None else {"whole": distance})
         measured |= {} if lost is None else lost.to_dict()
-        how: dict[str, Any] = {"dense": dense, "keep_norms": keep_norms, "rules": rules, "dtype": half}
-        how |= {
-            "branches": further.branches,
-            "norms": further.norms,
-            "within": tuple(more.modules),
-            "before": tuple(more.norms),
-        }
-        returned = () if keep_norms else tuple(paths[0] for paths in returns)
-        made = content_hash(model)
-        record_(model, Operation("fuse", parent, made, None, versions(), **how, returned=returned, measured=measured))
+        said: dict[str, Any] = {"dense": dense, "keep_norms": keep_norms, "rules": rules, "dtype": half}
+        said |= {"returned": () if keep_norms else tuple(paths[0] for paths in returns)}
+        said |= {"branches": further.branches, "norms": further.norms}
+        said |= {"within": tuple(more.modules), "before": tuple(more.norms), "measured": measured}
+        record_(model, Operation("fuse", parent, content_hash(model), None, versions(), **said))
     norms = tuple(one.norm[0] for one in returns.values() if one.norm)
     warning = give_back.unfit(model, returns) if keep_norms else None
     return Folded(folded, distance, norms, notes, warning, more, lost)
+
+
+@contextlib.contextmanager
+def _or_as_it_was(restore: Callable[[], None]) -> Iterator[None]:
+    """Put a network back if what is done to it fails."""
+    try:
+        yield
+    except BaseException:
+        restore()
+        raise
+
+
+def _fold_(
+    looked: Network, how: Mapping[str, Any], further: Further, run: Run, progress: Progress
+) -> tuple[tuple[str, ...], Done]:
+    """Fold blocks, and what else is asked for; what is folded further stays in float64 until the end."""
+    dtypes: dict[nn.Module, torch.dtype] | None = {} if further else None
+    folded = fold_blocks_(looked, **how, dtypes=dtypes)
+    again = Network(looked.model, called_with=looked.called_with)
+    return folded, fold_further_(again, further, run=run, dtypes=dtypes, progress=progress)
+
+
+def _cast(model: nn.Module, original: nn.Module, inputs: Inputs | None, dtype: torch.dtype) -> Noise | None:
+    """Cast a network last of all, and measure what that costs."""
+    cast_(model, dtype)
+    return noise(model, original, inputs, dtype)
 
 
 def _notes(network: Network, returns: Mapping[Paths, Return]) -> tuple[str, ...]:
