@@ -116,7 +116,7 @@ class Jitter:
             return tensor.clone()
         coin = torch.randint(0, 2, tensor.shape, generator=self.generator).to(tensor.device) * 2 - 1
         is_whole = self.keeps_dtype or tensor.dtype == torch.float64
-        if tensor.numel() and (kept := self.still.get(tensor.data_ptr())) is not None:
+        if self.still and tensor.numel() and (kept := self.still.get(tensor.data_ptr())) is not None:
             coin = coin.masked_fill(kept.to(tensor.device), 0)
         moved = tensor.double() + coin * ulp(tensor) * (max(self.units, 1) if is_whole else self.units)
         return moved.to(tensor.dtype) if self.keeps_dtype else moved

@@ -25,7 +25,7 @@ import surgeon
 from surgeon.errors import CaptureError, StoreError, VerifyError
 from surgeon.models.call import Inputs
 from surgeon.models.copies import duplicate
-from surgeon.python import python
+from surgeon.python import write
 from surgeon.python.source import source
 from surgeon.python.write import write_python
 
@@ -231,10 +231,10 @@ def test_a_wrong_text_is_found_and_nothing_is_left(tmp_path: Path, monkeypatch, 
         return replace(made, text=made.text.replace(".relu()", ".sigmoid()"))
 
     if where == "verifier":
-        monkeypatch.setattr(python, "source", wrong)
+        monkeypatch.setattr(write, "source", wrong)
     else:
-        program = python.PROGRAM.replace("torch.save(made", "made['float64'][0] += 1e-9; torch.save(made")
-        monkeypatch.setattr(python, "PROGRAM", program)
+        program = write.PROGRAM.replace("torch.save(made", "made['float64'][0] += 1e-9; torch.save(made")
+        monkeypatch.setattr(write, "PROGRAM", program)
     model = Outer(nn.Conv2d(3, 3, 1)).eval()
     with pytest.raises(VerifyError, match="the Python that was written"):
         write_python(model, Inputs((torch.randn(1, 3, 4, 4),)), tmp_path / "out", origin="a test")
@@ -266,4 +266,4 @@ def test_the_command_writes_a_folder_and_overwrites_nothing(tmp_path: Path, capf
 def test_a_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").touch()
     with pytest.raises(StoreError, match="is not a folder"):
-        python.claim_folder(tmp_path / "out", force=True)
+        write.claim_folder(tmp_path / "out", force=True)

@@ -70,7 +70,7 @@ def operations(draw: st.DrawFn, kinds: tuple[str, ...] = LINEAR, least: int = 2,
     made: list[Op] = []
     for i in range(draw(st.integers(least, most))):
         kind = draw(st.sampled_from((*kinds, *SUMS)))
-        reads = tuple(draw(st.integers(max(0, i - 2), i)) for _ in range(2 if kind in SUMS else 1))
+        reads = tuple(draw(st.sampled_from((i, i, max(0, i - 1), 0))) for _ in range(2 if kind in SUMS else 1))
         made.append(Op(kind, reads, draw(st.tuples(*[st.integers(0, 5)] * 3))))
     return made
 
@@ -98,7 +98,7 @@ def test_most_random_graphs_had_something_to_fold() -> None:
     for kind in ("norm", "point"):
         ops = [Op("conv", (0,), (1, 1, 0)), Op(kind, (1,)), Op("add", (2, 0))]
         assert folded(drawn(ops, 0))[1].folded
-    assert counted[0] > 400 or counted[0] == 0  # under xdist the two may run in different processes
+    assert counted[0] > 250 or counted[0] == 0  # under xdist the two may run in different processes
 
 
 @settings(deadline=None, derandomize=True, max_examples=300)
