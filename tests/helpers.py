@@ -6,7 +6,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torchvision
@@ -64,6 +64,23 @@ def relative(b: Tensor, a: Tensor) -> float:
     assert b.shape == a.shape, f"{tuple(b.shape)} is not {tuple(a.shape)}"
     a, b = a.detach().double(), b.detach().double()
     return float((b - a).norm() / a.norm().clamp_min(1e-300))
+
+
+def check_folds(block: nn.Module, conv: nn.Conv2d, reference: Callable[[Tensor], Tensor]) -> None:
+    """Compare a block of 6 channels, in float64 and eval mode, and what it folds to with its paper's equations.
+
+    On noise, and on one impulse at every pixel, those of the borders among them.
+    """
+    made: Any = block
+    noise, impulses = torch.randn(2, 6, 9, 8, dtype=torch.float64), torch.eye(72, dtype=torch.float64).view(72, 1, 9, 8)
+    for x in (noise, impulses.expand(-1, 6, -1, -1)):
+        expected = reference(x)
+        assert relative(made(x), expected) < 1e-14
+        folded = made.fold()
+        assert relative(folded(x), expected) < 1e-12
+        assert (folded.kernel_size, folded.padding) == (conv.kernel_size, conv.padding)
+        plain, norm = made.fold_keeping_norm()
+        assert relative(norm.eval()(plain(x)), expected) < 1e-12
 
 
 def narrow(model: nn.Module, by: int = 4) -> nn.Module:

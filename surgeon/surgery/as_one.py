@@ -89,10 +89,8 @@ def _shapes(found: SubGraph) -> list[tuple[int, ...]]:
     """Shapes of inputs on which it is tried: maps whose borders are all there, or vectors and lists of them."""
     channels = found.affine.c_in
     if found.space == "vector":
-        count = 1 + max(
-            step.channels or 0 for step in found.steps.values()
-        )  # a norm of lists may not take it for channels
-        return [(5, channels), (2, count, channels)]
+        most = max(step.channels or 0 for step in found.steps.values())
+        return [(5, channels), (2, most + 1, channels)]  # no norm may take the second axis for channels
     reach = max(axis.dilation * (axis.kernel - 1) + axis.stride for axis in found.affine.axes)
     return [(2, channels, 2 * reach + 4, 2 * reach + 8), (2, channels, 2 * reach + 5, 2 * reach + 3)]
 

@@ -4,7 +4,7 @@ Modules are looked at from the inside out, each by its own graph, so that what c
 
 - where a conv and the norms, pools and identities around it are modules in a row, the conv becomes the folded one and
   the others become Identities: the user's own Python stays;
-- where a module is linear from its input to its output, the conv takes its place;
+- where a container of torch's, or a module whose class folds itself, is linear as a whole, the conv takes its place;
 - otherwise the graph of the module is rewritten, and its class, attributes and other keys stay (`analysis.rewritten`).
 
 Every sub-graph is compared with its conv in float64, on maps whose borders are all there, before anything is changed.
@@ -159,7 +159,7 @@ class _Folder:
         with torch.no_grad():
             found = linear.find(self.steps, self.graph, self._is_wanted, costlier=self.how.costlier)
             refused = [one for one in found if isinstance(one, Refused)]
-            done.refused |= {f"{self.path}: {one.sink.name}".removeprefix(": "): one.why for one in refused}
+            done.refused |= {self._where(one): one.why for one in refused}
             rewrites = []
             for one in found:
                 if isinstance(one, SubGraph) and (conv := self._conv(one, done)) is not None:
@@ -172,6 +172,9 @@ class _Folder:
                         rewrites.append((one, conv))
             if rewrites:
                 self._rewrite_(rewrites, done)
+
+    def _where(self, found: SubGraph | Refused) -> str:
+        return f"{self.path}: {found.sink.name}".removeprefix(": ")
 
     def _is_wanted(self, found: SubGraph) -> bool:
         """Whether a sub-graph is of the kind that is asked for, and nothing else needs what it consists of."""
@@ -200,7 +203,7 @@ class _Folder:
         """Make the conv, proved against the sub-graph; None, with the reason noted, where its numbers do not fit."""
         first = self._widest(found)
         like = next(self.module.parameters()) if first is None else first.weight
-        where = f"{self.path}: {found.sink.name}".removeprefix(": ")
+        where = self._where(found)
         held = [(name, t) for one in self._modules(found) for name, t in one.state_dict().items()]
         why = numbers.fault((name, t) for name, t in held if isinstance(t, Tensor))
         if any(name.endswith("running_var") and bool((t < 0).any()) for name, t in held):
@@ -276,7 +279,7 @@ class _Folder:
     def _rewrite_(self, found: list[tuple[SubGraph, Layer]], done: Done) -> None:
         """Rewrite the graph of the module, with one step in place of each sub-graph."""
         if why := rewritten.obstacle(self.module, self.graph, custom_call):
-            done.refused |= {f"{self.path}: {one.sink.name}".removeprefix(": "): why for one, _ in found}
+            done.refused |= {self._where(one): why for one, _ in found}
             return
         graph = fx.Graph()
         copied: dict[fx.Node, fx.Node] = {}
@@ -300,7 +303,7 @@ class _Folder:
         for place, known in before.items():
             _set(self.module, place, known)
         if why is not None:
-            done.refused |= {f"{self.path}: {one.sink.name}".removeprefix(": "): why for one, _ in found}
+            done.refused |= {self._where(one): why for one, _ in found}
             return
         for (one, conv), place in zip(found, places, strict=True):
             rest = self.steps.module(one.sink) if one.leaves else None

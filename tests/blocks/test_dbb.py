@@ -6,7 +6,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from helpers import relative, shake_
+from helpers import check_folds, relative, shake_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -88,15 +88,8 @@ def test_it_is_what_the_paper_says_and_folds_to_one_conv(name: str) -> None:
         for key, parameter in block.named_parameters():
             if "idconv1" in key:
                 parameter.normal_(std=0.3)
-    noise, impulses = torch.randn(2, 6, 9, 8, dtype=torch.float64), torch.eye(72, dtype=torch.float64).view(72, 1, 9, 8)
-    for x in (noise, impulses.expand(-1, 6, -1, -1)):
-        expected = by_the_paper(block, x)
-        assert relative(block(x), expected) < 1e-14
-        folded = block.fold()
-        assert relative(folded(x), expected) < 1e-12
-        assert (folded.kernel_size, folded.padding) == (conv.kernel_size, conv.padding)
-        plain, norm = block.fold_keeping_norm()
-        assert relative(norm.eval()(plain(x)), expected) < 1e-12
+    check_folds(block, conv, lambda x: by_the_paper(block, x))
+    noise = torch.randn(2, 6, 9, 8, dtype=torch.float64)
     block.train()
     found = block(noise)  # which moves the running statistics that the border is made of
     assert relative(found, by_the_paper(block, noise, training=True)) < 1e-12

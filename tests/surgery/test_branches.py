@@ -80,25 +80,22 @@ def drawn(ops: list[Op], seed: int, **options: Any) -> RandomNet:
     return shake_(RandomNet(ops, **options)).double().eval()
 
 
-@settings(deadline=None, derandomize=True, max_examples=1000)
-@given(operations(), st.integers(0, 99))
-def test_random_linear_graphs_compute_what_they_did(ops: list[Op], seed: int) -> None:
-    model = drawn(ops, seed)
-    made, done = folded(model)
-    assert all_close(model, made, 4)
-    assert convs_in(made) <= convs_in(model)
-    counted[0] += bool(done.folded)
+def test_random_linear_graphs_compute_what_they_did() -> None:
+    """A thousand of them; in most others something pads between two convs, and that is refused."""
+    count = 0
 
+    @settings(deadline=None, derandomize=True, max_examples=1000)
+    @given(operations(), st.integers(0, 99))
+    def check(ops: list[Op], seed: int) -> None:
+        nonlocal count
+        model = drawn(ops, seed)
+        made, done = folded(model)
+        assert all_close(model, made, 4)
+        assert convs_in(made) <= convs_in(model)
+        count += bool(done.folded)
 
-counted = [0]
-
-
-def test_most_random_graphs_had_something_to_fold() -> None:
-    """The test above is worth something only if much of it is folded; it has run before this one, in the same file."""
-    for kind in ("norm", "point"):
-        ops = [Op("conv", (0,), (1, 1, 0)), Op(kind, (1,)), Op("add", (2, 0))]
-        assert folded(drawn(ops, 0))[1].folded
-    assert counted[0] > 250 or counted[0] == 0  # under xdist the two may run in different processes
+    check()
+    assert count > 250
 
 
 @settings(deadline=None, derandomize=True, max_examples=300)
