@@ -1,0 +1,1 @@
+"""Steps between convolutions in one pass over memory: Triton kernels on CUDA, and the same in plain torch elsewhere."""
