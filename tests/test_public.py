@@ -67,6 +67,9 @@ def test_every_old_address_leads_to_a_new_one() -> None:
         "PairRest",
         "PairSyncNorm",
         "DiverseBranch",
+        "OnlineACBlock",
+        "OnlineDiverseBranch",
+        "OnlineRepVGG",
         "RepVGG",
     }  # since their first file
     assert {name.rpartition(".")[2] for name in surgeon.nn.MOVED.values()} | never_elsewhere == set(surgeon.nn.__all__)
