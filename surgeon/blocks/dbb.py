@@ -277,13 +277,16 @@ class OnlineDiverseBranch(Online[DiverseBranchOptions], DiverseBranch):
     def summands(self) -> list[Tensor | None]:
         taps = self.spec.kernel[0] * self.spec.kernel[1]
         if _is_depthwise(self.spec):
-            return [self._sequence_kernel(), self.weight.new_full((1, 1, 1, 1), 1 / taps)]
+            return [self._sequence_kernel(), self.conv_weight.new_full((1, 1, 1, 1), 1 / taps)]
         return [self._sequence_kernel(), self.mean_weight / taps, self.point_weight]
 
     def places(self) -> list[Window]:
         kh, kw = self.spec.kernel
         whole = (0, 0, kh, kw)
         return [whole, whole] if _is_depthwise(self.spec) else [whole, whole, (kh // 2, kw // 2, 1, 1)]
+
+    def __prepare_scriptable__(self) -> Self:
+        raise base.unscriptable(self, ", unless it is fused first")
 
     def _sequence_kernel(self) -> Tensor:
         first = self.first_weight

@@ -40,7 +40,8 @@ Shape = tuple[int, ...]
 class Online(base.Foldable[Opts], Generic[Opts]):
     """A conv whose kernel is a sum of scaled kernels: (n, c_in, h, w) → (n, c_out, h', w').
 
-    `weight` and `bias` are those of the conv, under its names; `scale` has a row for `weight` and one for each part.
+    `conv_weight` and `bias` are those of the conv; `scale` has a row for `conv_weight`, and one for each part.
+    It has no `weight`: whoever takes it for a conv and reads that would read one summand, and not the kernel.
     """
 
     DERIVED = frozenset({"windows", "pads_first", "how"})
@@ -53,7 +54,7 @@ class Online(base.Foldable[Opts], Generic[Opts]):
         vars(self).update(self.laid_out(spec, **layout))
         self.derive_()
         conv = spec.inner.build(like=like)
-        self.weight, self.bias = conv.weight, conv.bias
+        self.conv_weight, self.bias = conv.weight, conv.bias
         order = torch.channels_last if is_channels_last(like) else torch.contiguous_format
         for name, shape in self.shapes().items():
             setattr(self, name, nn.Parameter(conv.weight.new_empty(shape).to(memory_format=order)))
@@ -66,7 +67,7 @@ class Online(base.Foldable[Opts], Generic[Opts]):
 
     @abc.abstractmethod
     def shapes(self) -> dict[str, Shape]:
-        """Name the kernels beside `weight` that are trained, each with its shape."""
+        """Name the kernels beside `conv_weight` that are trained, each with its shape."""
 
     @abc.abstractmethod
     def summands(self) -> list[Tensor | None]:
@@ -94,7 +95,7 @@ class Online(base.Foldable[Opts], Generic[Opts]):
                 block._split_(conv.weight, generator)
             else:
                 block._draw_parts_(1.0, generator)
-                block.weight = conv.weight
+                block.conv_weight = conv.weight
                 block.scale.zero_()[0] = 1
         if conv.bias is not None and options.init != "scratch":
             block.bias = conv.bias
@@ -107,12 +108,12 @@ class Online(base.Foldable[Opts], Generic[Opts]):
 
     def kernel(self) -> Tensor:
         """Sum the kernels as they are now: (out, in/groups, kh, kw)."""
-        return scaled_sum(self.scale, self.weight, self.summands(), self.windows)
+        return scaled_sum(self.scale, self.conv_weight, self.summands(), self.windows)
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             stride, padding, dilation, groups = self.how
-            kernel = added_up(self.scale, self.weight, self.summands(), self.windows)
+            kernel = added_up(self.scale, self.conv_weight, self.summands(), self.windows)
             return F.conv2d(input, kernel, self.bias, stride, padding, dilation, groups)
         return kernels.convolve(input, self.kernel(), self.bias, self.spec)
 
@@ -124,8 +125,8 @@ class Online(base.Foldable[Opts], Generic[Opts]):
     def fold(self) -> nn.Conv2d:
         with torch.no_grad():
             bias = None if self.bias is None else self.bias.double()
-            conv = self.spec.build_with(self._in_double().kernel(), bias, like=self.weight)
-        conv.requires_grad_(self.weight.requires_grad)
+            conv = self.spec.build_with(self._in_double().kernel(), bias, like=self.conv_weight)
+        conv.requires_grad_(self.conv_weight.requires_grad)
         if conv.bias is not None and self.bias is not None:
             conv.bias.requires_grad_(self.bias.requires_grad)
         return conv.train(self.training)
@@ -134,7 +135,10 @@ class Online(base.Foldable[Opts], Generic[Opts]):
         return None
 
     def unfoldable(self) -> str | None:
-        wanted: dict[str, Shape] = {"weight": self.spec.weight_shape, "scale": (1 + len(self.windows), self.spec.c_out)}
+        wanted: dict[str, Shape] = {
+            "conv_weight": self.spec.weight_shape,
+            "scale": (1 + len(self.windows), self.spec.c_out),
+        }
         for name, shape in (wanted | self.shapes()).items():
             tensor = getattr(self, name, None)
             if not isinstance(tensor, Tensor):
@@ -159,14 +163,14 @@ class Online(base.Foldable[Opts], Generic[Opts]):
         return made
 
     def _draw_parts_(self, factor: float, generator: torch.Generator) -> None:
-        """Draw the kernels beside `weight`, uniform on ±factor/√fan_in."""
+        """Draw the kernels beside `conv_weight`, uniform on ±factor/√fan_in."""
         for name, shape in self.shapes().items():
-            self.get_parameter(name).copy_(factor * base.kaiming_uniform(shape, generator, like=self.weight))
+            self.get_parameter(name).copy_(factor * base.kaiming_uniform(shape, generator, like=self.conv_weight))
 
     def _start_from_scratch_(self, gamma: float | None, generator: torch.Generator) -> None:
         """Start as the published code does; a `gamma` takes the place of its scales."""
         factor, shape = math.sqrt(6.0), self.spec.weight_shape
-        self.weight.copy_(factor * base.kaiming_uniform(shape, generator, like=self.weight))
+        self.conv_weight.copy_(factor * base.kaiming_uniform(shape, generator, like=self.conv_weight))
         self._draw_parts_(factor, generator)
         for row, start in zip(self.scale, self.starts, strict=False):
             row.fill_(start if gamma is None else gamma)
@@ -181,9 +185,9 @@ class Online(base.Foldable[Opts], Generic[Opts]):
         self._draw_parts_(1.0, generator)
         self.scale.fill_(1)
         for row, part in zip(self.scale[1:], self.summands(), strict=True):
-            taps = identity_of(self.weight) if part is None else part
+            taps = identity_of(self.conv_weight) if part is None else part
             row.mul_(size * (taps.count_nonzero() / taps.square().sum()).sqrt())
-        self.weight.zero_()
-        self.weight.copy_(weight.double() - self.kernel())
+        self.conv_weight.zero_()
+        self.conv_weight.copy_(weight.double() - self.kernel())
         for name, own in list(self.named_parameters()):
             setattr(self, name, nn.Parameter(own.to(weight.dtype)))
