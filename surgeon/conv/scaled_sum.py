@@ -68,15 +68,12 @@ def in_a_row(first: Tensor, second: Tensor, groups: int) -> Tensor:
     first (m, in/groups, 1, 1), second (out, m/groups, kh, kw) → (out, in/groups, kh, kw). Under autocast, too, it is
     computed in the dtype of the kernels: what is cast is their sum.
     """
-    if first.shape[1] == 1:
-        within = first.view(groups, 1, -1, 1, 1)  # what each filter of a group sees
-        return (second.view(groups, -1, *second.shape[1:]) * within).flatten(0, 1).sum(1, keepdim=True)
     rows = second.permute(0, 2, 3, 1).reshape(groups, -1, second.shape[1])  # (groups, out/groups·kh·kw, m/groups)
     kind = rows.device.type
     is_cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     with torch.autocast(kind, enabled=False) if is_cast else nullcontext():
         made = rows @ first.view(groups, second.shape[1], -1)
-    return made.view(len(second), *second.shape[2:], -1).permute(0, 3, 1, 2)
+    return made.view(second.shape[0], *second.shape[2:], -1).permute(0, 3, 1, 2)
 
 
 class _ScaledSum(torch.autograd.Function):

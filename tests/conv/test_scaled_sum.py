@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -46,7 +48,7 @@ def trained(scale: Tensor, weight: Tensor, parts: list[Tensor | None]) -> list[T
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("way", [sums.scaled_sum, sums.added_up])
-def test_it_is_the_sum_with_its_gradients(way: object, groups: int, channels_last: bool) -> None:
+def test_it_is_the_sum_with_its_gradients(way: Any, groups: int, channels_last: bool) -> None:
     made = given(groups, channels_last=channels_last)
     kernel, expected = way(*made, WINDOWS), by_hand(*made)
     torch.testing.assert_close(kernel, expected, rtol=0, atol=1e-14)
@@ -64,6 +66,7 @@ def test_the_order_in_memory_stays() -> None:
     assert gradient.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of vmap alone
 def test_gradients_have_gradients_and_functions_of_torch_go_through() -> None:
     scale, weight, parts = given(2)
     fixed = [part.detach() if part is not None else None for part in parts]
