@@ -100,8 +100,8 @@ class _ScaledSum(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         scale, weight, *parts = ctx.saved_tensors
         gradient, wants = gradients[0], ctx.needs_input_grad
-        found: list[Tensor | None] = [gradient * scale[0][:, None, None, None] if wants[2] else None]
-        of_scales = [(gradient * weight).sum((1, 2, 3))] if wants[1] else []
+        of_scales, own = _of_scale(gradient, weight) if wants[1] else ([], None)
+        found: list[Tensor | None] = [_times(gradient, scale[0], into=own) if wants[2] else None]
         for number, (part, window) in enumerate(zip(parts, ctx.windows, strict=True), start=1):
             inside = _within(gradient, window)
             if part is None:
@@ -110,10 +110,21 @@ class _ScaledSum(torch.autograd.Function):
                 continue
             if part.shape[2:] != inside.shape[2:]:  # one tap for all of the window
                 inside = inside.sum((2, 3), keepdim=True)
-            of_scales += [(inside * part).sum((1, 2, 3))] if wants[1] else []
-            own = (inside * scale[number][:, None, None, None]) if wants[number + 2] else None
-            found.append(own if own is None else own.sum_to_size(part.shape))
+            of_one, own = _of_scale(inside, part) if wants[1] else ([], None)
+            of_scales += of_one
+            found.append(_times(inside, scale[number], into=own) if wants[number + 2] else None)
         return None, torch.stack(of_scales) if wants[1] else None, *found
+
+
+def _of_scale(gradient: Tensor, part: Tensor) -> tuple[list[Tensor], Tensor | None]:
+    """Give the gradient of a scale, and the memory that it took, if that can be written again."""
+    product = gradient * part
+    return [product.sum((1, 2, 3))], None if torch.is_grad_enabled() else product
+
+
+def _times(gradient: Tensor, scale: Tensor, *, into: Tensor | None) -> Tensor:
+    """Scale every filter. Memory that was just written is faster than new memory, which the system has to clear."""
+    return torch.mul(gradient, scale[:, None, None, None], out=into)
 
 
 def _within(kernel: Tensor, window: Window) -> Tensor:
