@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import surgeon
-from surgeon.blocks import Block
+from surgeon.blocks import Block, registry
 from surgeon.blocks.acblock import ACBlock, OnlineACBlock
 from surgeon.blocks.dbb import DiverseBranch, OnlineDiverseBranch
 from surgeon.blocks.online import Online
@@ -352,6 +352,41 @@ def test_under_autocast_the_kernel_is_cast_once_it_is_summed(kind: str) -> None:
     assert torch.equal(kernel, block.kernel())
     expected = F.conv2d(x.bfloat16(), kernel.bfloat16(), block.bias.bfloat16(), padding=1)
     assert torch.equal(y, expected)
+
+
+def test_a_recipe_names_the_block_and_not_its_form() -> None:
+    assert {kind: registry()[kind] for kind in KINDS} == KINDS
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@every_kind
+def test_on_a_gpu_under_autocast_and_in_a_graph_it_computes_the_same(kind: str) -> None:
+    block = shaken(block_of(kind, conv_of("plain").float())).cuda().to(memory_format=torch.channels_last)
+    x = torch.randn(2, 6, 9, 8, device="cuda").to(memory_format=torch.channels_last)
+    inputs = list(block.parameters())
+
+    def step() -> list[Tensor]:
+        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+            y = block(x)
+        return [y, *torch.autograd.grad(y.float().square().mean(), inputs)]
+
+    wide = copy.deepcopy(block).double()
+    expected = wide(x.double())
+    right = [expected, *torch.autograd.grad(expected.square().mean(), list(wide.parameters()))]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        eager = [one.clone() for one in step()]
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    for one, other, exact in zip(eager, captured, right, strict=True):
+        assert relative(one.double(), exact) < 3e-2
+        assert relative(other.double(), exact) < 3e-2
 
 
 def test_nobody_reads_one_summand_as_the_kernel() -> None:
