@@ -67,6 +67,9 @@ def test_every_old_address_leads_to_a_new_one() -> None:
         "PairRest",
         "PairSyncNorm",
         "DiverseBranch",
+        "OnlineACBlock",
+        "OnlineDiverseBranch",
+        "OnlineRepVGG",
         "RepVGG",
         "StackedOctave",
     }  # since their first file

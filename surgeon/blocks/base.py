@@ -188,6 +188,14 @@ class Block(Operator, abc.ABC, Generic[Opts]):
         return False
 
     @classmethod
+    def leaves_norm(cls, options: Opts) -> bool:
+        """Whether it folds to a conv like the one it replaces, with a bias only where that has one.
+
+        A norm that follows stays where it is, so the folded network has the keys of the original.
+        """
+        return False
+
+    @classmethod
     def note(cls, options: Opts, norm_obstacle: str | None) -> str | None:
         """Say what the plan should add about a swap; `norm_obstacle` is why no norm is taken over, if none is."""
         return None
