@@ -17,11 +17,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal, Self
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from surgeon.blocks import base
+from surgeon.blocks import base, in_one_step
 from surgeon.blocks.base import Trial
+from surgeon.blocks.in_one_step import Part
 from surgeon.blocks.parallel import Branch, Parallel, ParallelOptions, fresh_norm, placed
 from surgeon.conv import kernels
 from surgeon.conv.affine import Affine
@@ -116,6 +118,14 @@ class ACBlock(Parallel[ACBlockOptions]):
             ver = kernels.shift(x, self.ver_shift, self.spec.padding_mode)
         if self.hor_shift is not None:
             hor = kernels.shift(x, self.hor_shift, self.spec.padding_mode)
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined, no-untyped-call]
+            parts = [
+                Part(x, self.square_conv, self.square_bn),
+                Part(ver, self.ver_conv, self.ver_bn),
+                Part(hor, self.hor_conv, self.hor_bn),
+            ]
+            if in_one_step.fits(parts):
+                return in_one_step.run(parts)
         square = self.square_bn(self.square_conv(x))
         return square + self.ver_bn(self.ver_conv(ver)) + self.hor_bn(self.hor_conv(hor))  # type: ignore[no-any-return]
 
