@@ -67,9 +67,9 @@ class _Sum(torch.autograd.Function):
         kernels, scales, shifts = parameters[:n], parameters[n : 2 * n], parameters[2 * n :]
         pairs = zip(branches, kernels, strict=True)
         made = [_conv(_there(maps[one.source]), kernel, one.moves) for one, kernel in pairs]
-        y, means, inverses = normed_sum.forward(made, scales, shifts, [one.statistics for one in branches])
-        ctx.branches, ctx.count = branches, count
-        ctx.save_for_backward(*given, *means, *inverses, *made[:KEPT])
+        y, known = normed_sum.forward(made, scales, shifts, [one.statistics for one in branches])
+        ctx.branches, ctx.count, ctx.known = branches, count, len(known)
+        ctx.save_for_backward(*given, *known, *made[:KEPT])
         return y
 
     @staticmethod
@@ -81,12 +81,12 @@ class _Sum(torch.autograd.Function):
             if torch.is_grad_enabled():  # the gradients themselves are to be differentiated
                 return None, None, *_again(branches, ctx.count, given, dy, wanted)
             maps, parameters = given[: ctx.count], given[ctx.count :]
-            made = [*rest[2 * n :]]
+            known, made = rest[: ctx.known], [*rest[ctx.known :]]
             for one, kernel in list(zip(branches, parameters, strict=False))[len(made) :]:
                 made.append(_conv(maps[one.source], kernel, one.moves))
             needs = [wanted[one.source] or wanted[ctx.count + i] for i, one in enumerate(branches)]
             dmade, dscales, dshifts = normed_sum.backward(
-                dy, made, parameters[n : 2 * n], rest[:n], rest[n : 2 * n], [one.statistics for one in branches], needs
+                dy, made, parameters[n : 2 * n], known, [one.statistics for one in branches], needs
             )
             del made
             dmaps, dkernels = _through_convs(branches, maps, parameters[:n], dmade, wanted)
