@@ -17,13 +17,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal, Self
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from surgeon.blocks import base, in_one_step
 from surgeon.blocks.base import Trial
-from surgeon.blocks.in_one_step import Part
+from surgeon.blocks.in_one_step import Part, is_scripting
 from surgeon.blocks.parallel import Branch, Parallel, ParallelOptions, fresh_norm, placed
 from surgeon.conv import kernels
 from surgeon.conv.affine import Affine
@@ -118,7 +117,7 @@ class ACBlock(Parallel[ACBlockOptions]):
             ver = kernels.shift(x, self.ver_shift, self.spec.padding_mode)
         if self.hor_shift is not None:
             hor = kernels.shift(x, self.hor_shift, self.spec.padding_mode)
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined, no-untyped-call]
+        if not is_scripting():  # scripts are made of the lines below
             parts = [
                 Part(x, self.square_conv, self.square_bn),
                 Part(ver, self.ver_conv, self.ver_bn),

@@ -7,8 +7,8 @@ torch.compile, tracing, transforms of functions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from surgeon.conv.gradients import Moves
 from surgeon.one_pass import branches, where
 from surgeon.one_pass.branches import Normed
 from surgeon.one_pass.normed_sum import Statistics
+
+is_scripting: Callable[[], bool] = torch.jit.is_scripting  # type: ignore[attr-defined] # TorchScript knows it
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -43,7 +45,7 @@ def fits(parts: Sequence[Part]) -> bool:
     tensors = [*given, *(t for one in parts for t in _tensors_of(one))]
     if any(type(t) not in _PLAIN or t.device != given[0].device or not t.is_floating_point() for t in tensors):
         return False
-    if not any(t.requires_grad for t in tensors) or any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+    if not any(t.requires_grad for t in tensors) or any(_has_tangent(t) for t in tensors):
         return False
     return given[0].device.type == "cpu" or (given[0].is_cuda and where.has_triton())
 
@@ -51,28 +53,30 @@ def fits(parts: Sequence[Part]) -> bool:
 def run(parts: Sequence[Part]) -> Tensor:
     """Sum the branches, if they fit."""
     sources = list({id(one.input): one.input for one in parts}.values())
-    at = [next(i for i, x in enumerate(sources) if x is one.input) for one in parts]
+    convs, norms = [cast(nn.Conv2d, one.conv) for one in parts], [cast(nn.BatchNorm2d, one.norm) for one in parts]
     normed = [
-        Normed(source, moves_of(one.conv), _counted(one.norm)) for source, one in zip(at, parts, strict=True)
+        Normed(next(i for i, x in enumerate(sources) if x is one.input), moves_of(conv), _counted(norm))
+        for one, conv, norm in zip(parts, convs, norms, strict=True)
     ]
-    kernels = [one.conv.weight for one in parts]
-    dtype = _cast_to(sources[0].device.type)
-    if dtype is not None:
-        sources, kernels = [_cast(x, dtype) for x in sources], [_cast(k, dtype) for k in kernels]
-    scales, shifts = [one.norm.weight for one in parts], [one.norm.bias for one in parts]
+    kernels: list[Tensor] = [conv.weight for conv in convs]
+    device = sources[0].device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        sources, kernels = (
+            [t if t.dtype == torch.float64 else t.to(dtype) for t in many] for many in (sources, kernels)
+        )
+    scales, shifts = [norm.weight for norm in norms], [norm.bias for norm in norms]
     return branches.run(normed, sources, [*kernels, *scales, *shifts])
 
 
-def moves_of(conv: nn.Module) -> Moves:
+def moves_of(conv: nn.Conv2d) -> Moves:
     """Read how a conv without padding modes moves."""
-    assert isinstance(conv, nn.Conv2d)
-    (kh, kw), (dh, dw), padding = conv.kernel_size, conv.dilation, conv.padding
-    if padding == "same":
-        padding = (dh * (kh - 1) // 2, dw * (kw - 1) // 2)
-    elif padding == "valid":
-        padding = (0, 0)
-    assert not isinstance(padding, str)
-    return Moves(conv.stride, padding, conv.dilation, conv.groups)
+    (kh, kw), (dh, dw) = conv.kernel_size, conv.dilation
+    sh, sw = conv.stride
+    ph, pw = (dh * (kh - 1) // 2, dw * (kw - 1) // 2) if conv.padding == "same" else (0, 0)
+    if not isinstance(conv.padding, str):
+        ph, pw = conv.padding
+    return Moves((sh, sw), (ph, pw), (dh, dw), conv.groups)
 
 
 def _is_watched() -> bool:
@@ -81,10 +85,12 @@ def _is_watched() -> bool:
     return tracing or compat.has_hooks_on_all_modules() or compat.is_transformed()
 
 
-def _is_ordinary(module: nn.Module, kind: type[nn.Module]) -> bool:
-    hooks = (
-        *(module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks),
-    )
+def _has_tangent(t: Tensor) -> bool:
+    return forward_ad.unpack_dual(t).tangent is not None  # type: ignore[no-untyped-call]
+
+
+def _is_ordinary(module: nn.Module, kind: type[nn.Conv2d] | type[nn.BatchNorm2d]) -> bool:
+    hooks = (*(module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks),)
     return type(module) is kind and kind.forward is _FORWARD[kind] and not any(hooks) and "forward" not in vars(module)
 
 
@@ -102,24 +108,17 @@ def _tensors_of(part: Part) -> list[Tensor]:
     return [t for t in given if t is not None]  # type: ignore[misc] # ordinary ones have tensors there
 
 
-def _counted(norm: nn.Module) -> Statistics:
+def _counted(norm: nn.BatchNorm2d) -> Statistics:
     """Count one more batch, as torch does, and say how much the running statistics follow it."""
-    assert isinstance(norm, nn.BatchNorm2d)
     momentum, count = norm.momentum, norm.num_batches_tracked
     if count is not None:
         count.add_(1)
         momentum = 1 / float(count) if momentum is None else momentum
-    assert norm.running_mean is not None and norm.running_var is not None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     return Statistics(norm.running_mean, norm.running_var, momentum or 0.0, norm.eps)
 
 
-def _cast_to(device: str) -> torch.dtype | None:
-    """Give the dtype that autocast computes convs in, if it is on."""
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-
-def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return t if t.dtype == torch.float64 else t.to(dtype)
-
-
-_FORWARD = {kind: kind.forward for kind in (nn.Conv2d, nn.BatchNorm2d)}  # as torch calls them
+_FORWARD: dict[type[nn.Module], Any] = {
+    kind: kind.forward for kind in (nn.Conv2d, nn.BatchNorm2d)
+}  # as torch calls them

@@ -1,10 +1,10 @@
-"""Convs side by side, each with a batch norm in train mode, summed: one step of autograd, with a backward pass of its own.
+"""Convs side by side, each with a batch norm in train mode, summed: one step of autograd with a backward of its own.
 
     y = Σ γᵢ·(zᵢ − μᵢ)/σᵢ + βᵢ,   zᵢ = Fᵢ∗xᵢ
 
-Fewer passes over the maps than step by step (`normed_sum`), gradients of kernels as they are fastest (`conv.gradients`),
-and less memory: what is left of the forward pass are the inputs and the maps zᵢ of the first branches. Those of the
-others, strips with few taps, are made once more in the backward pass.
+There are fewer passes over the maps than step by step (`normed_sum`), gradients of kernels are computed the fastest way
+(`conv.gradients`), and less memory is taken: of the forward pass the inputs are kept, and the maps zᵢ of the first
+branches. Those of the others, strips with few taps, are made once more in the backward pass.
 
 Ding et al. 2019, ACNet, arXiv:1908.03930, eq. 2–4; Ioffe and Szegedy 2015, arXiv:1502.03167, section 3.
 """
@@ -39,7 +39,7 @@ def run(branches: Sequence[Normed], maps: Sequence[Tensor], parameters: Sequence
 
     Running statistics are updated as torch does it. Raises ValueError where a channel has a single number.
     """
-    made: Tensor = _Sum.apply(tuple(branches), len(maps), *maps, *parameters)  # type: ignore[no-untyped-call]
+    made: Tensor = _Sum.apply(tuple(branches), len(maps), *maps, *parameters)
     return made
 
 
@@ -62,7 +62,7 @@ def _conv(x: Tensor, kernel: Tensor | None, moves: Moves) -> Tensor:
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, branches: tuple[Normed, ...], count: int, *given: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, branches: tuple[Normed, ...], count: int, *given: Tensor | None) -> Tensor:
         maps, parameters, n = given[:count], given[count:], len(branches)
         kernels, scales, shifts = parameters[:n], parameters[n : 2 * n], parameters[2 * n :]
         pairs = zip(branches, kernels, strict=True)

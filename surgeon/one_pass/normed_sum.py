@@ -64,15 +64,17 @@ def backward(
     needs: Sequence[bool],
 ) -> tuple[list[Maybe], list[Maybe], list[Maybe]]:
     """Give the gradients of the maps that need one, of the scales, and of the shifts."""
-    if len(known) == 1:
-        last = torch.channels_last if _in_rows(maps[0]) else torch.contiguous_format
-        kernels_scales = [scale for scale in scales if scale is not None]
-        *grads, sums = backward_op(dy.contiguous(memory_format=last), list(maps), kernels_scales, known[0])
-        dscales = [sums[i].to(scale.dtype) for i, scale in enumerate(kernels_scales)]
-        return grads, dscales, [sums[3].to(scale.dtype, copy=True) for scale in kernels_scales]
     dmaps: list[Maybe] = []
     dscales: list[Maybe] = []
     dshifts: list[Maybe] = []
+    if len(known) == 1:  # from the kernels
+        given = [scale for scale in scales if scale is not None]
+        layout = torch.channels_last if _in_rows(maps[0]) else torch.contiguous_format
+        *dmaps, sums = backward_op(dy.contiguous(memory_format=layout), list(maps), given, known[0])
+        for i, scale in enumerate(given):
+            dscales.append(sums[i].to(scale.dtype))
+            dshifts.append(sums[3].to(scale.dtype, copy=True))
+        return dmaps, dscales, dshifts
     for i, (z, scale, own, need) in enumerate(zip(maps, scales, statistics, needs, strict=True)):
         dz, dscale, dshift = torch.ops.aten.native_batch_norm_backward(
             *(dy, z, scale, own.mean, own.var, *known[2 * i : 2 * i + 2], True, own.eps), output_mask=(need, True, True)
