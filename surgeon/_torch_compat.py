@@ -31,7 +31,9 @@ __all__ = [
     "OpOverload",
     "TorchDispatchMode",
     "add_conv_",
+    "has_hooks_on_all_modules",
     "has_recompile_limit",
+    "is_transformed",
     "makes_new_tensors",
     "own_parts_of_a_conv",
     "packet_of",
@@ -135,6 +137,18 @@ def packet_of(operator: Any) -> Any:
     An overload that belongs to none costs nothing, as in torch's own counter.
     """
     return getattr(operator, "_overloadpacket", None)
+
+
+def has_hooks_on_all_modules() -> bool:
+    """Whether a hook is attached to the calls of all modules there are; also where torch does not let that be seen."""
+    asked = getattr(torch.nn.modules.module, "_has_any_global_hook", None)
+    return asked is None or bool(asked())
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func is at work; also where torch does not let that be seen."""
+    asked = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return asked is None or bool(asked())
 
 
 def has_recompile_limit(limit: int) -> contextlib.AbstractContextManager[None]:

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pydantic import Field
 from torch import Tensor, nn
 
-from surgeon.blocks import base
+from surgeon.blocks import base, in_one_step
 from surgeon.blocks.base import Trial
+from surgeon.blocks.in_one_step import Part, is_scripting
 from surgeon.blocks.online import Online, Shape
 from surgeon.blocks.parallel import Branch, Parallel, ParallelOptions, fresh_norm, placed
 from surgeon.conv import kernels
@@ -123,6 +124,14 @@ class ACBlock(Parallel[ACBlockOptions]):
             ver = kernels.shift(x, self.ver_shift, self.spec.padding_mode)
         if self.hor_shift is not None:
             hor = kernels.shift(x, self.hor_shift, self.spec.padding_mode)
+        if not is_scripting():  # scripts are made of the lines below
+            parts = [
+                Part(x, self.square_conv, self.square_bn),
+                Part(ver, self.ver_conv, self.ver_bn),
+                Part(hor, self.hor_conv, self.hor_bn),
+            ]
+            if in_one_step.fits(parts):
+                return in_one_step.run(parts)
         square = self.square_bn(self.square_conv(x))
         return square + self.ver_bn(self.ver_conv(ver)) + self.hor_bn(self.hor_conv(hor))  # type: ignore[no-any-return]
 
