@@ -51,7 +51,7 @@ from surgeon.surgery import export, gains
 from surgeon.surgery import manifest as manifests
 from surgeon.surgery.advice import Advice
 from surgeon.surgery.bake import all_baked
-from surgeon.surgery.bench import Timing, Trials
+from surgeon.surgery.bench import Timing
 from surgeon.surgery.decide import carry_out, check_bakes, plan_for
 from surgeon.surgery.export import Exported, Form, is_exported
 from surgeon.surgery.further import FoldedBranches, Further
@@ -61,6 +61,7 @@ from surgeon.surgery.plan import Plan
 from surgeon.surgery.precision import Noise
 from surgeon.surgery.replay import rebuild
 from surgeon.surgery.selfcheck import SelfCheck
+from surgeon.surgery.trials import Trials
 
 _log = logging.getLogger("surgeon")
 
@@ -291,6 +292,7 @@ def verify(name_a: str, name_b: str, given: Given, progress: Progress = silent) 
 
 def bench(names: Sequence[str], given: Given, trials: Trials, progress: Progress = silent) -> tuple[Timing, ...]:
     """Time models against each other on inputs of the first one's kind."""
+    benching.check(trials.settings, given.device)
     models = []
     for i, (label, name) in enumerate(zip(_labels(names), names, strict=True)):
         progress(f"loading {name}", 0.1 * i / len(names))
