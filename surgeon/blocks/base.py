@@ -295,6 +295,14 @@ class Deployable(Block[Opts]):
     def deploy(self) -> nn.Module:
         """Return that form, of the block as it is in eval mode; the block is left as it was."""
 
+    def forms(self) -> Mapping[str, Callable[[], nn.Module]]:
+        """Name every form in which it can be deployed, all of which compute the same, and what makes each of them.
+
+        `plain` is `deploy()`; `fuse --tune` measures them, and keeps the fastest. The names stand in histories: what
+        one means stays as it is.
+        """
+        return {"plain": self.deploy}
+
     def undeployable(self) -> str | None:
         """Say why this block has no such form; it is then left as it is."""
         return None
