@@ -14,6 +14,8 @@ os.environ.pop("COLUMNS", None)  # tables are as wide as for a pipe, wherever th
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():  # before Triton is imported: its kernels then run on the CPU, step by step
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -1,0 +1,29 @@
+"""Where the Triton kernels are used: on CUDA, if Triton is installed; everywhere else the same is done in plain torch.
+
+Triton itself is imported by the kernels alone, when the first of them runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+
+on_cpu = False  # tests set this, under TRITON_INTERPRET=1: then kernels run on the CPU, step by step
+
+
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def uses_triton(*tensors: Tensor | None) -> bool:
+    """Whether a kernel may run on these tensors: all on one CUDA device, and no gradient is asked for."""
+    given = [t for t in tensors if t is not None]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+        return False
+    if torch.compiler.is_exporting() or not has_triton():
+        return False
+    return on_cpu or all(t.is_cuda and t.device == given[0].device for t in given)
