@@ -163,6 +163,14 @@ def fuse(
     opset: Opset = None,
     half: Annotated[bool, typer.Option("--half", help="Cast the result to float16; folded in float64 first.")] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="Cast the result to bfloat16; folded in float64 first.")] = False,
+    tuned: Annotated[
+        bool,
+        typer.Option(
+            "--tune",
+            help="Deploy each block in the form that is fastest for this --input on this --device; all are exact.",
+        ),
+    ] = False,
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="For --tune: in this memory format.")] = False,
     python: Python = None,
     output: Output = None,
     force: Force = False,
@@ -181,6 +189,8 @@ def fuse(
     cast = one_dtype(half=half, bf16=bf16)
     if python is not None and output is not None:
         raise typer.BadParameter("--python and -o both say what to write: take one away")
+    if channels_last and not tuned:
+        raise typer.BadParameter("--channels-last says how to measure with --tune: add that, or take it away")
     with bar() as progress:
         import torch
 
@@ -188,9 +198,11 @@ def fuse(
         from surgeon.display.convert import fused_data, fused_view
         from surgeon.surgery.export import Form
         from surgeon.surgery.further import Further
+        from surgeon.surgery.tune import Tuning
 
         dtype = None if cast is None else getattr(torch, cast)
         how: dict[str, Any] = {"dense": dense, "keep_norms": keep_norms, "dtype": dtype, "form": Form(size, opset)}
+        how["tuning"] = Tuning(given.device, channels_last) if tuned else None
         further = Further(branches=branches or everything, norms=norms or everything, costlier=dense)
         done = commands.fuse(model, given, progress, **how, further=further, output=output, python=python, force=force)
     show(fused_data(done) if json else fused_view(done))

@@ -23,7 +23,7 @@ Singh et al. 2019, HetConv, arXiv:1903.04120, section 3 and eq. 3–6.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Literal, Self
 
@@ -265,6 +265,10 @@ class HetConv(Fittable[HetConvOptions], base.Foldable[HetConvOptions], base.Depl
         pointwise.requires_grad_(self.pointwise.requires_grad)
         made = sum_of_convs.make(spatial, self._at_the_centre(pointwise), **({} if self.layout == "block" else orders))
         return made.train(self.training)
+
+    def forms(self) -> Mapping[str, Callable[[], nn.Module]]:
+        """`plain`: the sum of two convs; `dense`: one conv, with all the multiply-adds of the one it stands for."""
+        return {**super().forms(), "dense": self.fold}
 
     def _at_the_centre(self, conv: nn.Conv2d) -> nn.Module:
         """Let a 1×1 conv see what the centre taps see, where its own padding cannot do that.
