@@ -53,6 +53,9 @@ def converted_data(converted: Converted) -> dict[str, Any]:
         "path": str(converted.path),
         "self_check": asdict(converted.check),
         "plan": converted.plan.to_dict(),
+        "slower_where_measured": {
+            block: [asdict(row) for row in rows] for block, rows in converted.plan.broken_promises.items()
+        },
         **({} if converted.fitted is None else {"fit": converted.fitted.to_dict()}),
     }
 
