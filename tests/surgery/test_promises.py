@@ -16,8 +16,8 @@ from torch import nn
 
 import surgeon
 from surgeon.blocks import registry
-from surgeon.surgery import promises
 from surgeon.surgery import plan as plans
+from surgeon.surgery import promises
 
 SHAPE = (1, 8, 8, 8)
 
