@@ -32,6 +32,7 @@ HOMES = {
     "RepVGG": "surgeon.blocks.repvgg",
     "Rewritten": "surgeon.analysis.rewritten",
     "SmallResNet": "surgeon.app.demo.net",
+    "StackedOctave": "surgeon.blocks.stacked_octave",
 }
 MOVED = {
     "surgeon.blocks.acblock.ACBlock": "surgeon.nn.ACBlock",

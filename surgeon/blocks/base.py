@@ -291,6 +291,7 @@ class Deployable(Block[Opts]):
     """
 
     deployed_since: ClassVar[int] = 1  # the first rules of folding that deploy it
+    deployed_so_since: ClassVar[int] = 1  # the first that deploy it, and what is around it, as today's do
 
     @abc.abstractmethod
     def deploy(self) -> nn.Module:

@@ -82,7 +82,7 @@ class HetConv(Fittable[HetConvOptions], base.Foldable[HetConvOptions], base.Depl
     paper = "Singh et al. 2019, HetConv, arXiv:1903.04120"
     Options = HetConvOptions
     folds_for_free = False
-    deployed_since = 2
+    deployed_since = deployed_so_since = 2
     pads_its_input = True
     DERIVED = frozenset({"grouped", "centre", "centre_shift"})
     is_cheaper = True

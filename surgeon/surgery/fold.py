@@ -81,7 +81,7 @@ def fold_blocks_(
         for path in paths:
             model.set_submodule(path, rest)
     if deployed:
-        seams.deploy_(model)
+        seams.deploy_(model, absorbs=rules >= 3)
     return tuple(paths[0] for paths in (*dict(blocks), *deployed))
 
 
@@ -100,7 +100,7 @@ def _foldable(network: Network, *, dense: bool) -> list[tuple[Paths, Foldable]]:
 def rules_for(network: Network, *, dense: bool = False) -> int:
     """Give the first rules of folding that do to the blocks of a network what today's do."""
     blocks = [m for m in network.names if isinstance(m, Deployable) and not (dense and isinstance(m, Foldable))]
-    return max((block.deployed_since for block in blocks if block.undeployable() is None), default=1)
+    return max((block.deployed_so_since for block in blocks if block.undeployable() is None), default=1)
 
 
 def to_deploy(network: Network, *, dense: bool = False) -> dict[Paths, Deployable[Any]]:

@@ -25,7 +25,7 @@ from surgeon.surgery.plan import Plan
 
 _ATTRIBUTE = "surgeon_provenance"
 FORMAT = 3  # of histories and manifests; 1 and 2 are read as well, and 2 is written where nothing was fitted
-RULES = 2  # by which `fuse` folds today; before 2, it left HetConvs as they were
+RULES = 3  # by which `fuse` folds; before 3, nothing went into the calls of octave convs; before 2, HetConvs stayed
 _LATER = (
     "rules",
     "keep_norms",
@@ -57,7 +57,7 @@ class Operation:
     plan: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=dict)
     dense: bool = False  # fuse: blocks that cost less than their conv were folded too
-    rules: int = 1  # fuse: the rules of folding that it followed; 1 leaves HetConvs as they are
+    rules: int = 1  # fuse: the rules of folding that it followed
     keep_norms: bool = False  # fuse: every block became the conv and the norm that it had been made of
     returned: tuple[str, ...] = ()  # fuse: the blocks that did so because the network around them folds itself
     branches: bool = False  # fuse: linear sub-graphs became one conv each
