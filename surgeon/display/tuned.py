@@ -32,7 +32,7 @@ def tuned_view(tuned: Tuned) -> RenderableType:
     parts: list[RenderableType] = [table, Line(_sum(tuned))]
     if slower := [one for one in tuned.blocks if one.is_slower]:
         verb = "is" if len(slower) == 1 else "are"
-        said = f"{words.counted(len(slower), 'block')} {verb} slower here, in every form, than the conv in its place"
+        said = f"{words.counted(len(slower), 'block')} {verb} slower here, as deployed, than a conv like the original"
         parts.append(Listing(said, [one.path for one in slower], words.MOST_ROWS))
     return Group(*parts, *map(Line, _saves_nothing(tuned)))
 
