@@ -33,6 +33,7 @@ class BlockOptions(BaseModel):
 Role = dict[str, int | str]
 _ROLE = "surgeon.role"  # in the metadata of a state dict
 _ORDER = "order"  # in a role
+PLAIN = "plain"  # the form in which a block is deployed if nothing is said
 Opts = TypeVar("Opts", bound=BlockOptions, default=Any)  # the options of a block
 
 
@@ -303,6 +304,14 @@ class Deployable(Block[Opts]):
     @abc.abstractmethod
     def deploy(self) -> nn.Module:
         """Return that form, of the block as it is in eval mode; the block is left as it was."""
+
+    def forms(self) -> Mapping[str, Callable[[], nn.Module]]:
+        """Name every form in which it can be deployed, all of which compute the same, and what makes each of them.
+
+        `plain` is `deploy()`; `fuse --tune` measures them, and keeps the fastest. The names stand in histories: what
+        one means stays as it is.
+        """
+        return {PLAIN: self.deploy}
 
     def undeployable(self) -> str | None:
         """Say why this block has no such form; it is then left as it is."""

@@ -35,6 +35,7 @@ _LATER = (
     "within",
     "before",
     "dtype",
+    "forms",
 )  # fields that older releases do not know, so that they read all that they can
 _MOST_STEPS = 64  # that are done again, when a file asks for it
 
@@ -64,6 +65,7 @@ class Operation:
     within: tuple[str, ...] = ()  # fuse: the modules in whose graphs this was done, '' for the model itself
     before: tuple[str, ...] = ()  # fuse: the norms that were folded into the convs before them, under their names
     dtype: Literal["float16", "bfloat16"] | None = None  # fuse: what the network was cast to in the end
+    forms: tuple[tuple[str, str], ...] = ()  # fuse: blocks that were deployed in another form than the plain one
     measured: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __repr__(self) -> str:
@@ -73,6 +75,8 @@ class Operation:
             convs, recipe = self.plan.get("convs", ()), self.plan.get("recipe", {})
             swapped = sum("swap" in entry for entry in convs)
             facts.append(f"plan=<{recipe.get('name')}: {swapped} of {len(convs)} convs swapped>")
+        if self.forms:
+            facts.append(f"forms=<{len(self.forms)} blocks>")
         if self.operation == "fit":
             steps = list(self.measured.get("network", {}).items())
             facts.append(f"images={self.measured.get('images')}")

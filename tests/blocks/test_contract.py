@@ -15,7 +15,8 @@ import torch
 from helpers import relative, shake_
 from torch import Tensor, nn
 
-from surgeon.blocks import Block, Foldable, Trial, registry
+from surgeon.blocks import Block, Deployable, Foldable, Trial, registry
+from surgeon.blocks.base import PLAIN
 
 EXACT = 1e-12
 GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
@@ -253,6 +254,25 @@ def foldable(kind: type[Block], trial: Trial, **how: torch.dtype) -> Foldable:
     block = shake_(replaced(kind, trial, original(trial, **how)), seed=3).eval()
     assert isinstance(block, Foldable)
     return block
+
+
+@pytest.mark.parametrize(("kind", "trial"), [case for case in CASES if issubclass(case[0], Deployable)], ids=name_of)
+def test_every_form_in_which_it_can_be_deployed_computes_the_same(kind: type[Block], trial: Trial) -> None:
+    block, x = shake_(replaced(kind, trial, original(trial)), seed=3).eval(), input_of(trial)
+    assert isinstance(block, Deployable)
+    if block.undeployable() is not None:
+        return
+    forms = block.forms()
+    assert PLAIN in forms
+    before, expected = state(block), block(x)
+    for name, make in forms.items():
+        form = make()
+        assert not form.training
+        assert relative(form(x), expected) <= EXACT, name
+        with torch.no_grad():
+            next(form.parameters()).add_(1e-6)
+        assert relative(form(x), expected) > 1e2 * EXACT, name
+    assert is_same(state(block), before)  # none of them shares a tensor with it
 
 
 @every_foldable
