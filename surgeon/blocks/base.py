@@ -313,6 +313,10 @@ class Deployable(Block[Opts]):
         """
         return {PLAIN: self.deploy}
 
+    def form_on(self, device: str) -> str:
+        """Name the form in which it is deployed on a kind of device, such as `cuda`, where nothing is measured."""
+        return PLAIN
+
     def undeployable(self) -> str | None:
         """Say why this block has no such form; it is then left as it is."""
         return None

@@ -34,7 +34,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from surgeon.blocks.base import Trial
+from surgeon.blocks.base import PLAIN, Trial
 from surgeon.blocks.fittable import Fittable, Path, View
 from surgeon.blocks.fused_octave import FusedOctave
 from surgeon.blocks.stacked_octave import StackedOctave
@@ -135,7 +135,7 @@ class OctaveConv(Fittable[OctaveConvOptions], TwoStreamBlock[OctaveConvOptions])
         if self.spec.groups > 1:
             return self._grouped(high, low)
         high, fine, low, needs_up = self.resampled(high, low)
-        to_high, to_low = streams.part(self.weight, self.low_out, 0)
+        to_high, to_low = streams.part(streams.cast_once(self.weight, high), self.low_out, 0)
         bias_high, bias_low = (None, None) if self.bias is None else streams.part(self.bias, self.low_out, 0)
         from_high, from_low = streams.part(to_high, self.low_in)
         made = self._run(high, from_high, bias_high)
@@ -185,8 +185,11 @@ class OctaveConv(Fittable[OctaveConvOptions], TwoStreamBlock[OctaveConvOptions])
             return FusedOctave(self)
         return copy.deepcopy(self)
 
+    def form_on(self, device: str) -> str:
+        return StackedOctave.form if device == "cuda" and StackedOctave.form in self.forms() else PLAIN
+
     def forms(self) -> Mapping[str, Callable[[], nn.Module]]:
-        plain: dict[str, Callable[[], nn.Module]] = {"plain": self.deploy}
+        plain: dict[str, Callable[[], nn.Module]] = {PLAIN: self.deploy}
         has_streams = self.spec.groups == 1 and bool(self.low_in or self.low_out)
         return plain | ({StackedOctave.form: partial(StackedOctave, self)} if has_streams else {})
 
@@ -218,16 +221,17 @@ class OctaveConv(Fittable[OctaveConvOptions], TwoStreamBlock[OctaveConvOptions])
     def _grouped(self, high: Tensor, low: Tensor | None) -> Streams:
         """Convolve group by group: what each stream gets from the other comes behind or before its own channels."""
         high, fine, low, needs_up = self.resampled(high, low)
+        weight: Tensor = streams.cast_once(self.weight, high)
         highs, lows = [], []
         for path in self._paths(to_low=False):
             source = fine if path.reads_low else high
             assert source is not None
-            made = self._convolved(path, source)
+            made = self._convolved(path, source, weight)
             highs.append(streams.up(made, high.shape[-2:]) if path.reads_low and needs_up else made)
         for path in self._paths(to_low=True):
             source = low if path.reads_low else streams.pool(high)
             assert source is not None
-            lows.append(self._convolved(path, source))
+            lows.append(self._convolved(path, source, weight))
         return self._stream(highs, to_low=False), self._stream(lows, to_low=True) if lows else None
 
     def _stream(self, made: list[Tensor], *, to_low: bool) -> Tensor:
@@ -238,8 +242,8 @@ class OctaveConv(Fittable[OctaveConvOptions], TwoStreamBlock[OctaveConvOptions])
         border = self.spec.c_out - streams.count(self.low_out)
         return stream + (self.bias[border:] if to_low else self.bias[:border])[:, None, None]
 
-    def _convolved(self, path: _Path, x: Tensor) -> Tensor:
-        return kernels.convolve(x[:, path.channels], self.weight[path.rows], None, path.spec)
+    def _convolved(self, path: _Path, x: Tensor, weight: Tensor) -> Tensor:
+        return kernels.convolve(x[:, path.channels], weight[path.rows], None, path.spec)
 
     def _paths(self, *, to_low: bool) -> Iterator[_Path]:
         """Give the paths to one stream of a grouped conv, that from the high one first."""

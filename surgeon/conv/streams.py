@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +120,38 @@ def cut(x: Tensor, at: int, dim: int = 1) -> Pair:
 
 def pool(x: Tensor) -> Tensor:
     """Halve the resolution by averages of 2×2 pixels, at the border of fewer; the result is ⌈h/2⌉ × ⌈w/2⌉."""
+    if x.is_cuda and x.requires_grad and not torch.compiler.is_compiling() and has_whole_windows(x):
+        made: Tensor = Pool.apply(x)
+        return made
     return nn.functional.avg_pool2d(x, 2, 2, ceil_mode=True, count_include_pad=False)
+
+
+def has_whole_windows(x: Tensor) -> bool:
+    """Whether every window of 2×2 pixels of a batch of maps is full."""
+    return x.dim() == 4 and x.shape[-2] % 2 == 0 and x.shape[-1] % 2 == 0
+
+
+class Pool(torch.autograd.Function):
+    """Averages of whole windows of 2×2 pixels, with a gradient that is written in one pass.
+
+    On CUDA, torch's own gradient of the pooling takes a fifth of a training step of an octave ResNet-50.
+    """
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return nn.functional.avg_pool2d(x, 2, 2)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        n, c, h, w = dy.shape
+        if is_channels_last(dy):
+            rows = (dy * 0.25).permute(0, 2, 3, 1)[:, :, None, :, None, :]
+            return rows.expand(n, h, 2, w, 2, c).reshape(n, 2 * h, 2 * w, c).permute(0, 3, 1, 2)
+        return (dy * 0.25)[:, :, :, None, :, None].expand(n, c, h, 2, w, 2).reshape(n, c, 2 * h, 2 * w)
 
 
 def up(x: Tensor, size: Sequence[int]) -> Tensor:
@@ -165,6 +197,14 @@ def add_into(x: Tensor, y: Tensor) -> Tensor:
         return x + y
     fits = x.shape == y.shape or torch.broadcast_shapes(x.shape, y.shape) == x.shape  # type: ignore[no-untyped-call]
     return x.add_(y) if fits else x + y
+
+
+def cast_once(kernel: Tensor, x: Tensor) -> Tensor:
+    """Cast a kernel as autocast would cast it, before it is cut: otherwise each of its parts is cast by itself."""
+    place = x.device.type
+    if not torch.amp.is_autocast_available(place) or not torch.is_autocast_enabled(place):
+        return kernel
+    return kernel.to(torch.get_autocast_dtype(place))
 
 
 def writes_in_place() -> bool:

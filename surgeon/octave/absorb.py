@@ -98,7 +98,7 @@ def _with_sum(graph: fx.Graph, node: fx.Node, modules: Mapping[str, nn.Module]) 
         beside.append(other)
     pair = tuple(beside) if len(beside) == 2 else (beside[0], None)
     first = min(sums)
-    if _source(pair, modules) is None or any(one > first for one in beside) or not _may_wait(node, first, modules):
+    if not _are_streams(pair, modules) or any(one > first for one in beside) or not _may_wait(node, first, modules):
         return node
     with graph.inserting_before(first):
         made = graph.call_module(str(node.target), (node.args[0], pair))
@@ -191,6 +191,15 @@ def _source(pair: object, modules: Mapping[str, nn.Module]) -> fx.Node | None:
         return maker if len([one for one in maker.users if one.args[1:] == (1,)]) == 0 else None
     is_low = isinstance(pair[1], fx.Node) and pair[1].target is operator.getitem and pair[1].args == (maker, 1)
     return maker if is_low else None
+
+
+def _are_streams(pair: tuple[fx.Node | None, ...], modules: Mapping[str, nn.Module]) -> bool:
+    """Whether two values are the streams of one map: of an octave conv, or of a map that has just been split."""
+    high, low = pair
+    maker = high.args[0] if high is not None and high.target is operator.getitem else None
+    if isinstance(maker, fx.Node) and maker.target is streams.split and low is not None:
+        return (high.args[1], low.target, low.args) == (0, operator.getitem, (maker, 1))  # type: ignore[union-attr]
+    return _source(pair, modules) is not None
 
 
 def _may_wait(first: fx.Node, last: fx.Node, modules: Mapping[str, nn.Module]) -> bool:

@@ -33,7 +33,7 @@ from surgeon.models.sandbox import threads
 from surgeon.proof.distance import tensors
 from surgeon.surgery import clocks, turns
 from surgeon.surgery.clocks import Call, Clock
-from surgeon.surgery.fold import fold_blocks_, fold_norms_
+from surgeon.surgery.fold import fold_blocks_, fold_norms_, forms_on
 from surgeon.surgery.trials import Setting, Trials
 from surgeon.surgery.turns import Runner
 
@@ -126,7 +126,8 @@ def deployed(model: nn.Module, inputs: Inputs | None = None) -> tuple[nn.Module,
     """Copy a model with its blocks and norms folded, and say whether there was anything to fold."""
     place = devices.of(model) or devices.CPU
     model = in_mode(duplicate(devices.on(model, devices.CPU)), False)  # in float64, which not every device has
-    found = [*fold_blocks_(Network(model, called_with=inputs)), *fold_norms_(Network(model, called_with=inputs))]
+    network = Network(model, called_with=inputs)
+    found = [*fold_blocks_(network, forms=forms_on(network, place)), *fold_norms_(Network(model, called_with=inputs))]
     return devices.moved(model, place), bool(found)
 
 

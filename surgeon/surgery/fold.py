@@ -140,6 +140,17 @@ def _to_deploy(
     return blocks, rests
 
 
+def forms_on(network: Network, device: torch.device | None) -> dict[str, str]:
+    """Name the forms in which blocks are deployed on a device if nothing is measured, but for the plain ones."""
+    blocks = {
+        paths[0]: m
+        for m, paths in network.names.items()
+        if isinstance(m, Deployable) and not isinstance(m, Foldable) and "" not in paths and m.undeployable() is None
+    }
+    forms = {path: block.form_on("cpu" if device is None else device.type) for path, block in blocks.items()}
+    return {path: form for path, form in forms.items() if form != PLAIN}
+
+
 def _deployed(
     network: Network, rules: int, folded: Collection[Paths], forms: Mapping[str, str]
 ) -> tuple[dict[Paths, nn.Module], dict[Paths, nn.Module]]:

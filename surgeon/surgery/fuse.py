@@ -15,6 +15,7 @@ from surgeon.analysis.network import Network
 from surgeon.analysis.run import Run
 from surgeon.analysis.self_folding import SelfFolding
 from surgeon.errors import PassError, PlanError, VerifyError
+from surgeon.models import devices
 from surgeon.models.call import Inputs
 from surgeon.models.copies import shadow
 from surgeon.models.progress import Progress, parts, silent
@@ -23,7 +24,7 @@ from surgeon.proof import calls
 from surgeon.proof.distance import worst
 from surgeon.surgery import give_back
 from surgeon.surgery.branches import fold_further_
-from surgeon.surgery.fold import fold_blocks_, rules_for, to_deploy
+from surgeon.surgery.fold import fold_blocks_, forms_on, rules_for, to_deploy
 from surgeon.surgery.further import Done, Further
 from surgeon.surgery.give_back import Paths, Return
 from surgeon.surgery.history import Operation, content_hash, history, planned_inputs, record_, versions
@@ -99,6 +100,7 @@ def fold_all_(
     looked = network if is_planned else Network(model, called_with=planned)
     run = network.run if further and inputs is not None else Run()
     how: dict[str, Any] = {"dense": dense, "returns": returns, "deploys": not keep_norms}
+    how["forms"] = {} if keep_norms else forms_on(network, devices.of(model))
     with _or_as_it_was(restore):
         tuned, step = None, parts(progress, 0.5, 0.9)
         if tuning is not None:
@@ -116,7 +118,7 @@ def fold_all_(
         said |= {"returned": () if keep_norms else tuple(paths[0] for paths in returns)}
         said |= {"branches": further.branches, "norms": further.norms}
         said |= {"within": tuple(more.modules), "before": tuple(more.norms), "measured": measured}
-        said |= {"forms": () if tuned is None else tuple(tuned.forms.items())}
+        said |= {"forms": tuple(how["forms"].items())}
         record_(model, Operation("fuse", parent, content_hash(model), None, versions(), **said))
     norms = tuple(one.norm[0] for one in returns.values() if one.norm)
     warning = give_back.unfit(model, returns) if keep_norms else None
