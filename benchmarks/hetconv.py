@@ -5,7 +5,7 @@ those of the paper's networks (channels at the size of their feature map), in NC
 
     python benchmarks/hetconv.py --batch 8 --rounds 25
 
-With `--deployed`, a HetConv against the plain convs that `surgeon fuse` makes of it.
+With `--deployed`, the forms that `surgeon fuse --tune` chooses from, beside the dense conv.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--train", action="store_true", help="a training step instead of a pass in eval mode")
-    parser.add_argument("--deployed", action="store_true", help="a HetConv against the plain convs of fuse")
+    parser.add_argument("--deployed", action="store_true", help="the forms of fuse --tune")
     options = parser.parse_args()
     settings = [Setting(options.batch, options.threads, last, train=options.train) for last in (False, True)]
     if options.deployed:
@@ -57,20 +57,20 @@ def main() -> None:
 
 
 def deployed(settings: list[Setting], batch: int, rounds: int) -> None:
-    """Print the time of the deployed form over that of the block, for every layer, format, P and layout."""
-    print(f"{'layer':>8} {'format':>13} {'P':>3} {'layout':>11} {'block ms':>9} {'ms':>7} {'ratio':>6}   quartiles")
+    """Print the speed of every form that `surgeon fuse --tune` chooses from, as a share of what was promised."""
+    print(f"{'layer':>8} {'format':>13} {'P':>3} {'layout':>11} {'promised':>9}   share of it, in each form")
     for (channels, side), p, layout in itertools.product(SHAPES, (4, 8), LAYOUTS):
         block = layer(channels, p, layout)
         assert isinstance(block, HetConv)
-        models = [("block", block), ("deployed", block.deploy())]
+        models = [("dense conv", layer(channels, None)), ("block", block)]
+        models += [(name, make()) for name, make in block.forms().items() if name != "dense"]
         timings = bench.run(models, examples.make((1, channels, side, side)), settings, rounds=rounds)
-        for one, other in itertools.pairwise(timings):
-            if other.model != "deployed":
-                continue
-            kind = "channels_last" if one.setting.channels_last else "NCHW"
-            times = f"{one.seconds * 1e3:9.2f} {other.seconds * 1e3:7.2f} {other.time_ratio:6.2f}"
-            low, high = other.quartiles
-            print(f"{f'{channels}@{side}':>8} {kind:>13} {p:>3} {layout:>11} {times}   {low:.2f} … {high:.2f}")
+        for setting in settings:
+            kind = "channels_last" if setting.channels_last else "NCHW"
+            ones = [one for one in timings if one.setting == setting and one.form == "as it is"]
+            promised = next(1 / one.macs_ratio for one in ones if one.model == "plain" and one.macs_ratio)
+            shares = ", ".join(f"{one.model} {1 / one.time_ratio / promised:.2f}" for one in ones[1:])
+            print(f"{f'{channels}@{side}':>8} {kind:>13} {p:>3} {layout:>11} {promised:9.2f}   {shares}")
 
 
 def show(name: str, dense: Timing, one: Timing) -> None:

@@ -52,6 +52,7 @@ from surgeon.surgery.look import network_for
 from surgeon.surgery.make import on_a_guess
 from surgeon.surgery.manifest import manifest
 from surgeon.surgery.plan import Plan
+from surgeon.surgery.tune import tuning_on
 
 _log = logging.getLogger("surgeon")
 RecipeLike = str | PathLike[str] | Mapping[str, Any] | Recipe
@@ -232,6 +233,8 @@ def fuse(
     branches: bool = False,
     norms: bool = False,
     dtype: torch.dtype | None = None,
+    tune: bool = False,
+    device: str | torch.device | None = None,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Model:
@@ -248,7 +251,8 @@ def fuse(
     MobileOne or DBB, by whatever class. With `norms` every norm is folded into the conv or linear layer that it belongs
     to. Each is proved in float64; what would take more multiply-adds as one conv stays, unless `dense` is given.
 
-    With `dtype`, torch.float16 or torch.bfloat16, all of this is done in float64, and the result is cast once.
+    With `dtype`, torch.float16 or torch.bfloat16, all of this is done in float64, and the result is cast once. With
+    `tune`, the exact forms of each block are timed at the example, on `device` if it is named; the fastest is kept.
 
     >>> type(fuse(convert(nn.Sequential(nn.Conv2d(3, 8, 3)), "acnet"))[0]).__name__
     'Conv2d'
@@ -262,7 +266,7 @@ def fuse(
     with ordinary():
         own = duplicate(checked(model))
         how: dict[str, Any] = {"dense": dense, "keep_norms": keep_norms, "branches": branches, "norms": norms}
-        how["dtype"] = dtype
+        how |= {"dtype": dtype, "tune": tune, "device": device}
         return fuse_(own, example, **how, seed=seed, progress=progress)
 
 
@@ -275,6 +279,8 @@ def fuse_(
     branches: bool = False,
     norms: bool = False,
     dtype: torch.dtype | None = None,
+    tune: bool = False,
+    device: str | torch.device | None = None,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Model:
@@ -283,8 +289,9 @@ def fuse_(
         progress("looking for an input", 0)
         network = network_for(model, example, seed=seed)
         further = Further(branches=branches, norms=norms, costlier=dense)
-        step = parts(progress, 0.2, 1)
-        done = fold_all_(network, dense=dense, keep_norms=keep_norms, further=further, dtype=dtype, progress=step)
+        how: dict[str, Any] = {"dense": dense, "keep_norms": keep_norms, "further": further, "dtype": dtype}
+        how["tuning"] = tuning_on(device) if tune else None
+        done = fold_all_(network, **how, progress=parts(progress, 0.2, 1))
     done.say(_log)
     return model
 

@@ -23,6 +23,9 @@ HOMES = {
     "HetConv": "surgeon.blocks.hetconv",
     "NormRest": "surgeon.blocks.norms",
     "OctaveConv": "surgeon.blocks.octave",
+    "OnlineACBlock": "surgeon.blocks.acblock",
+    "OnlineDiverseBranch": "surgeon.blocks.dbb",
+    "OnlineRepVGG": "surgeon.blocks.repvgg",
     "Pads": "surgeon.conv.spec",
     "PaddedConv2d": "surgeon.conv.padding",
     "PairFrozenNorm": "surgeon.blocks.pairs",
@@ -32,6 +35,7 @@ HOMES = {
     "RepVGG": "surgeon.blocks.repvgg",
     "Rewritten": "surgeon.analysis.rewritten",
     "SmallResNet": "surgeon.app.demo.net",
+    "StackedOctave": "surgeon.blocks.stacked_octave",
 }
 MOVED = {
     "surgeon.blocks.acblock.ACBlock": "surgeon.nn.ACBlock",

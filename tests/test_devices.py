@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ from surgeon.models.copies import shadow
 from surgeon.models.draw import Draw
 from surgeon.proof.distance import as_double
 from surgeon.proof.ulps import Jitter, ulp
-from surgeon.surgery import bench
+from surgeon.surgery import bench, clocks
 
 EXAMPLE = (2, 3, 16, 16)
 
@@ -63,6 +63,10 @@ def test_a_device_that_is_not_here_is_refused(monkeypatch: pytest.MonkeyPatch) -
     for text in ("cuda", "cuda:0", "mps"):
         with pytest.raises(ModelError, match=f"no {text[:4].rstrip(':')} device is available to torch here"):
             devices.named(text)
+    for is_built, why in ((True, "torch finds no GPU, or no driver for it"), (False, "built without CUDA")):
+        monkeypatch.setattr(torch.backends.cuda, "is_built", lambda is_built=is_built: is_built)
+        with pytest.raises(ModelError, match=why):
+            devices.named("cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert devices.named("cuda:1") == torch.device("cuda", 1)
     assert devices.named("cuda") == torch.device("cuda")
@@ -77,6 +81,7 @@ def test_every_command_that_runs_a_network_checks_the_device_before_it_loads_one
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
     for command in (
         ("convert", "nowhere.pt", "--recipe", "acnet"),
         ("fuse", "nowhere.pt"),
@@ -87,8 +92,8 @@ def test_every_command_that_runs_a_network_checks_the_device_before_it_loads_one
     ):
         assert run_surgeon(*command, "--device", "cuda") == 2, command
         printed = capsys.readouterr()
-        said = "surgeon: no cuda device is available to torch here. Give --device cpu, or leave it out.\n"
-        assert (printed.out, printed.err) == ("", said)
+        said = "surgeon: no cuda device is available to torch here: torch finds no GPU, or no driver for it. "
+        assert (printed.out, printed.err) == ("", f"{said}Give --device cpu, or leave it out.\n")
 
 
 def test_a_model_that_does_not_fit_is_one_sentence() -> None:
@@ -254,29 +259,32 @@ def test_a_file_is_written_from_the_cpu(tmp_path: Path, monkeypatch: pytest.Monk
 # Clocks.
 
 
-@pytest.mark.parametrize("name", ["cuda:1", "mps", "cpu"])
-def test_time_on_a_device_is_taken_when_it_has_finished(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_gpu", [True, False])
+def test_time_on_a_device_that_is_waited_for_is_taken_when_it_has_finished(
+    is_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done: list[str] = []
-    place = torch.device(name)
-    monkeypatch.setattr(bench, "devices", SimpleNamespace(of=lambda model: place, CPU=devices.CPU))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda place: done.append(f"waited for {place}"))
-    monkeypatch.setattr(torch.mps, "synchronize", lambda: done.append("waited for mps"))
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda place: None)
-    for count in ("memory_allocated", "max_memory_allocated"):
-        monkeypatch.setattr(torch.cuda, count, lambda place: 0)
-    clock = bench.time.perf_counter
+    clock = time.perf_counter
 
     def read() -> float:
         done.append("read the clock")
         return clock()
 
-    monkeypatch.setattr(bench.time, "perf_counter", read)
+    monkeypatch.setattr(time, "perf_counter", read)
     model = nn.Sequential(nn.Conv2d(3, 4, 3))
     model.register_forward_hook(lambda *_: done.append("ran"))
-    bench.run([("net", model)], Inputs((torch.rand(EXAMPLE),)), [bench.Setting(2, 1, train=True)], rounds=3)
+    host = clocks.HostClock(torch.device("mps"), lambda: done.append("waited")) if is_gpu else clocks.HostClock()
+    inputs, setting = Inputs((torch.rand(EXAMPLE),)), bench.Setting(2, 1, train=True)
+    (timing,) = bench.run([("net", model)], inputs, [setting], rounds=3, clock_of=lambda place: host)
     timed = done[done.index("read the clock") :]
     after_runs = {then for one, then in itertools.pairwise(timed) if one == "ran"}
-    assert after_runs == ({"ran", "read the clock"} if name == "cpu" else {f"waited for {name}"})
+    assert after_runs == ({"waited"} if is_gpu else {"ran", "read the clock"})
+    assert (timing.device, timing.peak_bytes is None) == (("mps", True) if is_gpu else ("cpu", False))
+
+
+def test_the_clock_of_a_device() -> None:
+    assert clocks.of(torch.device("cpu")).name == "cpu"
+    assert clocks.of(torch.device("mps")).name == "mps"
 
 
 # With a GPU.

@@ -46,6 +46,9 @@ BLOCKS = {
     "octave": (OctaveConv, {}),
     "repvgg": (RepVGG, {"init": "split"}),
     "dbb": (DiverseBranch, {"init": "split"}),
+    "acblock online": (ACBlock, {"form": "online", "init": "split", "placement": "border"}),
+    "repvgg online": (RepVGG, {"form": "online", "init": "split"}),
+    "dbb online": (DiverseBranch, {"form": "online", "init": "split"}),
 }
 SPECS = {
     ACBlock: CONV,

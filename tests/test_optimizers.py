@@ -13,6 +13,7 @@ SHAPE = (4, 8, 12, 12)
 SPLIT = {"surgeon": 1, "title": "T", "rules": [{"swap": "acblock", "with": {"init": "split"}}]}
 RECIPES = {
     "acnet": "acnet",
+    "online": "acnet-online",
     "split": SPLIT,
     "scratch": "acnet-scratch",
     "hetconv": "hetconv-p4",

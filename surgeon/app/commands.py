@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ from surgeon.analysis.sites import Survey
 from surgeon.app.given import Given
 from surgeon.app.images import Images
 from surgeon.app.left import nothing_to_fold, what_stays
+from surgeon.app.made import Converted, Fused
 from surgeon.app.outputs import claim_model, claim_python, read_to_fit
 from surgeon.blocks import Block
 from surgeon.display import tradeoff
@@ -51,47 +53,18 @@ from surgeon.surgery import export, gains
 from surgeon.surgery import manifest as manifests
 from surgeon.surgery.advice import Advice
 from surgeon.surgery.bake import all_baked
-from surgeon.surgery.bench import Timing, Trials
+from surgeon.surgery.bench import Timing
 from surgeon.surgery.decide import carry_out, check_bakes, plan_for
-from surgeon.surgery.export import Exported, Form, is_exported
-from surgeon.surgery.further import FoldedBranches, Further
+from surgeon.surgery.export import Form, is_exported
+from surgeon.surgery.further import Further
 from surgeon.surgery.fuse import BLOCKS_ONLY, fold_all_
 from surgeon.surgery.look import network_for
 from surgeon.surgery.plan import Plan
-from surgeon.surgery.precision import Noise
 from surgeon.surgery.replay import rebuild
-from surgeon.surgery.selfcheck import SelfCheck
+from surgeon.surgery.trials import Trials
+from surgeon.surgery.tune import Tuning
 
 _log = logging.getLogger("surgeon")
-
-
-@dataclass(frozen=True, slots=True)
-class Converted:
-    """What convert did: the plan, what it measured, and where the model is."""
-
-    plan: Plan
-    check: SelfCheck
-    path: Path
-    fitted: Fitted | None = None  # where images were given
-
-
-@dataclass(frozen=True, slots=True)
-class Fused:
-    """What fuse did: the blocks that were folded, the parameters before and after, and where the model is."""
-
-    folded: tuple[str, ...]
-    params: tuple[int, int]
-    distance: float | None
-    path: Path
-    norms: tuple[str, ...] = ()  # that were given back
-    notes: tuple[str, ...] = ()  # what else the user has to know
-    branches: tuple[FoldedBranches, ...] = ()  # linear sub-graphs that are one conv now
-    folded_norms: tuple[str, ...] = ()  # norms that were folded into the conv before them
-    refused: Mapping[str, str] = field(default_factory=dict)  # sums that were not folded, and why
-    exported: Exported | None = None  # where the file holds a program
-    python: str | None = None  # the class that was written, where `path` is a folder with model.py
-    dtype: str | None = None  # what the network was cast to in the end
-    noise: Noise | None = None  # what that costs
 
 
 def survey(name: str, given: Given, progress: Progress = silent) -> Survey:
@@ -232,6 +205,7 @@ def fuse(
     further: Further = BLOCKS_ONLY,
     form: Form | None = None,
     dtype: torch.dtype | None = None,
+    tuning: Tuning | None = None,
     output: Path | None = None,
     python: Path | None = None,
     force: bool = False,
@@ -253,7 +227,8 @@ def fuse(
     progress("looking for an input", 0.3)
     network = _network(model, given)
     step = parts(progress, 0.4, 0.5 if is_export or python is not None else 0.9)
-    done = fold_all_(network, dense=dense, keep_norms=keep_norms, further=further, dtype=dtype, progress=step)
+    how: dict[str, Any] = {"dense": dense, "keep_norms": keep_norms, "further": further, "dtype": dtype}
+    done = fold_all_(network, **how, tuning=tuning, progress=step)
     if done.warning is not None:
         _log.warning(done.warning)
     if stays := what_stays(model, keep_norms=keep_norms):
@@ -276,6 +251,7 @@ def fuse(
         python=None if written is None else written.name,
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         noise=done.noise,
+        tuned=done.tuned,
     )
 
 
@@ -291,6 +267,7 @@ def verify(name_a: str, name_b: str, given: Given, progress: Progress = silent) 
 
 def bench(names: Sequence[str], given: Given, trials: Trials, progress: Progress = silent) -> tuple[Timing, ...]:
     """Time models against each other on inputs of the first one's kind."""
+    benching.check(trials.settings, given.device)
     models = []
     for i, (label, name) in enumerate(zip(_labels(names), names, strict=True)):
         progress(f"loading {name}", 0.1 * i / len(names))

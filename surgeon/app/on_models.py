@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from surgeon.app.options import (
+    Autocast,
     Bake,
+    CompileMode,
     Distil,
     DynamicSize,
     Force,
+    Graphs,
     Json,
     Kept,
     Model,
@@ -22,6 +25,7 @@ from surgeon.app.options import (
     Time,
     about_images,
     about_models,
+    one_dtype,
 )
 from surgeon.app.program import command
 from surgeon.app.terminal import bar, show
@@ -159,6 +163,14 @@ def fuse(
     opset: Opset = None,
     half: Annotated[bool, typer.Option("--half", help="Cast the result to float16; folded in float64 first.")] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="Cast the result to bfloat16; folded in float64 first.")] = False,
+    tuned: Annotated[
+        bool,
+        typer.Option(
+            "--tune",
+            help="Deploy each block in the form that is fastest for this --input on this --device; all are exact.",
+        ),
+    ] = False,
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="For --tune: in this memory format.")] = False,
     python: Python = None,
     output: Output = None,
     force: Force = False,
@@ -174,10 +186,11 @@ def fuse(
     """
     if blocks and (branches or norms or everything):
         raise typer.BadParameter("--blocks means blocks alone: take it, or the others, away")
-    if half and bf16:
-        raise typer.BadParameter("--half and --bf16 are two dtypes: take one away")
+    cast = one_dtype(half=half, bf16=bf16)
     if python is not None and output is not None:
         raise typer.BadParameter("--python and -o both say what to write: take one away")
+    if channels_last and not tuned:
+        raise typer.BadParameter("--channels-last says how to measure with --tune: add that, or take it away")
     with bar() as progress:
         import torch
 
@@ -185,9 +198,11 @@ def fuse(
         from surgeon.display.convert import fused_data, fused_view
         from surgeon.surgery.export import Form
         from surgeon.surgery.further import Further
+        from surgeon.surgery.tune import Tuning
 
-        dtype = torch.float16 if half else torch.bfloat16 if bf16 else None
+        dtype = None if cast is None else getattr(torch, cast)
         how: dict[str, Any] = {"dense": dense, "keep_norms": keep_norms, "dtype": dtype, "form": Form(size, opset)}
+        how["tuning"] = Tuning(given.device, channels_last) if tuned else None
         further = Further(branches=branches or everything, norms=norms or everything, costlier=dense)
         done = commands.fuse(model, given, progress, **how, further=further, output=output, python=python, force=force)
     show(fused_data(done) if json else fused_view(done))
@@ -318,15 +333,28 @@ def bench(
     ] = 15,
     channels_last: Annotated[bool, typer.Option("--channels-last", help="Also measure in this memory format.")] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="Also measure with torch.compile.")] = False,
+    mode: CompileMode = None,
+    graphs: Graphs = False,
     train: Annotated[bool, typer.Option("--train", help="Time a training step: forward and backward.")] = False,
+    autocast: Autocast = None,
+    half: Annotated[bool, typer.Option("--half", help="Cast the models to float16.")] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Cast the models to bfloat16.")] = False,
     json: Json = False,
 ) -> None:
-    """Time models against each other in one run. They take turns, as they are and with their norms folded."""
+    """Time models against each other in one run. They take turns, as they are and with their norms folded.
+
+    On a GPU (--device cuda) the device's own events tell the time: from the first launch to the end of the last kernel.
+    """
+    dtype = one_dtype(half=half, bf16=bf16)
     with bar() as progress:
         from surgeon.app import commands
         from surgeon.display.bench import bench_data, bench_view
-        from surgeon.surgery.bench import Trials
+        from surgeon.surgery.trials import Trials
 
-        trials = Trials(tuple(batch or (1,)), tuple(threads or ()), rounds, channels_last, compiled, train)
+        how: dict[str, Any] = {"modes": (mode,) * (mode is not None), "graphs": graphs, "dtype": dtype}
+        how["autocast"] = {"fp16": "float16", "bf16": "bfloat16", None: None}[autocast]
+        if compiled and mode is not None:
+            how["modes"] = tuple(dict.fromkeys(("default", mode)))
+        trials = Trials(tuple(batch or (1,)), tuple(threads or ()), rounds, channels_last, compiled, train, **how)
         timings = commands.bench(models, given, trials, progress)
     show(bench_data(timings) if json else bench_view(timings))

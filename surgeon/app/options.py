@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -116,6 +116,25 @@ Kept = Annotated[
         "--cache", metavar="FOLDER", help="Keep here what depends on the original and the images alone, for next time."
     ),
 ]
+CompileMode = Annotated[
+    Literal["default", "reduce-overhead", "max-autotune"] | None,
+    typer.Option("--compile-mode", help="Also measure with torch.compile in this mode."),
+]
+Graphs = Annotated[
+    bool,
+    typer.Option("--graphs", help="Also measure captured in a CUDA graph: kernels, without the time to launch them."),
+]
+Autocast = Annotated[
+    Literal["bf16", "fp16"] | None,
+    typer.Option("--autocast", help="Run under torch.autocast with this dtype, as training usually does."),
+]
+
+
+def one_dtype(*, half: bool, bf16: bool) -> Literal["float16", "bfloat16"] | None:
+    """Give the name of the smaller dtype that is asked for."""
+    if half and bf16:
+        raise typer.BadParameter("--half and --bf16 are two dtypes: take one away")
+    return "float16" if half else "bfloat16" if bf16 else None
 
 
 def about_images(command: Callable[..., None]) -> Callable[..., None]:

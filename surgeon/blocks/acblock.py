@@ -15,7 +15,7 @@ Ding et al. 2019, ACNet, arXiv:1908.03930, section 3 and eq. 4–6; placement `b
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -23,9 +23,11 @@ from torch import Tensor, nn
 from surgeon.blocks import base, in_one_step
 from surgeon.blocks.base import Trial
 from surgeon.blocks.in_one_step import Part, is_scripting
+from surgeon.blocks.online import Online, Shape
 from surgeon.blocks.parallel import Branch, Parallel, ParallelOptions, fresh_norm, placed
 from surgeon.conv import kernels
 from surgeon.conv.affine import Affine
+from surgeon.conv.scaled_sum import Window
 from surgeon.conv.spec import ConvSpec, Pads
 
 
@@ -96,6 +98,10 @@ class ACBlock(Parallel[ACBlockOptions]):
         return {"placement": options.placement}
 
     @classmethod
+    def online(cls) -> type[Online]:
+        return OnlineACBlock
+
+    @classmethod
     def trials(cls) -> Iterator[Trial]:
         specs = [
             ConvSpec(4, 6, (3, 3), padding=(1, 1)),
@@ -109,6 +115,7 @@ class ACBlock(Parallel[ACBlockOptions]):
                     options = ACBlockOptions.model_validate({"init": init, "placement": placement})
                     yield Trial(spec, options)
                     yield Trial(spec, options, with_norm=True)
+                    yield Trial(spec, options.model_copy(update={"form": "online"}))
 
     def forward(self, input: Tensor) -> Tensor:
         x = input if self.pads_first is None else self.pads_first.padded(input)
@@ -153,3 +160,32 @@ class ACBlock(Parallel[ACBlockOptions]):
 
     def extra_repr(self) -> str:
         return f"{self.spec}, placement={self.placement}"
+
+
+class OnlineACBlock(Online[ACBlockOptions], ACBlock):
+    """The strips are added to the kernel before the convolution: y = (s₀⊙F_s + s₁⊙F_v + s₂⊙F_h)∗x."""
+
+    __module__ = "surgeon.nn"
+
+    if TYPE_CHECKING:
+        ver_weight: Tensor
+        hor_weight: Tensor
+
+    gives_norm_back = False
+    starts = (0.25, 0.25, 0.25)
+
+    @classmethod
+    def laid_out(cls, spec: ConvSpec, placement: str = "skeleton") -> dict[str, Any]:
+        return {"placement": placement}
+
+    def shapes(self) -> dict[str, Shape]:
+        out, channels, kh, kw = self.spec.weight_shape
+        return {"ver_weight": (out, channels, kh, 1), "hor_weight": (out, channels, 1, kw)}
+
+    def summands(self) -> list[Tensor | None]:
+        return [self.ver_weight, self.hor_weight]
+
+    def places(self) -> list[Window]:
+        kh, kw = self.spec.kernel
+        row, column = (kh // 2, kw // 2) if self.placement == "skeleton" else (kh - 1, kw - 1)
+        return [(0, column, kh, 1), (row, 0, 1, kw)]

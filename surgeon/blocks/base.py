@@ -33,6 +33,7 @@ class BlockOptions(BaseModel):
 Role = dict[str, int | str]
 _ROLE = "surgeon.role"  # in the metadata of a state dict
 _ORDER = "order"  # in a role
+PLAIN = "plain"  # the form in which a block is deployed if nothing is said
 Opts = TypeVar("Opts", bound=BlockOptions, default=Any)  # the options of a block
 
 
@@ -188,6 +189,14 @@ class Block(Operator, abc.ABC, Generic[Opts]):
         return False
 
     @classmethod
+    def leaves_norm(cls, options: Opts) -> bool:
+        """Whether it folds to a conv like the one it replaces, with a bias only where that has one.
+
+        A norm that follows stays where it is, so the folded network has the keys of the original.
+        """
+        return False
+
+    @classmethod
     def note(cls, options: Opts, norm_obstacle: str | None) -> str | None:
         """Say what the plan should add about a swap; `norm_obstacle` is why no norm is taken over, if none is."""
         return None
@@ -290,10 +299,19 @@ class Deployable(Block[Opts]):
     """
 
     deployed_since: ClassVar[int] = 1  # the first rules of folding that deploy it
+    deployed_so_since: ClassVar[int] = 1  # the first that deploy it, and what is around it, as today's do
 
     @abc.abstractmethod
     def deploy(self) -> nn.Module:
         """Return that form, of the block as it is in eval mode; the block is left as it was."""
+
+    def forms(self) -> Mapping[str, Callable[[], nn.Module]]:
+        """Name every form in which it can be deployed, all of which compute the same, and what makes each of them.
+
+        `plain` is `deploy()`; `fuse --tune` measures them, and keeps the fastest. The names stand in histories: what
+        one means stays as it is.
+        """
+        return {PLAIN: self.deploy}
 
     def undeployable(self) -> str | None:
         """Say why this block has no such form; it is then left as it is."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
 
-from surgeon.blocks.base import Block, Foldable
+from surgeon.blocks.base import PLAIN, Block, Deployable, Foldable
 from surgeon.blocks.fittable import Arrangement, Fittable, View
 from surgeon.conv.least_squares import Problem
 from surgeon.conv.spec import ConvSpec
@@ -70,6 +70,27 @@ def fold_keeping_norm(block: Foldable) -> tuple[nn.Conv2d, nn.Module] | None:
         raise broken(type(block), f"its fold_keeping_norm returned {conv!r} instead of a Conv2d without bias")
     _check_geometry(block, conv, "fold_keeping_norm")
     return conv, norm
+
+
+def forms(block: Deployable) -> Mapping[str, Callable[[], nn.Module]]:
+    """Ask a block for the forms in which it can be deployed; what makes one is guarded as well."""
+    kind = type(block)
+    with _calling(kind, "forms"):
+        found: Any = block.forms()
+    if not isinstance(found, Mapping) or PLAIN not in found or not all(isinstance(name, str) for name in found):
+        raise broken(kind, f"its forms returned {found!r:.80} instead of a dict with the form {PLAIN!r}")
+
+    def guarded(name: str, make: Callable[[], Any]) -> Callable[[], nn.Module]:
+        def made() -> nn.Module:
+            with _calling(kind, f"form {name}"):
+                form = make()
+            if not isinstance(form, nn.Module):
+                raise broken(kind, f"its form {name} is a {type(form).__name__} instead of a module")
+            return form
+
+        return made
+
+    return {name: guarded(name, make) for name, make in found.items()}
 
 
 def views(block: Fittable, args: Sequence[Any]) -> Sequence[View]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from pydantic import Field
@@ -27,11 +27,13 @@ from torch.nn import functional as F
 
 from surgeon.blocks import base
 from surgeon.blocks.base import Trial
+from surgeon.blocks.online import Online, Shape
 from surgeon.blocks.parallel import Branch, Parallel, ParallelOptions, fresh_norm, placed
 from surgeon.conv import kernels
 from surgeon.conv.affine import Affine
 from surgeon.conv.axis import Axis
 from surgeon.conv.kernels import Norm
+from surgeon.conv.scaled_sum import Window, identity_of, in_a_row
 from surgeon.conv.spec import ConvSpec, Pads
 
 
@@ -65,7 +67,7 @@ class DiverseBranch(Parallel[DiverseBranchOptions]):
         """Lay out the branches with tensors like `like`, uninitialised kernels, and norms like `norm`."""
         super(Parallel, self).__init__()
         self.spec = spec.change(bias=False)
-        self.internal = spec.c_in * (expansion or 1 + _is_depthwise(spec))
+        self.internal = _internal(spec, expansion)
         self.derive_()
         point = self._point()[0]
         self.dbb_origin = _row(conv=self.spec.build(like=like), bn=norm)
@@ -123,6 +125,10 @@ class DiverseBranch(Parallel[DiverseBranchOptions]):
         return {"expansion": options.expansion}
 
     @classmethod
+    def online(cls) -> type[Online]:
+        return OnlineDiverseBranch
+
+    @classmethod
     def trials(cls) -> Iterator[Trial]:
         specs = [
             ConvSpec(4, 6, (3, 3), padding=(1, 1)),
@@ -136,6 +142,7 @@ class DiverseBranch(Parallel[DiverseBranchOptions]):
                 for with_norm in (False, True):
                     options = DiverseBranchOptions.model_validate({"init": init, **wide})
                     yield Trial(spec, options, with_norm=with_norm)
+                yield Trial(spec, options.model_copy(update={"form": "online"}))
         yield Trial(specs[0], DiverseBranchOptions.model_validate({"expansion": 3, "init": "split"}), with_norm=True)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -235,9 +242,73 @@ class DiverseBranch(Parallel[DiverseBranchOptions]):
         return f"{self.spec}, internal={self.internal}"
 
 
+class OnlineDiverseBranch(Online[DiverseBranchOptions], DiverseBranch):
+    """All four branches are kernels: y = (s₀⊙F_k + s₁⊙(F_k'·F_1') + s₂⊙mean_k(F_1'') + s₃⊙centre(F_1))∗x.
+
+    Without the norms inside the branches nothing lies around a map between two convs but zeros, as around the input.
+    """
+
+    __module__ = "surgeon.nn"
+
+    if TYPE_CHECKING:
+        first_weight: Tensor
+        second_weight: Tensor
+        mean_weight: Tensor
+        point_weight: Tensor
+
+    gives_norm_back = False
+    starts = (0.25, 0.5, 0.25, 1.0)
+
+    @classmethod
+    def laid_out(cls, spec: ConvSpec, expansion: int | None = None) -> dict[str, Any]:
+        return {"internal": _internal(spec, expansion)}
+
+    def shapes(self) -> dict[str, Shape]:
+        out, channels, kh, kw = self.spec.weight_shape
+        made: dict[str, Shape] = {
+            "first_weight": (self.internal, channels, 1, 1),
+            "second_weight": (out, self.internal // self.spec.groups, kh, kw),
+        }
+        points = (
+            {} if _is_depthwise(self.spec) else dict.fromkeys(("mean_weight", "point_weight"), (out, channels, 1, 1))
+        )
+        return made | points
+
+    def summands(self) -> list[Tensor | None]:
+        taps = self.spec.kernel[0] * self.spec.kernel[1]
+        if _is_depthwise(self.spec):
+            return [self._sequence_kernel(), self.conv_weight.new_full((1, 1, 1, 1), 1 / taps)]
+        return [self._sequence_kernel(), self.mean_weight / taps, self.point_weight]
+
+    def places(self) -> list[Window]:
+        kh, kw = self.spec.kernel
+        whole = (0, 0, kh, kw)
+        return [whole, whole] if _is_depthwise(self.spec) else [whole, whole, (kh // 2, kw // 2, 1, 1)]
+
+    def __prepare_scriptable__(self) -> Self:
+        raise base.unscriptable(self, ", unless it is fused first")
+
+    def _sequence_kernel(self) -> Tensor:
+        first = self.first_weight
+        if self._first_name == "idconv1":
+            first = first + identity_of(first)
+        return in_a_row(first, self.second_weight, self.spec.groups)
+
+    def _draw_parts_(self, factor: float, generator: torch.Generator) -> None:
+        """Draw kernels; what is added to the identity starts at 0."""
+        super()._draw_parts_(factor, generator)
+        if self._first_name == "idconv1":
+            self.first_weight.zero_()
+
+
 def _row(**modules: nn.Module) -> nn.Sequential:
     """Hold modules under the names of the published code."""
     return nn.Sequential(OrderedDict(modules))
+
+
+def _internal(spec: ConvSpec, expansion: int | None) -> int:
+    """How many channels lie inside the sequence."""
+    return spec.c_in * (expansion or 1 + _is_depthwise(spec))
 
 
 def _is_depthwise(spec: ConvSpec) -> bool:

@@ -52,7 +52,8 @@ def _own() -> Iterator[type[Block]]:
     for info in pkgutil.iter_modules([str(Path(__file__).parent)]):
         module = importlib.import_module(f"{__package__}.{info.name}")
         for value in vars(module).values():
-            if isinstance(value, type) and issubclass(value, Block) and not inspect.isabstract(value):
+            is_block = isinstance(value, type) and issubclass(value, Block) and not inspect.isabstract(value)
+            if is_block and "name" in vars(value):  # one that inherits its name is another form of that block
                 yield value
 
 

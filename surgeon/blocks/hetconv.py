@@ -23,7 +23,7 @@ Singh et al. 2019, HetConv, arXiv:1903.04120, section 3 and eq. 3–6.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Literal, Self
 
@@ -82,7 +82,7 @@ class HetConv(Fittable[HetConvOptions], base.Foldable[HetConvOptions], base.Depl
     paper = "Singh et al. 2019, HetConv, arXiv:1903.04120"
     Options = HetConvOptions
     folds_for_free = False
-    deployed_since = 2
+    deployed_since = deployed_so_since = 2
     pads_its_input = True
     DERIVED = frozenset({"grouped", "centre", "centre_shift"})
     is_cheaper = True
@@ -255,16 +255,38 @@ class HetConv(Fittable[HetConvOptions], base.Foldable[HetConvOptions], base.Depl
 
         The 1×1 conv sees and gives channels in the network's own order, so only the k×k conv needs them sorted.
         """
+        spatial, pointwise, orders = self._convs(bias_first=False)
+        return sum_of_convs.make(spatial, self._at_the_centre(pointwise), **orders).train(self.training)
+
+    def forms(self) -> Mapping[str, Callable[[], nn.Module]]:
+        """`plain`: the sum of two convs; `dense`: one conv, with all the multiply-adds of the one it stands for.
+
+        `product`: the 1×1 conv as a matrix product that adds its result to what the other conv gives.
+        """
+        found: dict[str, Callable[[], nn.Module]] = {**super().forms(), "dense": self.fold}
+        centre = self.centre
+        if self.centre_shift is None and centre.stride == (1, 1) and not any(centre.pads) and centre.groups == 1:
+            found["product"] = self._product
+        return found
+
+    def _product(self) -> nn.Module:
+        spatial, pointwise, orders = self._convs(bias_first=True)
+        matrix = nn.Parameter(pointwise.weight.detach()[:, :, 0, 0].clone(), pointwise.weight.requires_grad)
+        return sum_of_convs.make(spatial, matrix, **orders).train(self.training)
+
+    def _convs(self, *, bias_first: bool) -> tuple[nn.Conv2d, nn.Conv2d, dict[str, Tensor]]:
+        """Make the k×k and the 1×1 conv, one of which has the bias, and the orders around the first."""
         filters, channels = self._orders()
         with torch.no_grad():
             kernel = self._pointwise_kernel()[filters.argsort()][:, channels.argsort()]
-        spatial = self.grouped.build_with(self.weight.detach(), None, like=self.weight)
-        pointwise = self.centre.change(dilation=(1, 1)).build_with(kernel, self.bias, like=self.weight)
-        orders = {"channel_order": channels.clone(), "filter_place": filters.argsort()}
+            sorted_bias = None if self.bias is None else self.bias[filters]
+        biases = (sorted_bias, None) if bias_first else (None, self.bias)
+        spatial = self.grouped.build_with(self.weight.detach(), biases[0], like=self.weight)
+        pointwise = self.centre.change(dilation=(1, 1)).build_with(kernel, biases[1], like=self.weight)
         spatial.requires_grad_(self.weight.requires_grad)
         pointwise.requires_grad_(self.pointwise.requires_grad)
-        made = sum_of_convs.make(spatial, self._at_the_centre(pointwise), **({} if self.layout == "block" else orders))
-        return made.train(self.training)
+        orders = {"channel_order": channels.clone(), "filter_place": filters.argsort()}
+        return spatial, pointwise, {} if self.layout == "block" else orders
 
     def _at_the_centre(self, conv: nn.Conv2d) -> nn.Module:
         """Let a 1×1 conv see what the centre taps see, where its own padding cannot do that.

@@ -26,8 +26,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 import torch
@@ -36,6 +37,7 @@ from torch import Tensor, nn
 from surgeon.blocks.base import Trial
 from surgeon.blocks.fittable import Fittable, Path, View
 from surgeon.blocks.fused_octave import FusedOctave
+from surgeon.blocks.stacked_octave import StackedOctave
 from surgeon.blocks.two_streams import Streams, TwoStreamBlock, TwoStreamOptions, in_words
 from surgeon.conv import kernels, streams
 from surgeon.conv.spec import ConvSpec
@@ -58,6 +60,7 @@ class OctaveConv(Fittable[OctaveConvOptions], TwoStreamBlock[OctaveConvOptions])
     title = "high and low frequency channels, the low ones at half the resolution"
     paper = "Chen et al. 2019, Drop an Octave, arXiv:1904.05049"
     Options = OctaveConvOptions
+    deployed_so_since = 3
     pads_its_input = True
 
     def __init__(self, conv: nn.Conv2d, options: OctaveConvOptions) -> None:
@@ -181,6 +184,11 @@ class OctaveConv(Fittable[OctaveConvOptions], TwoStreamBlock[OctaveConvOptions])
         if self.spec.groups == 1:
             return FusedOctave(self)
         return copy.deepcopy(self)
+
+    def forms(self) -> Mapping[str, Callable[[], nn.Module]]:
+        plain: dict[str, Callable[[], nn.Module]] = {"plain": self.deploy}
+        has_streams = self.spec.groups == 1 and bool(self.low_in or self.low_out)
+        return plain | ({StackedOctave.form: partial(StackedOctave, self)} if has_streams else {})
 
     def kernel(self, filters: Ranges, channels: Ranges) -> Tensor:
         """Cut the kernel of one path, or of several side by side, out of the conv's own."""

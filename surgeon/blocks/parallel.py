@@ -10,6 +10,8 @@ of three ways:
 - split: the other branches are random, with the scale of the first, and the kernel is smaller by what they add: the
   same function in eval mode, and a gradient everywhere from the first step;
 - scratch: everything is random, as in the papers.
+
+That is the form `branches`. The form `online` has the kernels of the branches, and no branches (`online`).
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import abc
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Generic, Literal, Self
+from typing import Any, ClassVar, Generic, Literal, Self, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -27,6 +29,7 @@ from typing_extensions import TypeVar
 
 from surgeon._torch_compat import BatchNorm
 from surgeon.blocks import base, norms
+from surgeon.blocks.online import Online
 from surgeon.conv import affine, kernels
 from surgeon.conv.affine import Affine
 from surgeon.conv.axis import Axis
@@ -36,8 +39,15 @@ Norm = TypeVar("Norm", bound=nn.Module)
 
 
 class ParallelOptions(base.BlockOptions):
-    """How a block of parallel branches starts."""
+    """How a block of parallel branches is computed, and how it starts."""
 
+    form: Literal["branches", "online"] = Field(
+        "branches",
+        description="branches: each has its conv and its norm, and the norm behind the conv becomes one of them; "
+        "online: their kernels, scaled filter by filter, are summed before one convolution at every step, and the norm "
+        "stays where it is (OREPA: trains nearly as fast as the conv, and every start but scratch computes the same in "
+        "training too)",
+    )
     init: Literal["takeover", "split", "scratch"] = Field(
         "takeover",
         description="takeover: the conv and its norm become the first branch, the others start at gamma 0 (same "
@@ -49,7 +59,7 @@ class ParallelOptions(base.BlockOptions):
         gt=0,
         allow_inf_nan=False,
         description="scale of the norms at the ends of the branches for `init: scratch`; 1 unless given, and 1/n for n "
-        "branches keeps the variance of one branch",
+        "branches keeps the variance of one branch; in the online form of all kernels, in place of the paper's scales",
     )
 
     @model_validator(mode="after")
@@ -96,23 +106,37 @@ class Parallel(base.Foldable[Opts], Generic[Opts]):
         return {}
 
     @classmethod
+    @abc.abstractmethod
+    def online(cls) -> type[Online]:
+        """Give the class of its other form."""
+
+    @classmethod
     def keeps_function(cls, options: Opts) -> bool:
         return options.init != "scratch"
 
     @classmethod
     def takes_norm(cls, options: Opts) -> bool:
-        return True
+        return options.form == "branches"
+
+    @classmethod
+    def leaves_norm(cls, options: Opts) -> bool:
+        return options.form == "online"
 
     @classmethod
     def note(cls, options: Opts, norm_obstacle: str | None) -> str | None:
         if options.init == "scratch":
             return "starts at random: what the conv has learnt is lost"
+        if options.form == "online":
+            return None
         if norm_obstacle is not None:
             return f"same function in eval mode only: {norm_obstacle}"
         return "same function in eval mode only: each branch has its own norm" if options.init == "split" else None
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, options: Opts, *, norm: nn.Module | None, generator: torch.Generator) -> Self:
+        if options.form == "online":
+            made = cls.online().start(conv, options, cls.layout_of(options), generator)
+            return cast(Self, made)  # it is a subclass
         own = identity_norm(conv) if norm is None else taken_over(norm, conv.bias)
         first = started_anew(own) if options.init == "scratch" else own
         block = cls(ConvSpec.of(conv), first, like=conv.weight, **cls.layout_of(options))
@@ -133,7 +157,7 @@ class Parallel(base.Foldable[Opts], Generic[Opts]):
         conv.requires_grad_(self._first().weight.requires_grad)
         return conv.train(self.training)
 
-    def fold_keeping_norm(self) -> tuple[nn.Conv2d, nn.Module]:
+    def fold_keeping_norm(self) -> tuple[nn.Conv2d, nn.Module] | None:
         own, branches = self.get_submodule(self.first_norm), self.branches()
         with torch.no_grad():
             aligned = affine.aligned([one.before for one in branches], self.spec.groups)

@@ -14,15 +14,17 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor, nn
 
 from surgeon.blocks import base
 from surgeon.blocks.base import Trial
+from surgeon.blocks.online import Online, Shape
 from surgeon.blocks.parallel import Branch, Parallel, ParallelOptions, fresh_norm, placed
 from surgeon.conv import kernels
 from surgeon.conv.affine import Affine
+from surgeon.conv.scaled_sum import Window
 from surgeon.conv.spec import ConvSpec, Pads
 
 _NAMES = {"conv_kxk": "rbr_dense", "conv_1x1": "rbr_1x1", "identity": "rbr_identity"}  # timm's → the published ones
@@ -75,6 +77,10 @@ class RepVGG(Parallel[RepVGGOptions]):
         return None
 
     @classmethod
+    def online(cls) -> type[Online]:
+        return OnlineRepVGG
+
+    @classmethod
     def trials(cls) -> Iterator[Trial]:
         specs = [
             ConvSpec(6, 6, (3, 3), padding=(1, 1)),
@@ -86,6 +92,7 @@ class RepVGG(Parallel[RepVGGOptions]):
             for init in ("takeover", "split", "scratch"):
                 for with_norm in (False, True):
                     yield Trial(spec, RepVGGOptions.model_validate({"init": init}), with_norm=with_norm)
+                yield Trial(spec, RepVGGOptions.model_validate({"init": init, "form": "online"}))
 
     def forward(self, input: Tensor) -> Tensor:
         x = input if self.pads_first is None else self.pads_first.padded(input)
@@ -134,6 +141,37 @@ class RepVGG(Parallel[RepVGGOptions]):
 
     def extra_repr(self) -> str:
         return str(self.spec)
+
+
+class OnlineRepVGG(Online[RepVGGOptions], RepVGG):
+    """The 1×1 kernel and the identity are added to the centre tap: y = (s₀⊙F_k + centre(s₁⊙F_1 + s₂⊙I))∗x."""
+
+    __module__ = "surgeon.nn"
+
+    if TYPE_CHECKING:
+        point_weight: Tensor
+
+    gives_norm_back = False
+    starts = (0.25, 1.0, 1.0)
+    DERIVED = Online.DERIVED | {"keeps_pixels"}
+
+    def derive_(self) -> None:
+        """Find whether there is an identity, and all that every online form has."""
+        self.keeps_pixels = _keeps_pixels(self.spec)
+        super().derive_()
+
+    def shapes(self) -> dict[str, Shape]:
+        return {"point_weight": (*self.spec.weight_shape[:2], 1, 1)}
+
+    def summands(self) -> list[Tensor | None]:
+        made: list[Tensor | None] = [self.point_weight]
+        if self.keeps_pixels:
+            made.append(None)
+        return made
+
+    def places(self) -> list[Window]:
+        kh, kw = self.spec.kernel
+        return [(kh // 2, kw // 2, 1, 1)] * (1 + self.keeps_pixels)
 
 
 def conv_and_norm(conv: nn.Conv2d, norm: nn.Module) -> nn.Sequential:

@@ -3,9 +3,14 @@
     y = spatial(x) + pointwise(x)                                   one after the other, in the order of x
     y = spatial(x[channel_order])[filter_place] + pointwise(x)      where the groups of `spatial` are no runs of x
 
+A 1×1 conv at every pixel is a matrix product, which adds its result as it goes along. In channels_last both maps are
+matrices as they lie, so that no further map is written; in the ordinary format the same is right, and slow:
+
+    pixels(y) = pixels(spatial(x)) + pixels(x) · pointwiseᵀ      for a 1×1 conv without bias, stride or padding
+
 No module of torch adds the results of two others, and a class of surgeon's would have to be installed where the network
 is deployed. So the sum is a graph. torch saves a graph as Python source, which runs when torch opens the file. surgeon
-never runs that source: `rebuild` compares it, as a syntax tree, with what torch writes for these two graphs, and makes
+never runs that source: `rebuild` compares it, as a syntax tree, with what torch writes for these graphs, and makes
 the module from its own graph. Any other source is refused.
 """
 
@@ -14,6 +19,7 @@ from __future__ import annotations
 import ast
 import functools
 import operator
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +30,7 @@ REDUCE = "torch.fx.graph_module.reduce_graph_module"  # what torch.save writes t
 TRACER = "torch.fx._symbolic_trace.Tracer"  # what it holds once torch itself has opened it
 CODE = "_code"
 CONVS, ORDERS = frozenset({"spatial", "pointwise"}), frozenset({"channel_order", "filter_place"})
+CONV, MATRIX = frozenset({"spatial"}), frozenset({"pointwise"})  # of a product
 # What a GraphModule has beyond other modules. None of it is read.
 OF_GRAPHS = frozenset(
     {"_code", "_lineno_map", "_prologue_start", "_tracer_cls", "_tracer_extras", "_graphmodule_cls_name", "meta"}
@@ -44,9 +51,15 @@ _LONGEST = 2000  # characters that are parsed
 
 
 def make(
-    spatial: nn.Module, pointwise: nn.Module, *, channel_order: Tensor | None = None, filter_place: Tensor | None = None
+    spatial: nn.Module,
+    pointwise: nn.Module | nn.Parameter,
+    *,
+    channel_order: Tensor | None = None,
+    filter_place: Tensor | None = None,
 ) -> fx.GraphModule:
-    """Make the sum of two modules; the orders of channels and filters around `spatial` are both given, or none.
+    """Make the sum of two modules, or of a module and a product with a matrix (out, in).
+
+    The orders of channels and filters around `spatial` are both given, or none.
 
     >>> x = torch.randn(1, 4, 5, 5)
     >>> spatial, pointwise = nn.Conv2d(4, 4, 3, padding=1, groups=2), nn.Conv2d(4, 4, 1)
@@ -56,7 +69,8 @@ def make(
     held: dict[str, Any] = {"spatial": spatial, "pointwise": pointwise}
     if channel_order is not None:
         held |= {"channel_order": channel_order, "filter_place": filter_place}
-    return fx.GraphModule(held, _graph(is_ordered=channel_order is not None))
+    is_product = isinstance(pointwise, nn.Parameter)
+    return fx.GraphModule(held, _graph(is_ordered=channel_order is not None, is_product=is_product))
 
 
 def is_ours(module: nn.Module) -> bool:
@@ -65,16 +79,16 @@ def is_ours(module: nn.Module) -> bool:
         return False
     if vars(module).keys() - OF_MODULES - OF_GRAPHS - {"_graph"}:
         return False
-    held = {*module._buffers}
-    return _is_text(module.code, is_ordered=held == ORDERS) and held in (set(), ORDERS) and {*module._modules} == CONVS
+    return _is_known(module.code, *(frozenset(one) for one in (module._buffers, module._modules, module._parameters)))
 
 
-def knows(code: object, imports: object, buffers: frozenset[str], modules: frozenset[str]) -> bool:
+def knows(
+    code: object, imports: object, buffers: frozenset[str], modules: frozenset[str], parameters: frozenset[str]
+) -> bool:
     """Whether the source in a file is that of a sum, and whether it holds what a sum holds."""
-    if not isinstance(code, str) or not isinstance(imports, str) or modules != CONVS:
+    if not isinstance(code, str) or not isinstance(imports, str) or not _is_known(code, buffers, modules, parameters):
         return False
-    is_known = buffers in (frozenset(), ORDERS) and _is_text(code, is_ordered=bool(buffers))
-    return is_known and _statements(imports) <= _statements(_IMPORTS) | _statements(_imports_of_today())
+    return _statements(imports) <= _statements(_IMPORTS) | _statements(_imports_of_today())
 
 
 def rebuild(body: Mapping[str, Any], imports: str) -> fx.GraphModule:
@@ -83,14 +97,16 @@ def rebuild(body: Mapping[str, Any], imports: str) -> fx.GraphModule:
     Raises:
         ValueError: it is no sum, or holds what a sum does not hold.
     """
-    buffers, modules = body["_buffers"], body["_modules"]
-    if not knows(body[CODE], imports, frozenset(buffers), frozenset(modules)) or body["_parameters"]:
+    buffers, modules, parameters = body["_buffers"], body["_modules"], body["_parameters"]
+    if not knows(body[CODE], imports, *map(frozenset, (buffers, modules, parameters))):
         raise ValueError("a GraphModule in it is none that surgeon writes")
     if not all(isinstance(one, nn.Module) for one in modules.values()):
         raise ValueError("a GraphModule in it holds something else in place of modules")
+    if not all(isinstance(one, nn.Parameter) and one.dim() == 2 for one in parameters.values()):
+        raise ValueError("a GraphModule in it holds something else in place of a matrix")
     if not all(map(_is_order, buffers.values())):
         raise ValueError("a GraphModule in it holds something else in place of an order of channels")
-    made = make(**modules, **buffers)
+    made = make(**modules, **parameters, **buffers)
     vars(made).update((name, value) for name, value in body.items() if name in OF_MODULES)
     return made
 
@@ -102,21 +118,30 @@ def _is_order(value: object) -> bool:
     return value.is_meta or torch.equal(value.sort().values, torch.arange(len(value), device=value.device))
 
 
-def _graph(*, is_ordered: bool) -> fx.Graph:
+def _graph(*, is_ordered: bool, is_product: bool) -> fx.Graph:
     graph = fx.Graph()
     x = graph.placeholder("input")
     seen = graph.call_method("index_select", (x, 1, graph.get_attr("channel_order"))) if is_ordered else x
     spatial = graph.call_module("spatial", (seen,))
     if is_ordered:
         spatial = graph.call_method("index_select", (spatial, 1, graph.get_attr("filter_place")))
-    graph.output(graph.call_function(operator.add, (spatial, graph.call_module("pointwise", (x,)))))
+    if not is_product:
+        graph.output(graph.call_function(operator.add, (spatial, graph.call_module("pointwise", (x,)))))
+        return graph
+    last, pixels = (graph.call_method("permute", (one, 0, 2, 3, 1)) for one in (spatial, x))
+    rows, seen = (graph.call_method("flatten", (one, 0, 2)) for one in (last, pixels))
+    weight = graph.call_method("t", (graph.get_attr("pointwise"),))
+    made = graph.call_function(torch.addmm, (rows, seen, weight))
+    graph.output(graph.call_method("permute", (graph.call_method("view_as", (made, last)), 0, 3, 1, 2)))
     return graph
 
 
 @functools.cache
-def _known(*, is_ordered: bool) -> str:
-    """The syntax tree of the source that torch writes for one of the two graphs."""
-    return _tree(_graph(is_ordered=is_ordered).python_code("self").src)
+def _known(*, is_ordered: bool, is_product: bool) -> str:
+    """The syntax tree of the source that torch writes for one of the graphs."""
+    with warnings.catch_warnings():  # there is no module yet that has the weight
+        warnings.simplefilter("ignore")
+        return _tree(_graph(is_ordered=is_ordered, is_product=is_product).python_code("self").src)
 
 
 @functools.cache
@@ -126,9 +151,13 @@ def _imports_of_today() -> str:
     return imports
 
 
-def _is_text(code: str, *, is_ordered: bool) -> bool:
+def _is_known(code: str, buffers: frozenset[str], modules: frozenset[str], parameters: frozenset[str]) -> bool:
+    """Whether a source is that of a sum which holds such things."""
+    ways = {(CONVS, frozenset[str]()): False, (CONV, MATRIX): True}
+    if (modules, parameters) not in ways or buffers not in (frozenset(), ORDERS) or len(code) >= _LONGEST:
+        return False
     try:
-        return len(code) < _LONGEST and _tree(code) == _known(is_ordered=is_ordered)
+        return _tree(code) == _known(is_ordered=bool(buffers), is_product=ways[modules, parameters])
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor, nn
 
+from surgeon._torch_compat import add_conv_
 from surgeon.conv.numbers import cast
 from surgeon.conv.spec import ConvSpec, Pads, is_channels_last
 from surgeon.conv.streams import writes_in_place
@@ -191,18 +192,32 @@ def add_convolved(y: Tensor, x: Tensor, weight: Tensor, spec: ConvSpec) -> Tenso
     return add_convolved_(y, x, weight, spec)
 
 
-def add_convolved_(y: Tensor, x: Tensor, weight: Tensor, spec: ConvSpec) -> Tensor:
-    """Add to `y` what a bias-free conv of this spec gives for `x`; in place, since one more feature map costs time.
+def add_convolved_(y: Tensor, x: Tensor, weight: Tensor, spec: ConvSpec, bias: Tensor | None = None) -> Tensor:
+    """Add to `y` what a conv of this spec gives for `x`; in place, since one more feature map costs time.
 
-    In channels_last a 1×1 conv at every pixel is a matrix product, which adds its result as it goes along.
+    On the CPU, in channels_last, a conv can add its result as it goes along; a 1×1 conv of one image is faster as a
+    matrix product over the pixels, which can do that, too.
     """
+    if torch.is_grad_enabled():
+        return y.add_(convolve(x, weight, bias, spec))
     is_product = spec.kernel == (1, 1) and spec.stride == (1, 1) and spec.groups == 1 and not any(spec.pads)
-    alike = x.dtype == y.dtype == weight.dtype and is_channels_last(x) and is_channels_last(y)
-    if not (is_product and alike) or torch.is_grad_enabled():
-        return y.add_(convolve(x, weight, None, spec))
+    is_product &= bias is None and is_channels_last(x) and is_channels_last(y) and x.dtype == y.dtype == weight.dtype
+    if not (is_product and len(x) == 1) and _add_conv_(y, x, weight, bias, spec):
+        return y
+    if not is_product:
+        return y.add_(convolve(x, weight, bias, spec))
     pixels = y.permute(0, 2, 3, 1).view(-1, spec.c_out)
     pixels.addmm_(x.permute(0, 2, 3, 1).view(-1, spec.c_in), weight[:, :, 0, 0].t())
     return y
+
+
+def _add_conv_(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> bool:
+    """Let the conv add its result to `y` by itself, and say whether it can."""
+    top, bottom, left, right = spec.pads
+    if spec.pads_input is not None or spec.padding_mode != "zeros" or (top, left) != (bottom, right):
+        return False
+    how = {"padding": (top, left), "stride": spec.stride, "dilation": spec.dilation}
+    return add_conv_(y, x, weight, bias, **how, groups=spec.groups)
 
 
 def add(*branches: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

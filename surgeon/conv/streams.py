@@ -107,9 +107,14 @@ def part(x: Tensor, low: Sequence[Sequence[int]], dim: int = 1) -> tuple[Tensor,
     if not low:
         return x, None
     if len(low) == 1 and low[0][1] == channels:
-        high, rest = torch.split(x, [low[0][0], channels - low[0][0]], dim)
-        return high, rest
+        return cut(x, low[0][0], dim)
     return take(x, others(low, channels), dim), take(x, low, dim)
+
+
+def cut(x: Tensor, at: int, dim: int = 1) -> Pair:
+    """The channels before a place, and those from there on."""
+    first, rest = torch.split(x, [at, sizes(x)[dim] - at], dim)
+    return first, rest
 
 
 def pool(x: Tensor) -> Tensor:
@@ -154,9 +159,12 @@ def halve_to(low: Tensor, high: Tensor) -> Tensor:
 def add_into(x: Tensor, y: Tensor) -> Tensor:
     """x + y; in place where no gradient is asked for, so only for an x that nothing else reads.
 
-    A sum that broadcasts, or that has another dtype than x, does not fit into x.
+    A sum that is larger than x, or that has another dtype, does not fit into x.
     """
-    return x.add_(y) if writes_in_place() and (x.shape, x.dtype) == (y.shape, y.dtype) else x + y
+    if not writes_in_place() or x.dtype != y.dtype:
+        return x + y
+    fits = x.shape == y.shape or torch.broadcast_shapes(x.shape, y.shape) == x.shape  # type: ignore[no-untyped-call]
+    return x.add_(y) if fits else x + y
 
 
 def writes_in_place() -> bool:
@@ -185,6 +193,16 @@ def add_up(high: Tensor, low: Tensor) -> Tensor:
         quarter = high[..., i::2, j::2]
         quarter.add_(low[..., : quarter.shape[-2], : quarter.shape[-1]])
     return high
+
+
+def raised(low: Tensor, beside: Tensor) -> Tensor:
+    """up(low) + beside as a new map, in one pass where it can be: in channels_last, with even sides."""
+    n, c, h, w = beside.shape
+    if h % 2 or w % 2 or not is_channels_last(beside):
+        return add_up(beside.clone(), low)
+    quads = beside.permute(0, 2, 3, 1).view(n, h // 2, 2, w // 2, 2, c)
+    made = quads + low.permute(0, 2, 3, 1)[:, :, None, :, None, :]
+    return made.view(n, h, w, c).permute(0, 3, 1, 2)
 
 
 def split(x: Tensor, low: Sequence[Sequence[int]]) -> Pair:

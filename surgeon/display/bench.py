@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def bench_view(timings: Sequence[Timing]) -> RenderableType:
     """One table per setting: what every model costs on paper and on the clock, and how reliable that is."""
     parts: list[RenderableType] = []
-    for setting, group in groupby(timings, key=lambda timing: timing.setting):
+    for (setting, device), group in groupby(timings, key=lambda timing: (timing.setting, timing.device)):
         table = words.table(
             "model", "form", "ms", "± %", "per second", "MACs", "× MACs", "× time", "quartiles", "peak memory"
         )
@@ -37,7 +37,7 @@ def bench_view(timings: Sequence[Timing]) -> RenderableType:
                 f"{low:.3f} … {high:.3f}",
                 words.amount(one.peak_bytes, "B"),
             )
-        parts += [Line(str(setting), "bold"), table]
+        parts += [Line(f"{setting}" + (f", {device}" if device != "cpu" else ""), "bold"), table]
     if doubtful := [one for one in timings if not one.is_believable]:
         names = ", ".join(dict.fromkeys(one.model for one in doubtful))
         line = f"? the spread is too wide to be reliable ({names}): close other programs, or pass more --rounds"

@@ -12,11 +12,12 @@ from surgeon.display.exported import exported_view
 from surgeon.display.fit import fit_view
 from surgeon.display.plan import plan_view
 from surgeon.display.sheet import Line
+from surgeon.display.tuned import tuned_view
 
 _SHOWN = 8
 
 if TYPE_CHECKING:
-    from surgeon.app.commands import Converted, Fused
+    from surgeon.app.made import Converted, Fused
 
 
 def converted_view(converted: Converted) -> RenderableType:
@@ -52,6 +53,9 @@ def converted_data(converted: Converted) -> dict[str, Any]:
         "path": str(converted.path),
         "self_check": asdict(converted.check),
         "plan": converted.plan.to_dict(),
+        "slower_where_measured": {
+            block: [asdict(row) for row in rows] for block, rows in converted.plan.broken_promises.items()
+        },
         **({} if converted.fitted is None else {"fit": converted.fitted.to_dict()}),
     }
 
@@ -74,9 +78,11 @@ def fused_view(fused: Fused) -> RenderableType:
         lines.append(_of_dtype(fused))
     if fused.python is not None:
         lines.append(f"verified: {fused.python} in {fused.path}/model.py, which needs no surgeon, is equivalent")
+    shown: list[RenderableType] = [] if fused.tuned is None else [tuned_view(fused.tuned)]
+    shown += map(Line, lines)
     if fused.exported is not None:
-        return Group(*map(Line, lines), exported_view(fused.exported))
-    return Group(*map(Line, [*lines, f"written: {fused.path}"]))
+        return Group(*shown, exported_view(fused.exported))
+    return Group(*shown, Line(f"written: {fused.path}"))
 
 
 def _of_dtype(fused: Fused) -> str:

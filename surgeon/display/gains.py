@@ -24,6 +24,19 @@ def gain_lines(plan: Plan) -> Iterator[str]:
     yield f"gained{once}: {', '.join(said)}" + ("; the blocks add nothing to what is deployed" if adds_nothing else "")
     if plan.time is not None:
         yield f"time {in_words(plan.time)}"
+    yield from promise_lines(plan)
+
+
+def promise_lines(plan: Plan) -> Iterator[str]:
+    """Say for each block where it was measured to be slower than the original: one line, from the first device."""
+    for block, rows in plan.broken_promises.items():
+        first = rows[0]
+        alike = [row for row in rows if (row.name, row.network, row.way) == (first.name, first.network, first.way)]
+        speeds = [f"{row.speed:.2f} × at batch {row.batch}{' in training' * row.train}" for row in alike]
+        network = first.network.rpartition(":")[2]
+        where = f"{first.device} ({first.name}, torch {first.torch}, {network} with {first.options}, {first.way})"
+        said = f"{block}: not faster everywhere: on {where} its speed was {', '.join(speeds)}"
+        yield f"{said}; `surgeon bench` measures yours"
 
 
 def factor(of: Change) -> str:

@@ -176,8 +176,9 @@ def _is_sum(args: Sequence[Value]) -> bool:
         return False
     parameters, buffers, modules = ([key.literal for key in one.parts[::2]] for one in held if one is not None)
     unread = [value for name, value in state.items() if name in sum_of_convs.OF_GRAPHS]
-    is_plain = not parameters and all(map(_is_plain, unread)) and len(set(modules)) == len(modules)
-    return is_plain and sum_of_convs.knows(code.literal, args[1].literal, frozenset(buffers), frozenset(modules))
+    is_plain = all(map(_is_plain, unread)) and all(len(set(one)) == len(one) for one in (modules, parameters))
+    held_names = map(frozenset, (buffers, modules, parameters))
+    return is_plain and sum_of_convs.knows(code.literal, args[1].literal, *held_names)
 
 
 def _is_plain(value: Value) -> bool:

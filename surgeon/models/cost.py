@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -85,7 +86,9 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.formulas = FlopCounterMode(display=False).flop_registry
+        known = FlopCounterMode(display=False).flop_registry
+        aten = torch.ops.aten  # torch's list lacks the forms that add to a tensor in place
+        self.formulas = {aten.addmm_: known[aten.addmm], aten.baddbmm_: known[aten.baddbmm], **known}
         self.flops = self.bytes = 0
 
     @property

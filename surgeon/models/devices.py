@@ -31,11 +31,21 @@ def named(text: str) -> torch.device:
         raise ModelError(f"{text!r} is not the name of a device", todo=_TODO)
     there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
     if not there:
-        raise ModelError(f"no {kind} device is available to torch here", todo="Give --device cpu, or leave it out.")
+        said = f"no {kind} device is available to torch here: {_why_not(kind)}"
+        raise ModelError(said, todo="Give --device cpu, or leave it out.")
     if index and int(index) >= there:
         last = "cuda:0 is the only one" if there == 1 else f"there are cuda:0 to cuda:{there - 1}"
         raise ModelError(f"there is no device {text} here: {last}", todo=_TODO)
     return torch.device(text)
+
+
+def _why_not(kind: str) -> str:
+    """Say why torch has no such device."""
+    if kind == "mps":
+        return "it is Apple's" if not torch.backends.mps.is_built() else "this macOS or this Mac is too old"
+    if not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
+        return "this torch was built without CUDA"
+    return "torch finds no GPU, or no driver for it"
 
 
 def of(model: nn.Module) -> torch.device | None:

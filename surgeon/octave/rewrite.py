@@ -26,6 +26,7 @@ from surgeon.analysis.obstacles import custom_call
 from surgeon.blocks.pairs import make_pair_norm_
 from surgeon.blocks.two_streams import TwoStreamBlock, TwoStreams
 from surgeon.conv import streams
+from surgeon.octave.absorb import absorb_
 from surgeon.octave.rules import rule_of
 from surgeon.octave.stream_graph import Seam, StreamGraph, StreamNodes, listed
 
@@ -95,12 +96,17 @@ def remove_(
     return outcome
 
 
-def deploy_(model: nn.Module) -> None:
-    """Tidy the graphs of a model whose blocks are deployed: no Identities, and sums in place where possible."""
+def deploy_(model: nn.Module, *, absorbs: bool = True) -> None:
+    """Tidy the graphs of a model whose blocks are deployed: no Identities, and sums in place where possible.
+
+    With `absorbs`, octave convs do what follows them; before the third rules of folding they did not.
+    """
     for module in model.modules():
         if (known := rewritten.graph_of(module)) is not None:
             modules = dict(module.named_modules(remove_duplicate=False))
             _drop_identities_(known, modules)
+            if absorbs:
+                absorb_(known, modules)
             for node in known.nodes:
                 if _adds_to_its_own(node, modules):
                     node.target = streams.add_into

@@ -23,8 +23,8 @@ from torch.nn import functional as F
 from surgeon.conv import streams
 from surgeon.one_pass.where import uses_triton
 
-ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
-    "": lambda x: x,
+ACTIVATIONS: Final[dict[str, Callable[..., Tensor]]] = {
+    "": lambda x, inplace: x,
     "relu": F.relu,
     "relu6": F.relu6,
     "silu": F.silu,
@@ -32,11 +32,16 @@ ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
 }
 
 
+def activated(x: Tensor, then: str) -> Tensor:
+    """Apply an activation to a tensor that nothing else reads: in place where no gradient is asked for."""
+    return ACTIVATIONS[then](x, inplace=streams.writes_in_place())
+
+
 def finish(
     made: Tensor,
     both: Tensor,
     bias: Tensor | None,
-    beside: tuple[Tensor, Tensor] | None,
+    beside: tuple[Tensor, Tensor | None] | None,
     then: str,
     *,
     has_extra: bool,
@@ -46,7 +51,7 @@ def finish(
     `bias` has that of the high channels first. `beside` is another pair, of which the second is a stack or a low
     stream: its last channels are added. `then` is one of `ACTIVATIONS`; without `has_extra`, `both` is low' alone.
     """
-    given = (made, both, *(beside or ()))
+    given = [t for t in (made, both, *(beside or ())) if t is not None]
     in_rows = all(t.is_contiguous(memory_format=torch.channels_last) for t in given)
     if uses_triton(*given, bias) and in_rows and len({t.dtype for t in given}) == 1:
         other, other_low = beside or (None, None)
@@ -59,23 +64,26 @@ def plainly(
     made: Tensor,
     both: Tensor,
     bias: Tensor | None,
-    beside: tuple[Tensor, Tensor] | None,
+    beside: tuple[Tensor, Tensor | None] | None,
     then: str,
     *,
     has_extra: bool,
 ) -> tuple[Tensor, Tensor]:
     """The same in plain torch, step by step."""
-    act, border = ACTIVATIONS[then], made.shape[1]
+    border = made.shape[1]
     high, low = made, both
     if has_extra:
-        extra, low = torch.split(both, [border, both.shape[1] - border], 1)
+        extra, low = streams.cut(both, border)
         high = streams.add_up(high, extra)
     if bias is not None:
-        high, low = high + bias[:border, None, None], low + bias[border:, None, None]
+        of_high, of_low = streams.cut(bias[:, None, None], border, 0)
+        high, low = streams.add_into(high, of_high), streams.add_into(low, of_low)
     if beside is not None:
-        high, low = high + beside[0], low + beside[1][:, -low.shape[1] :]
-    high = act(high)
-    return high, torch.cat([streams.pool(high), act(low)], 1)
+        high = streams.add_into(high, beside[0])
+        if low.shape[1] and beside[1] is not None:
+            low = streams.add_into(low, streams.cut(beside[1], beside[1].shape[1] - low.shape[1])[1])
+    high = activated(high, then)
+    return high, torch.cat([streams.pool(high), activated(low, then)], 1)
 
 
 def _finish(

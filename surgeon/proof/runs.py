@@ -20,6 +20,7 @@ from surgeon.files.exports.compiled import Compiled
 from surgeon.models.call import Inputs
 from surgeon.models.copies import kind_of, where
 from surgeon.models.devices import dtype_of
+from surgeon.octave.absorb import undone
 from surgeon.proof import in_common, pairing
 from surgeon.proof.calls import call, evaluating
 from surgeon.proof.distance import (
@@ -67,7 +68,8 @@ class Models:
         self.own_a, self.own_b = evaluating(a, rounded_to(self.dtype) if self.was_cast else None), evaluating(b)
         self.double_a = evaluating(a, as_double)
         self.is_double = exact == torch.float64
-        self.a, self.b = (self.double_a, evaluating(b, as_double)) if self.is_double else (self.own_a, self.own_b)
+        self.a = self.double_a if self.is_double else self.own_a
+        self.b = evaluating(undone(b), as_double if self.is_double else None)  # steps that can be compared one by one
         self.replay = evaluating(replay.exact) if replay is not None else None
         self.noise: list[Apart] = []  # what moving weights does to the outputs
         self.is_compiled = isinstance(b, Compiled) or isinstance(a, Compiled)

@@ -2,7 +2,7 @@
 
 Absolute times on a shared machine mean little and drift, so the models take turns: every round runs each of them once,
 in a newly drawn order, and the ratio within a round counts. Its median over the rounds is reported with its quartiles;
-if those are far apart, the report says that the ratio is not reliable.
+if those are far apart, the report says that the ratio is not reliable. `clocks` says how time is taken on a device.
 
 If norms follow convs, both sides are measured a second time with those norms folded, as they would be deployed:
 otherwise a model whose norms were folded or taken over earlier would look faster than it is.
@@ -11,16 +11,10 @@ otherwise a model whose norms were folded or taken over earlier would look faste
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
+import functools
 import itertools
-import math
-import random
-import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,26 +31,15 @@ from surgeon.models.cost import measure
 from surgeon.models.progress import Progress, parts, silent
 from surgeon.models.sandbox import threads
 from surgeon.proof.distance import tensors
+from surgeon.surgery import clocks, turns
+from surgeon.surgery.clocks import Call, Clock
 from surgeon.surgery.fold import fold_blocks_, fold_norms_
+from surgeon.surgery.trials import Setting, Trials
+from surgeon.surgery.turns import Runner
+
+__all__ = ["Setting", "Timing", "Trials", "compare", "deployed", "run"]
 
 TOO_WIDE = 0.15  # the largest reliable distance of the quartiles of the pairwise ratio, as a share of its median
-_AT_LEAST = 0.05  # seconds that one measurement takes; shorter runs are repeated within it
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """How the models are run: in eval mode without autograd, or (`train`) forward and backward in train mode."""
-
-    batch: int
-    threads: int
-    channels_last: bool = False
-    compiled: bool = False
-    train: bool = False
-
-    def __str__(self) -> str:
-        layout = "channels_last" if self.channels_last else "NCHW"
-        words = [f"batch {self.batch}", f"{self.threads} thread{'s' * (self.threads > 1)}", layout]
-        return ", ".join([*words, *["compiled"] * self.compiled, *["training step"] * self.train])
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +56,8 @@ class Timing:
     time_ratio: float  # the median of the pairwise ratios
     quartiles: tuple[float, float]  # of the pairwise ratios
     peak_bytes: int | None  # memory of one run beyond what was held before; None if the system does not report it
+    device: str = "cpu"  # and its name, where it has one
+    dtype: str = "float32"  # of the model as it ran
 
     @property
     def per_second(self) -> float:
@@ -84,25 +69,6 @@ class Timing:
         return high - low <= TOO_WIDE * self.time_ratio
 
 
-@dataclass(frozen=True, slots=True)
-class Trials:
-    """What to measure: every batch size with every number of threads, and further layouts and compiling on request."""
-
-    batches: tuple[int, ...] = (1,)
-    threads: tuple[int, ...] = ()  # as many as torch uses, if none are given
-    rounds: int = 15
-    channels_last: bool = False
-    compiled: bool = False
-    train: bool = False
-
-    @property
-    def settings(self) -> list[Setting]:
-        """Every combination."""
-        layouts, ways = [False, True][: 1 + self.channels_last], [False, True][: 1 + self.compiled]
-        threads = self.threads or (torch.get_num_threads(),)
-        return [Setting(*one, self.train) for one in itertools.product(self.batches, threads, layouts, ways)]
-
-
 def run(
     models: Sequence[tuple[str, nn.Module]],
     inputs: Inputs,
@@ -110,18 +76,33 @@ def run(
     *,
     rounds: int = 15,
     progress: Progress = silent,
+    clock_of: Callable[[torch.device], Clock] = clocks.of,
 ) -> tuple[Timing, ...]:
     """Time models with labels on inputs of this kind in each of the settings; they are copied, and stay as they are.
 
     Raises:
-        CaptureError: a model does not run.
+        CaptureError: a model does not run, or a setting does not fit where it runs.
     """
     timings: list[Timing] = []
+    clock_for = functools.cache(clock_of)  # the name of a device is asked for once
+    for setting, (_, model) in itertools.product(settings, models):
+        check((setting,), clock_for(devices.of(model) or devices.CPU).place)
     for i, setting in enumerate(settings):
         part = parts(progress, i / len(settings), (i + 1) / len(settings))
         with threads(setting.threads), _compiling(setting.compiled):
-            timings += _run_setting(models, inputs.batched(setting.batch), setting, rounds, part)
+            timings += _run_setting(models, inputs.batched(setting.batch), setting, rounds, part, clock_for)
     return tuple(timings)
+
+
+def check(settings: Sequence[Setting], device: torch.device) -> None:
+    """Refuse settings that do not fit together, or not to a device.
+
+    Raises:
+        CaptureError: one does not.
+    """
+    for setting in settings:
+        if why := setting.refusal(device):
+            raise CaptureError(why, todo=setting.remedy)
 
 
 def compare(
@@ -136,7 +117,7 @@ def compare(
     ready = []
     for i, (label, model) in enumerate(models):
         progress(f"warming up {label}", 0.3 * i / len(models))
-        ready.append(_prepare(label, "folded", deployed(model, inputs)[0], inputs, setting))
+        ready.append(_prepare(label, "folded", deployed(model, inputs)[0], inputs, setting, clocks.of))
     _take_turns(ready, rounds, parts(progress, 0.3, 1), "timing")
     return tuple(_timing(one, ready[0], setting) for one in ready)
 
@@ -154,14 +135,18 @@ class _Candidate:
     label: str
     form: str
     macs: int | None
-    call: Callable[[], object]
-    repeats: int
     peak_bytes: int | None
-    seconds: list[float]
+    dtype: str
+    runner: Runner
 
 
 def _run_setting(
-    models: Sequence[tuple[str, nn.Module]], inputs: Inputs, setting: Setting, rounds: int, progress: Progress
+    models: Sequence[tuple[str, nn.Module]],
+    inputs: Inputs,
+    setting: Setting,
+    rounds: int,
+    progress: Progress,
+    clock_of: Callable[[torch.device], Clock],
 ) -> list[Timing]:
     forms = [(label, "as it is", model) for label, model in models]
     if not setting.train:
@@ -171,46 +156,68 @@ def _run_setting(
     ready = []
     for i, (label, form, model) in enumerate(forms):
         progress(f"{setting}: warming up {label}", 0.3 * i / len(forms))
-        ready.append(_prepare(label, form, model, inputs, setting))
+        ready.append(_prepare(label, form, model, inputs, setting, clock_of))
     _take_turns(ready, rounds, parts(progress, 0.3, 1), str(setting))
     firsts = {one.form: one for one in reversed(ready)}
     return [_timing(one, firsts[one.form], setting) for one in ready]
 
 
 def _take_turns(ready: Sequence[_Candidate], rounds: int, progress: Progress, title: str) -> None:
-    """Run each of them once in every round, in a newly drawn order."""
-    order = random.Random(0)
-    for done in range(rounds):
+    def say(done: int) -> None:
         progress(f"{title}: round {done + 1} of {rounds}", done / rounds)
-        for one in order.sample(ready, len(ready)):
-            one.seconds.append(_time(one.call, one.repeats))
+
+    turns.take_([one.runner for one in ready], rounds, say=say)
 
 
-def _prepare(label: str, form: str, model: nn.Module, inputs: Inputs, setting: Setting) -> _Candidate:
+def _prepare(
+    label: str,
+    form: str,
+    model: nn.Module,
+    inputs: Inputs,
+    setting: Setting,
+    clock_of: Callable[[torch.device], Clock],
+) -> _Candidate:
     """Copy a model into a setting, and run it until it has settled."""
-    given = inputs.cast_for(model)
     own = in_mode(duplicate(model), setting.train)
+    if setting.dtype is not None:
+        own = own.to(getattr(torch, setting.dtype))
+    given = inputs.cast_for(own)
     if setting.channels_last:
         own = own.to(memory_format=torch.channels_last)
         given = given.map(lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t)
-    called: Callable[..., Any] = own
-    place = devices.of(own) or devices.CPU
-    if setting.compiled:
-        called = torch.compile(own, dynamic=False)
-    call = _finished(_step(own, called, given) if setting.train else _pass(called, given), place)
+    clock = clock_of(devices.of(own) or devices.CPU)
+    call = _call(own, given, setting)
     try:
         macs = measure(model, given).macs
         call()
-        peak = _peak_bytes(call) if place.type == "cpu" else _peak_bytes_there(call, place)
-        once = min(_time(call, 1) for _ in range(3))
+        peak = clock.peak_bytes(call)
+        call = clock.captured(call) if setting.graphs else call
+        runner = Runner.settled(call, clock)
     except Exception as error:
         raise CaptureError(
             f"{label} does not run ({setting}): {where(error)}", todo=how_to_call(model, given)
         ) from error
-    return _Candidate(label, form, macs, call, max(1, math.ceil(_AT_LEAST / once)), peak, [])
+    return _Candidate(label, form, macs, peak, str(devices.dtype_of(own)).removeprefix("torch."), runner)
 
 
-def _pass(called: Callable[..., Any], inputs: Inputs) -> Callable[[], object]:
+def _call(model: nn.Module, given: Inputs, setting: Setting) -> Call:
+    """Make the call that is timed."""
+    called: Callable[..., Any] = model
+    if setting.compiled:
+        called = torch.compile(model, dynamic=False, mode=None if setting.mode == "default" else setting.mode)
+    call = _step(model, called, given) if setting.train else _pass(called, given)
+    if setting.autocast is None:
+        return call
+    kind, dtype = (devices.of(model) or devices.CPU).type, getattr(torch, setting.autocast)
+
+    def cast() -> object:
+        with torch.autocast(kind, dtype, cache_enabled=not setting.graphs):  # a graph would hold the casts of one run
+            return call()
+
+    return cast
+
+
+def _pass(called: Callable[..., Any], inputs: Inputs) -> Call:
     def call() -> object:
         with torch.inference_mode():
             return inputs.call(called)
@@ -218,21 +225,7 @@ def _pass(called: Callable[..., Any], inputs: Inputs) -> Callable[[], object]:
     return call
 
 
-def _finished(call: Callable[[], object], place: torch.device) -> Callable[[], object]:
-    """Wait until a device has finished; a CPU has finished when the call returns."""
-    if place.type == "cpu":
-        return call
-    wait = torch.mps.synchronize if place.type == "mps" else lambda: torch.cuda.synchronize(place)
-
-    def finished() -> object:
-        out = call()
-        wait()
-        return out
-
-    return finished
-
-
-def _step(model: nn.Module, called: Callable[..., Any], inputs: Inputs) -> Callable[[], object]:
+def _step(model: nn.Module, called: Callable[..., Any], inputs: Inputs) -> Call:
     """Forward, backward, and forget the gradients."""
 
     def call() -> object:
@@ -244,17 +237,9 @@ def _step(model: nn.Module, called: Callable[..., Any], inputs: Inputs) -> Calla
     return call
 
 
-def _time(call: Callable[[], object], repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - start) / repeats
-
-
 def _timing(one: _Candidate, first: _Candidate, setting: Setting) -> Timing:
-    ratios = [mine / theirs for mine, theirs in zip(one.seconds, first.seconds, strict=True)]
-    low, median, high = _quartiles(one.seconds)
-    ratio_low, ratio, ratio_high = _quartiles(ratios)
+    low, median, high = turns.quartiles(one.runner.seconds)
+    ratio_low, ratio, ratio_high = turns.ratio(one.runner, first.runner)
     return Timing(
         model=one.label,
         form=one.form,
@@ -266,14 +251,9 @@ def _timing(one: _Candidate, first: _Candidate, setting: Setting) -> Timing:
         time_ratio=ratio,
         quartiles=(ratio_low, ratio_high),
         peak_bytes=one.peak_bytes,
+        device=one.runner.clock.name,
+        dtype=one.dtype,
     )
-
-
-def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    if len(values) == 1:
-        return (values[0],) * 3
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, median, high
 
 
 @contextlib.contextmanager
@@ -285,35 +265,3 @@ def _compiling(wanted: bool) -> Iterator[None]:
     torch.compiler.reset()
     with has_recompile_limit(1000):
         yield
-
-
-def _peak_bytes(call: Callable[[], object]) -> int | None:
-    """Measure how much more memory the process holds at most while it runs, by the kernel's own high-water mark.
-
-    Memory that the allocator keeps from earlier runs is given back first. Only Linux reports and resets this mark.
-    """
-    try:
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # resets the mark
-        before = _status("VmRSS")
-        call()
-        return max(0, _status("VmHWM") - before)
-    except (OSError, AttributeError, StopIteration):
-        return None
-
-
-def _peak_bytes_there(call: Callable[[], object], place: torch.device) -> int | None:
-    """Measure the same on a device, by torch's own count; memory on Apple's devices is not counted."""
-    if place.type != "cuda":
-        return None
-    gc.collect()
-    torch.cuda.reset_peak_memory_stats(place)
-    before = torch.cuda.memory_allocated(place)
-    call()
-    return max(0, torch.cuda.max_memory_allocated(place) - before)
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(f"{key}:")).split()[1])

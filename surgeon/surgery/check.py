@@ -78,7 +78,14 @@ def _unwise(plan: Plan, survey: Survey) -> Iterator[_Misfit]:
     sites = {site.path: site for site in survey.sites}
     for entry in plan.swaps:
         site = sites.get(entry.path)
-        if site and (why := give_back.refusal(site, entry.block, takes_norm=bool(entry.takes_norm))) is not None:
+        if site is None or site.folds_itself is None:
+            continue
+        try:
+            leaves_norm = entry.block.leaves_norm(entry.block_options)
+        except ValidationError:  # which is a misfit of its own
+            continue
+        why = give_back.refusal(site, entry.block, takes_norm=bool(entry.takes_norm), leaves_norm=leaves_norm)
+        if why is not None:
             yield _Misfit(entry.path, why, _STAY)
 
 
@@ -130,6 +137,8 @@ def _misfit(entry: Entry, site: Site, survey: Survey) -> tuple[str, str] | None:
     except ValidationError as error:
         said = [(".".join(("with", *map(str, e["loc"]))), e["msg"]) for e in error.errors()]
         return "; ".join(f"{where}: {what}" for where, what in said), _OPTIONS
+    if entry.takes_norm and not entry.block.takes_norm(options):
+        return f"a block called {entry.swap} with these options takes over no norm", _NO_NORM
     if entry.takes_norm and set(entry.takes_norm) != set(site.norm):
         return _wrong_norm(entry, site, survey)
     why = site.obstacle or contract.refusal(entry.block, site.spec, site.size, options)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from surgeon.analysis import convs
 from surgeon.analysis.network import Network
 from surgeon.analysis.obstacles import custom_call, norms_behind, norms_behind_others
 from surgeon.blocks import Block, Deployable, Foldable, contract, norms
+from surgeon.blocks.base import PLAIN
 from surgeon.conv import kernels
 from surgeon.conv.numbers import cast
 from surgeon.conv.spec import ConvSpec
@@ -31,6 +33,7 @@ from surgeon.surgery.give_back import Paths, Return
 from surgeon.surgery.history import RULES
 
 _TODO = "Undo what was changed since it was converted, or train and deploy it unfolded."
+_OTHER_FORM = "Upgrade surgeon if a later version has written the file: pip install -U conv-surgeon."
 
 
 def fold_blocks_(
@@ -41,6 +44,7 @@ def fold_blocks_(
     deploys: bool = True,
     rules: int = RULES,
     dtypes: dict[nn.Module, torch.dtype] | None = None,
+    forms: Mapping[str, str] | None = None,
 ) -> tuple[str, ...]:
     """Replace every block of a network by the conv it folds to, or by its deployment form; returns their names.
 
@@ -48,6 +52,7 @@ def fold_blocks_(
     become a conv and the norm that they have taken over. Without `deploys`, no block gets its deployment form. `rules`
     are those by which a recorded operation was carried out. With `dtypes`, what blocks fold to stays in float64, since
     it will be a part of something else that is folded; noted there is the dtype that each of these convs is to have.
+    `forms` names the form in which a block is deployed, where that is not the plain one.
 
     The running statistics are folded in, whatever mode the model is in; the mode stays the same.
 
@@ -66,7 +71,7 @@ def fold_blocks_(
             folded[paths] = conv = finite(paths[0], "folded", partial(_fold, source), block)
             if dtypes is not None:
                 dtypes[conv] = next(block.parameters()).dtype
-    deployed, folded_in = _deployed(network, rules, folded) if deploys else ({}, {})
+    deployed, folded_in = _deployed(network, rules, folded, forms or {}) if deploys else ({}, {})
     rests = {paths: norms.plain_rest(m) for paths, m in stood.items() if isinstance(m, norms.NormRest)}
     rests = {paths: rest for paths, rest in rests.items() if blocks and paths not in folded}
     for paths, made in (folded | deployed).items():  # all are built, so nothing can fail half-way
@@ -76,7 +81,7 @@ def fold_blocks_(
         for path in paths:
             model.set_submodule(path, rest)
     if deployed:
-        seams.deploy_(model)
+        seams.deploy_(model, absorbs=rules >= 3)
     return tuple(paths[0] for paths in (*dict(blocks), *deployed))
 
 
@@ -95,13 +100,22 @@ def _foldable(network: Network, *, dense: bool) -> list[tuple[Paths, Foldable]]:
 def rules_for(network: Network, *, dense: bool = False) -> int:
     """Give the first rules of folding that do to the blocks of a network what today's do."""
     blocks = [m for m in network.names if isinstance(m, Deployable) and not (dense and isinstance(m, Foldable))]
-    return max((block.deployed_since for block in blocks if block.undeployable() is None), default=1)
+    return max((block.deployed_so_since for block in blocks if block.undeployable() is None), default=1)
 
 
-def _deployed(
+def to_deploy(network: Network, *, dense: bool = False) -> dict[Paths, Deployable[Any]]:
+    """List the blocks that today's rules deploy in several convs, with the norms that they take in.
+
+    Raises:
+        PlanError: a block that cannot be folded as it is now.
+    """
+    return _to_deploy(network, RULES, [paths for paths, _ in _foldable(network, dense=dense)])[0]
+
+
+def _to_deploy(
     network: Network, rules: int, folded: Collection[Paths]
-) -> tuple[dict[Paths, nn.Module], dict[Paths, nn.Module]]:
-    """Make the deployment form of every block that has one, with its norm; and what is left of norms folded in so.
+) -> tuple[dict[Paths, Deployable[Any]], dict[Paths, nn.Module]]:
+    """List the blocks that have a form to be deployed in, with their norms; and what is left of norms folded in so.
 
     A block that is the whole model stays: no module holds it.
     """
@@ -123,7 +137,24 @@ def _deployed(
         if (made := finite(paths[0], how, partial(block.with_norm, core), block, core)) is not None:
             blocks[paths] = made
             rests[norm_paths] = norms.plain_rest(norm)
-    return {paths: finite(paths[0], "folded", block.deploy, block) for paths, block in blocks.items()}, rests
+    return blocks, rests
+
+
+def _deployed(
+    network: Network, rules: int, folded: Collection[Paths], forms: Mapping[str, str]
+) -> tuple[dict[Paths, nn.Module], dict[Paths, nn.Module]]:
+    """Make the form of every block in which it is deployed, and what is left of the norms that were folded in."""
+    blocks, rests = _to_deploy(network, rules, folded)
+    if unknown := [path for path in forms if path not in {paths[0] for paths in blocks}]:
+        raise PlanError(f"{unknown[0]} is no block that has forms to be deployed in", todo=_OTHER_FORM)
+    made = {}
+    for paths, block in blocks.items():
+        known, wanted = contract.forms(block), forms.get(paths[0], PLAIN)
+        if wanted not in known:
+            names = ", ".join(known)
+            raise PlanError(f"{paths[0]} has no form {wanted!r}: there are {names}", todo=_OTHER_FORM)
+        made[paths] = finite(paths[0], "folded", known[wanted], block)
+    return made, rests
 
 
 def fold_norms_(

@@ -23,14 +23,17 @@ from surgeon.proof import calls
 from surgeon.proof.distance import worst
 from surgeon.surgery import give_back
 from surgeon.surgery.branches import fold_further_
-from surgeon.surgery.fold import fold_blocks_, rules_for
+from surgeon.surgery.fold import fold_blocks_, rules_for, to_deploy
 from surgeon.surgery.further import Done, Further
 from surgeon.surgery.give_back import Paths, Return
 from surgeon.surgery.history import Operation, content_hash, history, planned_inputs, record_, versions
 from surgeon.surgery.precision import Noise, cast_, checked_half, noise, raise_
 from surgeon.surgery.selfcheck import check_finite, is_far, outputs_of
+from surgeon.surgery.tune import Tuning, tune
+from surgeon.surgery.tuned import Tuned
 
 BLOCKS_ONLY = Further()
+_NOT_BOTH = "Keep the norms, or tune: take one of the two options away."
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,7 @@ class Folded:
     warning: str | None = None  # keys that do not fit back, though that was asked for
     further: Done = field(default_factory=Done)  # what was folded besides blocks
     noise: Noise | None = None  # what a smaller dtype costs, where one was asked for and an input is known
+    tuned: Tuned | None = None  # what was measured of the forms of blocks, where that was asked for
 
     def say(self, log: logging.Logger) -> None:
         """Log what the user has to know."""
@@ -61,13 +65,14 @@ def fold_all_(
     keep_norms: bool = False,
     further: Further = BLOCKS_ONLY,
     dtype: torch.dtype | None = None,
+    tuning: Tuning | None = None,
     progress: Progress = silent,
 ) -> Folded:
     """Fold, record it in the model's history, and say what was folded and how far the output moved.
 
     With `keep_norms` every block becomes the conv and the norm that it was made of. Blocks inside modules that fold
     themselves do so always. `further` says what is folded besides blocks. With `dtype`, float16 or bfloat16, all is
-    done in float64, and the network is cast last.
+    done in float64, and the network is cast last. With `tuning`, each block is deployed in its fastest form.
 
     Raises:
         PlanError: it overflows, or does not run, when its blocks are folded, or a norm cannot go back to where it was.
@@ -75,6 +80,8 @@ def fold_all_(
     """
     if further and keep_norms:
         raise PlanError("norms are to be kept, and to be folded", todo="Take one of the two options away.")
+    if tuning is not None and keep_norms:
+        raise PlanError("blocks that become a conv and a norm have no forms to tune", todo=_NOT_BOTH)
     model, inputs = network.model, network.inputs
     progress("running the network as it was", 0)
     half = None if dtype is None else checked_half(dtype)
@@ -93,20 +100,27 @@ def fold_all_(
     run = network.run if further and inputs is not None else Run()
     how: dict[str, Any] = {"dense": dense, "returns": returns, "deploys": not keep_norms}
     with _or_as_it_was(restore):
-        folded, more = _fold_(looked, how, further, run, parts(progress, 0.5, 0.9))
+        tuned, step = None, parts(progress, 0.5, 0.9)
+        if tuning is not None:
+            step = parts(progress, 0.85, 0.9)
+            tuned = _tuned(looked, how, further, dtype, inputs, tuning, parts(progress, 0.5, 0.85))
+            how["forms"] = tuned.forms
+        folded, more = _fold_(looked, how, further, run, step)
         distance = None if before is None or inputs is None else _distance(model, original, inputs, before)
         lost = None if dtype is None else _cast(model, original, inputs, dtype)
     if folded or more or dtype is not None:
         measured: dict[str, Any] = {"folded": len(folded)} | ({} if distance is None else {"whole": distance})
         measured |= {} if lost is None else lost.to_dict()
+        measured |= {} if tuned is None else {"tuned": tuned.record}
         said: dict[str, Any] = {"dense": dense, "keep_norms": keep_norms, "rules": rules, "dtype": half}
         said |= {"returned": () if keep_norms else tuple(paths[0] for paths in returns)}
         said |= {"branches": further.branches, "norms": further.norms}
         said |= {"within": tuple(more.modules), "before": tuple(more.norms), "measured": measured}
+        said |= {"forms": () if tuned is None else tuple(tuned.forms.items())}
         record_(model, Operation("fuse", parent, content_hash(model), None, versions(), **said))
     norms = tuple(one.norm[0] for one in returns.values() if one.norm)
     warning = give_back.unfit(model, returns) if keep_norms else None
-    return Folded(folded, distance, norms, notes, warning, more, lost)
+    return Folded(folded, distance, norms, notes, warning, more, lost, tuned)
 
 
 @contextlib.contextmanager
@@ -127,6 +141,28 @@ def _fold_(
     folded = fold_blocks_(looked, **how, dtypes=dtypes)
     again = Network(looked.model, called_with=looked.called_with)
     return folded, fold_further_(again, further, run=run, dtypes=dtypes, progress=progress)
+
+
+def _tuned(
+    looked: Network,
+    how: Mapping[str, Any],
+    further: Further,
+    dtype: torch.dtype | None,
+    inputs: Inputs | None,
+    tuning: Tuning,
+    progress: Progress,
+) -> Tuned:
+    """Choose the forms of blocks on copies of the network, folded as it will be."""
+
+    def folded(forms: Mapping[str, str]) -> nn.Module:
+        copied = Network(shadow(looked.model), called_with=looked.called_with)
+        _fold_(copied, {**how, "forms": forms}, further, copied.run if further else Run(), silent)
+        if dtype is not None:
+            cast_(copied.model, dtype)
+        return copied.model
+
+    blocks = to_deploy(Network(shadow(looked.model), called_with=looked.called_with), dense=how["dense"])
+    return tune(folded, blocks, inputs, dtype, tuning, progress)
 
 
 def _cast(model: nn.Module, original: nn.Module, inputs: Inputs | None, dtype: torch.dtype) -> Noise | None:

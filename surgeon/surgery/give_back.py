@@ -43,9 +43,9 @@ class Return:
     functional: bool = False  # the conv was a function call, and its parameters were the module's around it
 
 
-def refusal(site: Site, block: type[Block], *, takes_norm: bool) -> str | None:
+def refusal(site: Site, block: type[Block], *, takes_norm: bool, leaves_norm: bool = False) -> str | None:
     """Say why a conv cannot be swapped in a module that folds itself."""
-    if (around := site.folds_itself) is None:
+    if (around := site.folds_itself) is None or (leaves_norm and site.functional is None):
         return None
     if block.gives_norm_back and site.functional is None:
         if takes_norm or (site.spec is not None and site.spec.bias):

@@ -25,7 +25,7 @@ from surgeon.surgery.plan import Plan
 
 _ATTRIBUTE = "surgeon_provenance"
 FORMAT = 3  # of histories and manifests; 1 and 2 are read as well, and 2 is written where nothing was fitted
-RULES = 2  # by which `fuse` folds today; before 2, it left HetConvs as they were
+RULES = 3  # by which `fuse` folds; before 3, nothing went into the calls of octave convs; before 2, HetConvs stayed
 _LATER = (
     "rules",
     "keep_norms",
@@ -35,6 +35,7 @@ _LATER = (
     "within",
     "before",
     "dtype",
+    "forms",
 )  # fields that older releases do not know, so that they read all that they can
 _MOST_STEPS = 64  # that are done again, when a file asks for it
 
@@ -56,7 +57,7 @@ class Operation:
     plan: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=dict)
     dense: bool = False  # fuse: blocks that cost less than their conv were folded too
-    rules: int = 1  # fuse: the rules of folding that it followed; 1 leaves HetConvs as they are
+    rules: int = 1  # fuse: the rules of folding that it followed
     keep_norms: bool = False  # fuse: every block became the conv and the norm that it had been made of
     returned: tuple[str, ...] = ()  # fuse: the blocks that did so because the network around them folds itself
     branches: bool = False  # fuse: linear sub-graphs became one conv each
@@ -64,6 +65,7 @@ class Operation:
     within: tuple[str, ...] = ()  # fuse: the modules in whose graphs this was done, '' for the model itself
     before: tuple[str, ...] = ()  # fuse: the norms that were folded into the convs before them, under their names
     dtype: Literal["float16", "bfloat16"] | None = None  # fuse: what the network was cast to in the end
+    forms: tuple[tuple[str, str], ...] = ()  # fuse: blocks that were deployed in another form than the plain one
     measured: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __repr__(self) -> str:
@@ -73,6 +75,8 @@ class Operation:
             convs, recipe = self.plan.get("convs", ()), self.plan.get("recipe", {})
             swapped = sum("swap" in entry for entry in convs)
             facts.append(f"plan=<{recipe.get('name')}: {swapped} of {len(convs)} convs swapped>")
+        if self.forms:
+            facts.append(f"forms=<{len(self.forms)} blocks>")
         if self.operation == "fit":
             steps = list(self.measured.get("network", {}).items())
             facts.append(f"images={self.measured.get('images')}")

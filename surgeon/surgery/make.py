@@ -243,7 +243,8 @@ def _skip(site: Site, rule: Rule | None, roles: Roles) -> str | None:
     options = roles.options.get(site.path, rule.options)
     if (why := contract.refusal(block, site.spec, site.size, options)) is not None:
         return why
-    return give_back.refusal(site, block, takes_norm=block.takes_norm(options) and bool(site.norm))
+    takes_norm, leaves_norm = block.takes_norm(options) and bool(site.norm), block.leaves_norm(options)
+    return give_back.refusal(site, block, takes_norm=takes_norm, leaves_norm=leaves_norm)
 
 
 def _changes(before: Cost, after: Cost) -> dict[str, Change]:

@@ -31,8 +31,9 @@ from surgeon.recipes import marks as yamlmarks
 from surgeon.recipes.forms import Form
 from surgeon.recipes.marks import quoted
 from surgeon.recipes.recipe import text_of
-from surgeon.surgery import deployed
+from surgeon.surgery import deployed, promises
 from surgeon.surgery.permute import OrderKept, Permuted
+from surgeon.surgery.promises import Measured
 
 _HOW_TO_PLAN = "`surgeon plan MODEL --recipe acnet -o plan.yaml` writes one that works."
 
@@ -317,6 +318,11 @@ class Plan(Shown, Form):
             macs=macs and Change(before=macs.before, after=max(0, macs.after - saved_macs)),
             is_folded=saved_params > 0 or saved_macs > 0,
         )
+
+    @property
+    def broken_promises(self) -> dict[str, tuple[Measured, ...]]:
+        """Where blocks of this plan, meant to save time, were measured to cost some instead."""
+        return promises.broken(sorted({str(entry.swap) for entry in self.swaps if entry.block.is_cheaper}))
 
     def __rich__(self) -> RenderableType:
         return plan_view(self)

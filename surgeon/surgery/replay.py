@@ -57,6 +57,7 @@ def redo_(
             further = Further(branches=step.branches, norms=step.norms, costlier=step.dense)
             dtypes: dict[nn.Module, torch.dtype] | None = {} if further else None
             how: dict[str, Any] = {"dense": step.dense, "deploys": deploys, "rules": step.rules}
+            how["forms"] = dict(step.forms)
             fold_blocks_(network, **how, returns=returns, dtypes=dtypes)
             folded = Network(model, called_with=network.called_with)
             fold_further_(folded, further, recorded=Recorded(step.before, step.within), dtypes=dtypes)

@@ -15,7 +15,8 @@ import torch
 from helpers import relative, shake_
 from torch import Tensor, nn
 
-from surgeon.blocks import Block, Foldable, Trial, registry
+from surgeon.blocks import Block, Deployable, Foldable, Trial, registry
+from surgeon.blocks.base import PLAIN
 
 EXACT = 1e-12
 GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
@@ -239,7 +240,7 @@ def test_copies_pickles_and_state_dicts_are_the_same_block(kind: type[Block], tr
     other = shake_(replaced(kind, trial, original(trial), seed=5), seed=5).eval()
     other.load_state_dict(copy.deepcopy(block.state_dict()))
     for twin in (copy.deepcopy(block), torch.load(file, weights_only=False), other):
-        assert type(twin) is kind
+        assert type(twin) is type(block)
         assert repr(twin) == repr(block)
         assert is_same(state(twin), state(block))
         assert torch.equal(twin(x), block(x))
@@ -253,6 +254,25 @@ def foldable(kind: type[Block], trial: Trial, **how: torch.dtype) -> Foldable:
     block = shake_(replaced(kind, trial, original(trial, **how)), seed=3).eval()
     assert isinstance(block, Foldable)
     return block
+
+
+@pytest.mark.parametrize(("kind", "trial"), [case for case in CASES if issubclass(case[0], Deployable)], ids=name_of)
+def test_every_form_in_which_it_can_be_deployed_computes_the_same(kind: type[Block], trial: Trial) -> None:
+    block, x = shake_(replaced(kind, trial, original(trial)), seed=3).eval(), input_of(trial)
+    assert isinstance(block, Deployable)
+    if block.undeployable() is not None:
+        return
+    forms = block.forms()
+    assert PLAIN in forms
+    before, expected = state(block), block(x)
+    for name, make in forms.items():
+        form = make()
+        assert not form.training
+        assert relative(form(x), expected) <= EXACT, name
+        with torch.no_grad():
+            next(form.parameters()).add_(1e-6)
+        assert relative(form(x), expected) > 1e2 * EXACT, name
+    assert is_same(state(block), before)  # none of them shares a tensor with it
 
 
 @every_foldable
@@ -310,7 +330,7 @@ def test_timm_folds_it_too(kind: type[Block], trial: Trial) -> None:
     assert type(deployed[0][0]) is nn.Conv2d
     x = input_of(trial)
     assert relative(deployed(x), model(x)) <= EXACT
-    assert type(model[0][0]) is kind
+    assert isinstance(model[0][0], kind)
 
 
 @every_foldable
@@ -319,7 +339,7 @@ def test_a_block_that_gives_a_norm_back_computes_the_same(kind: type[Block], tri
     block, x = shake_(replaced(kind, trial, original(trial)), seed=3).eval(), input_of(trial)
     assert isinstance(block, Foldable)
     before, made = state(block), block.fold_keeping_norm()
-    assert (made is not None) is kind.gives_norm_back
+    assert (made is not None) is type(block).gives_norm_back
     if made is None:
         return
     conv, norm = made

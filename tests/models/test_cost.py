@@ -87,3 +87,13 @@ def test_a_network_that_hands_its_parameters_around_is_counted() -> None:
     net = _Token()
     assert measure(net, [torch.empty(1, 3, 8, 8)]).macs == 8 * 3 * 9 * 36
     assert net.token.requires_grad
+
+
+def test_products_that_are_added_in_place_are_counted() -> None:
+    class Adds(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.ones(2, 3).addmm_(x, torch.ones(4, 3)) + torch.ones(1, 2, 3).baddbmm_(
+                x[None], x.new_ones(1, 4, 3)
+            )
+
+    assert measure(Adds(), [torch.ones(2, 4)]).macs == 2 * 2 * 4 * 3

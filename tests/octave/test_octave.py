@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import surgeon
 from surgeon.app.demo import data
 from surgeon.app.demo.net import SmallResNet
-from surgeon.blocks.octave import FusedOctave, OctaveConv, OctaveConvOptions
+from surgeon.blocks.octave import FusedOctave, OctaveConv, OctaveConvOptions, StackedOctave
 from surgeon.conv.spec import ConvSpec
 
 
@@ -236,15 +236,16 @@ def test_deployed_it_computes_the_same(case: Case, channels_last: bool) -> None:
     spec, options, size = case
     assume(OctaveConv.refusal(spec, size, OctaveConvOptions.model_validate(options)) is None)
     block = octave(conv_of(spec), **options)
-    deployed = block.deploy()
     x = torch.randn(2, spec.c_in, *size, dtype=torch.float64)
-    if channels_last:
-        x, deployed = x.to(memory_format=torch.channels_last), deployed.to(memory_format=torch.channels_last)
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
     expected = block(x).detach()
-    assert relative(deployed(x), expected) <= 1e-12  # with gradients nothing is done in place
-    with torch.no_grad():
-        assert relative(deployed(x), expected) <= 1e-12
-    assert {type(m) for m in deployed.modules()} <= {FusedOctave, OctaveConv, nn.Conv2d}
+    for make in block.forms().values():
+        deployed = make()
+        deployed = deployed.to(memory_format=torch.channels_last) if channels_last else deployed
+        assert relative(deployed(x), expected) <= 1e-12  # with gradients nothing is done in place
+        with torch.no_grad():
+            assert relative(deployed(x), expected) <= 1e-12
+        assert {type(m) for m in deployed.modules()} <= {FusedOctave, StackedOctave, OctaveConv, nn.Conv2d}
 
 
 @pytest.mark.parametrize("alpha", [0.25, 0.5, 0.75])

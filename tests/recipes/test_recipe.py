@@ -107,7 +107,8 @@ def test_every_fault_is_reported_with_its_place_in_file_order():
         "a.yaml:7:78: rules[1].match.size.mn: unknown key 'mn'; there are max, min (did you mean 'min'?)",
         "a.yaml:8:18: rules[1].with.init: 'takeovr' is not one of takeover, split, scratch (did you mean 'takeover'?)",
         "a.yaml:8:38: rules[1].with.placement: 3 is not one of skeleton, border",
-        "a.yaml:8:53: rules[1].with.gama: unknown key 'gama'; there are gamma, init, placement (did you mean 'gamma'?)",
+        "a.yaml:8:53: rules[1].with.gama: unknown key 'gama'; there are form, gamma, init, placement (did you mean "
+        "'gamma'?)",
         "a.yaml:9:15: rules[1].optional: 'yes' is neither true nor false",
         "a.yaml:11:11: rules[2].with: `with` belongs to swap; a conv that is left has no options",
         "a.yaml:12:12: rules[3].leave: a rule has either swap or leave, not both",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,8 +76,11 @@ def test_of_free_recipes_the_one_that_is_exact_in_training_is_taken() -> None:
         whole.add_module(name, part)
     found = surgeon.recipes_for(whole.eval(), SHAPE)
     assert found.free is not None
-    assert (found.free.recipe, found.free.swapped, found.free.exact) == ("acnet-backbone", 1, 1)
+    assert (found.free.recipe, found.free.swapped, found.free.exact) == ("acnet-online", 2, 2)
     assert "yes; 1 in eval mode only" in str(found)
+    branches = replace(found, offers=tuple(row for row in found.offers if row.recipe != "acnet-online")).free
+    assert branches is not None
+    assert (branches.recipe, branches.swapped, branches.exact) == ("acnet-backbone", 1, 1)
 
 
 def test_nothing_to_take_where_nothing_is_gained() -> None:

@@ -22,7 +22,7 @@ from surgeon.analysis import example as examples
 from surgeon.analysis.network import Network
 from surgeon.errors import CaptureError
 from surgeon.models.cost import measure
-from surgeon.surgery import bench
+from surgeon.surgery import bench, clocks
 from surgeon.surgery.bench import Setting
 from surgeon.surgery.fold import fold_norms_
 
@@ -42,7 +42,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(bench.time, "perf_counter", clock)
+    monkeypatch.setattr(clocks.time, "perf_counter", clock)
     return clock
 
 

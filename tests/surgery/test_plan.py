@@ -85,7 +85,7 @@ def test_every_conv_is_in_the_plan_swapped_or_with_a_reason():
     )
     assert (first.takes_norm, first.options) == (
         ("layer1.0.bn1",),
-        {"init": "takeover", "placement": "skeleton"},
+        {"form": "branches", "init": "takeover", "placement": "skeleton"},
     )
 
 
@@ -282,7 +282,7 @@ SKIP = "`skip: reason`"
         ),
         (
             lambda entry: entry["with"].update(inti="split"),
-            "with.inti: unknown key 'inti'; there are gamma, init, placement (did you mean 'init'?)",
+            "with.inti: unknown key 'inti'; there are form, gamma, init, placement (did you mean 'init'?)",
             "`surgeon blocks` lists the options",
         ),
         (
@@ -694,7 +694,7 @@ def test_a_swap_that_leaves_its_norm_says_that_it_keeps_its_function_in_eval_mod
     done = carried_out(net, hand_swapped(surgeon.plan(net, FIRST, SHAPE), "body.0.conv"))
     swapped = next(entry for entry in done.swaps if entry.path == "body.0.conv")
     assert swapped.note == "same function in eval mode only: takes_norm does not name body.0.bn"
-    assert swapped.options == {"init": "takeover", "placement": "skeleton"}
+    assert swapped.options == {"form": "branches", "init": "takeover", "placement": "skeleton"}
 
 
 def test_an_edited_octave_plan_is_run_again():

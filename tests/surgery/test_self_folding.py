@@ -143,7 +143,7 @@ def run(model: nn.Module) -> Tensor:
 
 
 @every_network
-@pytest.mark.parametrize("recipe", ["acnet", "acnet-scratch"])
+@pytest.mark.parametrize("recipe", ["acnet", "acnet-scratch", "acnet-online"])
 def test_its_own_folding_is_right_after_ours(
     build: Callable[[], nn.Module], fold: Callable[[nn.Module], nn.Module], recipe: str
 ) -> None:
@@ -161,11 +161,12 @@ def test_its_own_folding_is_right_after_ours(
 
 
 @every_network
+@pytest.mark.parametrize("recipe", ["acnet", "acnet-online"])
 def test_its_own_folding_before_ours_is_told(
-    build: Callable[[], nn.Module], fold: Callable[[nn.Module], nn.Module]
+    build: Callable[[], nn.Module], fold: Callable[[nn.Module], nn.Module], recipe: str
 ) -> None:
     """A converted network has no conv and norm yet: its own folding raises, and computes nothing wrong."""
-    converted = surgeon.convert(made(build), "acnet", SHAPE)
+    converted = surgeon.convert(made(build), recipe, SHAPE)
     with pytest.raises((AttributeError, AssertionError)):
         fold(copy.deepcopy(converted))
 
@@ -237,6 +238,8 @@ class Shared(RepUnit):
 
 def test_a_block_that_takes_over_no_norm_stays_out_where_its_bias_would_be_lost() -> None:
     net = made(lambda: nn.Sequential(Shared(3, 8), nn.Conv2d(8, 8, 3)))
+    online = surgeon.plan(net, "acnet-online", SHAPE)
+    assert [entry.path for entry in online.swaps] == ["0.dense.0", "1"], "its norms stay, and nothing is lost"
     plan = surgeon.plan(net, "acnet", SHAPE)
     assert [entry.path for entry in plan.swaps] == ["1"]
     assert plan.convs[0].skip is not None
