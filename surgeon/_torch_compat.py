@@ -146,9 +146,10 @@ def has_hooks_on_all_modules() -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether a transform of torch.func is at work; also where torch does not let that be seen."""
+    """Whether a transform of torch.func or forward-mode autograd is at work; also where torch does not tell."""
     asked = getattr(torch._C, "_are_functorch_transforms_active", None)
-    return asked is None or bool(asked())
+    level: int = getattr(torch.autograd.forward_ad, "_current_level", 0)
+    return asked is None or level >= 0 or bool(asked())
 
 
 def has_recompile_limit(limit: int) -> contextlib.AbstractContextManager[None]:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from surgeon import _torch_compat as compat
 from surgeon.conv.gradients import Moves
@@ -45,7 +44,7 @@ def fits(parts: Sequence[Part]) -> bool:
     tensors = [*given, *(t for one in parts for t in _tensors_of(one))]
     if any(type(t) not in _PLAIN or t.device != given[0].device or not t.is_floating_point() for t in tensors):
         return False
-    if not any(t.requires_grad for t in tensors) or any(_has_tangent(t) for t in tensors):
+    if not any(t.requires_grad for t in tensors):
         return False
     return given[0].device.type == "cpu" or (given[0].is_cuda and where.has_triton())
 
@@ -83,10 +82,6 @@ def _is_watched() -> bool:
     """Whether somebody wants to see every step."""
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     return tracing or compat.has_hooks_on_all_modules() or compat.is_transformed()
-
-
-def _has_tangent(t: Tensor) -> bool:
-    return forward_ad.unpack_dual(t).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def _is_ordinary(module: nn.Module, kind: type[nn.Conv2d] | type[nn.BatchNorm2d]) -> bool:

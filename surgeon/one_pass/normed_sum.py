@@ -70,11 +70,10 @@ def backward(
     if len(known) == 1:  # from the kernels
         given = [scale for scale in scales if scale is not None]
         layout = torch.channels_last if _in_rows(maps[0]) else torch.contiguous_format
-        *dmaps, sums = backward_op(dy.contiguous(memory_format=layout), list(maps), given, known[0])
-        for i, scale in enumerate(given):
-            dscales.append(sums[i].to(scale.dtype))
-            dshifts.append(sums[3].to(scale.dtype, copy=True))
-        return dmaps, dscales, dshifts
+        first, second, third, sums = backward_op(dy.contiguous(memory_format=layout), list(maps), given, known[0])
+        dmaps = [first, second, third]
+        dscales = [sums[i].to(given[i].dtype) for i in range(3)]
+        return dmaps, dscales, [sums[3].to(one.dtype, copy=True) for one in given]
     for i, (z, scale, own, need) in enumerate(zip(maps, scales, statistics, needs, strict=True)):
         dz, dscale, dshift = torch.ops.aten.native_batch_norm_backward(
             *(dy, z, scale, own.mean, own.var, *known[2 * i : 2 * i + 2], True, own.eps), output_mask=(need, True, True)
