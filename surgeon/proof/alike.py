@@ -22,13 +22,13 @@ from torch import Tensor, fx, nn
 
 from surgeon.models.copies import kind_of
 from surgeon.nn import Stored
+from surgeon.proof.calls import HISTORY
 from surgeon.proof.ulps import is_same_bits
 
 _TORCHS = frozenset(vars(nn.Module()))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.memory_format)
 _BY_IDENTITY = (type, types.BuiltinFunctionType, types.ModuleType, enum.Enum)  # no copy has another one
-_HISTORY = frozenset({"surgeon_provenance"})  # which decides nothing
 _Register = Mapping[str, Tensor | None]
 _DEEP = 40  # levels of values in values; a value that holds itself is uncertain
 
@@ -132,7 +132,7 @@ class _Look:
             return False
         if any(list(mine) != list(theirs) for mine, theirs in _registers(one, other)):
             return False
-        skipped = _TORCHS | _HISTORY | ({"_graph"} if is_graph else set())  # its code is compared
+        skipped = _TORCHS | {HISTORY} | ({"_graph"} if is_graph else set())  # its code is compared
         mine, theirs = ({k: v for k, v in vars(part).items() if k not in skipped} for part in (one, other))
         return mine.keys() == theirs.keys() and all(self.is_same(mine[key], theirs[key]) for key in mine)
 

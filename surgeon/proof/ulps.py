@@ -37,7 +37,9 @@ def ulp(tensor: Tensor) -> Tensor:
     bits = torch.iinfo(kind).bits
     exponents = (2 ** (bits - 1) - 1) & ~(2 ** round(-math.log2(info.eps)) - 1)  # where the dtype holds them
     power = (tensor.detach().view(kind) & exponents).view(tensor.dtype).clamp_min(info.tiny)
-    return power.masked_fill_(~power.isfinite(), 0.5).double().mul_(info.eps)
+    power.masked_fill_(~power.isfinite(), 0.5)  # of what is not finite
+    units: Tensor = power.double().mul_(info.eps)
+    return units
 
 
 def is_same_bits(one: Tensor, other: Tensor) -> bool:
