@@ -89,7 +89,8 @@ def kept_aside(model: nn.Module) -> dict[nn.Module, str]:
 def shadow(model: Model, cast: Callable[[Tensor], Tensor] | None = None, *, shares: Sequence[object] = ()) -> Model:
     """Copy a model's structure; share its parameters and clone its buffers, or `cast` each of them once.
 
-    Objects that it holds and that nobody changes need no copy: it `shares` them with the model. Tensors that lie in the same memory do so in the copy, too; but a clone of a buffer shares none with a parameter.
+    Tensors that lie in the same memory do so in the copy, too; but a clone of a buffer shares none with a parameter.
+    Objects that nobody changes need no copy: the copy `shares` them with the model.
 
     Raises:
         CaptureError: the model holds something that Python cannot copy.

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from surgeon._torch_compat import pytree
 from surgeon.models.copies import shadow
-from surgeon.proof.distance import Apart, real
-from surgeon.proof.recorder import Recorder, Recording, Stretch, far_apart, leaves, modules_of, run
+from surgeon.proof.distance import Apart, are_finite, real
+from surgeon.proof.recorder import Recorder, Recording, Stretch, draws_nothing, far_apart, leaves, modules_of, run
 from surgeon.proof.ulps import Jitter, off
 
 FEW_UNITS = 4.0  # a float32 fold rounds γ/σ, its product with the weight, and every sum of branches
@@ -122,7 +122,7 @@ class Judge:
         """
         sides = [modules_of(recorder.a, stretch.in_a), modules_of(recorder.b, stretch.in_b)]
         calls = recorder.calls(stretch)
-        is_plain = all(map(_is_plain, sides[0]))
+        is_plain = all(map(draws_nothing, sides[0]))
         if results is None:
             results = [run(sides[1], one) for one in calls]
         worst = 0.0
@@ -248,16 +248,13 @@ def _spread(b: Tensor, a: Tensor) -> Spread:
     if counted.is_whole:
         return Spread(torch.zeros(1, dtype=torch.float64), 0.0, counted)
     b, a = b.double(), a.double()
-    is_odd = ~(a.isfinite() & b.isfinite())
-    difference, a = (b - a).masked_fill(is_odd, 0.0), a.masked_fill(is_odd, 0.0)
+    difference = b - a
+    if not are_finite(a, b):
+        is_odd = ~(a.isfinite() & b.isfinite())
+        difference, a = difference.masked_fill(is_odd, 0.0), a.masked_fill(is_odd, 0.0)
     axes = {1, a.dim() - 1} if a.dim() > 1 else {0}
     norms = [difference.transpose(0, axis).reshape(a.shape[axis], -1).norm(dim=1) for axis in sorted(axes)]
     return Spread(torch.cat(norms) if a.dim() > 1 else difference.norm()[None], a.norm().item(), counted)
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a module, in eval mode, gives the same again: it is one of torch's that draw nothing."""
-    return type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def _is_same(ours: Sequence[nn.Module], theirs: Sequence[nn.Module]) -> bool:
