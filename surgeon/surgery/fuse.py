@@ -27,8 +27,9 @@ from surgeon.surgery.fold import fold_blocks_, rules_for
 from surgeon.surgery.further import Done, Further
 from surgeon.surgery.give_back import Paths, Return
 from surgeon.surgery.history import Operation, content_hash, history, planned_inputs, record_, versions
+from surgeon.surgery.one_by_one import place_, rehearse
 from surgeon.surgery.precision import Noise, cast_, checked_half, noise, raise_
-from surgeon.surgery.selfcheck import check_finite, is_far, outputs_of
+from surgeon.surgery.selfcheck import check_finite, is_far, is_near, outputs_of
 
 BLOCKS_ONLY = Further()
 
@@ -87,15 +88,22 @@ def fold_all_(
     returns = give_back.returns(network, history(model), everywhere=keep_norms, dense=dense)
     notes = () if further.branches else _notes(network, returns)
     progress("folding, and running the network as it is then", 0.5)
-    original, rules = shadow(model), 1 if keep_norms else rules_for(network, dense=dense)
-    is_planned = inputs is not None and planned is not None and inputs.text == planned.text
-    looked = network if is_planned else Network(model, called_with=planned)
-    run = network.run if further and inputs is not None else Run()
-    how: dict[str, Any] = {"dense": dense, "returns": returns, "deploys": not keep_norms}
-    with _or_as_it_was(restore):
-        folded, more = _fold_(looked, how, further, run, parts(progress, 0.5, 0.9))
-        distance = None if before is None or inputs is None else _distance(model, original, inputs, before)
-        lost = None if dtype is None else _cast(model, original, inputs, dtype)
+    rules = 1 if keep_norms else rules_for(network, dense=dense)
+    is_plain = not (further or keep_norms or returns or half)
+    if is_plain and (tried := _rehearsed(network, before, dense=dense)) is not None:
+        distance, blocks, rests = tried
+        del restore, network, tried  # which hold the blocks
+        folded, more, lost = place_(model, blocks, rests), Done(), None
+    else:
+        original = shadow(model)
+        is_planned = inputs is not None and planned is not None and inputs.text == planned.text
+        looked = network if is_planned else Network(model, called_with=planned)
+        run = network.run if further and inputs is not None else Run()
+        how: dict[str, Any] = {"dense": dense, "returns": returns, "deploys": not keep_norms}
+        with _or_as_it_was(restore):
+            folded, more = _fold_(looked, how, further, run, parts(progress, 0.5, 0.9))
+            distance = None if before is None or inputs is None else _distance(model, original, inputs, before)
+            lost = None if dtype is None else _cast(model, original, inputs, dtype)
     if folded or more or dtype is not None:
         measured: dict[str, Any] = {"folded": len(folded)} | ({} if distance is None else {"whole": distance})
         measured |= {} if lost is None else lost.to_dict()
@@ -117,6 +125,29 @@ def _or_as_it_was(restore: Callable[[], None]) -> Iterator[None]:
     except BaseException:
         restore()
         raise
+
+
+def _rehearsed(
+    network: Network, before: Any, *, dense: bool
+) -> tuple[float | None, tuple[Paths, ...], tuple[Paths, ...]] | None:
+    """Try to fold a large network without holding its blocks and their convs together.
+
+    Returns how far its output will move, and the names of what is to be placed; None if it has to be done at once.
+    """
+    if (tried := rehearse(network, dense=dense)) is None:
+        return None
+    distance = None
+    if before is not None and network.inputs is not None:
+        try:
+            after = calls.outputs(tried.copy, network.inputs)
+        except VerifyError:  # it reads a conv that it does not call, say
+            return None
+        if not is_near(network.model, before, after):
+            return None
+        check_finite(network.model, before, after, "folding")
+        distance = worst(after, before)
+    network.forget_()
+    return distance, tried.blocks, tried.rests
 
 
 def _fold_(
