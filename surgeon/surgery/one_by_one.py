@@ -93,11 +93,14 @@ def _folding(block: nn.Module) -> Callable[[], nn.Module]:
 
 
 def _empty_(conv: nn.Module, again: Callable[[], nn.Module]) -> None:
-    """Take the numbers out of a conv; while it is called it has those of another one that is made for the call."""
+    """Take the numbers out of a conv; while it is called it has those of another one that is made for the call.
+
+    Whoever reads them at another time reads NaN, which shows.
+    """
     for name, parameter in conv._parameters.items():
         if parameter is not None:
-            nothing = torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
-            conv._parameters[name] = nn.Parameter(nothing, parameter.requires_grad)
+            nothing = torch.full((), torch.nan, dtype=parameter.dtype, device=parameter.device)
+            conv._parameters[name] = nn.Parameter(nothing.expand(parameter.shape), parameter.requires_grad)
 
     def fill(module: nn.Module, args: Any) -> None:
         vars(module).setdefault("_emptied", []).append(dict(module._parameters))
