@@ -98,6 +98,11 @@ class Network:
             return stored(self.model)
         return replace(stored(self.model), macs=self.run.macs, activations=self.run.activations)
 
+    def forget_(self) -> None:
+        """Let go of all that was found, and of the modules that it holds: the module is about to be edited."""
+        for name in ("names", "kept_aside", "run", "captured", "shapes", "cost"):
+            vars(self).pop(name, None)
+
     def islands_after_swaps(self, model: nn.Module) -> list[Island]:
         """Give the islands of this module, or a copy of it, after convs and norms were swapped under their names.
 

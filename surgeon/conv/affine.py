@@ -311,6 +311,8 @@ def _product(first: Affine, second: Affine, axes: Sequence[Axis]) -> tuple[Tenso
         one, two = (each.view(groups, -1, *each.shape[1:]) for each in (one, two))
         taps = torch.einsum("gomp,gmiq->goipq", two, one).flatten(0, 1)  # (out, in/groups, taps₂, taps₁)
     taps = taps.reshape(*taps.shape[:2], *second.kernel.shape[2:], *first.kernel.shape[2:])
+    if second.kernel.shape[2:] == (1, 1) and taps.shape[4:] == tuple(axis.kernel for axis in axes):
+        return taps[:, :, 0, 0], groups  # no tap moves
     made = taps.new_zeros(*taps.shape[:2], *(axis.kernel for axis in axes))
     (rows, under), (columns, beside) = (a.places(b) for a, b in zip(first.axes, second.axes, strict=True))
     for i, down in enumerate(under):

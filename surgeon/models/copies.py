@@ -12,7 +12,7 @@ import functools
 import os
 import traceback
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FunctionType, MethodType
 from typing import Any, TypeVar
@@ -86,10 +86,11 @@ def kept_aside(model: nn.Module) -> dict[nn.Module, str]:
     return found
 
 
-def shadow(model: Model, cast: Callable[[Tensor], Tensor] | None = None) -> Model:
+def shadow(model: Model, cast: Callable[[Tensor], Tensor] | None = None, *, shares: Sequence[object] = ()) -> Model:
     """Copy a model's structure; share its parameters and clone its buffers, or `cast` each of them once.
 
     Tensors that lie in the same memory do so in the copy, too; but a clone of a buffer shares none with a parameter.
+    Objects that nobody changes need no copy: the copy `shares` them with the model.
 
     Raises:
         CaptureError: the model holds something that Python cannot copy.
@@ -112,6 +113,7 @@ def shadow(model: Model, cast: Callable[[Tensor], Tensor] | None = None) -> Mode
     memo: dict[int, Any] = {id(t): stand_in(t) for t in tensors}
     groups = [m.process_group for m in model.modules() if isinstance(m, nn.SyncBatchNorm)]
     memo |= {id(group): group for group in groups}  # a connection to other processes has no copy
+    memo |= {id(one): one for one in shares}
     try:
         made = _deepcopy(model, memo)
     except Exception as error:

@@ -18,6 +18,8 @@ from surgeon.models.devices import dtype_of
 from surgeon.models.sandbox import one_thread, quietly
 from surgeon.proof.distance import apart
 
+HISTORY = "surgeon_provenance"  # the attribute in which a model says what was done to it
+
 
 def outputs(model: nn.Module, inputs: Inputs, *, seed: int = 0, dtype: torch.dtype | None = None) -> Any:
     """Run a copy of the model in eval mode, on inputs in its own dtype if no other is given."""
@@ -41,8 +43,9 @@ def local_distance(block: nn.Module, conv: nn.Conv2d, norm: nn.Module | None) ->
 
 
 def evaluating(model: nn.Module, cast: Callable[[Tensor], Tensor] | None = None) -> nn.Module:
-    """Copy a model, and put the copy into eval mode."""
-    return in_mode(shadow(model, cast), False)
+    """Copy a model, and put the copy into eval mode; its history is long, and nothing here changes it."""
+    known = vars(model).get(HISTORY)
+    return in_mode(shadow(model, cast, shares=() if known is None else [known]), False)
 
 
 def call(model: nn.Module, inputs: Inputs, dtype: torch.dtype, seed: int) -> Any:

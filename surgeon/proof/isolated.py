@@ -19,7 +19,7 @@ class in B, and hold no weights, are tried on larger numbers, too.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from surgeon._torch_compat import pytree
 from surgeon.models.copies import shadow
-from surgeon.proof.distance import Apart, real
-from surgeon.proof.recorder import Recorder, Recording, Stretch, far_apart, leaves, modules_of, run
+from surgeon.proof.distance import Apart, are_finite, real
+from surgeon.proof.recorder import Recorder, Recording, Stretch, draws_nothing, far_apart, leaves, modules_of, run
 from surgeon.proof.ulps import Jitter, off
 
 FEW_UNITS = 4.0  # a float32 fold rounds γ/σ, its product with the weight, and every sum of branches
@@ -68,6 +68,7 @@ class Judge:
     margin: float
     arithmetic: float
     seed: int
+    is_alike: Callable[[Recorder, Stretch], bool]  # whether it is certain that B's computes what A's does
     keeps_dtype: bool
 
     def gaps(self, recorder: Recorder) -> dict[str, Gap]:
@@ -80,8 +81,12 @@ class Judge:
 
     def _gap(self, recorder: Recorder, stretch: Stretch) -> Gap:
         """Measure a stretch, and judge it; if it is beyond its limit, find the step of it that is."""
-        gap = measure(recorder, stretch)
-        excess = self._excess(recorder, stretch)
+        if self.is_alike(recorder, stretch):
+            return replace(measure(recorder, stretch, is_alike=True), culprit=stretch.path)
+        results = [run(modules_of(recorder.b, stretch.in_b), one) for one in recorder.calls(stretch)]
+        gap = measure(recorder, stretch, results)
+        excess = self._excess(recorder, stretch, results)
+        del results
         if excess <= 1:
             return replace(gap, excess=excess, culprit=stretch.path)
         far, longer = math.inf if gap.isolated is None else gap.isolated, stretch
@@ -110,15 +115,29 @@ class Judge:
                 return stretch.steps[last]
         return stretch.path
 
-    def _excess(self, recorder: Recorder, stretch: Stretch) -> float:
+    def _excess(self, recorder: Recorder, stretch: Stretch, results: Sequence[Any] | None = None) -> float:
+        """Say how many times its limit a stretch is; `results` are those of B on what A's was given, if they are known.
+
+        What A's modules give on it was recorded. They are run again where they may draw random numbers.
+        """
         sides = [modules_of(recorder.a, stretch.in_a), modules_of(recorder.b, stretch.in_b)]
         calls = recorder.calls(stretch)
+        is_plain = all(map(draws_nothing, sides[0]))
+        if results is None:
+            results = [run(sides[1], one) for one in calls]
+        worst = 0.0
+        for one, found in zip(calls, results, strict=True):
+            expected = one.out if is_plain else run(sides[0], one)
+            worst = max(worst, self._of_call(sides, stretch, one, (expected, found)))
         if not _is_same(*sides) and not any(True for side in sides for m in side for _ in _tensors(m)):
-            calls = [_scaled(one, by) for by in _LARGER for one in calls]
-        return max((self._of_call(sides, stretch, one) for one in calls), default=0.0)
+            for one in (_scaled(one, by) for by in _LARGER if by != 1 for one in calls):
+                worst = max(worst, self._of_call(sides, stretch, one, (run(sides[0], one), run(sides[1], one))))
+        return worst
 
-    def _of_call(self, sides: Sequence[Sequence[nn.Module]], stretch: Stretch, one: Recording) -> float:
-        expected, found = (run(side, one) for side in sides)
+    def _of_call(
+        self, sides: Sequence[Sequence[nn.Module]], stretch: Stretch, one: Recording, outs: tuple[Any, Any]
+    ) -> float:
+        expected, found = outs
         apart_ = spread(found, expected)
         if apart_ is None:
             return 0.0 if expected is None and found is None else math.inf
@@ -195,11 +214,21 @@ def excused(recorder: Recorder, gaps: dict[str, Gap]) -> dict[str, Gap]:
     return found
 
 
-def measure(recorder: Recorder, stretch: Stretch) -> Gap:
-    """Measure how far B's stretch is from A's in isolation and in its own run, without judging it."""
+def measure(
+    recorder: Recorder, stretch: Stretch, results: Sequence[Any] | None = None, *, is_alike: bool = False
+) -> Gap:
+    """Measure how far B's stretch is from A's in isolation and in its own run, without judging it.
+
+    `results` are those of B on what A's was given, if they are known; what is alike need not be run.
+    """
+    propagated = _finite(recorder.propagated_to(stretch))
+    if is_alike:
+        return Gap(0.0, propagated)
     modules = modules_of(recorder.b, stretch.in_b)
-    isolated = max((far_apart(run(modules, one), one.out) for one in recorder.calls(stretch)), default=0.0)
-    return Gap(_finite(isolated), _finite(recorder.propagated_to(stretch)))
+    calls = recorder.calls(stretch)
+    outs = (run(modules, one) for one in calls) if results is None else results
+    isolated = max((far_apart(out, one.out) for out, one in zip(outs, calls, strict=True)), default=0.0)
+    return Gap(_finite(isolated), propagated)
 
 
 def spread(out: Any, expected: Any) -> list[Spread] | None:
@@ -219,8 +248,10 @@ def _spread(b: Tensor, a: Tensor) -> Spread:
     if counted.is_whole:
         return Spread(torch.zeros(1, dtype=torch.float64), 0.0, counted)
     b, a = b.double(), a.double()
-    is_odd = ~(a.isfinite() & b.isfinite())
-    difference, a = (b - a).masked_fill(is_odd, 0.0), a.masked_fill(is_odd, 0.0)
+    difference = b - a
+    if not are_finite(a, b):
+        is_odd = ~(a.isfinite() & b.isfinite())
+        difference, a = difference.masked_fill(is_odd, 0.0), a.masked_fill(is_odd, 0.0)
     axes = {1, a.dim() - 1} if a.dim() > 1 else {0}
     norms = [difference.transpose(0, axis).reshape(a.shape[axis], -1).norm(dim=1) for axis in sorted(axes)]
     return Spread(torch.cat(norms) if a.dim() > 1 else difference.norm()[None], a.norm().item(), counted)

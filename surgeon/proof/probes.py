@@ -5,7 +5,7 @@ A pooling of fixed size, a clip at 100 or a conv that mixes the images of a batc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from surgeon.models.call import Inputs
 
 LARGER = 16.0  # times the spread of the user's numbers, in the second image
 _LARGE = 160  # pixels from which a smaller size is tried, not a larger one: it costs less
+_SMALL = (64, 96)  # which size that is, of the two sides
 
 
 def probes(given: Inputs, seed: int) -> list[Inputs]:
@@ -37,24 +38,34 @@ def _probes(given: Inputs, seed: int) -> Iterator[Inputs]:
 
 
 def positive(given: Inputs, seed: int) -> list[Inputs]:
-    """Draw one more input like the given one: numbers from 0 to 255 times its spread, as pictures have them."""
+    """Draw inputs like the given one, of numbers from 0 to 255 times its spread, as pictures have them.
+
+    The first that A accepts is used: a single smaller image, if the given ones are large, then all of them.
+
+    >>> [str(one) for one in positive(Inputs((torch.zeros(4, 3, 224, 224),)), seed=0)]
+    ['1×3×64×96', '4×3×224×224']
+    """
     if not any(t.is_floating_point() and t.numel() for t in given.tensors):
         return []
     generator = torch.Generator().manual_seed(seed + 4)
 
-    def draw(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point() or not tensor.numel():
-            return tensor
+    def draw(tensor: Tensor, shape: Sequence[int]) -> Tensor:
         spread = tensor.double().std(correction=0).item() or 1.0
-        return (torch.rand(tensor.shape, generator=generator, dtype=torch.float64) * 255 * spread).to(tensor)
+        return (torch.rand(shape, generator=generator, dtype=torch.float64) * 255 * spread).to(tensor)
 
-    made = given.map(draw)
-    return [Inputs(made.args, made.kwargs)]
+    def drawn(tensor: Tensor) -> Tensor:
+        return draw(tensor, tensor.shape) if tensor.is_floating_point() and tensor.numel() else tensor
+
+    found = [given.map(drawn)]
+    alone = given.tensors[0]
+    if len(given.tensors) == 1 and alone.dim() == 4 and min(alone.shape[2:]) >= _LARGE:
+        small = (1, alone.shape[1], *(_other(side, i) for i, side in enumerate(alone.shape[2:], 1)))
+        found.insert(0, given.map(lambda tensor: draw(tensor, small)))
+    return [Inputs(one.args, one.kwargs) for one in found]
 
 
 def _other(side: int, steps: int) -> int:
-    step = 32 if side >= 64 else 8
-    return side - steps * step if side >= _LARGE else side + steps * step
+    return _SMALL[steps - 1] if side >= _LARGE else side + steps * (32 if side >= 64 else 8)
 
 
 def _drawn(given: Inputs, seed: int, batch: int, size: tuple[int, int]) -> Inputs:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import math
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from surgeon._torch_compat import pytree
@@ -62,12 +64,13 @@ class Recorder:
     def recording(self) -> Iterator[None]:
         """Record the arguments and results of A's modules while it runs."""
         paths = [path for path in (*self.pairing.paths, *self.pairing.moved) if path in self.names_a]
-        trail = self.trail = _Trail()
+        trail, copies = _Trail(), _Copies()
+        self.trail = trail
 
         def keep(path: str, given: tuple[Any, Any], out: Any) -> None:
-            self.recordings.setdefault(path, []).append(Recording(*given, _clones(out)))
+            self.recordings.setdefault(path, []).append(Recording(*given, copies.of(out)))
 
-        with _watched(self.a, paths, trail, keep):
+        with _watched(self.a, paths, trail, keep, copies.of):
             yield
         self._divide(trail)
 
@@ -139,7 +142,10 @@ class Recorder:
             calls[last[path].path] += 1
             return _as(out, _clones(ends[i])) if i < len(ends) else out
 
+        alone = [self.b.get_submodule(path) for path in first if path in last]
         with contextlib.ExitStack() as stack:
+            for module in [module for module in alone if draws_nothing(module)]:
+                stack.enter_context(_not_computing(module))
             for path in first:
                 module = self.b.get_submodule(path)
                 hook = lambda _, args, kwargs, path=path: before(path, args, kwargs)  # noqa: E731
@@ -247,6 +253,25 @@ def run(modules: Sequence[nn.Module], one: Recording) -> Any:
     return out
 
 
+_DRAW_NOTHING = frozenset({nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d})
+
+
+def draws_nothing(module: nn.Module) -> bool:
+    """Whether a module, in eval mode, always gives the same and leaves nothing behind: it is one of torch's own."""
+    is_own = type(module) not in _DRAW_NOTHING or "forward" in vars(module)
+    return not (is_own or module._forward_hooks or module._forward_pre_hooks)
+
+
+@contextlib.contextmanager
+def _not_computing(module: nn.Module) -> Iterator[None]:
+    """Let a module give back what it is given, because a hook puts a recorded result in its place."""
+    vars(module)["forward"] = lambda input: input
+    try:
+        yield
+    finally:
+        del vars(module)["forward"]
+
+
 class _Trail:
     """Which module's result each module was given, unchanged, and in which order modules were called."""
 
@@ -254,22 +279,25 @@ class _Trail:
         self.order: list[str] = []
         self.open: list[str] = []  # those that run now, the innermost last
         self.sources: dict[str, set[str | None]] = defaultdict(set)
-        self.made: dict[int, tuple[str, int, Tensor]] = {}  # id of a tensor → whose result it is, its version, itself
+        self.made: dict[int, tuple[str, int, weakref.ref[Tensor]]] = {}  # id → whose result it is, its version, itself
 
     def enter(self, path: str, given: Any) -> None:
         self.open.append(path)
-        first = _first(given)
-        path_of, version, _ = self.made.get(id(first), (None, 0, None))
-        self.sources[path].add(path_of if first is not None and first._version == version else None)
+        self.sources[path].add(self._maker(_first(given)))
 
     def leave(self, path: str, out: Any) -> None:
         self.open.pop()
         if path not in self.order:
             self.order.append(path)
-        if (first := _first(out)) is not None:
-            known = self.made.get(id(first))
-            if known is None or known[1] != first._version:  # an Identity gives what it was given
-                self.made[id(first)] = (path, first._version, first)
+        first = _first(out)
+        if first is not None and self._maker(first) is None:  # an Identity gives what it was given
+            self.made[id(first)] = (path, first._version, weakref.ref(first))
+
+    def _maker(self, tensor: Tensor | None) -> str | None:
+        """Name the module whose result a tensor is, if nothing has changed it since."""
+        path, version, itself = self.made.get(id(tensor), ("", 0, None))
+        is_it = tensor is not None and itself is not None and itself() is tensor and tensor._version == version
+        return path if is_it else None
 
     def source(self, path: str) -> str | None:
         """Name the module whose result `path` was given in every call; None if it was not always the same one."""
@@ -277,16 +305,40 @@ class _Trail:
         return next(iter(found)) if len(found) == 1 else None
 
 
+class _Copies:
+    """Copies of tensors as they are now; one that nothing has changed since is not copied again."""
+
+    def __init__(self) -> None:
+        self.known: dict[int, tuple[int, weakref.ref[Tensor], Tensor]] = {}  # by id: version, itself, the copy
+
+    def of(self, values: Any) -> Any:
+        return pytree.tree_map_only(Tensor, self._copy, values)
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided or tensor.is_quantized:
+            return tensor.clone()
+        version, itself, made = self.known.get(id(tensor), (-1, None, tensor))
+        is_known = itself is not None and itself() is tensor and version == tensor._version
+        if not (is_known and torch.equal(made, tensor)):  # `.data` can be changed without a new version
+            made = tensor.clone()
+            self.known[id(tensor)] = (tensor._version, weakref.ref(tensor), made)
+        return made
+
+
 @contextlib.contextmanager
 def _watched(
-    model: nn.Module, paths: Iterable[str], trail: _Trail, note: Callable[[str, tuple[Any, Any], Any], None]
+    model: nn.Module,
+    paths: Iterable[str],
+    trail: _Trail,
+    note: Callable[[str, tuple[Any, Any], Any], None],
+    copied: Callable[[Any], Any] | None = None,
 ) -> Iterator[None]:
-    """Follow modules in a run; `note` gets copies of what each was given, which it may have overwritten."""
+    """Follow modules in a run; `note` gets its result, and what each was given, `copied` since it may overwrite it."""
     given: list[tuple[Any, Any]] = []
 
     def before(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         trail.enter(path, (args, kwargs))
-        given.append(_clones((args, kwargs)))
+        given.append(((), {}) if copied is None else copied((args, kwargs)))
 
     def after(path: str, out: Any) -> None:
         note(path, given.pop(), out)
@@ -301,7 +353,7 @@ def _watched(
         yield
 
 
-def _first(values: Any) -> Any:
+def _first(values: Any) -> Tensor | None:
     """Give the first tensor in arguments or results; for a pair that is the high stream."""
     return next((leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)), None)
 

@@ -16,6 +16,12 @@ from torch import Tensor, nn
 MOST_SHIFTED = 0.75  # by chance it is 4 / √numbers; half of all if numbers were cut off instead of rounded
 MOST_UNEQUAL = 0.1  # float64 arithmetic in another order changes one rounding in 10⁸, and more only where taps cancel
 _ENOUGH = 32  # numbers to judge a share of
+_BITS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+}
 
 
 def ulp(tensor: Tensor) -> Tensor:
@@ -24,9 +30,22 @@ def ulp(tensor: Tensor) -> Tensor:
     >>> ulp(torch.tensor([1.0, 3.0])) * 2**23
     tensor([1., 2.], dtype=torch.float64)
     """
-    info = torch.finfo(tensor.dtype)
-    _, exponent = torch.frexp(tensor.double().abs().clamp_min(info.tiny))
-    return torch.ldexp(torch.full_like(exponent, info.eps, dtype=torch.float64), exponent - 1)
+    info, kind = torch.finfo(tensor.dtype), _BITS.get(tensor.dtype)
+    if kind is None:
+        _, exponent = torch.frexp(tensor.double().abs().clamp_min(info.tiny))
+        return torch.ldexp(torch.full_like(exponent, info.eps, dtype=torch.float64), exponent - 1)
+    bits = torch.iinfo(kind).bits
+    exponents = (2 ** (bits - 1) - 1) & ~(2 ** round(-math.log2(info.eps)) - 1)  # where the dtype holds them
+    power = (tensor.detach().view(kind) & exponents).view(tensor.dtype).clamp_min(info.tiny)
+    power.masked_fill_(~power.isfinite(), 0.5)  # of what is not finite
+    units: Tensor = power.double().mul_(info.eps)
+    return units
+
+
+def is_same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape and dtype hold the same bits: NaN is itself, and −0 is not 0."""
+    kind = _BITS.get(one.dtype)
+    return torch.equal(one, other) if kind is None else torch.equal(one.view(kind), other.view(kind))
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +133,12 @@ class Jitter:
     def __call__(self, tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return tensor.clone()
-        coin = torch.randint(0, 2, tensor.shape, generator=self.generator).to(tensor.device) * 2 - 1
+        coin = torch.empty(tensor.shape, dtype=torch.int8).random_(0, 2, generator=self.generator)
+        coin = coin.to(tensor.device) * 2 - 1
         is_whole = self.keeps_dtype or tensor.dtype == torch.float64
         if self.still and tensor.numel() and (kept := self.still.get(tensor.data_ptr())) is not None:
             coin = coin.masked_fill(kept.to(tensor.device), 0)
-        moved = tensor.double() + coin * ulp(tensor) * (max(self.units, 1) if is_whole else self.units)
+        moved = ulp(tensor).mul_(coin).mul_(max(self.units, 1) if is_whole else self.units).add_(tensor)
         return moved.to(tensor.dtype) if self.keeps_dtype else moved
 
 

@@ -60,7 +60,7 @@ def fold_blocks_(
         PlanError: a block that cannot be folded as it is now; nothing is done.
     """
     model = network.model
-    blocks = _foldable(network, dense=dense)
+    blocks = foldable(network, dense=dense)
     stood = {paths: module for module, paths in network.names.items()}
     folded: dict[Paths, nn.Module] = {}
     for paths, block in blocks:
@@ -68,7 +68,7 @@ def fold_blocks_(
             folded |= give_back.make(paths, block, origin, stood.get(origin.norm))
         else:
             source = block if dtypes is None else shadow(block, as_double)
-            folded[paths] = conv = finite(paths[0], "folded", partial(_fold, source), block)
+            folded[paths] = conv = finite(paths[0], "folded", partial(fold_alone, source), block)
             if dtypes is not None:
                 dtypes[conv] = next(block.parameters()).dtype
     deployed, folded_in = _deployed(network, rules, folded, forms or {}) if deploys else ({}, {})
@@ -85,7 +85,7 @@ def fold_blocks_(
     return tuple(paths[0] for paths in (*dict(blocks), *deployed))
 
 
-def _foldable(network: Network, *, dense: bool) -> list[tuple[Paths, Foldable]]:
+def foldable(network: Network, *, dense: bool) -> list[tuple[Paths, Foldable]]:
     """List the blocks that fold to one conv, once it is known that all of them can."""
     blocks = [
         (paths, m) for m, paths in network.names.items() if isinstance(m, Foldable) and (dense or m.folds_for_free)
@@ -109,7 +109,7 @@ def to_deploy(network: Network, *, dense: bool = False) -> dict[Paths, Deployabl
     Raises:
         PlanError: a block that cannot be folded as it is now.
     """
-    return _to_deploy(network, RULES, [paths for paths, _ in _foldable(network, dense=dense)])[0]
+    return _to_deploy(network, RULES, [paths for paths, _ in foldable(network, dense=dense)])[0]
 
 
 def _to_deploy(
@@ -227,7 +227,9 @@ def _other_with_norm(conv: nn.Module, norm: nn.Module) -> nn.Module:
     return made
 
 
-def _fold(block: Foldable) -> nn.Conv2d:
+def fold_alone(block: nn.Module) -> nn.Conv2d:
+    """Fold one block, in the class of the conv that it has replaced, and free what that took."""
+    assert isinstance(block, Foldable)
     conv = convs.again(block.origin, contract.fold(block))
     give_back_after(conv.weight)
     return conv

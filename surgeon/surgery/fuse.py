@@ -28,8 +28,9 @@ from surgeon.surgery.fold import fold_blocks_, forms_on, rules_for, to_deploy
 from surgeon.surgery.further import Done, Further
 from surgeon.surgery.give_back import Paths, Return
 from surgeon.surgery.history import Operation, content_hash, history, planned_inputs, record_, versions
+from surgeon.surgery.one_by_one import place_, rehearse
 from surgeon.surgery.precision import Noise, cast_, checked_half, noise, raise_
-from surgeon.surgery.selfcheck import check_finite, is_far, outputs_of
+from surgeon.surgery.selfcheck import check_finite, is_far, is_near, outputs_of
 from surgeon.surgery.tune import Tuning, tune
 from surgeon.surgery.tuned import Tuned
 
@@ -95,21 +96,27 @@ def fold_all_(
     returns = give_back.returns(network, history(model), everywhere=keep_norms, dense=dense)
     notes = () if further.branches else _notes(network, returns)
     progress("folding, and running the network as it is then", 0.5)
-    original, rules = shadow(model), 1 if keep_norms else rules_for(network, dense=dense)
-    is_planned = inputs is not None and planned is not None and inputs.text == planned.text
-    looked = network if is_planned else Network(model, called_with=planned)
-    run = network.run if further and inputs is not None else Run()
-    how: dict[str, Any] = {"dense": dense, "returns": returns, "deploys": not keep_norms}
-    how["forms"] = {} if keep_norms else forms_on(network, devices.of(model))
-    with _or_as_it_was(restore):
-        tuned, step = None, parts(progress, 0.5, 0.9)
-        if tuning is not None:
-            step = parts(progress, 0.85, 0.9)
-            tuned = _tuned(looked, how, further, dtype, inputs, tuning, parts(progress, 0.5, 0.85))
-            how["forms"] = tuned.forms
-        folded, more = _fold_(looked, how, further, run, step)
-        distance = None if before is None or inputs is None else _distance(model, original, inputs, before)
-        lost = None if dtype is None else _cast(model, original, inputs, dtype)
+    rules, tuned = 1 if keep_norms else rules_for(network, dense=dense), None
+    forms = {} if keep_norms else forms_on(network, devices.of(model))
+    is_plain = not (further or keep_norms or returns or half or forms or tuning)
+    if is_plain and (tried := _rehearsed(network, before, dense=dense)) is not None:
+        distance, blocks, rests = tried
+        del restore, network, tried  # which hold the blocks
+        folded, more, lost = place_(model, blocks, rests), Done(), None
+    else:
+        original = shadow(model)
+        is_planned = inputs is not None and planned is not None and inputs.text == planned.text
+        looked = network if is_planned else Network(model, called_with=planned)
+        run = network.run if further and inputs is not None else Run()
+        how: dict[str, Any] = {"dense": dense, "returns": returns, "deploys": not keep_norms}
+        with _or_as_it_was(restore):
+            if tuning is not None:
+                tuned = _tuned(looked, how, further, dtype, inputs, tuning, parts(progress, 0.5, 0.85))
+                forms = tuned.forms
+            step = parts(progress, 0.5 if tuning is None else 0.85, 0.9)
+            folded, more = _fold_(looked, {**how, "forms": forms}, further, run, step)
+            distance = None if before is None or inputs is None else _distance(model, original, inputs, before)
+            lost = None if dtype is None else _cast(model, original, inputs, dtype)
     if folded or more or dtype is not None:
         measured: dict[str, Any] = {"folded": len(folded)} | ({} if distance is None else {"whole": distance})
         measured |= {} if lost is None else lost.to_dict()
@@ -118,7 +125,7 @@ def fold_all_(
         said |= {"returned": () if keep_norms else tuple(paths[0] for paths in returns)}
         said |= {"branches": further.branches, "norms": further.norms}
         said |= {"within": tuple(more.modules), "before": tuple(more.norms), "measured": measured}
-        said |= {"forms": tuple(how["forms"].items())}
+        said |= {"forms": tuple(forms.items())}
         record_(model, Operation("fuse", parent, content_hash(model), None, versions(), **said))
     norms = tuple(one.norm[0] for one in returns.values() if one.norm)
     warning = give_back.unfit(model, returns) if keep_norms else None
@@ -133,6 +140,29 @@ def _or_as_it_was(restore: Callable[[], None]) -> Iterator[None]:
     except BaseException:
         restore()
         raise
+
+
+def _rehearsed(
+    network: Network, before: Any, *, dense: bool
+) -> tuple[float | None, tuple[Paths, ...], tuple[Paths, ...]] | None:
+    """Try to fold a large network without holding its blocks and their convs together.
+
+    Returns how far its output will move, and the names of what is to be placed; None if it has to be done at once.
+    """
+    if (tried := rehearse(network, dense=dense)) is None:
+        return None
+    distance = None
+    if before is not None and network.inputs is not None:
+        try:
+            after = calls.outputs(tried.copy, network.inputs)
+        except VerifyError:  # it reads a conv that it does not call, say
+            return None
+        if not is_near(network.model, before, after):
+            return None
+        check_finite(network.model, before, after, "folding")
+        distance = worst(after, before)
+    network.forget_()
+    return distance, tried.blocks, tried.rests
 
 
 def _fold_(

@@ -271,6 +271,12 @@ def is_far(model: nn.Module, original: nn.Module, inputs: Inputs, before: Any, a
     return not is_comparable or _is_beyond(model, inputs, exact[0], exact[1], EXACT, torch.float64)
 
 
+def is_near(model: nn.Module, before: Any, after: Any) -> bool:
+    """Whether outputs are as near to each other as they are in almost every network, without moving weights."""
+    least = _gross(model)
+    return is_matched(after, before) and all(one.l2 <= least and not one.flips for one in pooled([after], [before]))
+
+
 def _is_beyond(model: nn.Module, inputs: Inputs, before: Any, after: Any, least: float, dtype: torch.dtype) -> bool:
     """Compare outputs in a dtype with each other, and with what moving weights does there."""
     found = pooled([after], [before])
