@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from torch.fx.experimental import optimization
 
 import surgeon
-from surgeon.proof import runs
+from surgeon.models.call import Inputs
+from surgeon.proof.held import Held
 
 PAIRS = ("acnet", "octave", "fx", "copy")
 WAYS = {
@@ -134,25 +135,20 @@ def show_passes(name: str, kind: str, x: Tensor) -> None:
     """Say how many images verify leads through which model, in which dtype, beside those of the input."""
     a, b = made(name, kind, x[:1])
     counted: Counter[str] = Counter()
-    call = runs.call
+    call = Held.call
 
-    def counting(model: nn.Module, inputs: object, dtype: torch.dtype, seed: int) -> object:
-        side = runs_of.get(id(model), "moved")
-        counted[f"{side} {str(dtype).removeprefix('torch.')}"] += inputs.numel / x.numel()  # type: ignore[attr-defined]
-        return call(model, inputs, dtype, seed)  # type: ignore[arg-type]
+    def counting(self: Held, model: nn.Module, inputs: Inputs, dtype: torch.dtype) -> object:
+        sides = ("own_a", "own_b", "a", "b", "replay", "twin")
+        side = next((side for side in sides if getattr(self, side) is model), "moved")
+        counted[f"{side} {str(dtype).removeprefix('torch.')}"] += inputs.numel / x.numel()  # type: ignore[assignment]
+        return call(self, model, inputs, dtype)
 
-    runs_of: dict[int, str] = {}
-    init = runs.Models.__init__
-
-    def noting(self: runs.Models, *args: object, **kwargs: object) -> None:
-        init(self, *args, **kwargs)  # type: ignore[arg-type]
-        for side in ("own_a", "own_b", "a", "b", "replay", "twin"):
-            runs_of.setdefault(id(getattr(self, side)), side)
-
-    runs.call, runs.Models.__init__ = counting, noting  # type: ignore[assignment,method-assign]
-    surgeon.verify(a, b, x)
+    Held.call = counting  # type: ignore[method-assign]
+    try:
+        surgeon.verify(a, b, x)
+    finally:
+        Held.call = call  # type: ignore[method-assign]
     print(f"{name}, {kind}: " + ", ".join(f"{side} {count:.2f}" for side, count in counted.items()))
-    runs.call, runs.Models.__init__ = call, init  # type: ignore[method-assign]
 
 
 def main() -> None:
