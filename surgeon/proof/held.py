@@ -49,7 +49,7 @@ class Held:
         self.is_compiled = isinstance(b, Compiled) or isinstance(a, Compiled)
         self.still: dict[int, Tensor] | None = None  # numbers that both hold alike, by address
         self.is_built_alike = self.replay is not None and alike.is_filled_in(self.b, self.replay)
-        self.b = undone(self.b)  # from here on: steps that can be compared one by one
+        self.a, self.b = undone(self.a), undone(self.b)  # from here on: steps that can be compared one by one
         self.twin: nn.Module | None = None  # the replay's modules with B's tensors, where they may be others than B's
         if self.replay is not None and not self.is_built_alike:
             self.twin = in_common.with_tensors_of(self.b, self.replay)

@@ -31,6 +31,7 @@ from surgeon.models.call import Inputs
 from surgeon.models.copies import duplicate
 from surgeon.models.progress import Progress, silent
 from surgeon.models.sandbox import quietly
+from surgeon.octave.absorb import undone
 from surgeon.proof.distance import dtype_name
 from surgeon.proof.report import Report
 from surgeon.python.nested import TODO
@@ -89,7 +90,7 @@ def write_python(
     claim_folder(folder, force=force)
     if inputs is None:
         raise CaptureError("no input is known to run the network on", todo="Pass one: --input 1,3,224,224.")
-    model = duplicate(devices.on(model, devices.CPU)).eval()
+    model = undone(duplicate(devices.on(model, devices.CPU))).eval()  # sums and activations are to be read as such
     inputs = inputs.cast_for(model)
     progress("writing Python", 0)
     head = _head(origin, inputs)
