@@ -119,7 +119,7 @@ def recipes_for(
     """Say for each bundled recipe what it would do to a model, and which to take for what; the model is not touched.
 
     >>> recipes_for(nn.Sequential(nn.Conv2d(3, 8, 3)), (1, 3, 8, 8)).free.recipe
-    'acnet'
+    'acnet-online'
     """
     with ordinary():
         surveyed = survey(model, example, progress=parts(progress, 0, 0.3))
