@@ -33,7 +33,6 @@ if TYPE_CHECKING:
         recipes_for,
         save,
         survey,
-        verify,
     )
     from surgeon.blocks.acblock import ACBlock
     from surgeon.blocks.base import Block, BlockOptions, Deployable, Foldable, Trial
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
     from surgeon.proof.report import Check, Report
     from surgeon.recipes.recipe import Recipe
     from surgeon.surgery.advice import Advice
+    from surgeon.surgery.compare import verify
     from surgeon.surgery.export import export
     from surgeon.surgery.history import Operation
     from surgeon.surgery.plan import Plan
@@ -71,7 +71,8 @@ _HOMES = {
     **dict.fromkeys(("fit", "fit_", "images"), "surgeon.fitting.in_memory"),
     "reordered": "surgeon.surgery.reorder",
     **dict.fromkeys(("convert", "convert_", "fuse", "fuse_", "history", "load"), "surgeon.api"),
-    **dict.fromkeys(("new_parameters", "plan", "recipes_for", "save", "survey", "verify"), "surgeon.api"),
+    **dict.fromkeys(("new_parameters", "plan", "recipes_for", "save", "survey"), "surgeon.api"),
+    "verify": "surgeon.surgery.compare",
 }
 
 __all__ = [

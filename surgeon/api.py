@@ -37,13 +37,11 @@ from surgeon.models.copies import Model, duplicate
 from surgeon.models.progress import Progress, parts, silent
 from surgeon.models.sandbox import ordinary
 from surgeon.models.wrappers import checked, not_a_model
-from surgeon.proof.report import Report
 from surgeon.recipes import recipe as recipes
 from surgeon.recipes.recipe import Recipe
 from surgeon.surgery import gains, give_back, replay
 from surgeon.surgery import history as histories
 from surgeon.surgery.advice import Advice, advise
-from surgeon.surgery.compare import compare
 from surgeon.surgery.decide import carry_out, plan_for
 from surgeon.surgery.further import Further
 from surgeon.surgery.fuse import fold_all_
@@ -294,31 +292,6 @@ def fuse_(
         done = fold_all_(network, **how, progress=parts(progress, 0.2, 1))
     done.say(_log)
     return model
-
-
-def verify(
-    a: nn.Module,
-    b: nn.Module,
-    example: Example | Sequence[Example] | None = None,
-    *,
-    seed: int = 0,
-    progress: Progress = silent,
-) -> Report:
-    """Say whether `b` computes what `a` does, how far apart they are, and where they diverge.
-
-    `example` is one input or a list of them, each as `examples.make` takes it: a shape, a tensor, a tuple of arguments,
-    a dict of named ones. If b's history says that it was made from a, the same is done to a in float64, and b must
-    be the result, rounded once.
-
-    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3))
-    >>> verify(model, convert(model, "acnet"), (1, 3, 8, 8)).verdict
-    'equivalent'
-
-    Raises:
-        VerifyError: the outputs differ in structure, shape or dtype.
-    """
-    with ordinary():
-        return compare(a, b, example, seed, progress)
 
 
 def load(

@@ -45,7 +45,6 @@ from surgeon.fitting.processes import joined
 from surgeon.models import devices
 from surgeon.models.copies import duplicate
 from surgeon.models.progress import Progress, parts, silent
-from surgeon.proof.report import Report
 from surgeon.python.write import write_python
 from surgeon.recipes import recipe as recipes
 from surgeon.surgery import bench as benching
@@ -255,16 +254,6 @@ def fuse(
     )
 
 
-def verify(name_a: str, name_b: str, given: Given, progress: Progress = silent) -> Report:
-    """Load two models and compare them."""
-    progress(f"loading {name_a}", 0)
-    a = _opened(name_a, given)
-    progress(f"loading {name_b}", 0.1)
-    b = _opened(name_b, given)
-    inputs = [examples.read(text, a, seed=given.seed) for text in given.inputs]
-    return surgery.verify(a, b, inputs or None, seed=given.seed, progress=parts(progress, 0.2, 1))
-
-
 def bench(names: Sequence[str], given: Given, trials: Trials, progress: Progress = silent) -> tuple[Timing, ...]:
     """Time models against each other on inputs of the first one's kind."""
     benching.check(trials.settings, given.device)
@@ -306,7 +295,7 @@ def _load(name: str, given: Given, *, to_time: bool = False) -> Loaded:
     return replace(loaded, model=devices.moved(loaded.model, given.device))
 
 
-def _opened(name: str, given: Given) -> nn.Module:
+def opened(name: str, given: Given) -> nn.Module:
     """Load a model, or open a file that holds a program."""
     if not exports.is_export(name):
         return _load(name, given).model

@@ -6,19 +6,22 @@ Either may be a file that holds a program. What its history says is done to A, a
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from surgeon.analysis import example as examples
+from surgeon.analysis.example import Example
 from surgeon.errors import CaptureError, VerifyError
 from surgeon.files.exports.base import SAID, Program
 from surgeon.files.exports.compiled import Compiled
 from surgeon.models import devices
 from surgeon.models.call import Inputs
 from surgeon.models.copies import duplicate, shadow
-from surgeon.models.progress import Progress, parts
+from surgeon.models.progress import Progress, parts, silent
+from surgeon.models.sandbox import ordinary
 from surgeon.models.wrappers import checked
 from surgeon.proof import calls
 from surgeon.proof import verify as equivalence
@@ -26,6 +29,32 @@ from surgeon.proof.report import Report
 from surgeon.surgery import history as histories
 from surgeon.surgery import replay
 from surgeon.surgery.look import inputs_for
+
+
+def verify(
+    a: nn.Module,
+    b: nn.Module,
+    example: Example | Sequence[Example] | None = None,
+    *,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Report:
+    """Say whether `b` computes what `a` does, how far apart they are, and where they diverge.
+
+    `example` is one input or a list of them, each as `examples.make` takes it: a shape, a tensor, a tuple of arguments,
+    a dict of named ones. If b's history says that it was made from a, the same is done to a in float64, and b must
+    be the result, rounded once.
+
+    >>> from surgeon import convert
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3))
+    >>> verify(model, convert(model, "acnet"), (1, 3, 8, 8)).verdict
+    'equivalent'
+
+    Raises:
+        VerifyError: the outputs differ in structure, shape or dtype.
+    """
+    with ordinary():
+        return compare(a, b, example, seed, progress)
 
 
 def compare(a: nn.Module, b: nn.Module, example: Any, seed: int, progress: Progress) -> Report:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from surgeon import api as surgery
 from surgeon.app import commands as pipeline
+from surgeon.app import pairs
 from surgeon.app.demo import data
 from surgeon.app.demo.net import SmallResNet
 from surgeon.app.given import Given
@@ -83,7 +84,7 @@ def _as_acblocks(
     steps.append(_snapshot(f"trained {seconds:g} s more", trained, images))
     fused = pipeline.fuse(str(trained), given, parts(progress, 0.8, 0.9), output=None, force=False).path
     steps.append(_snapshot("folded back", fused, images))
-    return steps, pipeline.verify(str(trained), str(fused), given, parts(progress, 0.9, 1))
+    return steps, pairs.verify(str(trained), str(fused), given, parts(progress, 0.9, 1))
 
 
 def _converted(start: Path, recipe: str, given: Given, progress: Progress) -> Path:
