@@ -31,6 +31,7 @@ from surgeon.proof.checks import checks
 from surgeon.proof.distance import dtype_name
 from surgeon.proof.divergence import site_table
 from surgeon.proof.evidence import Evidence, Measured, Replay
+from surgeon.proof.guess import guesses
 from surgeon.proof.report import Report
 from surgeon.proof.runs import Models, NotInFloat64Error
 from surgeon.proof.structure import changed_by_running, differences
@@ -66,17 +67,30 @@ def verify(
         models = Models(a, b, replay, seed, models.dtype)
         runs = models.run(inputs)
         remarks.append(f"{error}, so outputs were compared in {own}")
+    except VerifyError as error:
+        raise _told(error, models, inputs[0]) from error
     evidence = _evidence(models, runs, b, replay, a)
     found = checks(evidence, approximate=approximate)
     passed = all(check.passed for check in found)
+    rows = site_table(evidence, models.kinds, models.sites)
     return Report(
         verdict="different" if not passed else "approximate" if approximate else "equivalent",
         dtype=own,
         checks=tuple(found),
         distances=tuple(run.distance for run in runs if run.distance is not None),
-        sites=site_table(evidence, models.kinds, models.sites),
+        sites=rows,
         remarks=(*remarks, *_remarks(evidence), *_alone(models, runs)),
+        guesses=() if passed else guesses(models, inputs[0], [row.path for row in rows if row.diverges]),
     )
+
+
+def _told(error: VerifyError, models: Models, inputs: Inputs) -> VerifyError:
+    """Say what is probably wrong at the module from which on results have another shape."""
+    site = error.facts.get("site")
+    found = guesses(models, inputs, [site]) if site is not None else ()
+    if not found:
+        return error
+    return VerifyError(f"{error.problem}. Probably {found[0].says}", todo=error.todo, **error.facts)
 
 
 def _alone(models: Models, runs: Sequence[Measured]) -> Iterator[str]:
