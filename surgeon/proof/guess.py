@@ -21,7 +21,7 @@ from surgeon.models.copies import kind_of
 from surgeon.octave.absorb import undone
 from surgeon.proof.explained import Explained
 from surgeon.proof.faults import guess
-from surgeon.proof.faults.case import OF_A_FOLD, Case, as_one
+from surgeon.proof.faults.case import OF_A_FOLD, Case, as_one, tensors_of
 from surgeon.proof.faults.folds import folded
 from surgeon.proof.isolated import FEW_UNITS
 from surgeon.proof.recorder import Recorder, Recording, Stretch
@@ -34,7 +34,7 @@ def guesses(models: Explained, inputs: Inputs, diverging: Sequence[str]) -> tupl
     """Guess the faults at the first places that diverge; at the whole network where no place does."""
     if models.is_compiled:
         return ()
-    paths = _with_holders(models, diverging)[:MOST] or [""]
+    paths = _with_holders(models, diverging)[:MOST] or _unlike(models)[:MOST] or [""]
     with torch.no_grad():
         try:
             made = list(_of_replay(models, inputs, paths) if models.replay is not None else _of_a(models, inputs, paths))
@@ -48,6 +48,17 @@ def _with_holders(models: Explained, diverging: Sequence[str]) -> list[str]:
     """Name the module that holds a tensor, where a report names a tensor that should not be there."""
     known = {path for model in (models.core_a, models.b, models.core_b) for path, _ in model.named_modules()}
     return list(dict.fromkeys(path if path in known else path.rpartition(".")[0] for path in diverging))
+
+
+def _unlike(models: Explained) -> list[str]:
+    """Name modules without tensors that are of another class in B, where no place diverges on the inputs at hand."""
+    ours, theirs = _modules(models.core_a), _modules(models.core_b)
+    pairs = [(path, ours[path], theirs.get(models.pairing.there.get(path, path))) for path in models.pairing.paths]
+    return [
+        path
+        for path, one, other in pairs
+        if other is not None and kind_of(one) is not kind_of(other) and not tensors_of(one) and not tensors_of(other)
+    ]
 
 
 def _of_replay(models: Explained, inputs: Inputs, paths: Sequence[str]) -> Iterator[Case]:

@@ -77,12 +77,13 @@ class Guess:
 class Bisected:
     """The smallest set of modules that, put right, make the difference vanish; empty if no set of modules does.
 
-    `runs`: how often a network was run to find it.
+    `runs`: how often a network was run to find it. `is_seen`: whether any input shows a difference in the outputs.
     """
 
     sites: tuple[str, ...]
     runs: int
     says: str
+    is_seen: bool = True
 
 
 @dataclass(frozen=True, slots=True)

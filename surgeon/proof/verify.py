@@ -27,6 +27,8 @@ from torch import nn
 from surgeon.errors import VerifyError
 from surgeon.models.call import Inputs
 from surgeon.models.devices import dtype_of
+from surgeon.models.progress import Progress
+from surgeon.proof.bisect import bisect
 from surgeon.proof.checks import checks
 from surgeon.proof.distance import dtype_name
 from surgeon.proof.divergence import site_table
@@ -46,10 +48,12 @@ def verify(
     replay: Replay | None = None,
     approximate: bool = False,
     seed: int = 0,
+    bisecting: Progress | None = None,
 ) -> Report:
     """Compare B with A on each of the inputs; neither is changed, whatever mode it is in.
 
     `approximate` says that B was not meant to compute what A does; then only its stored tensors are judged.
+    With `bisecting`, which is told how far that is, the smallest set of modules that explains a difference is looked for.
 
     Raises:
         VerifyError: the outputs differ in structure, shape or dtype, or a model does not run.
@@ -73,6 +77,7 @@ def verify(
     found = checks(evidence, approximate=approximate)
     passed = all(check.passed for check in found)
     rows = site_table(evidence, models.kinds, models.sites)
+    diverging = [row.path for row in rows if row.diverges]
     return Report(
         verdict="different" if not passed else "approximate" if approximate else "equivalent",
         dtype=own,
@@ -80,7 +85,8 @@ def verify(
         distances=tuple(run.distance for run in runs if run.distance is not None),
         sites=rows,
         remarks=(*remarks, *_remarks(evidence), *_alone(models, runs)),
-        guesses=() if passed else guesses(models, inputs[0], [row.path for row in rows if row.diverges]),
+        guesses=() if passed else guesses(models, inputs[0], diverging),
+        bisected=None if passed or bisecting is None else bisect(models, inputs, diverging, bisecting),
     )
 
 
@@ -90,7 +96,7 @@ def _told(error: VerifyError, models: Models, inputs: Inputs) -> VerifyError:
     found = guesses(models, inputs, [site]) if site is not None else ()
     if not found:
         return error
-    return VerifyError(f"{error.problem}. Probably {found[0].says}", todo=error.todo, **error.facts)
+    return VerifyError(f"{error.problem}. Probably {found[0].says}", todo=error.todo, **error.facts, guess=found[0])
 
 
 def _alone(models: Models, runs: Sequence[Measured]) -> Iterator[str]:

@@ -37,6 +37,7 @@ def verify(
     example: Example | Sequence[Example] | None = None,
     *,
     seed: int = 0,
+    bisect: bool = False,
     progress: Progress = silent,
 ) -> Report:
     """Say whether `b` computes what `a` does, how far apart they are, and where they diverge.

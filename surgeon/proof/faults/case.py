@@ -60,12 +60,16 @@ class Case:
     @cached_property
     def wanted(self) -> dict[str, Tensor]:
         """The tensors that are expected, in float64; counters, which decide nothing, are left out."""
-        return tensors_of(self.expected)
+        return self._tensors(self.expected)
 
     @cached_property
     def held(self) -> dict[str, Tensor]:
         """B's tensors as they are stored."""
-        return tensors_of(self.stored)
+        return self._tensors(self.stored)
+
+    def _tensors(self, module: nn.Module) -> dict[str, Tensor]:
+        """Give a module's tensors; of the whole network, whose modules have places of their own, none but its own."""
+        return tensors_of(module, recurse=bool(self.path))
 
     @cached_property
     def off(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -174,6 +178,7 @@ def as_one(modules: Sequence[nn.Module], fold: Callable[[nn.Module], nn.Conv2d |
     return conv
 
 
-def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    named = (*module.named_parameters(), *module.named_buffers())
+def tensors_of(module: nn.Module, *, recurse: bool = True) -> dict[str, Tensor]:
+    """Give a module's tensors without counters, which decide nothing."""
+    named = (*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse))
     return {name: tensor.detach() for name, tensor in named if not name.endswith("num_batches_tracked")}

@@ -103,6 +103,6 @@ def _at_borders(case: Case) -> Iterator[Guess]:
 
 
 def _inside(tensor: Tensor) -> Tensor:
-    if tensor.dim() < 4 or min(tensor.shape[-2:]) <= 2 * _BORDER:
-        return tensor
-    return tensor[..., _BORDER:-_BORDER, _BORDER:-_BORDER]
+    """Cut off the borders of a map, as far as it has an inside."""
+    border = min(_BORDER, (min(tensor.shape[-2:]) - 1) // 2) if tensor.dim() == 4 else 0
+    return tensor[..., border:-border, border:-border] if border else tensor
