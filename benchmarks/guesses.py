@@ -195,7 +195,7 @@ def case(key: str) -> Line:
     line |= {"path": guess and guess.path, "is_right": kind == KINDS[key.split("|")[-2]]}
     if bisected is not None:
         line |= {"sites": bisected.sites, "runs": bisected.runs}
-        line["is_smallest"] = len(bisected.sites) == 1 and are_near(bisected.sites[0], site)
+        line["is_smallest"] = bool(bisected.sites) and all(are_near(one, site) for one in bisected.sites)
         line["is_seen"] = bisected.is_seen
     return line
 

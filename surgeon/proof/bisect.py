@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from surgeon.errors import VerifyError
 from surgeon.models.call import Inputs
+from surgeon.models.copies import kind_of
 from surgeon.models.copies import names as names_of
 from surgeon.models.progress import Progress, silent
 from surgeon.octave.absorb import undone
@@ -32,11 +33,22 @@ from surgeon.proof.distance import EXACT, is_matched, pooled
 from surgeon.proof.explained import Explained
 from surgeon.proof.pairing import is_below
 from surgeon.proof.probes import positive, probes
-from surgeon.proof.recorder import Stretch, in_a_row
+from surgeon.proof.recorder import Recording, Stretch, run
 from surgeon.proof.report import Bisected
 from surgeon.proof.ulps import off
 
 MOST = 8  # modules that are looked for; a set that is larger explains nothing to anybody
+
+
+class _Row(nn.Module):
+    """Modules that are called one after the other, as those of a stretch are."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.row = nn.ModuleList(modules)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return run(list(self.row), Recording(args, kwargs, None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +207,7 @@ def _of_a(models: Explained, inputs: Inputs, diverging: Sequence[str]) -> list[P
     units = _units(list(recorder.stretches.values()), recorder.pairing.wholes, diverging)
     unlike = [one for one in units if not models.is_alike(recorder, one)]
     names = names_of(wrong)
-    faulty = [one for one in unlike if _is_named(one, diverging)]
+    faulty = [one for one in unlike if _is_named(one, diverging) or _is_other_code(one, right, wrong)]
     swaps = {id(one): _swap(one, right, wrong, names, diverging) for one in unlike}
     rest = [swaps[id(one)] for one in unlike if one not in faulty]
     settled = evaluating(wrong)
@@ -218,6 +230,13 @@ def _is_named(stretch: Stretch, diverging: Sequence[str]) -> bool:
     return any(path in (stretch.path, *stretch.steps) for path in diverging)
 
 
+def _is_other_code(stretch: Stretch, right: nn.Module, wrong: nn.Module) -> bool:
+    """Whether a stretch is of other classes, without a tensor that these could come from being folded."""
+    sides = [[one.get_submodule(path) for path in paths] for one, paths in ((right, stretch.in_a), (wrong, stretch.in_b))]
+    has_tensors = any(True for side in sides for module in side for _ in module.state_dict().values())
+    return not has_tensors and [kind_of(one) for one in sides[0]] != [kind_of(one) for one in sides[1]]
+
+
 def _swap(
     stretch: Stretch,
     right: nn.Module,
@@ -226,7 +245,8 @@ def _swap(
     diverging: Sequence[str],
 ) -> Swap:
     first, *others = [names[wrong.get_submodule(path)] for path in stretch.in_b]
-    row = in_a_row([right.get_submodule(path) for path in stretch.in_a])
+    modules = [right.get_submodule(path) for path in stretch.in_a]
+    row = modules[0] if len(modules) == 1 else _Row(modules)
     puts: dict[str, nn.Module] = dict.fromkeys(first, row)
     for paths in others:
         puts |= dict.fromkeys(paths, nn.Identity())

@@ -19,6 +19,7 @@ from surgeon.errors import VerifyError
 from surgeon.models.call import Inputs
 from surgeon.models.copies import kind_of
 from surgeon.octave.absorb import undone
+from surgeon.proof import alike
 from surgeon.proof.explained import Explained
 from surgeon.proof.faults import guess
 from surgeon.proof.faults.case import OF_A_FOLD, Case, as_one, tensors_of
@@ -67,7 +68,8 @@ def _of_replay(models: Explained, inputs: Inputs, paths: Sequence[str]) -> Itera
     reference = undone(models.replay)
     ours, theirs, before = (_modules(one) for one in (reference, models.b, models.double_a))
     own = _modules(undone(models.own_b))
-    known = [path for path in paths if path in ours and path in theirs and path in own]
+    known = [_deepest(path, ours[path], theirs[path]) for path in paths if path in ours and path in theirs]
+    known = [path for path in dict.fromkeys(known) if path in own]
     calls = _recorded(models, reference, known, inputs)
     for path in known:
         first = before.get(path)
@@ -77,6 +79,12 @@ def _of_replay(models: Explained, inputs: Inputs, paths: Sequence[str]) -> Itera
             *(path, ours[path], theirs[path], own[path], origins),
             *(_alike(ours, ours[path]), calls.get(path, []), models.dtype),
         )
+
+
+def _deepest(path: str, expected: nn.Module, found: nn.Module) -> str:
+    """Name the one module inside that is built otherwise, if there is one."""
+    inside = alike.unlike(expected, found, with_tensors=False) if path else None
+    return f"{path}.{inside[0]}" if inside is not None and len(inside) == 1 and inside[0] else path
 
 
 def _folded_into(expected: nn.Module, conv: nn.Module | None, modules: Mapping[str, nn.Module]) -> list[nn.Module]:
@@ -119,7 +127,7 @@ def _of_stretch(models: Explained, recorder: Recorder, stretch: Stretch, path: s
     calls = recorder.calls(stretch)
     if len(ours) == len(theirs) and path in stretch.in_a and len(ours) > 1:  # the step that is named
         i = stretch.in_a.index(path)
-        ours, theirs, own, calls = ours[i : i + 1], theirs[i : i + 1], own[i : i + 1], recorder.recordings[path]
+        ours, theirs, own, calls = ours[i : i + 1], theirs[i : i + 1], own[i : i + 1], [one.read() for one in recorder.recordings[path]]
     origins: Sequence[nn.Module] = []
     expected, units = _row(ours), 1.0
     if [kind_of(one) for one in ours] != [kind_of(one) for one in theirs] and isinstance(theirs[0], nn.Conv2d):

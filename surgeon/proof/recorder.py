@@ -265,25 +265,6 @@ def run(modules: Sequence[nn.Module], one: Recording) -> Any:
     return out
 
 
-class _Row(nn.Module):
-    """Modules that are called one after the other, as those of a stretch are."""
-
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.row = nn.ModuleList(modules)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        out = self.row[0](*args, **kwargs)
-        for module in self.row[1:]:
-            out = module(_alone(out))
-        return out
-
-
-def in_a_row(modules: Sequence[nn.Module]) -> nn.Module:
-    """Make one module of those of a stretch."""
-    return modules[0] if len(modules) == 1 else _Row(modules)
-
-
 _DRAW_NOTHING = frozenset({nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d})
 
 

@@ -18,9 +18,10 @@ class Bias(Hypothesis):
     place = 70
 
     def guess(self, case: Case) -> Iterator[Guess]:
+        alone = case.wanted.keys() ^ case.held.keys()
         for key in case.wanted:
             wanted, held = case.wanted[key], case.held.get(key)
-            if key.rpartition(".")[2] != "bias" or not wanted.any() or case.off.keys() - {key}:
+            if key.rpartition(".")[2] != "bias" or not wanted.any() or (case.off.keys() | alone) - {key}:
                 continue
             size = f"expected is one of size {wanted.abs().max():.3g}, and all other tensors are right"
             if held is None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from surgeon.blocks import Operator
+
 _FAMILIES = {
     "activation": "activation",
     "pooling": "pooling",
@@ -25,6 +27,8 @@ def family(module: nn.Module) -> str:
     """
     if isinstance(getattr(module, "running_var", None), Tensor):
         return "norm"
+    if isinstance(module, Operator):
+        return "conv"
     for kind in type(module).__mro__:
         package, _, name = kind.__module__.rpartition(".")
         if package == "torch.nn.modules" and name in _FAMILIES:

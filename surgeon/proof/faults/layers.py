@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from surgeon.blocks import Operator
 from surgeon.models.copies import kind_of
 from surgeon.proof.faults.base import Hypothesis, close
 from surgeon.proof.faults.case import Case
@@ -79,6 +80,7 @@ class AnotherClass(Hypothesis):
 
     def guess(self, case: Case) -> Iterator[Guess]:
         one, other = kind_of(case.expected), kind_of(case.found)
-        if one is not other and not (isinstance(case.expected, nn.Conv2d) and type(case.found) is nn.Conv2d):
+        is_folded = isinstance(case.expected, Operator) and not isinstance(case.found, Operator)
+        if one is not other and not is_folded and not (issubclass(one, nn.Conv2d) and other is nn.Conv2d):
             says = f"B has a module of the class {other.__name__} where a {one.__name__} is expected"
             yield case.guess("another layer", says)

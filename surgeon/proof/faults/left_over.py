@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from surgeon.models.copies import kind_of
 from surgeon.proof.faults.base import Hypothesis
 from surgeon.proof.faults.case import Case
 from surgeon.proof.report import Guess
@@ -16,6 +17,8 @@ class LeftOver(Hypothesis):
     place = 130
 
     def guess(self, case: Case) -> Iterator[Guess]:
+        if kind_of(case.expected) is not kind_of(case.found):
+            return
         if extra := sorted(case.held.keys() - case.wanted.keys()):
             yield case.guess("extra tensor", f"B has {', '.join(extra[:3])}, which should not be there")
         if missing := sorted(case.wanted.keys() - case.held.keys()):

@@ -10,6 +10,7 @@ from torch import Tensor
 from surgeon.proof.faults.base import Hypothesis, close
 from surgeon.proof.faults.case import Case
 from surgeon.proof.report import Guess
+from surgeon.proof.ulps import ulp
 
 _FEWEST = 4  # numbers of a channel, so that one factor explains something
 
@@ -29,8 +30,8 @@ class Scaled(Hypothesis):
             if wanted.dim() < 2 or wanted[0].numel() < _FEWEST:
                 continue
             factors = _factors(wanted.reshape(len(wanted), -1), held.double().reshape(len(wanted), -1))
-            near = (factors - 1).abs() <= 16 * torch.finfo(case.dtype).eps
-            factors = torch.where(near, 1.0, factors)
+            far = (held.double() - wanted).abs() > 1.01 * ulp(wanted.to(held.dtype))
+            factors = torch.where(far.reshape(len(wanted), -1).any(1), factors, 1.0)
             residual = case.changed(lambda one: _by_row(one, factors))  # noqa: B023
             if residual is not None:
                 yield case.guess(*_in_words(key, factors, residual), residual)
