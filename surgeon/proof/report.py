@@ -11,17 +11,25 @@ from surgeon.display.report import report_view
 from surgeon.display.shown import Shown
 
 Verdict = Literal["equivalent", "different", "approximate"]
+Asks = Literal["mathematics", "storage", "arithmetic"]  # is it right, is what is stored that, does it round no worse
+Unit = Literal["relative L2", "ulp", "count", "times"]  # "times": of what rounding the weights explains
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was asked: what was measured, its limit, and whether it stays within that limit."""
+    """One thing that was asked: what was measured, its limit, and whether it stays within that limit.
+
+    `asks`: which of the three questions it belongs to; `noise`: what rounding alone does, where that is known.
+    """
 
     name: str
     measured: float
     limit: float
     passed: bool
     says: str
+    asks: Asks = "mathematics"
+    unit: Unit = "relative L2"
+    noise: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +55,21 @@ class SiteDistance:
 
 
 @dataclass(frozen=True, slots=True)
+class Histogram:
+    """How many numbers of the outputs are how far apart: |b − a|, in bins of equal width in log₁₀.
+
+    Bin i counts the numbers from 10^(lowest + i · width) up to the next bin. `equal`: those that do not differ;
+    `odd`: those that are NaN or Inf in A or B, and not the same in both.
+    """
+
+    lowest: float
+    width: float
+    counts: tuple[int, ...]
+    equal: int
+    odd: int
+
+
+@dataclass(frozen=True, slots=True)
 class Distance:
     """How far the outputs of B are from those of A in their own dtype, for one input; the worst output counts."""
 
@@ -58,6 +81,7 @@ class Distance:
     sqnr_db: float
     cosine: float
     top1: float | None  # share of rows whose largest entry is the same one
+    histogram: Histogram | None = None  # of the differences in the models' own dtype, over all outputs together
 
 
 @dataclass(frozen=True, slots=True)
