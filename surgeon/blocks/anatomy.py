@@ -1,6 +1,6 @@
 """What a block consists of, as a researcher would look at it: the kernels that add up to the one that it computes with.
 
-    F = Σ_i γ_i/σ_i · F_i      each laid into the frame of the whole kernel, with zeros where it has no taps
+F = Σ_i γ_i/σ_i · F_i      each laid into the frame of the whole kernel, with zeros where it has no taps
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How much each branch of a block counts: the scales that were learnt, and what they are worth once they are folded.
 
-    |γ|      of the norm at the end of a branch, filter by filter; of the online form, the scale of its kernel
-    |γ|/σ    by which the kernel of the branch is multiplied when it is folded, σ = √(var + eps)
+|γ|      of the norm at the end of a branch, filter by filter; of the online form, the scale of its kernel
+|γ|/σ    by which the kernel of the branch is multiplied when it is folded, σ = √(var + eps)
 """
 
 from __future__ import annotations
