@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from surgeon.blocks.hetconv import HetConv
     from surgeon.blocks.octave import OctaveConv
     from surgeon.conv.spec import ConvSpec
+    from surgeon.figures.kernels import KernelFigures, kernels
     from surgeon.fitting.in_memory import fit, fit_, images
     from surgeon.models.call import Inputs
     from surgeon.proof.report import Check, Report
@@ -68,6 +69,7 @@ _HOMES = {
     "Recipe": "surgeon.recipes.recipe",
     "Survey": "surgeon.analysis.sites",
     "SurgeonError": "surgeon.errors",
+    **dict.fromkeys(("KernelFigures", "kernels"), "surgeon.figures.kernels"),
     **dict.fromkeys(("fit", "fit_", "images"), "surgeon.fitting.in_memory"),
     "reordered": "surgeon.surgery.reorder",
     **dict.fromkeys(("convert", "convert_", "fuse", "fuse_", "history", "load"), "surgeon.api"),
@@ -87,6 +89,7 @@ __all__ = [
     "Foldable",
     "HetConv",
     "Inputs",
+    "KernelFigures",
     "OctaveConv",
     "Operation",
     "Plan",
@@ -106,6 +109,7 @@ __all__ = [
     "fuse_",
     "history",
     "images",
+    "kernels",
     "load",
     "new_parameters",
     "plan",

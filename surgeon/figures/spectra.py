@@ -111,7 +111,7 @@ def spectrum_of(high: Tensor) -> tuple[float, float, tuple[float, ...], tuple[fl
 
 
 def _energies(x: Tensor) -> tuple[Tensor, float]:
-    """Sum |X|² over images and channels, (h, w), with 0 where the average is; and what the averages would have there."""
+    """Sum |X|² over images and channels, (h, w), with 0 where the averages are; and what these would have there."""
     height, width = x.shape[-2:]
     across, down = (torch.hann_window(side, dtype=x.dtype, device=x.device) for side in (width, height))
     window = down[:, None] * across[None, :]

@@ -29,6 +29,7 @@ class Looked:
     name: str
     parts: tuple[Part, ...] = ()
     survey: Survey | None = None
+    blocks: frozenset[str] = frozenset()  # the paths of surgeon's blocks in it
     history: tuple[Operation, ...] = ()
 
 

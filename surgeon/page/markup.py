@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from surgeon.display import words
 from surgeon.errors import printable
 
 _Child = object  # text, a number, markup, or a list of these
@@ -81,4 +82,5 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         finalize=lambda value: value if isinstance(value, Markup) else printable(str(value), keep="\n\t"),
     )
+    made.filters["amount"] = words.amount
     return made
