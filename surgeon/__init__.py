@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from surgeon.conv.spec import ConvSpec
     from surgeon.fitting.in_memory import fit, fit_, images
     from surgeon.models.call import Inputs
+    from surgeon.page.make import Page, report
     from surgeon.proof.report import Check, Report
     from surgeon.recipes.recipe import Recipe
     from surgeon.surgery.advice import Advice
@@ -62,6 +63,7 @@ _HOMES = {
     "export": "surgeon.surgery.export",
     "HetConv": "surgeon.blocks.hetconv",
     "Inputs": "surgeon.models.call",
+    **dict.fromkeys(("Page", "report"), "surgeon.page.make"),
     "Operation": "surgeon.surgery.history",
     "OctaveConv": "surgeon.blocks.octave",
     "Plan": "surgeon.surgery.plan",
@@ -89,6 +91,7 @@ __all__ = [
     "Inputs",
     "OctaveConv",
     "Operation",
+    "Page",
     "Plan",
     "Recipe",
     "Report",
@@ -111,6 +114,7 @@ __all__ = [
     "plan",
     "recipes_for",
     "reordered",
+    "report",
     "save",
     "survey",
     "verify",

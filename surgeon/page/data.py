@@ -41,6 +41,7 @@ class PageData:
     command: str | None = None  # that made the page, as a user would write it
     models: tuple[Looked, ...] = ()  # the model, or A and B
     plan: Plan | None = None  # what becomes of the first model's convs, or became of them
+    is_planned: bool = False  # the plan is still to be carried out
     report: Report | None = None  # of `verify`, B against A
     timings: tuple[Timing, ...] = ()  # of `bench`
     flows: tuple[Flow, ...] = ()  # how two streams go through each island

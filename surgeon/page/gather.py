@@ -76,6 +76,7 @@ def gather(
         command=command,
         models=shown,
         plan=plan if plan is not None else _carried_out(shown),
+        is_planned=plan is not None,
         report=report,
         timings=tuple(timings),
         flows=_flows([network for _, network in models], shown, plan),

@@ -54,7 +54,7 @@ def _sentence(data: PageData, found: tuple[Row, ...]) -> str:
         said += "."
     elif "folded" in states:
         said += f". It was converted by the recipe {data.plan.recipe.name}, and its blocks are folded."
-    elif shown is not None and shown.history:
+    elif not data.is_planned:
         said += f". It was converted by the recipe {data.plan.recipe.name}."
     else:
         said += f". This is what the recipe {data.plan.recipe.name} would make of it; nothing is changed yet."
@@ -106,7 +106,9 @@ def _changed(title: str, cost: Cost, name: Costs) -> Figure:
 def _once_fused(data: PageData) -> Iterator[Figure]:
     """Say what a plan leads to once blocks are folded, where that is something else than what is trained."""
     shown = shown_model(data)
-    is_fused = shown is not None and shown.history and shown.history[-1].operation == "fuse"
+    is_fused = not data.is_planned and shown is not None and shown.history[-1:] != () and (
+        shown.history[-1].operation == "fuse"
+    )
     if data.plan is None or is_fused or not data.plan.swaps:
         return
     gained = data.plan.gained
