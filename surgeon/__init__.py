@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from surgeon.figures.kernels import KernelFigures, kernels
     from surgeon.fitting.in_memory import fit, fit_, images
     from surgeon.models.call import Inputs
+    from surgeon.page.make import Page, report
     from surgeon.proof.report import Check, Report
     from surgeon.recipes.recipe import Recipe
     from surgeon.surgery.advice import Advice
@@ -63,6 +64,7 @@ _HOMES = {
     "export": "surgeon.surgery.export",
     "HetConv": "surgeon.blocks.hetconv",
     "Inputs": "surgeon.models.call",
+    **dict.fromkeys(("Page", "report"), "surgeon.page.make"),
     "Operation": "surgeon.surgery.history",
     "OctaveConv": "surgeon.blocks.octave",
     "Plan": "surgeon.surgery.plan",
@@ -92,6 +94,7 @@ __all__ = [
     "KernelFigures",
     "OctaveConv",
     "Operation",
+    "Page",
     "Plan",
     "Recipe",
     "Report",
@@ -115,6 +118,7 @@ __all__ = [
     "plan",
     "recipes_for",
     "reordered",
+    "report",
     "save",
     "survey",
     "verify",

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from surgeon.app.options import Json, about_models
+from surgeon.app.options import Force, Html, Json, about_models
 from surgeon.app.program import command
 from surgeon.app.terminal import bar, show
 
@@ -18,6 +18,8 @@ def verify(
     a: Annotated[str, typer.Argument(metavar="A", help="The reference model.", show_default=False)],
     b: Annotated[str, typer.Argument(metavar="B", help="The model to compare with it.", show_default=False)],
     given: "Given",
+    html: Html = None,
+    force: Force = False,
     json: Json = False,
 ) -> None:
     """Say whether B computes what A does, and where they diverge. Distances are shown as well.
@@ -25,9 +27,14 @@ def verify(
     Exit code: 0 equivalent, 1 different, 2 could not be compared, 3 approximate by design.
     """
     with bar() as progress:
-        from surgeon.app import pairs
+        from surgeon.app import outputs, pairs
         from surgeon.display.report import report_view
 
+        outputs.claim_page(html, given, a, b, force=force)
         found = pairs.verify(a, b, given, progress)
+        if html is not None:
+            from surgeon.app import pages
+
+            pages.of_files(html, [a, b], given, force=force, report=found)
     show(found.to_dict() if json else report_view(found))
     raise typer.Exit({"equivalent": 0, "different": 1, "approximate": 3}[found.verdict])

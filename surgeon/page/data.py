@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from surgeon.analysis.sites import Survey
+from surgeon.figures.kernels import KernelFigures
 from surgeon.page.flow import Flow
 from surgeon.proof.report import Report
 from surgeon.surgery.bench import Timing
@@ -41,10 +42,11 @@ class PageData:
     command: str | None = None  # that made the page, as a user would write it
     models: tuple[Looked, ...] = ()  # the model, or A and B
     plan: Plan | None = None  # what becomes of the first model's convs, or became of them
+    is_planned: bool = False  # the plan is still to be carried out
     report: Report | None = None  # of `verify`, B against A
     timings: tuple[Timing, ...] = ()  # of `bench`
     flows: tuple[Flow, ...] = ()  # how two streams go through each island
-    kernels: tuple[object, ...] = ()  # figures of kernels, one for each model that is shown
+    kernels: KernelFigures | None = None  # of the models that have kernels of more than one tap
     versions: Mapping[str, str] = field(default_factory=dict)
     date: str | None = None  # as it is to be written; None writes none
 

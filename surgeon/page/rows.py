@@ -72,7 +72,8 @@ def rows(data: PageData) -> tuple[Row, ...]:
     """Give the convs of the model that the page shows, in their order."""
     shown = shown_model(data)
     if data.plan is not None:
-        return tuple(_planned(entry, data.plan, shown) for entry in data.plan.convs)
+        done = None if data.is_planned else shown
+        return tuple(_planned(entry, data.plan, done) for entry in data.plan.convs)
     if shown is None or shown.survey is None:
         return ()
     return tuple(_surveyed(site, shown.survey) for site in shown.survey.sites)
@@ -80,12 +81,14 @@ def rows(data: PageData) -> tuple[Row, ...]:
 
 def shown_model(data: PageData) -> Looked | None:
     """Choose the model whose modules are shown: the one to which most was done, where B was made from A."""
+    if data.is_planned:
+        return next(iter(data.models), None)
     with_history = [one for one in data.models if one.history]
     return max(with_history, key=lambda one: len(one.history), default=next(iter(data.models), None))
 
 
 def _planned(entry: Entry, plan: Plan, shown: Looked | None) -> Row:
-    """Describe a conv by what a plan says, and by what is at its place in the model now."""
+    """Describe a conv by what a plan says; if it was carried out, by what is at its place in the model `shown`, too."""
     state = _state(entry, shown)
     measured = shown.survey if shown is not None and state == "folded" else None
     return Row(
@@ -103,7 +106,7 @@ def _state(entry: Entry, shown: Looked | None) -> State:
     """Say what has become of a conv, by the plan and by what stands at its place in the model."""
     if entry.swap is None:
         return "stays"
-    if shown is None or not shown.history:
+    if shown is None:
         return "planned"
     is_block = entry.path in shown.blocks
     return "swapped" if is_block else "folded"
@@ -166,7 +169,9 @@ def _surveyed(site: Site, survey: Survey) -> Row:
     facts += [("also named", ", ".join(site.paths[1:]))] if site.paths[1:] else []
     facts += [("calls in a run", str(site.calls))] if site.calls not in (None, 1) else []
     facts += [("read by", ", ".join(site.readers))] if site.readers else []
-    why = site.obstacle or (f"it can be swapped, but {site.norm_obstacle}" if site.norm_obstacle else "it can be swapped")
+    why = site.obstacle or (
+        f"it can be swapped, but {site.norm_obstacle}" if site.norm_obstacle else "it can be swapped"
+    )
     costs = {name: Cost(value, value) for name in TITLES if (value := getattr(site.cost, name)) is not None}
     geometry = str(site.spec) if site.spec is not None else site.kind
     state: State = "blocked" if site.obstacle else "plain"
@@ -180,7 +185,7 @@ def totals(data: PageData) -> dict[Costs, Cost]:
         cost = shown.survey.cost if shown is not None and shown.survey is not None else None
         found = {name: getattr(cost, name) for name in TITLES} if cost is not None else {}
         return {name: Cost(value, value) for name, value in found.items() if value is not None}
-    now = shown.survey.cost if shown is not None and shown.survey is not None and shown.history else None
+    now = shown.survey.cost if shown is not None and shown.survey is not None and not data.is_planned else None
     made: dict[Costs, Cost] = {}
     for name in TITLES:
         if (change := getattr(data.plan.total, name)) is not None:
