@@ -69,7 +69,9 @@ def forward(
     cut, launch = _Cut(maps[0], count), torch.library.wrap_triton
     pieces, known = cut.empty(maps[0], count, cut.slices, 2), cut.empty(maps[0], 4 * count)
     total = torch.empty_like(maps[0])
-    launch(_measure)[(cut.blocks, cut.slices, count)](*_three(maps), pieces, *cut.shape, cut.slices, cut.steps, **cut.tile)
+    launch(_measure)[(cut.blocks, cut.slices, count)](
+        *_three(maps), pieces, *cut.shape, cut.slices, cut.steps, **cut.tile
+    )
     launch(_settle)[(cut.blocks, count)](
         *(pieces, known, *_three(affine[:count]), *_three(affine[count:])),
         *(*_three(running[:count]), *_three(running[count:])),
