@@ -87,6 +87,32 @@ class Distance:
 
 
 @dataclass(frozen=True, slots=True)
+class Guess:
+    """What probably went wrong at one module, in words and with the evidence.
+
+    `residual`: relative L2 between B and what this fault would have made of it.
+    """
+
+    path: str
+    kind: str
+    says: str
+    residual: float
+
+
+@dataclass(frozen=True, slots=True)
+class Bisected:
+    """The smallest set of modules that, put right, make the difference vanish; empty if no set of modules does.
+
+    `runs`: how often a network was run to find it. `is_seen`: whether any input shows a difference in the outputs.
+    """
+
+    sites: tuple[str, ...]
+    runs: int
+    says: str
+    is_seen: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Report(Shown):
     """The answer of `verify`; it is true if A and B are equivalent."""
 
@@ -97,6 +123,8 @@ class Report(Shown):
     sites: tuple[SiteDistance, ...]
     remarks: tuple[str, ...] = ()
     data: Agreement | None = None  # what both make of the user's images; no part of the verdict
+    guesses: tuple[Guess, ...] = ()
+    bisected: Bisected | None = None
 
     @property
     def equivalent(self) -> bool:
