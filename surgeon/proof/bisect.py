@@ -232,7 +232,9 @@ def _is_named(stretch: Stretch, diverging: Sequence[str]) -> bool:
 
 def _is_other_code(stretch: Stretch, right: nn.Module, wrong: nn.Module) -> bool:
     """Whether a stretch is of other classes, without a tensor that these could come from being folded."""
-    sides = [[one.get_submodule(path) for path in paths] for one, paths in ((right, stretch.in_a), (wrong, stretch.in_b))]
+    sides = [
+        [one.get_submodule(path) for path in paths] for one, paths in ((right, stretch.in_a), (wrong, stretch.in_b))
+    ]
     has_tensors = any(True for side in sides for module in side for _ in module.state_dict().values())
     return not has_tensors and [kind_of(one) for one in sides[0]] != [kind_of(one) for one in sides[1]]
 

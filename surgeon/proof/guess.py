@@ -38,7 +38,9 @@ def guesses(models: Explained, inputs: Inputs, diverging: Sequence[str]) -> tupl
     paths = _with_holders(models, diverging)[:MOST] or _unlike(models)[:MOST] or [""]
     with torch.no_grad():
         try:
-            made = list(_of_replay(models, inputs, paths) if models.replay is not None else _of_a(models, inputs, paths))
+            made = list(
+                _of_replay(models, inputs, paths) if models.replay is not None else _of_a(models, inputs, paths)
+            )
         except VerifyError:
             return ()
         found = [guess(case) for case in made]
@@ -127,7 +129,12 @@ def _of_stretch(models: Explained, recorder: Recorder, stretch: Stretch, path: s
     calls = recorder.calls(stretch)
     if len(ours) == len(theirs) and path in stretch.in_a and len(ours) > 1:  # the step that is named
         i = stretch.in_a.index(path)
-        ours, theirs, own, calls = ours[i : i + 1], theirs[i : i + 1], own[i : i + 1], [one.read() for one in recorder.recordings[path]]
+        ours, theirs, own, calls = (
+            ours[i : i + 1],
+            theirs[i : i + 1],
+            own[i : i + 1],
+            [one.read() for one in recorder.recordings[path]],
+        )
     origins: Sequence[nn.Module] = []
     expected, units = _row(ours), 1.0
     if [kind_of(one) for one in ours] != [kind_of(one) for one in theirs] and isinstance(theirs[0], nn.Conv2d):
@@ -138,9 +145,7 @@ def _of_stretch(models: Explained, recorder: Recorder, stretch: Stretch, path: s
     return Case(path, expected, _row(theirs), _row(own), origins, others, calls, models.dtype, units)
 
 
-def _recorded(
-    models: Explained, model: nn.Module, paths: Sequence[str], inputs: Inputs
-) -> dict[str, list[Recording]]:
+def _recorded(models: Explained, model: nn.Module, paths: Sequence[str], inputs: Inputs) -> dict[str, list[Recording]]:
     """Record what modules are given in a run, and what they give."""
     found: dict[str, list[Recording]] = {}
     hooks = []

@@ -25,4 +25,6 @@ class Elsewhere(Hypothesis):
             if {key: tensor.shape for key, tensor in theirs.items()} != shapes:
                 continue
             if (residual := case.explained(theirs)) is not None:
-                yield case.guess("weights of another layer", f"B has the tensors of {path} here {close(residual)}", residual)
+                yield case.guess(
+                    "weights of another layer", f"B has the tensors of {path} here {close(residual)}", residual
+                )

@@ -66,7 +66,12 @@ class AnotherKind(Hypothesis):
     def guess(self, case: Case) -> Iterator[Guess]:
         one, other = kind_of(case.expected), kind_of(case.found)
         is_torchs = all(kind.__module__.startswith("torch.nn.") for kind in (one, other))
-        if one is other or not is_torchs or issubclass(one, nn.Conv2d) or isinstance(case.found, nn.Sequential | nn.Identity):
+        if (
+            one is other
+            or not is_torchs
+            or issubclass(one, nn.Conv2d)
+            or isinstance(case.found, nn.Sequential | nn.Identity)
+        ):
             return
         what = family(case.expected)
         says = f"B has a {other.__name__} where a {one.__name__} is expected"

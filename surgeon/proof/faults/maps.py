@@ -72,7 +72,9 @@ def _moved(case: Case) -> Iterator[Guess]:
                 continue
             if (residual := case.gives(made, cut=_inside)) is not None:
                 says = f"with its {what} moved {way} by one pixel, the expected module gives what B gives inside"
-                yield case.guess("padding amount", f"{says} {close(residual)}: the padding lies on other sides", residual)
+                yield case.guess(
+                    "padding amount", f"{says} {close(residual)}: the padding lies on other sides", residual
+                )
 
 
 def _on_result(case: Case, one: Recording, rows: int, columns: int) -> object:
@@ -94,7 +96,9 @@ def _rolled(tensor: Tensor, rows: int, columns: int) -> Tensor:
 
 def _at_borders(case: Case) -> Iterator[Guess]:
     pairs = [(_inside(a), _inside(b)) for a, b in case.maps() if a.dim() == 4]
-    if not pairs or any(not a.numel() or a.shape == whole.shape for (a, _), (whole, _) in zip(pairs, case.maps(), strict=False)):
+    if not pairs or any(
+        not a.numel() or a.shape == whole.shape for (a, _), (whole, _) in zip(pairs, case.maps(), strict=False)
+    ):
         return
     residual = max(relative_l2(b, a) for a, b in pairs)
     if residual <= case.limit and residual * 10 <= case.apart:

@@ -28,7 +28,11 @@ class NormTensors(Hypothesis):
         tried: list[tuple[str, str, dict[str, Tensor]]] = [
             ("mean lost", "its running mean is zero", {"running_mean": zero}),
             ("sign", "its running mean has the other sign", {"running_mean": -wanted["running_mean"]}),
-            ("statistics", "its running statistics are those of a new norm", {"running_mean": zero, "running_var": one}),
+            (
+                "statistics",
+                "its running statistics are those of a new norm",
+                {"running_mean": zero, "running_var": one},
+            ),
         ]
         if "weight" in wanted and "bias" in wanted:
             tried += [

@@ -22,4 +22,6 @@ class NotFinite(Hypothesis):
                 yield case.guess("not finite", says)
         for wanted, found in case.maps() if not case.off else ():
             if wanted.is_floating_point() and (odd := int((~found.isfinite() & wanted.isfinite()).sum())):
-                yield case.guess("not finite", f"{odd} numbers of what B gives are NaN or infinite, and its weights not")
+                yield case.guess(
+                    "not finite", f"{odd} numbers of what B gives are NaN or infinite, and its weights not"
+                )

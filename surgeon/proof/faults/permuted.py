@@ -30,7 +30,9 @@ class Permuted(Hypothesis):
                 residual = case.changed(lambda one, axis=axis, order=order: _permuted(one, axis, order))  # type: ignore[misc]
                 if residual is not None:
                     says = f"{what} channels of {key} lie in another order ({_in_words(order)})"
-                    yield case.guess("channels permuted", f"{says}: so the expected one is B's {close(residual)}", residual)
+                    yield case.guess(
+                        "channels permuted", f"{says}: so the expected one is B's {close(residual)}", residual
+                    )
 
 
 def _order(wanted: Tensor, held: Tensor) -> Tensor | None:

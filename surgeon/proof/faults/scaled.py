@@ -50,7 +50,11 @@ def _by_row(one: Tensor, factors: Tensor) -> Tensor | None:
 def _in_words(key: str, factors: Tensor, residual: float) -> tuple[str, str]:
     changed = factors[(factors != 1).nonzero().flatten()]
     which = "" if len(factors) == 1 else f"{len(changed)} of {len(factors)} filters of "
-    span = f"{changed.min():.6g}" if changed.max() - changed.min() < 1e-6 else f"{changed.min():.4g} to {changed.max():.4g}"
+    span = (
+        f"{changed.min():.6g}"
+        if changed.max() - changed.min() < 1e-6
+        else f"{changed.min():.4g} to {changed.max():.4g}"
+    )
     is_sign = bool(((changed + 1).abs() < 1e-3).all())
     kind = "sign" if is_sign else "scale"
     what = "have the other sign" if is_sign else f"are scaled by {span}"
