@@ -37,6 +37,19 @@ Markdown = Annotated[
     str | None,
     typer.Option("--markdown", metavar="FILE", help="Also write a summary as .md for GitHub; - prints it instead."),
 ]
+Map = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--map",
+        metavar="A=B",
+        help="A module of A and the one of B that belongs to it though its name differs, with all that lies in them: "
+        "features.0=stem. May be repeated; modules with the same tensors are found without.",
+    ),
+]
+Bisect = Annotated[
+    bool,
+    typer.Option("--bisect", help="If they differ, find the smallest set of modules that explains it, by halving."),
+]
 
 
 @command("Example: surgeon verify model.acnet.pt model.acnet.fused.pt   exits 0 if they are equivalent")
@@ -53,6 +66,8 @@ def verify(
     junit: JUnit = None,
     markdown: Markdown = None,
     force: Force = False,
+    map_: Map = None,
+    bisect: Bisect = False,
 ) -> None:
     """Say whether B computes what A does, and where they diverge. Distances are shown as well.
 
@@ -71,7 +86,7 @@ def verify(
         reports = Reports(junit, markdown, force)
         reports.claim(pairs.read_for(a, b, given, images))
         outputs.claim_page(html, given, a, b, force=force)
-        found = pairs.verify(a, b, given, progress, images=images)
+        found = pairs.verify(a, b, given, progress, images=images, names=map_, bisect=bisect)
         if html is not None and found is not None:
             from surgeon.app import pages
 

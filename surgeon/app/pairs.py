@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from surgeon.analysis import example as examples
 from surgeon.app import outputs
@@ -13,18 +15,27 @@ from surgeon.app.images import Images
 from surgeon.fitting import on_data
 from surgeon.fitting.processes import joined
 from surgeon.models.progress import Progress, parts, silent
+from surgeon.proof import matching
 from surgeon.proof.report import Report
 from surgeon.surgery import compare
 
 
 def verify(
-    name_a: str, name_b: str, given: Given, progress: Progress = silent, *, images: Images | None = None
+    name_a: str,
+    name_b: str,
+    given: Given,
+    progress: Progress = silent,
+    *,
+    images: Images | None = None,
+    names: Sequence[str] | None = None,
+    bisect: bool = False,
 ) -> Report | None:
     """Load two models and compare them, also on images if there are any.
 
     Of several processes each looks at its share of the images, and the first one compares the models; the others give
     None.
     """
+    how: dict[str, Any] = {"names": dict(matching.pairs_in(names or ())), "bisect": bisect}
     progress(f"loading {name_a}", 0)
     a = opened(name_a, given)
     progress(f"loading {name_b}", 0.1)
@@ -41,7 +52,7 @@ def verify(
             return None
         inputs = inputs or [next(iter(data)).inputs.batched(1)]
     step = parts(progress, 0.6 if found else 0.2, 1)
-    return replace(compare.verify(a, b, inputs or None, seed=given.seed, progress=step), data=found)
+    return replace(compare.verify(a, b, inputs or None, seed=given.seed, progress=step, **how), data=found)
 
 
 def read_for(name_a: str, name_b: str, given: Given, images: Images | None) -> list[str | Path]:

@@ -153,7 +153,8 @@ def _recorded(models: Explained, model: nn.Module, paths: Sequence[str], inputs:
         module = model.get_submodule(path)
 
         def before(_: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
-            found.setdefault(path, []).append(Recording(*_copied((args, kwargs)), None))
+            given, named = _copied((args, kwargs))
+            found.setdefault(path, []).append(Recording(given, named, None))
 
         def after(_: nn.Module, args: Any, out: Any, path: str = path) -> None:
             found[path][-1].out = _copied(out)

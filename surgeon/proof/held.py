@@ -29,7 +29,13 @@ class Held:
     """The models in their dtypes and in `exact`, which is float64 if A runs there; and the modules that they share."""
 
     def __init__(
-        self, a: nn.Module, b: nn.Module, replay: Replay | None, seed: int, exact: torch.dtype, named: matching.Pairs = ()
+        self,
+        a: nn.Module,
+        b: nn.Module,
+        replay: Replay | None,
+        seed: int,
+        exact: torch.dtype,
+        named: matching.Pairs = (),
     ) -> None:
         cast = None if replay is None else replay.dtype
         self.dtype, self.exact, self.seed = cast or dtype_of(a), exact, seed

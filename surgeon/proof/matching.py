@@ -61,15 +61,17 @@ def pairs_in(texts: Sequence[str]) -> list[tuple[str, str]]:
     [('features.0', 'stem')]
 
     Raises:
-        VerifyError: one of them is no pair.
+        VerifyError: one of them is no pair, or two begin with the same name.
     """
-    found = []
+    found: list[tuple[str, str]] = []
     for text in texts:
         one, is_pair, other = text.partition("=")
         if not (is_pair and one.strip() and other.strip()) or "=" in other:
             raise VerifyError(
                 f"--map {text} is not a pair of names", todo="Write A's name, =, and B's: --map features.0=stem."
             )
+        if one.strip() in dict(found):
+            raise VerifyError(f"--map names {one.strip()} of A twice", todo="Give every module one counterpart.")
         found.append((one.strip(), other.strip()))
     return found
 

@@ -54,8 +54,9 @@ def verify(
     """Compare B with A on each of the inputs; neither is changed, whatever mode it is in.
 
     `approximate` says that B was not meant to compute what A does; then only its stored tensors are judged.
-    `named` are modules of A and of B that belong together though their names differ, which only counts without a replay.
-    With `bisecting`, which is told how far that is, the smallest set of modules that explains a difference is looked for.
+    `named` are modules of A and of B that belong together though their names differ, which only counts
+    without a replay. With `bisecting`, which is told how far that is, the smallest set of modules that explains a
+    difference is looked for.
 
     Raises:
         VerifyError: the outputs differ in structure, shape or dtype, or a model does not run.

@@ -141,6 +141,13 @@ class Case:
             return None
         return self.gives(made, cut=cut)
 
+    def behind(self, change: Callable[[Tensor], Tensor]) -> float | None:
+        """Try one change of what B gives, and say how far that is from what is expected; None if not near."""
+        mine = [None if out is None else pytree.tree_map_only(Tensor, change, out) for out in self.outs]
+        pairs = zip(mine, self.calls, strict=True)
+        found = max((far_apart(out, one.out) for out, one in pairs), default=math.inf)
+        return found if found <= self.limit and found * _NEARER <= self.apart else None
+
     def made_by(self, module: nn.Module | None) -> float | None:
         """Try a module in place of the expected one, and say how far B's outputs are from its own."""
         if module is None:
