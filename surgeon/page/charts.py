@@ -135,7 +135,7 @@ def upwards(axis: Axis, height: float, *, zero: bool = False) -> Markup:
 
 
 def dot(x: float, y: float, colour: str, said: str, *, mark: str = "circle", size: float = 5) -> Markup:
-    """Draw a point with a text for those who point at it; `mark` is circle, ring, square, or diamond (what is wrong)."""
+    """Draw a point with a text for those who point at it; `mark` is circle, ring, square or diamond."""
     title = element("title", said) if said else None
     if mark in ("circle", "ring"):
         style = {"class_": f"fill-{colour}"} if mark == "circle" else {"class_": f"ch-ring stroke-{colour}"}
