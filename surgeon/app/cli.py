@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from surgeon.app import on_path, on_pairs, on_models, on_kernels, on_pages, shelf  # isort: skip  (commands are listed in this order)
+from surgeon.app import on_path, on_pairs, on_models, on_kernels, on_pages, shelf  # isort: skip  (in this order)
 from surgeon.app.program import app
 from surgeon.app.stopping import Stopped, stoppable
 from surgeon.app.terminal import NobodyReads, complain, complain_of, notes, parsing

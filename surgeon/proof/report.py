@@ -9,7 +9,9 @@ from rich.console import RenderableType
 
 from surgeon.display.report import report_view
 from surgeon.display.shown import Shown
+from surgeon.proof.agreement import Agreement
 
+SCHEMA = "verify-1"  # of `Report.to_dict`; docs/schemas has it
 Verdict = Literal["equivalent", "different", "approximate"]
 Asks = Literal["mathematics", "storage", "arithmetic"]  # is it right, is what is stored that, does it round no worse
 Unit = Literal["relative L2", "ulp", "count", "times"]  # "times": of what rounding the weights explains
@@ -85,6 +87,32 @@ class Distance:
 
 
 @dataclass(frozen=True, slots=True)
+class Guess:
+    """What probably went wrong at one module, in words and with the evidence.
+
+    `residual`: relative L2 between B and what this fault would have made of it.
+    """
+
+    path: str
+    kind: str
+    says: str
+    residual: float
+
+
+@dataclass(frozen=True, slots=True)
+class Bisected:
+    """The smallest set of modules that, put right, make the difference vanish; empty if no set of modules does.
+
+    `runs`: how often a network was run to find it. `is_seen`: whether any input shows a difference in the outputs.
+    """
+
+    sites: tuple[str, ...]
+    runs: int
+    says: str
+    is_seen: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Report(Shown):
     """The answer of `verify`; it is true if A and B are equivalent."""
 
@@ -94,6 +122,9 @@ class Report(Shown):
     distances: tuple[Distance, ...]
     sites: tuple[SiteDistance, ...]
     remarks: tuple[str, ...] = ()
+    data: Agreement | None = None  # what both make of the user's images; no part of the verdict
+    guesses: tuple[Guess, ...] = ()
+    bisected: Bisected | None = None
 
     @property
     def equivalent(self) -> bool:
@@ -115,7 +146,8 @@ class Report(Shown):
     def to_dict(self) -> dict[str, Any]:
         """Give plain data; `first_to_part`, and `parts` of a site, are the old names of what diverges."""
         first = self.first_to_diverge
-        data = {"equivalent": self.equivalent, "first_to_diverge": first, "first_to_part": first} | asdict(self)
+        data: dict[str, Any] = {"schema": SCHEMA, "equivalent": self.equivalent, "first_to_diverge": first}
+        data |= {"first_to_part": first} | asdict(self)
         data["sites"] = tuple(site | {"parts": site["diverges"]} for site in data["sites"])
         return data
 
