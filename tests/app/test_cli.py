@@ -28,7 +28,7 @@ from surgeon.app.cli import app, main
 from surgeon.app.demo.net import SmallResNet
 from surgeon.display.report import report_view
 
-COMMANDS = ("convert", "fit", "fuse", "verify", "survey", "plan", "bench", "recipes", "blocks", "demo")
+COMMANDS = ("convert", "fit", "fuse", "verify", "survey", "plan", "bench", "kernels", "recipes", "blocks", "demo")
 
 
 class Result:
