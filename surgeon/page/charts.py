@@ -15,6 +15,7 @@ from markupsafe import Markup
 from surgeon.page.markup import element, joined
 
 _MOST_TICKS = 8
+_STRONG = 0.69  # of the colour of heat maps: from here on, text of the other colour is easier to read
 _GAP = 16  # pixels between the bottom of a drawing and the numbers below it
 
 
@@ -63,12 +64,14 @@ class Axis:
     def ticks(self) -> list[tuple[float, str]]:
         """List the places that are written beside the axis, and what is written there.
 
+        >>> [said for _, said in Axis(0.0, 1.0).ticks()]
+        ['0', '0.2', '0.4', '0.6', '0.8', '1']
         >>> Axis(-3, 0, log=True).ticks()
         [(0.0, '1e-3'), (0.3333333333333333, '0.01'), (0.6666666666666666, '0.1'), (1.0, '1')]
         """
         wide = self.most - self.least
         step = max(1.0, math.ceil(wide / _MOST_TICKS)) if self.log else _step(self.most)
-        count = round(wide // step) + 1
+        count = math.floor(wide / step + 1e-9) + 1
         numbers = [self.least + i * step for i in range(count)]
         return [((one - self.least) / wide, power(round(one)) if self.log else f"{one:.4g}") for one in numbers]
 
@@ -202,12 +205,12 @@ def heat_map(title: str, matrix: Sequence[Sequence[float]], *, cell: int = 44) -
     parts = []
     for y, row in enumerate(matrix):
         for x, number in enumerate(row):
-            step = min(9, max(0, int(number * 10)))
             where = {"x": x * cell, "y": y * cell, "width": cell, "height": cell}
-            parts.append(element("rect", class_=f"heat-{step}", **where))
+            parts.append(element("rect", class_="heat", fill_opacity=f"{min(1.0, max(0.0, number)):.2f}", **where))
             if cell >= 30:
                 at = {"x": x * cell + cell / 2, "y": y * cell + cell / 2 + 4, "text_anchor": "middle"}
-                parts.append(element("text", f"{number:.2f}", class_=f"heat-on-{step}", **at))
+                on = "on-strong" if number >= _STRONG else "on-weak"
+                parts.append(element("text", f"{number:.2f}", class_=on, **at))
     says = "; ".join(" ".join(f"{number:.2f}" for number in row) for row in matrix)
     named = [element("title", title), element("desc", f"Rows from the top: {says}")]
     size = {"width": wide * cell, "height": rows * cell, "viewBox": f"0 0 {wide * cell} {rows * cell}"}
