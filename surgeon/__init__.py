@@ -39,9 +39,12 @@ if TYPE_CHECKING:
     from surgeon.blocks.hetconv import HetConv
     from surgeon.blocks.octave import OctaveConv
     from surgeon.conv.spec import ConvSpec
+    from surgeon.figures.kernels import KernelFigures, kernels
     from surgeon.fitting.in_memory import fit, fit_, images
+    from surgeon.fitting.on_data import agreement
     from surgeon.models.call import Inputs
     from surgeon.page.make import Page, report
+    from surgeon.proof.agreement import Agreement
     from surgeon.proof.report import Check, Report
     from surgeon.recipes.recipe import Recipe
     from surgeon.surgery.advice import Advice
@@ -56,6 +59,8 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())  # else Python wou
 _HOMES = {
     "ACBlock": "surgeon.blocks.acblock",
     "Advice": "surgeon.surgery.advice",
+    "Agreement": "surgeon.proof.agreement",
+    "agreement": "surgeon.fitting.on_data",
     **dict.fromkeys(("Block", "BlockOptions", "Deployable", "Foldable", "Trial"), "surgeon.blocks.base"),
     **dict.fromkeys(("Check", "Report"), "surgeon.proof.report"),
     "ConvSpec": "surgeon.conv.spec",
@@ -70,6 +75,7 @@ _HOMES = {
     "Recipe": "surgeon.recipes.recipe",
     "Survey": "surgeon.analysis.sites",
     "SurgeonError": "surgeon.errors",
+    **dict.fromkeys(("KernelFigures", "kernels"), "surgeon.figures.kernels"),
     **dict.fromkeys(("fit", "fit_", "images"), "surgeon.fitting.in_memory"),
     "reordered": "surgeon.surgery.reorder",
     **dict.fromkeys(("convert", "convert_", "fuse", "fuse_", "history", "load"), "surgeon.api"),
@@ -80,6 +86,7 @@ _HOMES = {
 __all__ = [
     "ACBlock",
     "Advice",
+    "Agreement",
     "Block",
     "BlockOptions",
     "Check",
@@ -89,6 +96,7 @@ __all__ = [
     "Foldable",
     "HetConv",
     "Inputs",
+    "KernelFigures",
     "OctaveConv",
     "Operation",
     "Page",
@@ -99,6 +107,7 @@ __all__ = [
     "Survey",
     "Trial",
     "__version__",
+    "agreement",
     "convert",
     "convert_",
     "errors",
@@ -109,6 +118,7 @@ __all__ = [
     "fuse_",
     "history",
     "images",
+    "kernels",
     "load",
     "new_parameters",
     "plan",

@@ -270,7 +270,7 @@ def bench(names: Sequence[str], given: Given, trials: Trials, progress: Progress
     """Time models against each other on inputs of the first one's kind."""
     benching.check(trials.settings, given.device)
     models = []
-    for i, (label, name) in enumerate(zip(_labels(names), names, strict=True)):
+    for i, (label, name) in enumerate(zip(labels(names), names, strict=True)):
         progress(f"loading {name}", 0.1 * i / len(names))
         models.append((label, _load(name, given, to_time=True).model))
     inputs = _network(models[0][1], given).inputs
@@ -359,7 +359,7 @@ def _network(
     return network
 
 
-def _labels(names: Sequence[str]) -> list[str]:
+def labels(names: Sequence[str]) -> list[str]:
     """Shorten files to their own names, unless two have the same name."""
     short = [Path(name).name for name in names]
     return short if len(set(short)) == len(short) else list(names)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from surgeon.analysis.sites import Survey
+from surgeon.figures.kernels import KernelFigures
 from surgeon.page.flow import Flow
 from surgeon.proof.report import Report
 from surgeon.surgery.bench import Timing
@@ -45,7 +46,7 @@ class PageData:
     report: Report | None = None  # of `verify`, B against A
     timings: tuple[Timing, ...] = ()  # of `bench`
     flows: tuple[Flow, ...] = ()  # how two streams go through each island
-    kernels: tuple[object, ...] = ()  # figures of kernels, one for each model that is shown
+    kernels: KernelFigures | None = None  # of the models that have kernels of more than one tap
     versions: Mapping[str, str] = field(default_factory=dict)
     date: str | None = None  # as it is to be written; None writes none
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import string
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -10,7 +13,8 @@ from surgeon.analysis import sites
 from surgeon.analysis.network import Network
 from surgeon.analysis.sites import Survey
 from surgeon.blocks import Block
-from surgeon.errors import CaptureError
+from surgeon.errors import CaptureError, FigureError, ModelError
+from surgeon.figures.kernels import KernelFigures, NetworkKernels, kernels
 from surgeon.files.exports.compiled import Compiled
 from surgeon.models.copies import kind_of, shadow, to_meta
 from surgeon.page.data import Looked, PageData, Part
@@ -65,6 +69,7 @@ def gather(
     versions: Mapping[str, str] | None = None,
     date: str | None = None,
     command: str | None = None,
+    seed: int = 0,
 ) -> PageData:
     """Look at models, and put together what is known of them.
 
@@ -80,6 +85,7 @@ def gather(
         report=report,
         timings=tuple(timings),
         flows=_flows([network for _, network in models], shown, plan),
+        kernels=_kernels(models, seed),
         versions=histories.versions() if versions is None else versions,
         date=date,
     )
@@ -89,6 +95,17 @@ def _carried_out(shown: Sequence[Looked]) -> Plan | None:
     """Read the plan that was carried out last from the history of a model."""
     plans = [step.plan for one in reversed(shown) for step in reversed(one.history) if step.plan is not None]
     return Plan.model_validate(plans[0]) if plans else None
+
+
+def _kernels(models: Sequence[tuple[str, Network]], seed: int) -> KernelFigures | None:
+    """Measure the kernels of the models that have some, beside untrained ones; exports and empty weights have none."""
+    found: list[NetworkKernels] = []
+    for name, network in models:
+        if not isinstance(network.model, Compiled):
+            with contextlib.suppress(FigureError, ModelError):
+                found += kernels({name: network.model}, network.inputs, seed=seed).networks
+    labelled = [replace(one, label=f"({letter})") for one, letter in zip(found, string.ascii_lowercase, strict=False)]
+    return KernelFigures(tuple(labelled), seed) if labelled else None
 
 
 def _flows(networks: Sequence[Network], shown: Sequence[Looked], plan: Plan | None) -> tuple[Flow, ...]:

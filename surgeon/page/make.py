@@ -138,7 +138,7 @@ def page_of(
         rest["timings"] = _timed(models, first, bench, parts(progress, 0.6, 0.9))
     progress("drawing", 0.9)
     rest["date"] = rest.get("date") or datetime.date.today().isoformat()
-    return Page(gather(networks, plan=plan, **rest))
+    return Page(gather(networks, plan=plan, seed=seed, **rest))
 
 
 def _network(model: nn.Module, example: Example | None, plan: Plan | None, seed: int) -> Network:

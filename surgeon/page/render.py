@@ -37,7 +37,9 @@ def render(data: PageData) -> str:
 @cache
 def _all_of(suffix: str) -> str:
     """Put the files of one kind one behind the other, those of the page itself first."""
-    files = [one for one in resources.files("surgeon.page").joinpath("templates").iterdir() if one.name.endswith(suffix)]
+    files = [
+        one for one in resources.files("surgeon.page").joinpath("templates").iterdir() if one.name.endswith(suffix)
+    ]
     files.sort(key=lambda one: (not one.name.startswith("page"), one.name))
     return "\n" + "\n".join(one.read_text(encoding="utf-8").strip() for one in files) + "\n"
 

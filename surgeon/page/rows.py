@@ -169,7 +169,9 @@ def _surveyed(site: Site, survey: Survey) -> Row:
     facts += [("also named", ", ".join(site.paths[1:]))] if site.paths[1:] else []
     facts += [("calls in a run", str(site.calls))] if site.calls not in (None, 1) else []
     facts += [("read by", ", ".join(site.readers))] if site.readers else []
-    why = site.obstacle or (f"it can be swapped, but {site.norm_obstacle}" if site.norm_obstacle else "it can be swapped")
+    why = site.obstacle or (
+        f"it can be swapped, but {site.norm_obstacle}" if site.norm_obstacle else "it can be swapped"
+    )
     costs = {name: Cost(value, value) for name in TITLES if (value := getattr(site.cost, name)) is not None}
     geometry = str(site.spec) if site.spec is not None else site.kind
     state: State = "blocked" if site.obstacle else "plain"

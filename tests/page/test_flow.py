@@ -49,17 +49,15 @@ def names(flow: Flow) -> list[str]:
 
 
 def test_the_steps_on_both_streams_are_one_and_norms_belong_to_their_conv(flow: Flow) -> None:
-    assert names(flow) == ["x", "first", "second", "sum", "third", "mix", "output"]
-    first, second, total = flow.steps[1:4]
-    assert (first.kind, first.high, first.low) == ("octave", 4, 4)
-    assert first.then[-1] == "relu"
-    assert "Norm" in first.then[0]
-    assert total.reads == (1, 2)
-    assert (second.reads, total.high, total.low) == ((1,), 4, 4)
+    assert names(flow) == ["x", "first", "second", "split", "sum", "third", "output"]
+    first, second, split, total = flow.steps[1:5]
+    assert (first.kind, first.high, first.low, first.then) == ("conv", 8, 0, ("BatchNorm2d", "relu"))
+    assert (second.kind, second.reads, second.high, second.low) == ("octave", (1,), 4, 4)
+    assert (split.reads, total.reads, total.high, total.low) == ((1,), (3, 2), 4, 4)
 
 
 def test_where_streams_end_the_channels_are_whole_again(flow: Flow) -> None:
-    third = flow.steps[4]
+    third = flow.steps[5]
     assert (third.high, third.low) == (8, 0)  # the conv in front of what needs the whole map writes one stream
 
 

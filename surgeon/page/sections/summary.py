@@ -82,7 +82,9 @@ def _swapped(found: tuple[Row, ...]) -> Iterator[Figure]:
     if not swapped:
         blocked = sum(row.state == "blocked" for row in found)
         if found and all(row.state in ("plain", "blocked") for row in found):
-            yield Figure("Convs", str(len(found)), f"{blocked} of them cannot be swapped" if blocked else "all can be swapped")
+            yield Figure(
+                "Convs", str(len(found)), f"{blocked} of them cannot be swapped" if blocked else "all can be swapped"
+            )
         elif found:
             yield Figure("Convs swapped", f"0 of {len(found)}")
         return
@@ -106,8 +108,11 @@ def _changed(title: str, cost: Cost, name: Costs) -> Figure:
 def _once_fused(data: PageData) -> Iterator[Figure]:
     """Say what a plan leads to once blocks are folded, where that is something else than what is trained."""
     shown = shown_model(data)
-    is_fused = not data.is_planned and shown is not None and shown.history[-1:] != () and (
-        shown.history[-1].operation == "fuse"
+    is_fused = (
+        not data.is_planned
+        and shown is not None
+        and shown.history[-1:] != ()
+        and (shown.history[-1].operation == "fuse")
     )
     if data.plan is None or is_fused or not data.plan.swaps:
         return
