@@ -96,7 +96,8 @@ class _Reader:
     def _is_pair(self, node: fx.Node) -> bool:
         """Whether a step takes one of two streams out of a pair."""
         place, lane = self.at[node.all_input_nodes[0]]
-        return lane is None and self.steps[place].low > 0 and node.args[1] in (0, 1)
+        step = self.steps[place]
+        return lane is None and (step.low > 0 or step.kind == "octave") and node.args[1] in (0, 1)
 
     def _is_alone(self, node: fx.Node) -> bool:
         """Whether a step treats every number, or every channel, alone."""
