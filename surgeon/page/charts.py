@@ -50,15 +50,15 @@ class Axis:
         return cls(0.0, round(math.ceil((most or 1.0) / step) * step, 12))
 
     def at(self, number: float) -> float:
-        """Give the place of a number as a share of the axis; what lies beyond is put at its ends.
+        """Give the place of a number as a share of the axis; what lies beyond is put at its ends, NaN at the last.
 
         >>> Axis(-8, 0, log=True).at(1e-6), Axis(-8, 0, log=True).at(0.0), Axis(0, 2).at(math.inf)
         (0.25, 0.0, 1.0)
         """
-        if self.log:
-            number = math.log10(number) if number > 0 else -math.inf
         if math.isnan(number):
             return 1.0
+        if self.log:
+            number = math.log10(number) if number > 0 else -math.inf
         return min(1.0, max(0.0, (number - self.least) / (self.most - self.least)))
 
     def ticks(self) -> list[tuple[float, str]]:
