@@ -22,7 +22,7 @@ from surgeon.page.base import Section
 from surgeon.page.data import Looked, PageData
 from surgeon.page.markup import element
 from surgeon.page.render import render
-from surgeon.page.rows import rows
+from surgeon.page.rows import rows, totals
 from surgeon.page.sections import sections
 
 SHAPE = (1, 3, 16, 16)
@@ -154,6 +154,19 @@ def test_a_converted_and_a_fused_model_show_what_became_of_them() -> None:
     assert other.data.report
     assert "equivalent" in Read(other.html).text
     assert len(other.data.history) == 2
+
+
+def test_another_input_than_the_plans_does_not_look_like_a_cost_of_folding() -> None:
+    fused = surgeon.fuse(surgeon.convert(net(), "acnet", SHAPE), SHAPE)
+    made = surgeon.report(fused, example=(2, *SHAPE[1:]), date="1 May 2026")
+    costs = rows(made.data)[0].costs
+    assert (costs["macs"].before, costs["macs"].after) == (55296, 55296)
+    assert costs["params"].after == 3 * 8 * 9 + 8
+    assert totals(made.data)["macs"].ratio == 1
+
+
+def test_a_rewritten_network_is_called_by_the_class_that_it_had(octave: surgeon.Page) -> None:
+    assert octave.data.title == "Sequential"
 
 
 def test_a_plain_model_is_shown_without_a_plan_and_costs_once() -> None:
