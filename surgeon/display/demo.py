@@ -15,6 +15,8 @@ from surgeon.display.sheet import Line
 if TYPE_CHECKING:
     from surgeon.app.demo.run import Demo, Snapshot
 
+_KEEP = "report.html to look at it all: surgeon demo --keep FOLDER leaves it there, with the models"
+
 
 def demo_view(demo: Demo) -> RenderableType:
     train, test = demo.images
@@ -29,6 +31,8 @@ def demo_view(demo: Demo) -> RenderableType:
         Line(""),
         Line("the folded network compared with the trained one:"),
         report_view(demo.report),
+        Line(""),
+        Line(f"open {demo.page or _KEEP}"),
     )
 
 

@@ -137,7 +137,8 @@ class _Reader:
             return self._module(str(node.target), self.modules[str(node.target)], reads, high)
         name = _name_of(node)
         if node.target is streams.split:
-            low = sum(stop - start for start, stop in node.args[1])  # type: ignore[union-attr, misc, operator, str-bytes-safe]
+            ranges: Any = node.args[1]
+            low = sum(stop - start for start, stop in ranges)
             return FlowStep("split", "split", reads=reads, high=None if high is None else high - low, low=low)
         if node.target in (streams.join, streams.interleave):
             low = self.steps[reads[0]].low

@@ -46,10 +46,12 @@ def test_every_command_that_can_writes_its_page(folder: Path) -> None:
     assert run("fuse", "net.acnet.pt", "--html", "fuse.html") == 0
     assert run("verify", "net.acnet.pt", "net.acnet.fused.pt", "--html", "verify.html") == 0
     assert run("bench", "net.pt", "--rounds", "3", "-i", SHAPE, "--html", "bench.html") == 0
-    said = {name: (folder / f"{name}.html").read_text(encoding="utf-8") for name in ("plan", "convert", "fuse", "verify")}
+    said = {
+        name: (folder / f"{name}.html").read_text(encoding="utf-8") for name in ("plan", "convert", "fuse", "verify")
+    }
     assert "nothing is changed yet" in said["plan"]
-    assert "data-state=\"swapped\"" in said["convert"]
-    assert "data-state=\"folded\"" in said["fuse"]
+    assert 'data-state="swapped"' in said["convert"]
+    assert 'data-state="folded"' in said["fuse"]
     assert "equivalent" in said["verify"]
     assert (folder / "bench.html").exists()
 

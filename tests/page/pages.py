@@ -21,7 +21,8 @@ class Read(HTMLParser):
         assert not self.open, f"not closed: {self.open}"
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, {name: value or "" for name, value in attrs}))
+        within = {"within": "svg"} if tag == "svg" and "svg" in self.open else {}
+        self.elements.append((tag, {name: value or "" for name, value in attrs} | within))
         if tag not in VOID:
             self.open.append(tag)
 

@@ -90,7 +90,7 @@ def test_steps_of_one_stream_are_put_together_where_they_are_many() -> None:
     last = found.steps[-2]
     assert last.kind == "more"
     assert last.paths == ("1", "3", "5")
-    assert last.name == "5 steps in one stream"
+    assert last.name == "4 steps in one stream"
 
 
 def test_the_drawing_has_a_row_for_every_step_and_says_why_there_is_a_seam(flow: Flow) -> None:
