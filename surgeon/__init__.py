@@ -41,7 +41,10 @@ if TYPE_CHECKING:
     from surgeon.conv.spec import ConvSpec
     from surgeon.figures.kernels import KernelFigures, kernels
     from surgeon.fitting.in_memory import fit, fit_, images
+    from surgeon.fitting.on_data import agreement
     from surgeon.models.call import Inputs
+    from surgeon.page.make import Page, report
+    from surgeon.proof.agreement import Agreement
     from surgeon.proof.report import Check, Report
     from surgeon.recipes.recipe import Recipe
     from surgeon.surgery.advice import Advice
@@ -56,6 +59,8 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())  # else Python wou
 _HOMES = {
     "ACBlock": "surgeon.blocks.acblock",
     "Advice": "surgeon.surgery.advice",
+    "Agreement": "surgeon.proof.agreement",
+    "agreement": "surgeon.fitting.on_data",
     **dict.fromkeys(("Block", "BlockOptions", "Deployable", "Foldable", "Trial"), "surgeon.blocks.base"),
     **dict.fromkeys(("Check", "Report"), "surgeon.proof.report"),
     "ConvSpec": "surgeon.conv.spec",
@@ -63,6 +68,7 @@ _HOMES = {
     "export": "surgeon.surgery.export",
     "HetConv": "surgeon.blocks.hetconv",
     "Inputs": "surgeon.models.call",
+    **dict.fromkeys(("Page", "report"), "surgeon.page.make"),
     "Operation": "surgeon.surgery.history",
     "OctaveConv": "surgeon.blocks.octave",
     "Plan": "surgeon.surgery.plan",
@@ -80,6 +86,7 @@ _HOMES = {
 __all__ = [
     "ACBlock",
     "Advice",
+    "Agreement",
     "Block",
     "BlockOptions",
     "Check",
@@ -92,6 +99,7 @@ __all__ = [
     "KernelFigures",
     "OctaveConv",
     "Operation",
+    "Page",
     "Plan",
     "Recipe",
     "Report",
@@ -99,6 +107,7 @@ __all__ = [
     "Survey",
     "Trial",
     "__version__",
+    "agreement",
     "convert",
     "convert_",
     "errors",
@@ -115,6 +124,7 @@ __all__ = [
     "plan",
     "recipes_for",
     "reordered",
+    "report",
     "save",
     "survey",
     "verify",

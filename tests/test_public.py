@@ -23,7 +23,7 @@ PACKAGE = Path(surgeon.__file__).parent
 PACKAGES = (
     *("errors", "_version", "_torch_compat", "display", "nn", "conv", "one_pass", "blocks", "models", "files"),
     *("analysis", "recipes", "octave", "channels", "proof", "surgery", "figures", "python", "fitting"),
-    *("api", "app", "cli", "__main__", "__init__"),
+    *("page", "api", "app", "cli", "__main__", "__init__"),
 )
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 

@@ -2,19 +2,48 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 from surgeon.analysis import example as examples
+from surgeon.app import outputs
 from surgeon.app.commands import opened
 from surgeon.app.given import Given
+from surgeon.app.images import Images
+from surgeon.fitting import on_data
+from surgeon.fitting.processes import joined
 from surgeon.models.progress import Progress, parts, silent
 from surgeon.proof.report import Report
 from surgeon.surgery import compare
 
 
-def verify(name_a: str, name_b: str, given: Given, progress: Progress = silent) -> Report:
-    """Load two models and compare them."""
+def verify(
+    name_a: str, name_b: str, given: Given, progress: Progress = silent, *, images: Images | None = None
+) -> Report | None:
+    """Load two models and compare them, also on images if there are any.
+
+    Of several processes each looks at its share of the images, and the first one compares the models; the others give
+    None.
+    """
     progress(f"loading {name_a}", 0)
     a = opened(name_a, given)
     progress(f"loading {name_b}", 0.1)
     b = opened(name_b, given)
     inputs = [examples.read(text, a, seed=given.seed) for text in given.inputs]
-    return compare.verify(a, b, inputs or None, seed=given.seed, progress=parts(progress, 0.2, 1))
+    found = None
+    if images is not None:
+        progress("reading the images", 0.2)
+        data = images.read(a, inputs[0] if inputs else None, seed=given.seed, trust=given.trust)
+        with joined(given.device) as processes:
+            step = parts(progress, 0.25, 0.6)
+            found = on_data.measured(a, b, data, seed=given.seed, processes=processes, progress=step)
+        if not processes.is_first:
+            return None
+        inputs = inputs or [next(iter(data)).inputs.batched(1)]
+    step = parts(progress, 0.6 if found else 0.2, 1)
+    return replace(compare.verify(a, b, inputs or None, seed=given.seed, progress=step), data=found)
+
+
+def read_for(name_a: str, name_b: str, given: Given, images: Images | None) -> list[str | Path]:
+    """List the files that comparing two models reads, which nothing that is written may replace."""
+    return [*outputs.read_for(name_a, given, name_b), *(() if images is None else images.files)]
