@@ -1,9 +1,9 @@
 """The figure of the ACNet paper on the demo's images: one network trained as it is, as ACBlocks, and on the border.
 
-    python benchmarks/kernels.py            trains three networks for two minutes or so, and draws docs/images/kernels.svg
+    python benchmarks/kernels.py            trains three networks for a minute or two, and draws docs/images/kernels.svg
 
 All three start at random and are trained with the same steps on the same 400 images of Fashion-MNIST. What is compared
-is where in their kernels they have their large weights, folded; how well they classify is printed, and no ranking.
+is where in their kernels they have their large weights, as they are folded. How well they classify is printed as well.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BATCH = 50
 
 
 def trained(settings: list[str] | None, images: data.Images, steps: int, seed: int) -> nn.Module:
-    """Train one network from scratch, and fold it."""
+    """Train one network from scratch."""
     torch.manual_seed(seed)
     net: nn.Module = SmallResNet()
     if settings is not None:
@@ -50,12 +50,12 @@ def trained(settings: list[str] | None, images: data.Images, steps: int, seed: i
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return surgeon.fuse(net.eval())
+    return net.eval()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=PLACE)
     asked = parser.parse_args()
