@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from surgeon.surgery.compare import verify
     from surgeon.surgery.export import export
     from surgeon.surgery.history import Operation
+    from surgeon.surgery.outputs import compare_outputs, save_outputs
     from surgeon.surgery.plan import Plan
     from surgeon.surgery.reorder import reordered
 
@@ -73,6 +74,7 @@ _HOMES = {
     "Survey": "surgeon.analysis.sites",
     "SurgeonError": "surgeon.errors",
     **dict.fromkeys(("fit", "fit_", "images"), "surgeon.fitting.in_memory"),
+    **dict.fromkeys(("compare_outputs", "save_outputs"), "surgeon.surgery.outputs"),
     "reordered": "surgeon.surgery.reorder",
     **dict.fromkeys(("convert", "convert_", "fuse", "fuse_", "history", "load"), "surgeon.api"),
     **dict.fromkeys(("new_parameters", "plan", "recipes_for", "save", "survey"), "surgeon.api"),
@@ -102,6 +104,7 @@ __all__ = [
     "Trial",
     "__version__",
     "agreement",
+    "compare_outputs",
     "convert",
     "convert_",
     "errors",
@@ -118,6 +121,7 @@ __all__ = [
     "recipes_for",
     "reordered",
     "save",
+    "save_outputs",
     "survey",
     "verify",
 ]

@@ -4,31 +4,36 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from surgeon.analysis import example as examples
 from surgeon.app import outputs
 from surgeon.app.commands import opened
 from surgeon.app.given import Given
 from surgeon.app.images import Images
+from surgeon.files.atomic import claim
 from surgeon.fitting import on_data
 from surgeon.fitting.processes import joined
 from surgeon.models.progress import Progress, parts, silent
 from surgeon.proof.report import Report
 from surgeon.surgery import compare
+from surgeon.surgery import outputs as outputs_of
 
 
 def verify(
-    name_a: str, name_b: str, given: Given, progress: Progress = silent, *, images: Images | None = None
+    name_a: str, other: str | Path | None, given: Given, progress: Progress = silent, *, images: Images | None = None
 ) -> Report | None:
-    """Load two models and compare them, also on images if there are any.
+    """Load two models and compare them, also on images if there are any; or one, and a file of outputs (a Path).
 
     Of several processes each looks at its share of the images, and the first one compares the models; the others give
     None.
     """
     progress(f"loading {name_a}", 0)
     a = opened(name_a, given)
-    progress(f"loading {name_b}", 0.1)
-    b = opened(name_b, given)
+    if not isinstance(other, str):
+        return outputs_of.compare_outputs(a, other or "", progress=parts(progress, 0.2, 1))
+    progress(f"loading {other}", 0.1)
+    b = opened(other, given)
     inputs = [examples.read(text, a, seed=given.seed) for text in given.inputs]
     found = None
     if images is not None:
@@ -44,6 +49,19 @@ def verify(
     return replace(compare.verify(a, b, inputs or None, seed=given.seed, progress=step), data=found)
 
 
-def read_for(name_a: str, name_b: str, given: Given, images: Images | None) -> list[str | Path]:
-    """List the files that comparing two models reads, which nothing that is written may replace."""
-    return [*outputs.read_for(name_a, given, name_b), *(() if images is None else images.files)]
+def save_outputs(
+    name: str, path: Path, given: Given, progress: Progress, *, sites: bool, store_inputs: bool, force: bool
+) -> None:
+    """Load a model, and keep what it gives in a file."""
+    claim(path, force=force, suffixes=(outputs_of.SUFFIX,), origins=outputs.read_for(name, given))
+    progress(f"loading {name}", 0)
+    model = opened(name, given)
+    inputs: list[Any] = [examples.read(text, model, seed=given.seed) for text in given.inputs]
+    how: dict[str, Any] = {"sites": sites, "store_inputs": store_inputs, "force": force, "name": name}
+    step = parts(progress, 0.2, 1)
+    outputs_of.save_outputs(model, path, inputs or None, seed=given.seed, progress=step, **how)
+
+
+def read_for(name_a: str, other: str | Path | None, given: Given, images: Images | None) -> list[str | Path]:
+    """List the files that comparing reads, which nothing that is written may replace."""
+    return [*outputs.read_for(name_a, given, other), *(() if images is None else images.files)]

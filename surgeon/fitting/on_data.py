@@ -220,4 +220,3 @@ def _right(best_a: Tensor, best_b: Tensor, labels: Tensor | None) -> list[int]:
     right_a, right_b = best_a == labels, best_b == labels
     differ = ~right_a & ~right_b & (best_a != best_b)
     return [len(labels), *(int(one.sum()) for one in (right_a, right_b, right_a & ~right_b, differ))]
-

@@ -181,6 +181,12 @@ def test_two_processes_count_the_very_numbers_of_one_alone(tmp_path: Path) -> No
 def test_the_table_says_it_all() -> None:
     a, b = _nets()
     shown = str(surgeon.agreement(a, b, _photos(), labels=_labels()))
-    for said in ("agreement: the same class in", "KL(A‖B) over 8 classes", "paired test:", "changed predictions:", "image"):
+    for said in (
+        "agreement: the same class in",
+        "KL(A‖B) over 8 classes",
+        "paired test:",
+        "changed predictions:",
+        "image",
+    ):
         assert said in shown
     assert isinstance(surgeon.agreement(a, a, _photos(4)), Agreement)
