@@ -12,6 +12,7 @@ from surgeon.app.terminal import bar, show
 if TYPE_CHECKING:
     from surgeon.app.given import Given
     from surgeon.app.images import Images
+    from surgeon.proof.report import Report
 
 
 def _show_schema(asked: bool) -> None:
@@ -118,7 +119,12 @@ def verify(
 
         reports = Reports(junit, markdown, force)
         reports.claim(pairs.read_for(a, b or against, given, images))
-        found = pairs.verify(a, b or against, given, progress, images=images)
+        if b is None:
+            found: Report | None = pairs.compare_outputs(a, Path(against or ""), given, progress)
+        elif images is not None:
+            found = pairs.verify_on(a, b, images, given, progress)
+        else:
+            found = pairs.verify(a, b, given, progress)
     if found is None:  # another process says it
         return
     reports.write(found, *((a, b) if b is not None else (str(against), a)))

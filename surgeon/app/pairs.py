@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from surgeon.analysis import example as examples
 from surgeon.app import outputs
 from surgeon.app.commands import opened
@@ -20,33 +22,37 @@ from surgeon.surgery import compare
 from surgeon.surgery import outputs as outputs_of
 
 
-def verify(
-    name_a: str, other: str | Path | None, given: Given, progress: Progress = silent, *, images: Images | None = None
-) -> Report | None:
-    """Load two models and compare them, also on images if there are any; or one, and a file of outputs (a Path).
+def verify(name_a: str, name_b: str, given: Given, progress: Progress = silent) -> Report:
+    """Load two models and compare them."""
+    a, b = _opened(name_a, name_b, given, progress)
+    inputs = [examples.read(text, a, seed=given.seed) for text in given.inputs]
+    return compare.verify(a, b, inputs or None, seed=given.seed, progress=parts(progress, 0.2, 1))
+
+
+def verify_on(name_a: str, name_b: str, images: Images, given: Given, progress: Progress = silent) -> Report | None:
+    """Load two models, and compare them on images and then as `verify` does.
 
     Of several processes each looks at its share of the images, and the first one compares the models; the others give
     None.
     """
-    progress(f"loading {name_a}", 0)
-    a = opened(name_a, given)
-    if not isinstance(other, str):
-        return outputs_of.compare_outputs(a, other or "", progress=parts(progress, 0.2, 1))
-    progress(f"loading {other}", 0.1)
-    b = opened(other, given)
+    a, b = _opened(name_a, name_b, given, progress)
     inputs = [examples.read(text, a, seed=given.seed) for text in given.inputs]
-    found = None
-    if images is not None:
-        progress("reading the images", 0.2)
-        data = images.read(a, inputs[0] if inputs else None, seed=given.seed, trust=given.trust)
-        with joined(given.device) as processes:
-            step = parts(progress, 0.25, 0.6)
-            found = on_data.measured(a, b, data, seed=given.seed, processes=processes, progress=step)
-        if not processes.is_first:
-            return None
-        inputs = inputs or [next(iter(data)).inputs.batched(1)]
-    step = parts(progress, 0.6 if found else 0.2, 1)
-    return replace(compare.verify(a, b, inputs or None, seed=given.seed, progress=step), data=found)
+    progress("reading the images", 0.2)
+    data = images.read(a, inputs[0] if inputs else None, seed=given.seed, trust=given.trust)
+    with joined(given.device) as processes:
+        step = parts(progress, 0.25, 0.6)
+        found = on_data.measured(a, b, data, seed=given.seed, processes=processes, progress=step)
+    if not processes.is_first:
+        return None
+    given_or_first = inputs or [next(iter(data)).inputs.batched(1)]
+    report = compare.verify(a, b, given_or_first, seed=given.seed, progress=parts(progress, 0.6, 1))
+    return replace(report, data=found)
+
+
+def compare_outputs(name: str, path: Path, given: Given, progress: Progress = silent) -> Report:
+    """Load a model, and compare it with outputs that were kept in a file."""
+    progress(f"loading {name}", 0)
+    return outputs_of.compare_outputs(opened(name, given), path, progress=parts(progress, 0.2, 1))
 
 
 def save_outputs(
@@ -65,3 +71,10 @@ def save_outputs(
 def read_for(name_a: str, other: str | Path | None, given: Given, images: Images | None) -> list[str | Path]:
     """List the files that comparing reads, which nothing that is written may replace."""
     return [*outputs.read_for(name_a, given, other), *(() if images is None else images.files)]
+
+
+def _opened(name_a: str, name_b: str, given: Given, progress: Progress) -> tuple[nn.Module, nn.Module]:
+    progress(f"loading {name_a}", 0)
+    a = opened(name_a, given)
+    progress(f"loading {name_b}", 0.1)
+    return a, opened(name_b, given)

@@ -125,7 +125,7 @@ class _Asked:
 
     @property
     def wants_own(self) -> bool:
-        """Whether labels are those of the source; an array of numbers is equal to no text, and numpy does not say so."""
+        """Whether labels are those of the source; numpy does not say that an array is no text."""
         return isinstance(self.labels, str) and self.labels == label.OWN
 
     def found(self) -> ways.Preprocessing:

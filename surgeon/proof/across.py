@@ -1,7 +1,7 @@
 """One model's outputs kept, and another model judged by them: `verify` where the two are never in one process.
 
-The file holds what the questions `storage`, `same tensors`, `rounding` and `finite` need to know of A. The others need A
-itself: what was done to B cannot be done again without A, nor can B's modules be given what A's were given.
+The file holds what the questions `storage`, `same tensors`, `rounding` and `finite` need to know of A. The others need
+A itself: what was done to B cannot be done again without A, nor can B's modules be given what A's were given.
 
     storage     err(B) ≤ m · err(moved) + 1e-10: another machine does arithmetic in another order. What moves are the
                 tensors of B that are not A's, bit by bit; and those of A, as measured there, if B is built otherwise
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -243,15 +244,14 @@ def _same(reference: Reference, model: nn.Module) -> dict[str, Off] | None:
 
 def _sites(reference: Reference, one: One, *, is_wrong: bool) -> list[SiteDistance]:
     """Compare the modules whose outputs were kept; where B is wrong, the first one that has moved diverges."""
-    found: list[SiteDistance] = []
-    for i, given in enumerate(reference.manifest.inputs):
-        if given.sites and not found and one.exact == reference.exact:
-            first = reference.draws(i)[0]
-            kept = [reference.tensors[f"site.{i}.{j}"] for j in range(len(given.sites))]
-            found = watched.compared(
-                given.sites, kept, one.a, lambda: one.call(one.a, first, one.exact), one.margin, is_wrong=is_wrong
-            )
-    return found
+    kept = [i for i, given in enumerate(reference.manifest.inputs) if given.sites]
+    if not kept or one.exact != reference.exact:
+        return []
+    i = kept[0]
+    first, sites = reference.draws(i)[0], reference.manifest.inputs[i].sites
+    outs = [reference.tensors[f"site.{i}.{j}"] for j in range(len(sites))]
+    run = partial(one.call, one.a, first, one.exact)
+    return watched.compared(sites, outs, one.a, run, one.margin, is_wrong=is_wrong)
 
 
 def _kinds(model: nn.Module) -> list[str]:

@@ -142,7 +142,7 @@ class Reference:
         return found
 
     def _drawn(self, given: Given) -> Inputs:
-        record = given.record if isinstance(given.record, str) else [tuple(shape) for shape in given.record]
+        record = given.record if isinstance(given.record, str) else [tuple(shape) for shape in given.record or ()]
         try:
             recalled = recall(record)
             if recalled is None or recalled.numel * len(given.hashes) > _MOST_DRAWN:
@@ -159,7 +159,7 @@ class Reference:
         raise _foreign("an input is no call")
 
     def _row(self, prefix: str) -> list[Tensor]:
-        found = []
+        found: list[Tensor] = []
         while (one := self.tensors.get(f"{prefix}.{len(found)}")) is not None:
             found.append(one)
         return found

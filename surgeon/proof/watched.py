@@ -48,7 +48,7 @@ def _watching(model: nn.Module, paths: Collection[str]) -> Iterator[dict[str, Te
 
 
 def kept(held: dict[str, Tensor], i: int, model: nn.Module, moved: Sequence[nn.Module], run: Run) -> list[Site]:
-    """Run a model, and copies whose weights were moved; keep what modules with tensors of their own give for input i."""
+    """Run a model, and copies whose weights were moved; keep what modules with own tensors give for input `i`."""
     paths = [path for path, module in model.named_modules() if path and _own(module)]
     rows = []
     for one in (model, *moved):
@@ -56,7 +56,7 @@ def kept(held: dict[str, Tensor], i: int, model: nn.Module, moved: Sequence[nn.M
             run(one)
         rows.append(seen)
     first, *others = rows
-    found = []
+    found: list[Site] = []
     for path, out in first.items():
         module = model.get_submodule(path)
         noise = max((relative_l2(other[path], out) for other in others if path in other), default=0.0)

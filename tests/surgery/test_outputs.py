@@ -1,4 +1,4 @@
-"""Outputs in a file, and another model judged by them: right pairs pass, faults of a millionth are found, files are checked."""
+"""Outputs in a file, and another model judged by them: right pairs pass, and faults of a millionth are found."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ def test_drawn_inputs_are_drawn_again_and_others_kept(kept: Path, tmp_path: Path
 def test_it_is_said_where_torch_draws_other_numbers(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = torch.randn
     monkeypatch.setattr(torch, "randn", lambda *sizes, **how: plain(*sizes, **how) * (1 + 1e-6))
-    with pytest.raises(SurgeonError, match="draws other numbers here.*--store-inputs there"):
+    with pytest.raises(SurgeonError, match=r"draws other numbers here.*--store-inputs there"):
         surgeon.compare_outputs(_net(), kept)
 
 
