@@ -39,9 +39,11 @@ if TYPE_CHECKING:
     from surgeon.blocks.hetconv import HetConv
     from surgeon.blocks.octave import OctaveConv
     from surgeon.conv.spec import ConvSpec
+    from surgeon.figures.kernels import KernelFigures, kernels
     from surgeon.fitting.in_memory import fit, fit_, images
     from surgeon.fitting.on_data import agreement
     from surgeon.models.call import Inputs
+    from surgeon.page.make import Page, report
     from surgeon.proof.agreement import Agreement
     from surgeon.proof.report import Check, Report
     from surgeon.recipes.recipe import Recipe
@@ -67,12 +69,14 @@ _HOMES = {
     "export": "surgeon.surgery.export",
     "HetConv": "surgeon.blocks.hetconv",
     "Inputs": "surgeon.models.call",
+    **dict.fromkeys(("Page", "report"), "surgeon.page.make"),
     "Operation": "surgeon.surgery.history",
     "OctaveConv": "surgeon.blocks.octave",
     "Plan": "surgeon.surgery.plan",
     "Recipe": "surgeon.recipes.recipe",
     "Survey": "surgeon.analysis.sites",
     "SurgeonError": "surgeon.errors",
+    **dict.fromkeys(("KernelFigures", "kernels"), "surgeon.figures.kernels"),
     **dict.fromkeys(("fit", "fit_", "images"), "surgeon.fitting.in_memory"),
     **dict.fromkeys(("compare_outputs", "save_outputs"), "surgeon.surgery.outputs"),
     "reordered": "surgeon.surgery.reorder",
@@ -94,8 +98,10 @@ __all__ = [
     "Foldable",
     "HetConv",
     "Inputs",
+    "KernelFigures",
     "OctaveConv",
     "Operation",
+    "Page",
     "Plan",
     "Recipe",
     "Report",
@@ -115,11 +121,13 @@ __all__ = [
     "fuse_",
     "history",
     "images",
+    "kernels",
     "load",
     "new_parameters",
     "plan",
     "recipes_for",
     "reordered",
+    "report",
     "save",
     "save_outputs",
     "survey",

@@ -5,14 +5,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from surgeon.app.options import Force, Json, about_images, about_models
+from surgeon.app.options import Force, Html, Json, about_images, about_models
 from surgeon.app.program import command
 from surgeon.app.terminal import bar, show
 
 if TYPE_CHECKING:
     from surgeon.app.given import Given
     from surgeon.app.images import Images
-    from surgeon.proof.report import Report
 
 
 def _show_schema(asked: bool) -> None:
@@ -67,8 +66,8 @@ def _check_sides(b: str | None, saved: Path | None, against: Path | None, given:
     only_saving = ("--sites", "--store-inputs")
     wrong = {
         "a second model": only_saving,
-        "--save-outputs": ("--data", "--junit", "--markdown"),
-        "--against": ("--data", "--input", *only_saving),
+        "--save-outputs": ("--data", "--junit", "--markdown", "--html"),
+        "--against": ("--data", "--html", "--input", *only_saving),
     }
     side = "a second model" if b is not None else "--save-outputs" if saved is not None else "--against"
     for name in wrong[side]:
@@ -86,6 +85,7 @@ def verify(
     b: Annotated[
         str | None, typer.Argument(metavar="B", help="The model to compare with it.", show_default=False)
     ] = None,
+    html: Html = None,
     json: Json = False,
     schema: Schema = False,
     junit: JUnit = None,
@@ -106,6 +106,7 @@ def verify(
     Exit code: 0 equivalent, 1 different, 2 could not be compared, 3 approximate by design.
     """
     asked: dict[str, object] = {"--data": images, "--input": given.inputs, "--junit": junit, "--markdown": markdown}
+    asked |= {"--html": html}
     _check_sides(b, save_outputs, against, asked | {"--sites": sites, "--store-inputs": store_inputs})
     if json and markdown == "-":
         raise typer.BadParameter("--json and --markdown - both print: give --markdown a file, or take one away")
@@ -113,18 +114,18 @@ def verify(
         _save(a, save_outputs, given, json=json, sites=sites, store_inputs=store_inputs, force=force)
         return
     with bar() as progress:
-        from surgeon.app import pairs
+        from surgeon.app import outputs, pairs
         from surgeon.app.reports import Reports
         from surgeon.display.report import report_view
 
         reports = Reports(junit, markdown, force)
         reports.claim(pairs.read_for(a, b or against, given, images))
-        if b is None:
-            found: Report | None = pairs.compare_outputs(a, Path(against or ""), given, progress)
-        elif images is not None:
-            found = pairs.verify_on(a, b, images, given, progress)
-        else:
-            found = pairs.verify(a, b, given, progress)
+        outputs.claim_page(html, given, a, b, force=force)
+        found = pairs.judge(a, b or against, given, progress, images)
+        if html is not None and found is not None and b is not None:
+            from surgeon.app import pages
+
+            pages.of_files(html, [a, b], given, force=force, report=found)
     if found is None:  # another process says it
         return
     reports.write(found, *((a, b) if b is not None else (str(against), a)))

@@ -22,14 +22,30 @@ from surgeon.surgery import compare
 from surgeon.surgery import outputs as outputs_of
 
 
-def verify(name_a: str, name_b: str, given: Given, progress: Progress = silent) -> Report:
+def judge(
+    name: str, other: str | Path | None, given: Given, progress: Progress, images: Images | None, **how: Any
+) -> Report | None:
+    """Compare two models, on images as well if there are any; or one with a file of outputs, which is a Path.
+
+    `how` is more that `surgeon.verify` takes. Of several processes the first one compares, and the others give None.
+    """
+    if not isinstance(other, str):
+        return compare_outputs(name, Path(other or ""), given, progress)
+    if images is not None:
+        return verify_on(name, other, images, given, progress, **how)
+    return verify(name, other, given, progress, **how)
+
+
+def verify(name_a: str, name_b: str, given: Given, progress: Progress = silent, **how: Any) -> Report:
     """Load two models and compare them."""
     a, b = _opened(name_a, name_b, given, progress)
     inputs = [examples.read(text, a, seed=given.seed) for text in given.inputs]
-    return compare.verify(a, b, inputs or None, seed=given.seed, progress=parts(progress, 0.2, 1))
+    return compare.verify(a, b, inputs or None, seed=given.seed, progress=parts(progress, 0.2, 1), **how)
 
 
-def verify_on(name_a: str, name_b: str, images: Images, given: Given, progress: Progress = silent) -> Report | None:
+def verify_on(
+    name_a: str, name_b: str, images: Images, given: Given, progress: Progress = silent, **how: Any
+) -> Report | None:
     """Load two models, and compare them on images and then as `verify` does.
 
     Of several processes each looks at its share of the images, and the first one compares the models; the others give
@@ -44,8 +60,8 @@ def verify_on(name_a: str, name_b: str, images: Images, given: Given, progress: 
         found = on_data.measured(a, b, data, seed=given.seed, processes=processes, progress=step)
     if not processes.is_first:
         return None
-    given_or_first = inputs or [next(iter(data)).inputs.batched(1)]
-    report = compare.verify(a, b, given_or_first, seed=given.seed, progress=parts(progress, 0.6, 1))
+    known = inputs or [next(iter(data)).inputs.batched(1)]
+    report = compare.verify(a, b, known, seed=given.seed, progress=parts(progress, 0.6, 1), **how)
     return replace(report, data=found)
 
 

@@ -26,6 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from surgeon.blocks.anatomy import BranchKernel
+from surgeon.conv import kernels
+from surgeon.conv.affine import regrouped
+
 REDUCE = "torch.fx.graph_module.reduce_graph_module"  # what torch.save writes that a GraphModule is made by
 TRACER = "torch.fx._symbolic_trace.Tracer"  # what it holds once torch itself has opened it
 CODE = "_code"
@@ -109,6 +113,23 @@ def rebuild(body: Mapping[str, Any], imports: str) -> fx.GraphModule:
     made = make(**modules, **parameters, **buffers)
     vars(made).update((name, value) for name, value in body.items() if name in OF_MODULES)
     return made
+
+
+def branch_kernels(module: fx.GraphModule) -> list[BranchKernel]:
+    """Give the kernels of both convs, in the order of channels and filters that the sum has."""
+    spatial, pointwise = module.get_submodule("spatial"), getattr(module, "pointwise", None)
+    assert isinstance(spatial, nn.Conv2d)
+    kernel = regrouped(spatial.weight.detach().double(), spatial.groups, 1)
+    if (order := module._buffers.get("channel_order")) is not None:
+        kernel = kernel[module.get_buffer("filter_place")][:, order.argsort()]
+    if not isinstance(pointwise, nn.Parameter):
+        conv = next(one for one in module.get_submodule("pointwise").modules() if isinstance(one, nn.Conv2d))
+        taps = conv.weight.detach().double()
+    else:
+        taps = pointwise.detach().double()[:, :, None, None]
+    kh, kw = spatial.kernel_size
+    centre = kernels.embed(taps, (kh, kw), row=kh // 2, column=kw // 2)
+    return [BranchKernel(f"{kh}x{kw}", kernel), BranchKernel("1x1", centre)]
 
 
 def _is_order(value: object) -> bool:

@@ -33,10 +33,8 @@ def agreement_lines(found: Agreement) -> Iterator[str]:
     if found.odd:
         yield f"{found.odd} {found.of} have a score that is NaN: they count as different, and their KL is not known"
     if (known := found.labelled) is not None:
-        for name, share, interval in (
-            ("A", known.accuracy_a, known.interval_a),
-            ("B", known.accuracy_b, known.interval_b),
-        ):
+        sides = (("A", known.accuracy_a, known.interval_a), ("B", known.accuracy_b, known.interval_b))
+        for name, share, interval in sides:
             yield f"accuracy of {name}: {share:.2%}{_between(interval)}"
         low, high = known.interval
         yield f"B − A: {known.difference:+.2%} (95 %: {low:+.2%} to {high:+.2%})"

@@ -125,7 +125,7 @@ class _Asked:
 
     @property
     def wants_own(self) -> bool:
-        """Whether labels are those of the source; numpy does not say that an array is no text."""
+        """Whether labels are those of the source; an array of numbers is equal to no text."""
         return isinstance(self.labels, str) and self.labels == label.OWN
 
     def found(self) -> ways.Preprocessing:

@@ -27,10 +27,13 @@ from torch import nn
 from surgeon.errors import VerifyError
 from surgeon.models.call import Inputs
 from surgeon.models.devices import dtype_of
+from surgeon.models.progress import Progress
+from surgeon.proof.bisect import bisect
 from surgeon.proof.checks import checks
 from surgeon.proof.distance import dtype_name
 from surgeon.proof.divergence import site_table
 from surgeon.proof.evidence import Evidence, Measured, Replay
+from surgeon.proof.guess import guesses
 from surgeon.proof.report import Report
 from surgeon.proof.runs import Models, NotInFloat64Error
 from surgeon.proof.structure import changed_by_running, differences
@@ -45,10 +48,12 @@ def verify(
     replay: Replay | None = None,
     approximate: bool = False,
     seed: int = 0,
+    bisecting: Progress | None = None,
 ) -> Report:
     """Compare B with A on each of the inputs; neither is changed, whatever mode it is in.
 
     `approximate` says that B was not meant to compute what A does; then only its stored tensors are judged.
+    With `bisecting`, which is told how far that is, the smallest set of modules that explains a difference is looked for.
 
     Raises:
         VerifyError: the outputs differ in structure, shape or dtype, or a model does not run.
@@ -66,17 +71,32 @@ def verify(
         models = Models(a, b, replay, seed, models.dtype)
         runs = models.run(inputs)
         remarks.append(f"{error}, so outputs were compared in {own}")
+    except VerifyError as error:
+        raise _told(error, models, inputs[0]) from error
     evidence = _evidence(models, runs, b, replay, a)
     found = checks(evidence, approximate=approximate)
     passed = all(check.passed for check in found)
+    rows = site_table(evidence, models.kinds, models.sites)
+    diverging = [row.path for row in rows if row.diverges]
     return Report(
         verdict="different" if not passed else "approximate" if approximate else "equivalent",
         dtype=own,
         checks=tuple(found),
         distances=tuple(run.distance for run in runs if run.distance is not None),
-        sites=site_table(evidence, models.kinds, models.sites),
+        sites=rows,
         remarks=(*remarks, *_remarks(evidence), *_alone(models, runs)),
+        guesses=() if passed else guesses(models, inputs[0], diverging),
+        bisected=None if passed or bisecting is None else bisect(models, inputs, diverging, bisecting),
     )
+
+
+def _told(error: VerifyError, models: Models, inputs: Inputs) -> VerifyError:
+    """Say what is probably wrong at the module from which on results have another shape."""
+    site = error.facts.get("site")
+    found = guesses(models, inputs, [site]) if site is not None else ()
+    if not found:
+        return error
+    return VerifyError(f"{error.problem}. Probably {found[0].says}", todo=error.todo, **error.facts, guess=found[0])
 
 
 def _alone(models: Models, runs: Sequence[Measured]) -> Iterator[str]:

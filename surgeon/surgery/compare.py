@@ -37,6 +37,7 @@ def verify(
     example: Example | Sequence[Example] | None = None,
     *,
     seed: int = 0,
+    bisect: bool = False,
     progress: Progress = silent,
 ) -> Report:
     """Say whether `b` computes what `a` does, how far apart they are, and where they diverge.
@@ -44,6 +45,8 @@ def verify(
     `example` is one input or a list of them, each as `examples.make` takes it: a shape, a tensor, a tuple of arguments,
     a dict of named ones. If b's history says that it was made from a, the same is done to a in float64, and b must
     be the result, rounded once.
+
+    With `bisect`, the smallest set of modules is looked for that, put right, makes the difference vanish.
 
     >>> from surgeon import convert
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3))
@@ -54,11 +57,15 @@ def verify(
         VerifyError: the outputs differ in structure, shape or dtype.
     """
     with ordinary():
-        return compare(a, b, example, seed, progress)
+        bisecting = parts(progress, 0.7, 1) if bisect else None
+        return compare(a, b, example, seed, parts(progress, 0, 0.7) if bisect else progress, bisecting=bisecting)
 
 
-def compare(a: nn.Module, b: nn.Module, example: Any, seed: int, progress: Progress) -> Report:
-    """Compare two models on one example or a list of them; what a history says is done again to A first."""
+def compare(a: nn.Module, b: nn.Module, example: Any, seed: int, progress: Progress, **how: Any) -> Report:
+    """Compare two models on one example or a list of them; what a history says is done again to A first.
+
+    `how` are further arguments of `proof.verify`.
+    """
     checked(a), checked(b)
     if isinstance(b, Compiled) and not isinstance(a, Compiled) and (made := _made_again(a, b)) is not None:
         return _in_two_steps(a, made, b, example, seed, progress)
@@ -91,12 +98,12 @@ def compare(a: nn.Module, b: nn.Module, example: Any, seed: int, progress: Progr
     try:
         reference = replay.in_order_of(reference, steps, known[0])
     except CaptureError as error:
-        found = equivalence.verify(a, b, known, seed=seed)
+        found = equivalence.verify(a, b, known, seed=seed, **how)
         return replace(found, remarks=(*found.remarks, f"B's history permutes channels, but {error.problem}"))
     if again is not None and (since := replay.folded_since(again.exact, b)) is not None:
-        found = equivalence.verify(a, b, known, seed=seed)
+        found = equivalence.verify(a, b, known, seed=seed, **how)
         return replace(found, remarks=(*found.remarks, since))
-    found = equivalence.verify(reference, b, known, replay=again, approximate=is_approximate, seed=seed)
+    found = equivalence.verify(reference, b, known, replay=again, approximate=is_approximate, seed=seed, **how)
     if steps and not found and histories.content_hash(b) != steps[-1].result:
         changed = f"B's tensors were changed after {steps[-1].operation} had made it"
         found = replace(found, remarks=(*found.remarks, changed))
