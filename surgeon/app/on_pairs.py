@@ -1,7 +1,7 @@
 """The command that compares two models. torch is imported only when needed."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -37,6 +37,19 @@ Markdown = Annotated[
     str | None,
     typer.Option("--markdown", metavar="FILE", help="Also write a summary as .md for GitHub; - prints it instead."),
 ]
+Map = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--map",
+        metavar="A=B",
+        help="A module of A and the one of B that belongs to it though its name differs, with all that lies in them: "
+        "features.0=stem. May be repeated; modules with the same tensors are found without.",
+    ),
+]
+Bisect = Annotated[
+    bool,
+    typer.Option("--bisect", help="If they differ, find the smallest set of modules that explains it, by halving."),
+]
 
 SaveOutputs = Annotated[
     Path | None,
@@ -66,8 +79,8 @@ def _check_sides(b: str | None, saved: Path | None, against: Path | None, given:
     only_saving = ("--sites", "--store-inputs")
     wrong = {
         "a second model": only_saving,
-        "--save-outputs": ("--data", "--junit", "--markdown", "--html"),
-        "--against": ("--data", "--html", "--input", *only_saving),
+        "--save-outputs": ("--data", "--junit", "--markdown", "--html", "--map", "--bisect"),
+        "--against": ("--data", "--html", "--input", "--map", "--bisect", *only_saving),
     }
     side = "a second model" if b is not None else "--save-outputs" if saved is not None else "--against"
     for name in wrong[side]:
@@ -95,6 +108,8 @@ def verify(
     store_inputs: StoreInputs = False,
     against: Against = None,
     force: Force = False,
+    map_: Map = None,
+    bisect: Bisect = False,
 ) -> None:
     """Say whether B computes what A does, and where they diverge. Distances are shown as well.
 
@@ -106,7 +121,7 @@ def verify(
     Exit code: 0 equivalent, 1 different, 2 could not be compared, 3 approximate by design.
     """
     asked: dict[str, object] = {"--data": images, "--input": given.inputs, "--junit": junit, "--markdown": markdown}
-    asked |= {"--html": html}
+    asked |= {"--html": html, "--map": map_, "--bisect": bisect}
     _check_sides(b, save_outputs, against, asked | {"--sites": sites, "--store-inputs": store_inputs})
     if json and markdown == "-":
         raise typer.BadParameter("--json and --markdown - both print: give --markdown a file, or take one away")
@@ -117,11 +132,13 @@ def verify(
         from surgeon.app import outputs, pairs
         from surgeon.app.reports import Reports
         from surgeon.display.report import report_view
+        from surgeon.proof import matching
 
         reports = Reports(junit, markdown, force)
         reports.claim(pairs.read_for(a, b or against, given, images))
         outputs.claim_page(html, given, a, b, force=force)
-        found = pairs.judge(a, b or against, given, progress, images)
+        more: dict[str, Any] = {"names": dict(matching.pairs_in(map_ or ())), "bisect": bisect}
+        found = pairs.judge(a, b or against, given, progress, images, **more)
         if html is not None and found is not None and b is not None:
             from surgeon.app import pages
 
