@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -23,9 +23,10 @@ from surgeon.models.copies import duplicate, shadow
 from surgeon.models.progress import Progress, parts, silent
 from surgeon.models.sandbox import ordinary
 from surgeon.models.wrappers import checked
-from surgeon.proof import calls
+from surgeon.proof import calls, training
 from surgeon.proof import verify as equivalence
 from surgeon.proof.report import Report
+from surgeon.proof.steps import How
 from surgeon.surgery import history as histories
 from surgeon.surgery import replay
 from surgeon.surgery.look import inputs_for
@@ -37,6 +38,8 @@ def verify(
     example: Example | Sequence[Example] | None = None,
     *,
     seed: int = 0,
+    mode: Literal["eval", "train"] = "eval",
+    gradients: bool = False,
     progress: Progress = silent,
 ) -> Report:
     """Say whether `b` computes what `a` does, how far apart they are, and where they diverge.
@@ -44,6 +47,10 @@ def verify(
     `example` is one input or a list of them, each as `examples.make` takes it: a shape, a tensor, a tuple of arguments,
     a dict of named ones. If b's history says that it was made from a, the same is done to a in float64, and b must
     be the result, rounded once.
+
+    With `mode="train"` one step in train mode is compared as well, with the same batch and the same random numbers:
+    its outputs, and the running statistics behind it. With `gradients` those of one scalar of the outputs are compared,
+    for inputs and for every parameter that both models have. Both are asked of copies: neither model is changed.
 
     >>> from surgeon import convert
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3))
@@ -54,14 +61,16 @@ def verify(
         VerifyError: the outputs differ in structure, shape or dtype.
     """
     with ordinary():
-        return compare(a, b, example, seed, progress)
+        return compare(a, b, example, How(mode == "train", gradients, seed), progress)
 
 
-def compare(a: nn.Module, b: nn.Module, example: Any, seed: int, progress: Progress) -> Report:
+def compare(a: nn.Module, b: nn.Module, example: Any, how: How, progress: Progress) -> Report:
     """Compare two models on one example or a list of them; what a history says is done again to A first."""
     checked(a), checked(b)
+    training.check(a, b, how)
+    seed = how.seed
     if isinstance(b, Compiled) and not isinstance(a, Compiled) and (made := _made_again(a, b)) is not None:
-        return _in_two_steps(a, made, b, example, seed, progress)
+        return _in_two_steps(a, made, b, example, how, progress)
     if isinstance(a, Compiled) or isinstance(b, Compiled):  # which runs on the CPU
         a, b = devices.on(a, devices.CPU), devices.on(b, devices.CPU)
     elif (place := devices.of(a)) is not None and place.type != "meta":
@@ -91,12 +100,12 @@ def compare(a: nn.Module, b: nn.Module, example: Any, seed: int, progress: Progr
     try:
         reference = replay.in_order_of(reference, steps, known[0])
     except CaptureError as error:
-        found = equivalence.verify(a, b, known, seed=seed)
+        found = equivalence.verify(a, b, known, seed=seed, how=how)
         return replace(found, remarks=(*found.remarks, f"B's history permutes channels, but {error.problem}"))
     if again is not None and (since := replay.folded_since(again.exact, b)) is not None:
-        found = equivalence.verify(a, b, known, seed=seed)
+        found = equivalence.verify(a, b, known, seed=seed, how=how)
         return replace(found, remarks=(*found.remarks, since))
-    found = equivalence.verify(reference, b, known, replay=again, approximate=is_approximate, seed=seed)
+    found = equivalence.verify(reference, b, known, replay=again, approximate=is_approximate, seed=seed, how=how)
     if steps and not found and histories.content_hash(b) != steps[-1].result:
         changed = f"B's tensors were changed after {steps[-1].operation} had made it"
         found = replace(found, remarks=(*found.remarks, changed))
@@ -126,10 +135,10 @@ def _made_again(a: nn.Module, b: Compiled) -> nn.Module | None:
     return made
 
 
-def _in_two_steps(a: nn.Module, made: nn.Module, b: Compiled, example: Any, seed: int, progress: Progress) -> Report:
+def _in_two_steps(a: nn.Module, made: nn.Module, b: Compiled, example: Any, how: How, progress: Progress) -> Report:
     """Compare A with what its history makes of it, and the file with that."""
-    first = compare(a, made, example, seed, parts(progress, 0, 0.5))
-    second = compare(_without_history(made), b, example, seed, parts(progress, 0.5, 1))
+    first = compare(a, made, example, how, parts(progress, 0, 0.5))
+    second = compare(_without_history(made), b, example, how, parts(progress, 0.5, 1))
     verdict = second.verdict if first.verdict == "equivalent" else first.verdict
     said = "what the history in the file says was done to A again; the second half of the checks is about the file"
     return replace(
