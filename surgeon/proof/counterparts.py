@@ -44,15 +44,10 @@ class Counterparts:
     half_frozen: tuple[str, ...] = ()
     unheard: tuple[str, ...] = ()  # statistics of the first model that the other has not
 
-    def of_first(self) -> Counterparts:
-        """Compare the first model with itself."""
-        one, two = ({name: (pair[0], pair[0]) for name, pair in names.items()} for names in self._both())
-        return Counterparts(one, two)
-
-    def of_second(self) -> Counterparts:
-        """Compare the second model with itself, under the names of the first."""
-        one, two = ({name: (pair[1], pair[1]) for name, pair in names.items()} for names in self._both())
-        return Counterparts(one, two)
+    def of_one(self, side: Literal[0, 1]) -> Counterparts:
+        """Compare one of the models with itself, under the names of the first."""
+        own = ({name: (pair[side],) * 2 for name, pair in one.items()} for one in (self.statistics, self.gradients))
+        return Counterparts(*own)
 
     def remarks(self) -> Iterator[str]:
         """Say which gradients and statistics were not compared, and why."""

@@ -151,7 +151,7 @@ class Training:
         noise: Distances = dict.fromkeys(found, 0.0)
         limits = dict.fromkeys(found, self._least)
         keeps = self.exact != torch.float64
-        own = names.of_first()
+        own = names.of_one(0)
         for i in range(_SHAKES):
             step = first[0].moved(Jitter(self.how.seed + i, keeps_dtype=keeps)).step(inputs, "A")
             _enlarge_(noise, counterparts.distances(own, first[1], step, is_training=self.how.is_training))
@@ -176,7 +176,7 @@ class Training:
         if not units:
             return limits
         still, noise = in_common.still(*self.own), dict.fromkeys(found, 0.0)
-        sides = [(self.own[0], *first, names.of_first()), (self.own[1], *second, names.of_second())]
+        sides = [(self.own[0], *first, names.of_one(0)), (self.own[1], *second, names.of_one(1))]
         allowed = limits
         for i in range(_SHAKES + 1):
             model, side, step, own = sides[i == 1]

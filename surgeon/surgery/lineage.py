@@ -1,6 +1,7 @@
 """Where the tensors of a network went when it was converted, and whether that is meant to show in train mode.
 
-A block of branches has the conv's kernel in its first branch, and the norm behind the conv at the end of it.
+A block of branches has the conv's kernel in its first branch, and the norm behind the conv at the end of it. Where that
+branch has not all of the kernel, only the shift of the norm does what it did.
 """
 
 from __future__ import annotations
@@ -44,5 +45,6 @@ def _moves(made: nn.Module, entry: Entry) -> Iterator[tuple[str, str]]:
         norm = entry.takes_norm[0] if entry.takes_norm else None
         if norm is None:
             yield f"{entry.path}.bias", f"{entry.path}.{block.first_norm}.bias"
-        for name in _OF_NORMS if norm is not None else ():
+        is_whole = entry.block_options.model_dump().get("init") == "takeover"
+        for name in (_OF_NORMS if is_whole else ("bias",)) if norm is not None else ():
             yield f"{norm}.{name}", f"{entry.path}.{block.first_norm}.{name}"
