@@ -19,7 +19,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from surgeon.proof.distance import are_finite, is_matched, pooled, real, relative_l2
-from surgeon.proof.steps import Step
+from surgeon.proof.steps import How, Step
 from surgeon.proof.ulps import is_same_bits
 
 _SMALL = 1e-6  # of the largest of a kind
@@ -49,8 +49,12 @@ class Counterparts:
         own = ({name: (pair[side],) * 2 for name, pair in one.items()} for one in (self.statistics, self.gradients))
         return Counterparts(*own)
 
-    def remarks(self) -> Iterator[str]:
+    def remarks(self, how: How) -> Iterator[str]:
         """Say which gradients and statistics were not compared, and why."""
+        if self.unheard and how.is_training:
+            yield f"{_some(self.unheard, 'statistic')} of A have no counterpart in B, and were not compared"
+        if not how.gradients:
+            return
         if self.frozen:
             yield f"gradients of {_some(self.frozen, 'parameter')} were not compared: both models have them frozen"
         for name in self.half_frozen[:_NAMED]:
@@ -58,8 +62,6 @@ class Counterparts:
         if self.alone:
             named = _some(self.alone, "parameter")
             yield f"gradients of {named} of A were not compared: nothing in B has their numbers in the same role"
-        if self.unheard:
-            yield f"{_some(self.unheard, 'statistic')} of A have no counterpart in B, and were not compared"
 
 
 def find(
@@ -92,9 +94,9 @@ def find(
 def distances(names: Counterparts, x: Step, y: Step, *, is_training: bool) -> dict[tuple[Kind, str], float]:
     """Measure how far step y is from step x, in everything that they have in common."""
     found: dict[tuple[Kind, str], float] = {}
-    if not is_matched(y.out, x.out):
+    if is_training and not is_matched(y.out, x.out):
         found["output", "0"] = math.inf
-    else:
+    elif is_training:
         for i, one in enumerate(pooled([y.out], [x.out])):
             found["output", str(i)] = max(one.l2, one.flips / one.count)
     for name, (mine, other) in names.statistics.items() if is_training else ():

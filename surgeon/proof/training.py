@@ -93,7 +93,7 @@ class Training:
     def _directly(self, inputs: Inputs, names: Counterparts) -> Stepped:
         a, b = self.a.step(inputs, "A"), self.b.step(inputs, "B")
         found = self._judged(inputs, (self.a, a), (self.b, b), names)
-        return Stepped(str(inputs), self.how.mode, tuple(found), remarks=(*names.remarks(), *_said(a, b)))
+        return Stepped(str(inputs), self.how.mode, tuple(found), remarks=(*names.remarks(self.how), *_said(a, b)))
 
     def _by_replay(self, inputs: Inputs, replay: Replay, twin: Side | None, *, approximate: bool) -> Stepped:
         found: list[TensorDistance] = []
@@ -110,7 +110,7 @@ class Training:
         names = counterparts.find(self.a.model, made.model, lambda name: replay.came_from.get(name, name), torch.equal)
         sides = [(side, side.step(inputs, who)) for side, who in ((self.a, "A"), (made, "the replay"))]
         mathematics = list(self._judged(inputs, *sides, names))
-        said = (*dict.fromkeys((*remarks, *names.remarks(), *_said(sides[0][1], sides[1][1]))),)
+        said = (*dict.fromkeys((*remarks, *names.remarks(self.how), *_said(sides[0][1], sides[1][1]))),)
         wrong = [one for one in mathematics if not one.passed]
         if wrong and self.how.is_training and not replay.keeps_training:
             worst = max(wrong, key=lambda one: (one.kind == "output", excess(one.found, one.limit)))
