@@ -46,8 +46,9 @@ class Counterparts:
 
     def of_one(self, side: Literal[0, 1]) -> Counterparts:
         """Compare one of the models with itself, under the names of the first."""
-        own = ({name: (pair[side],) * 2 for name, pair in one.items()} for one in (self.statistics, self.gradients))
-        return Counterparts(*own)
+        both = (self.statistics, self.gradients)
+        statistics, gradients = ({name: (pair[side], pair[side]) for name, pair in one.items()} for one in both)
+        return Counterparts(statistics, gradients)
 
     def remarks(self, how: How) -> Iterator[str]:
         """Say which gradients and statistics were not compared, and why."""
@@ -79,7 +80,9 @@ def find(
         for (name, mine) in a.named_parameters()
         if (other := theirs.get(name_in_b(name))) is not None and mine.shape == other.shape and is_same(mine, other)
     }
-    gradients, frozen, half = {}, [], []
+    gradients: dict[str, tuple[str, str]] = {}
+    frozen: list[str] = []
+    half: list[str] = []
     for name, pair in there.items():
         needs = [one.requires_grad for one in pair]
         if all(needs):
@@ -101,8 +104,8 @@ def distances(names: Counterparts, x: Step, y: Step, *, is_training: bool) -> di
             found["output", str(i)] = max(one.l2, one.flips / one.count)
     for name, (mine, other) in names.statistics.items() if is_training else ():
         floor = _SMALL * max(_size(x.after[key]) for key in x.after if _owner(key) == _owner(mine))
-        pairs = [(one.before[key], one.after[key]) for one, key in ((x, mine), (y, other))]
-        found["statistic", name] = _after(*pairs, floor)
+        pair_x, pair_y = (x.before[mine], x.after[mine]), (y.before[other], y.after[other])
+        found["statistic", name] = _after(pair_x, pair_y, floor)
     inputs = {key: (key, key) for key in x.gradients.keys() | y.gradients.keys() if key.startswith("input ")}
     for group in (inputs, names.gradients):
         scale = max((_size(x.gradients.get(mine)) for mine, _ in group.values()), default=0.0)

@@ -92,7 +92,7 @@ def copied(model: nn.Module, cast: Callable[[Tensor], Tensor]) -> nn.Module:
     twins = dict(made.named_parameters())
     for name, parameter in model.named_parameters():
         for hook in (parameter._backward_hooks or {}).values():
-            twins[name].register_hook(hook)
+            twins[name].register_hook(hook)  # type: ignore[no-untyped-call]
     return made
 
 
@@ -162,7 +162,7 @@ def _backward(out: Any, seed: int) -> None:
     if not terms:
         return
     try:
-        torch.stack(terms).sum().backward()
+        torch.stack(terms).sum().backward()  # type: ignore[no-untyped-call]
     except Exception as error:
         raise VerifyError(
             f"the gradients of a model cannot be computed: {where(error)}", todo=_WITHOUT, said=where(error)

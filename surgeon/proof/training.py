@@ -100,17 +100,17 @@ class Training:
         remarks: list[str] = []
         if twin is not None:
             names = counterparts.find(twin.model, self.b.model, str, lambda x, y: True)
-            sides = [(side, side.step(inputs, who)) for side, who in ((twin, "the replay"), (self.b, "B"))]
-            found += self._judged(inputs, *sides, names)
-            remarks += _said(sides[0][1], sides[1][1])
+            expected, given = twin.step(inputs, "the replay"), self.b.step(inputs, "B")
+            found += self._judged(inputs, (twin, expected), (self.b, given), names)
+            remarks += _said(expected, given)
         if approximate or self.exact != torch.float64:  # the replay is what it is in float64
             return Stepped(str(inputs), self.how.mode, tuple(found), remarks=tuple(remarks))
         made = Side(copied(replay.exact, self.cast), self.how, self.exact)
         set_mode_(made.model, self.how)
         names = counterparts.find(self.a.model, made.model, lambda name: replay.came_from.get(name, name), torch.equal)
-        sides = [(side, side.step(inputs, who)) for side, who in ((self.a, "A"), (made, "the replay"))]
-        mathematics = list(self._judged(inputs, *sides, names))
-        said = (*dict.fromkeys((*remarks, *names.remarks(self.how), *_said(sides[0][1], sides[1][1]))),)
+        truth, again = self.a.step(inputs, "A"), made.step(inputs, "the replay")
+        mathematics = list(self._judged(inputs, (self.a, truth), (made, again), names))
+        said = tuple(dict.fromkeys((*remarks, *names.remarks(self.how), *_said(truth, again))))
         wrong = [one for one in mathematics if not one.passed]
         if wrong and self.how.is_training and not replay.keeps_training:
             worst = max(wrong, key=lambda one: (one.kind == "output", excess(one.found, one.limit)))

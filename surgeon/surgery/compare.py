@@ -61,16 +61,16 @@ def verify(
         VerifyError: the outputs differ in structure, shape or dtype.
     """
     with ordinary():
-        return compare(a, b, example, How(mode == "train", gradients, seed), progress)
+        return compare(a, b, example, seed, progress, How(mode == "train", gradients, seed))
 
 
-def compare(a: nn.Module, b: nn.Module, example: Any, how: How, progress: Progress) -> Report:
+def compare(a: nn.Module, b: nn.Module, example: Any, seed: int, progress: Progress, how: How | None = None) -> Report:
     """Compare two models on one example or a list of them; what a history says is done again to A first."""
     checked(a), checked(b)
+    how = How(seed=seed) if how is None else how
     training.check(a, b, how)
-    seed = how.seed
     if isinstance(b, Compiled) and not isinstance(a, Compiled) and (made := _made_again(a, b)) is not None:
-        return _in_two_steps(a, made, b, example, how, progress)
+        return _in_two_steps(a, made, b, example, seed, progress)
     if isinstance(a, Compiled) or isinstance(b, Compiled):  # which runs on the CPU
         a, b = devices.on(a, devices.CPU), devices.on(b, devices.CPU)
     elif (place := devices.of(a)) is not None and place.type != "meta":
@@ -135,10 +135,10 @@ def _made_again(a: nn.Module, b: Compiled) -> nn.Module | None:
     return made
 
 
-def _in_two_steps(a: nn.Module, made: nn.Module, b: Compiled, example: Any, how: How, progress: Progress) -> Report:
+def _in_two_steps(a: nn.Module, made: nn.Module, b: Compiled, example: Any, seed: int, progress: Progress) -> Report:
     """Compare A with what its history makes of it, and the file with that."""
-    first = compare(a, made, example, how, parts(progress, 0, 0.5))
-    second = compare(_without_history(made), b, example, how, parts(progress, 0.5, 1))
+    first = compare(a, made, example, seed, parts(progress, 0, 0.5))
+    second = compare(_without_history(made), b, example, seed, parts(progress, 0.5, 1))
     verdict = second.verdict if first.verdict == "equivalent" else first.verdict
     said = "what the history in the file says was done to A again; the second half of the checks is about the file"
     return replace(
