@@ -338,6 +338,10 @@ class Deployable(Block[Opts]):
         """Name the form in which it is deployed on a kind of device, such as `cuda`, where nothing is measured."""
         return PLAIN
 
+    def is_tried_on(self, form: str, device: str) -> bool:
+        """Whether `fuse --tune` measures a form on a kind of device; not where it is another form in disguise."""
+        return True
+
     def undeployable(self) -> str | None:
         """Say why this block has no such form; it is then left as it is."""
         return None

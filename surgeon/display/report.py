@@ -33,6 +33,8 @@ def report_view(report: Report, *, verdict_first: bool = False) -> RenderableTyp
         parts.append(_sites(rows, len(report.sites)))
     if report.first_to_diverge:
         parts.append(Line(f"first to diverge: {report.first_to_diverge}", "red"))
+    parts += [Line(f"probably, at {one.path or 'the model'} ({one.kind}): {one.says}", "red") for one in report.guesses]
+    parts += [] if report.bisected is None else [Line(f"bisected: {report.bisected.says}", "red")]
     parts += [Line(remark, "red") for remark in report.remarks]
     parts += [] if report.data is None else [agreement_view(report.data)]
     style, said = _VERDICTS[report.verdict]

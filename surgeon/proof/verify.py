@@ -48,17 +48,20 @@ def verify(
     replay: Replay | None = None,
     approximate: bool = False,
     seed: int = 0,
+    named: Sequence[tuple[str, str]] = (),
     bisecting: Progress | None = None,
 ) -> Report:
     """Compare B with A on each of the inputs; neither is changed, whatever mode it is in.
 
     `approximate` says that B was not meant to compute what A does; then only its stored tensors are judged.
-    With `bisecting`, which is told how far that is, the smallest set of modules that explains a difference is looked for.
+    `named` are modules of A and of B that belong together though their names differ, which only counts
+    without a replay. With `bisecting`, which is told how far that is, the smallest set of modules that explains a
+    difference is looked for.
 
     Raises:
         VerifyError: the outputs differ in structure, shape or dtype, or a model does not run.
     """
-    models = Models(a, b, replay, seed, torch.float64)
+    models = Models(a, b, replay, seed, torch.float64, named)
     own = dtype_name(models.dtype)
     if (other := dtype_of(b)) != models.dtype:  # that of A, unless it is known that B was cast
         raise VerifyError(
@@ -68,7 +71,7 @@ def verify(
     try:
         runs = models.run(inputs)
     except NotInFloat64Error as error:
-        models = Models(a, b, replay, seed, models.dtype)
+        models = Models(a, b, replay, seed, models.dtype, named)
         runs = models.run(inputs)
         remarks.append(f"{error}, so outputs were compared in {own}")
     except VerifyError as error:
@@ -84,7 +87,7 @@ def verify(
         checks=tuple(found),
         distances=tuple(run.distance for run in runs if run.distance is not None),
         sites=rows,
-        remarks=(*remarks, *_remarks(evidence), *_alone(models, runs)),
+        remarks=(*remarks, *_remarks(evidence), *_alone(models, runs), *_matched(models, diverging, named)),
         guesses=() if passed else guesses(models, inputs[0], diverging),
         bisected=None if passed or bisecting is None else bisect(models, inputs, diverging, bisecting),
     )
@@ -106,6 +109,16 @@ def _alone(models: Models, runs: Sequence[Measured]) -> Iterator[str]:
         words = ("module", "has", "its") if len(alone) == 1 else ("modules", "have", "their")
         what = f"{len(alone)} {words[0]} of B with weights {words[1]} no counterpart in A: {named}"
         yield f"{what}; only outputs show {words[2]} faults"
+
+
+def _matched(models: Models, diverging: Sequence[str], named: Sequence[tuple[str, str]]) -> Iterator[str]:
+    """Say how modules of other names were matched, and which one of B is the first that diverges."""
+    if named and models.replay is not None:
+        yield "names that belong together were given, and not needed: B's history says which do"
+    yield from models.matched.says()
+    there = models.pairing.there
+    if diverging and (name := there.get(diverging[0], diverging[0])) != diverging[0]:
+        yield f"{diverging[0]} of A is {name} in B"
 
 
 def _evidence(

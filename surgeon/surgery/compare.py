@@ -6,7 +6,7 @@ Either may be a file that holds a program. What its history says is done to A, a
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +37,7 @@ def verify(
     example: Example | Sequence[Example] | None = None,
     *,
     seed: int = 0,
+    names: Mapping[str, str] | None = None,
     bisect: bool = False,
     progress: Progress = silent,
 ) -> Report:
@@ -46,7 +47,9 @@ def verify(
     a dict of named ones. If b's history says that it was made from a, the same is done to a in float64, and b must
     be the result, rounded once.
 
-    With `bisect`, the smallest set of modules is looked for that, put right, makes the difference vanish.
+    `names` are modules of `a` and of `b` that belong together though their names differ, with all that lies in them;
+    those with the same tensors are found without. With `bisect`, the smallest set of modules is looked for
+    that, put right, makes the difference vanish.
 
     >>> from surgeon import convert
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3))
@@ -57,8 +60,8 @@ def verify(
         VerifyError: the outputs differ in structure, shape or dtype.
     """
     with ordinary():
-        bisecting = parts(progress, 0.7, 1) if bisect else None
-        return compare(a, b, example, seed, parts(progress, 0, 0.7) if bisect else progress, bisecting=bisecting)
+        first, second = (parts(progress, 0, 0.7), parts(progress, 0.7, 1)) if bisect else (progress, None)
+        return compare(a, b, example, seed, first, named=tuple((names or {}).items()), bisecting=second)
 
 
 def compare(a: nn.Module, b: nn.Module, example: Any, seed: int, progress: Progress, **how: Any) -> Report:
