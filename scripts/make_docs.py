@@ -1,4 +1,4 @@
-"""Generate the documentation that comes from the program: docs/cli.md, docs/schemas, and what the README's commands print.
+"""Generate the documentation that comes from the program: docs/cli.md, docs/schemas, and what the README prints.
 
     python scripts/make_docs.py
 

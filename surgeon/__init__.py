@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from surgeon.surgery.compare import verify
     from surgeon.surgery.export import export
     from surgeon.surgery.history import Operation
+    from surgeon.surgery.outputs import compare_outputs, save_outputs
     from surgeon.surgery.plan import Plan
     from surgeon.surgery.reorder import reordered
 
@@ -77,6 +78,7 @@ _HOMES = {
     "SurgeonError": "surgeon.errors",
     **dict.fromkeys(("KernelFigures", "kernels"), "surgeon.figures.kernels"),
     **dict.fromkeys(("fit", "fit_", "images"), "surgeon.fitting.in_memory"),
+    **dict.fromkeys(("compare_outputs", "save_outputs"), "surgeon.surgery.outputs"),
     "reordered": "surgeon.surgery.reorder",
     **dict.fromkeys(("convert", "convert_", "fuse", "fuse_", "history", "load"), "surgeon.api"),
     **dict.fromkeys(("new_parameters", "plan", "recipes_for", "save", "survey"), "surgeon.api"),
@@ -108,6 +110,7 @@ __all__ = [
     "Trial",
     "__version__",
     "agreement",
+    "compare_outputs",
     "convert",
     "convert_",
     "errors",
@@ -126,6 +129,7 @@ __all__ = [
     "reordered",
     "report",
     "save",
+    "save_outputs",
     "survey",
     "verify",
 ]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group, RenderableType
 
 from surgeon.display import words
+from surgeon.display.kernels import kernels_view
 from surgeon.display.report import report_view
 from surgeon.display.sheet import Line
 
@@ -32,6 +33,9 @@ def demo_view(demo: Demo) -> RenderableType:
         Line("the folded network compared with the trained one:"),
         report_view(demo.report),
         Line(""),
+        Line("where in their kernels the first network and the folded one have their large weights:"),
+        kernels_view(demo.kernels),
+        Line(""),
         Line(f"open {demo.page or _KEEP}"),
     )
 
@@ -45,4 +49,4 @@ def _steps(steps: Sequence[Snapshot]) -> RenderableType:
 
 
 def demo_data(demo: Demo) -> dict[str, Any]:
-    return {**asdict(demo), "report": demo.report.to_dict()}
+    return {**asdict(demo), "report": demo.report.to_dict(), "kernels": demo.kernels.to_dict()}

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from rich.console import RenderableType
-from torch import Tensor, nn
+from torch import nn
 
-from surgeon._torch_compat import pytree
 from surgeon.analysis import example as examples
 from surgeon.analysis.example import Example
 from surgeon.blocks.two_streams import TwoStreams
@@ -24,7 +23,6 @@ from surgeon.figures.layers import Layer, Layers, layers_of
 from surgeon.figures.magnitudes import AverageMagnitude, BranchMagnitude, LayerMagnitude
 from surgeon.figures.spectra import Spectrum, spectra_of
 from surgeon.models import devices
-from surgeon.models.call import Inputs
 from surgeon.models.progress import Progress, parts, silent
 from surgeon.models.sandbox import ordinary
 from surgeon.models.wrappers import checked
@@ -184,13 +182,7 @@ def _with_spectra(made: NetworkKernels, model: nn.Module, example: Example | Non
     inputs = network_for(model, None, seed=seed).inputs if example is None else examples.make(example, seed=seed)
     if inputs is None:
         return made
-    return replace(made, spectra=spectra_of(model, inputs), input=str(inputs), is_drawn=_is_drawn(example))
-
-
-def _is_drawn(example: Example | None) -> bool:
-    """Whether an example says only which shapes there are, so that its numbers are random."""
-    held = example.tensors if isinstance(example, Inputs) else pytree.tree_leaves(example)
-    return not any(isinstance(one, Tensor) for one in held)
+    return replace(made, spectra=spectra_of(model, inputs), input=str(inputs), is_drawn=inputs.is_random)
 
 
 def _nothing(name: str, layers: Layers) -> FigureError:

@@ -151,9 +151,9 @@ class Counted:
             if many[i] == 0 and far[i] == 0:
                 continue
             mean = None if math.isnan(far[i]) else far[i]
-            picked = (None, None) if self.is_map else (int(best_a[i]), int(best_b[i]))
+            classes_of = [None if self.is_map else int(best[i]) for best in (best_a, best_b)]
             label = None if labels is None else int(labels[i])
-            image = Image(name, mean, int(many[i]), *picked, label)
+            image = Image(name, mean, int(many[i]), classes_of[0], classes_of[1], label)
             self.worst.append(((-math.inf if mean is None else -mean, -many[i], name), image))
         self.worst = sorted(self.worst, key=lambda one: one[0])[:_WORST]
 
@@ -168,8 +168,16 @@ class Counted:
         in_five = five if classes > _FIVE else None
         has_kl = items > odd
         return Agreement(
-            *(data.source, data.preprocessing, sum(one[0] for one in others), "pixels" if is_map else "images"),
-            *(items, classes, agreeing, in_five, odd, agreeing / items),
+            source=data.source,
+            preprocessing=data.preprocessing,
+            images=sum(one[0] for one in others),
+            of="pixels" if is_map else "images",
+            items=items,
+            classes=classes,
+            agreeing=agreeing,
+            in_five=in_five,
+            odd=odd,
+            agreement=agreeing / items,
             interval=None if is_map else wilson(agreeing, items),
             top5_agreement=None if in_five is None else in_five / items,
             kl_mean=(math.inf if unbounded else float(total) / (items - odd)) if has_kl else None,

@@ -120,7 +120,7 @@ def mcnemar(lost: int, won: int) -> float:
     for k in range(min(lost, won) + 1):
         total += chosen
         chosen = chosen * (n - k) // (k + 1)
-    return min(1.0, 2 * total / 2**n)
+    return min(1.0, float(2 * total / 2**n))
 
 
 def wilson(count: int, of: int) -> Interval:

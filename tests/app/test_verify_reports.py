@@ -1,4 +1,4 @@
-"""What `verify` writes for machines: JSON by a published schema, JUnit XML, and Markdown that shows names as they are."""
+"""What `verify` writes for machines: JSON by a published schema, JUnit XML, and Markdown that shows names as such."""
 
 from __future__ import annotations
 

@@ -61,7 +61,9 @@ def test_the_online_form_has_a_scale_for_each_kernel() -> None:
 
 @pytest.mark.parametrize("recipe", ["hetconv-p4", "octave"])
 def test_branches_without_norms_have_no_scales(recipe: str) -> None:
-    network = surgeon.kernels(surgeon.convert(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1)), recipe)).networks[0]
+    net = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+    network = surgeon.kernels(surgeon.convert(net, recipe, example=(1, 8, 16, 16))).networks[0]
+    assert network.layers[0].kind in recipe
     assert network.scales == ()
 
 

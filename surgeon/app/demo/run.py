@@ -25,6 +25,8 @@ from surgeon.app.demo.net import SmallResNet
 from surgeon.app.given import Given
 from surgeon.app.images import Images
 from surgeon.errors import StoreError
+from surgeon.figures import kernels as figures
+from surgeon.figures.kernels import KernelFigures
 from surgeon.models.cost import measure
 from surgeon.models.progress import Progress, parts, silent
 from surgeon.models.sandbox import random_states_kept
@@ -48,11 +50,12 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Demo:
-    """What the demo did: the network after every step of both ways, and the proof of the first way's last one."""
+    """What the demo did: the network after every step of both ways, and of the first way the proof and the kernels."""
 
     steps: tuple[Snapshot, ...]
     octave: tuple[Snapshot, ...]
     report: Report  # of the folded network against the trained one
+    kernels: KernelFigures  # of the first network and the folded one
     images: tuple[int, int]  # to train on, to test on
     seconds: float  # of training
     page: str | None = None  # the file that shows it all, where the files are kept
@@ -69,9 +72,12 @@ def demo(progress: Progress = silent, *, seconds: float, folder: Path | None, se
         start = _snapshot("trained network", home / "net.pt", images)
         steps, report = _as_acblocks(home / "net.pt", images, seconds, given, parts(progress, 0, 0.6))
         octave = _as_octaves(home / "net.pt", images, given, parts(progress, 0.6, 0.95))
+        seen = figures.kernels(
+            {name: surgery.load(home / name) for name in (start.file, steps[-1].file)}, control=False
+        )
         page = _page(home, [steps[-2].file, steps[-1].file], report, given) if folder else None
     counts = (len(images.train_y), len(images.test_y))
-    return Demo((start, *steps), (start, *octave), report, counts, seconds, page)
+    return Demo((start, *steps), (start, *octave), report, seen, counts, seconds, page)
 
 
 def _as_acblocks(
