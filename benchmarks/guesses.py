@@ -219,8 +219,8 @@ def table(lines: Sequence[Line]) -> str:
     right = sum(line["is_right"] for line in asked)
     silent = sum(line["kind"] is None for line in asked)
     text = [
-        f"- {len(asked)} faults; the kind was guessed right for {right} ({right / max(1, len(asked)):.1%}), for {silent} "
-        f"nothing was guessed, and for {len(asked) - right - silent} something else.",
+        f"- {len(asked)} faults; the kind was guessed right for {right} ({right / max(1, len(asked)):.1%}), "
+        f"for {silent} nothing was guessed, and for {len(asked) - right - silent} something else.",
         f"- {sum('is_refused' in line for line in due)} more were refused by a sentence that names no module.",
     ]
     seen = [line for line in asked if line.get("is_seen")]

@@ -67,6 +67,7 @@ def test_every_old_address_leads_to_a_new_one() -> None:
         "PairRest",
         "PairSyncNorm",
         "DiverseBranch",
+        "HetInOnePass",
         "OnlineACBlock",
         "OnlineDiverseBranch",
         "OnlineRepVGG",

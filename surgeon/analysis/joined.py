@@ -56,7 +56,7 @@ def join_(graph: fx.Graph, modules: Modules) -> int:
 def _pays(module: nn.Module, args: tuple[Any, ...]) -> bool:
     if not (module.training and torch.is_grad_enabled() and where.has_triton()):
         return False
-    return any(type(x) in _PLAIN and (where.on_cpu or x.is_cuda) for x in args)
+    return any(type(x) in _PLAIN and where.is_place(x) for x in args)
 
 
 def _joined(module: nn.Module, program: Mapping[str, Any]) -> Callable[..., Any] | None:

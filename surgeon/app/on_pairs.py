@@ -1,7 +1,7 @@
 """The command that compares two models. torch is imported only when needed."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -37,6 +37,19 @@ Markdown = Annotated[
     str | None,
     typer.Option("--markdown", metavar="FILE", help="Also write a summary as .md for GitHub; - prints it instead."),
 ]
+Map = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--map",
+        metavar="A=B",
+        help="A module of A and the one of B that belongs to it though its name differs, with all that lies in them: "
+        "features.0=stem. May be repeated; modules with the same tensors are found without.",
+    ),
+]
+Bisect = Annotated[
+    bool,
+    typer.Option("--bisect", help="If they differ, find the smallest set of modules that explains it, by halving."),
+]
 
 SaveOutputs = Annotated[
     Path | None,
@@ -64,10 +77,11 @@ def _check_sides(b: str | None, saved: Path | None, against: Path | None, given:
     if sum(side is not None for side in (b, saved, against)) != 1:
         raise typer.BadParameter("give a second model B, or --save-outputs FILE, or --against FILE: one of the three")
     only_saving = ("--sites", "--store-inputs")
+    only_pairs = ("--map", "--bisect", "--mode", "--gradients")
     wrong = {
         "a second model": only_saving,
-        "--save-outputs": ("--data", "--junit", "--markdown", "--html"),
-        "--against": ("--data", "--html", "--input", *only_saving),
+        "--save-outputs": ("--data", "--junit", "--markdown", "--html", *only_pairs),
+        "--against": ("--data", "--html", "--input", *only_pairs, *only_saving),
     }
     side = "a second model" if b is not None else "--save-outputs" if saved is not None else "--against"
     for name in wrong[side]:
@@ -86,6 +100,13 @@ def verify(
         str | None, typer.Argument(metavar="B", help="The model to compare with it.", show_default=False)
     ] = None,
     html: Html = None,
+    mode: Annotated[
+        Literal["eval", "train"],
+        typer.Option(help="train: also compare a step in train mode, and the statistics of norms behind it."),
+    ] = "eval",
+    gradients: Annotated[
+        bool, typer.Option("--gradients", help="Also compare the gradients of inputs and of shared parameters.")
+    ] = False,
     json: Json = False,
     schema: Schema = False,
     junit: JUnit = None,
@@ -95,6 +116,8 @@ def verify(
     store_inputs: StoreInputs = False,
     against: Against = None,
     force: Force = False,
+    map_: Map = None,
+    bisect: Bisect = False,
 ) -> None:
     """Say whether B computes what A does, and where they diverge. Distances are shown as well.
 
@@ -106,7 +129,7 @@ def verify(
     Exit code: 0 equivalent, 1 different, 2 could not be compared, 3 approximate by design.
     """
     asked: dict[str, object] = {"--data": images, "--input": given.inputs, "--junit": junit, "--markdown": markdown}
-    asked |= {"--html": html}
+    asked |= {"--html": html, "--map": map_, "--bisect": bisect, "--mode": mode == "train", "--gradients": gradients}
     _check_sides(b, save_outputs, against, asked | {"--sites": sites, "--store-inputs": store_inputs})
     if json and markdown == "-":
         raise typer.BadParameter("--json and --markdown - both print: give --markdown a file, or take one away")
@@ -117,11 +140,14 @@ def verify(
         from surgeon.app import outputs, pairs
         from surgeon.app.reports import Reports
         from surgeon.display.report import report_view
+        from surgeon.proof import matching
 
         reports = Reports(junit, markdown, force)
         reports.claim(pairs.read_for(a, b or against, given, images))
         outputs.claim_page(html, given, a, b, force=force)
-        found = pairs.judge(a, b or against, given, progress, images)
+        more: dict[str, Any] = {"names": dict(matching.pairs_in(map_ or ())), "bisect": bisect}
+        more |= {"mode": mode, "gradients": gradients}
+        found = pairs.judge(a, b or against, given, progress, images, **more)
         if html is not None and found is not None and b is not None:
             from surgeon.app import pages
 

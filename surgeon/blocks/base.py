@@ -190,6 +190,11 @@ class Block(Operator, abc.ABC, Generic[Opts]):
         """Whether the block, in eval mode, computes what the conv it replaces computed."""
 
     @classmethod
+    def keeps_training(cls, options: Opts, *, with_norm: bool) -> bool:
+        """Whether the block computes in train mode, too, what the conv computed, and the norm if it takes that over."""
+        return False
+
+    @classmethod
     def takes_norm(cls, options: Opts) -> bool:
         """Whether the block wants to take over the batch norm that follows the conv."""
         return False
@@ -337,6 +342,10 @@ class Deployable(Block[Opts]):
     def form_on(self, device: str) -> str:
         """Name the form in which it is deployed on a kind of device, such as `cuda`, where nothing is measured."""
         return PLAIN
+
+    def is_tried_on(self, form: str, device: str) -> bool:
+        """Whether `fuse --tune` measures a form on a kind of device; not where it is another form in disguise."""
+        return True
 
     def undeployable(self) -> str | None:
         """Say why this block has no such form; it is then left as it is."""

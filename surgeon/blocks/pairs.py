@@ -92,7 +92,7 @@ class PairNorm(OfPairs, nn.BatchNorm2d):
             return False
         if any(t.device != input[0].device for t in given) or not any(t.requires_grad for t in given):
             return False
-        return where.has_triton() and (where.on_cpu or input[0].is_cuda)
+        return where.has_triton() and where.is_place(input[0])
 
     def in_one_pass(self, input: Pair, beside: Beside, then: Sequence[str]) -> Pair:
         """Norm each stream, add what is beside it, and apply an activation (`one_pass.streams.ACTIVATIONS`)."""

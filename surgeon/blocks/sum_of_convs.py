@@ -29,6 +29,7 @@ from torch import Tensor, fx, nn
 from surgeon.blocks.anatomy import BranchKernel
 from surgeon.conv import kernels
 from surgeon.conv.affine import regrouped
+from surgeon.conv.spec import ConvSpec, Pads
 
 REDUCE = "torch.fx.graph_module.reduce_graph_module"  # what torch.save writes that a GraphModule is made by
 TRACER = "torch.fx._symbolic_trace.Tracer"  # what it holds once torch itself has opened it
@@ -77,6 +78,20 @@ def make(
     return fx.GraphModule(held, _graph(is_ordered=channel_order is not None, is_product=is_product))
 
 
+def seeing(conv: nn.Conv2d, shift: Pads | None, mode: str) -> nn.Module:
+    """Let a 1×1 conv see a shifted map, where its own padding cannot do that.
+
+    Kernels are odd, so both borders of an axis are alike, and an axis is either cropped or padded.
+    """
+    if shift is None:
+        return conv
+    top, _, left, _ = shift
+    padded = ConvSpec.of(conv).change(padding=(max(top, 0), max(left, 0)), padding_mode=mode)
+    crop = (min(left, 0), min(left, 0), min(top, 0), min(top, 0))  # last axis first
+    made = padded.build_with(conv.weight.detach(), conv.bias, like=conv.weight)
+    return nn.Sequential(nn.ZeroPad2d(crop), made)
+
+
 def is_ours(module: nn.Module) -> bool:
     """Whether a module is such a sum, with nothing added to it that a file may not hold."""
     if not isinstance(module, fx.GraphModule) or type(module).__mro__[1] is not fx.GraphModule:
@@ -108,7 +123,7 @@ def rebuild(body: Mapping[str, Any], imports: str) -> fx.GraphModule:
         raise ValueError("a GraphModule in it holds something else in place of modules")
     if not all(isinstance(one, nn.Parameter) and one.dim() == 2 for one in parameters.values()):
         raise ValueError("a GraphModule in it holds something else in place of a matrix")
-    if not all(map(_is_order, buffers.values())):
+    if not all(map(is_order, buffers.values())):
         raise ValueError("a GraphModule in it holds something else in place of an order of channels")
     made = make(**modules, **parameters, **buffers)
     vars(made).update((name, value) for name, value in body.items() if name in OF_MODULES)
@@ -132,7 +147,7 @@ def branch_kernels(module: fx.GraphModule) -> list[BranchKernel]:
     return [BranchKernel(f"{kh}x{kw}", kernel), BranchKernel("1x1", centre)]
 
 
-def _is_order(value: object) -> bool:
+def is_order(value: object) -> bool:
     """Whether something is a tensor of the numbers from 0 on, each once."""
     if not isinstance(value, Tensor) or value.dtype != torch.int64 or value.dim() != 1:
         return False

@@ -20,7 +20,7 @@ from surgeon.display.sheet import cell
 
 # From nothing to the largest entry; between them colours are mixed. A printed page and a dark screen bear all of them.
 RAMP = ((247, 251, 255), (198, 219, 239), (107, 174, 214), (33, 113, 181), (8, 48, 107))
-_GAP = 3
+_GAP = 2
 _SHADES = " ░▒▓█"
 Rows = Sequence[Sequence[float]]
 
@@ -88,9 +88,10 @@ def colour(value: float) -> tuple[int, int, int]:
 
 
 def is_dark(value: float) -> bool:
-    """Whether letters on the colour of an entry have to be white."""
-    red, green, blue = colour(value)
-    return 0.299 * red + 0.587 * green + 0.114 * blue < 140
+    """Whether white letters on the colour of an entry have more contrast than black ones, as WCAG 2 measures it."""
+    linear = [(one / 255 / 12.92 if one <= 10 else ((one / 255 + 0.055) / 1.055) ** 2.4) for one in colour(value)]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05
 
 
 def _width(panel: Panel, most: int) -> int:

@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from surgeon.display import heat
 from surgeon.display.kernels import UNTRAINED, averages_of, counted, heading, shapes
@@ -32,6 +32,7 @@ _STYLE: dict[str, Any] = {
 }
 _SIDE = 1.9  # inches of a panel
 _DOTS = 150  # for each inch
+_MOST_DOTS = 2**15  # of a side; Agg draws twice that
 _NUMBERED = 11  # rows and columns of a matrix that has room for numbers
 
 
@@ -64,20 +65,17 @@ def write(figures: KernelFigures, path: Path, kind: str, *, layers: bool = False
     `kind` is png or svg.
     """
     check_installed()
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    names = ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.colors")
+    matplotlib, figures_of, agg, colors = (cast(Any, importlib.import_module(name)) for name in names)
     with matplotlib.rc_context():
         matplotlib.rcParams.update({**_usual(matplotlib), **_STYLE})
         rows = _rows(figures, layers=layers)
         columns = len(figures.networks)
-        figure = Figure(
-            figsize=(1.1 + (_SIDE + 0.35) * columns, 0.3 + (_SIDE + 0.45) * len(rows)), layout="constrained"
-        )
-        FigureCanvasAgg(figure)
+        inches = (1.1 + (_SIDE + 0.35) * columns, 0.3 + (_SIDE + 0.45) * len(rows))
+        figure = figures_of.Figure(figsize=inches, layout="constrained")
+        agg.FigureCanvasAgg(figure)
         axes = figure.subplots(len(rows), columns, squeeze=False)
-        scale = matplotlib.colors.LinearSegmentedColormap.from_list("surgeon", [_share(one) for one in heat.RAMP])
+        scale = colors.LinearSegmentedColormap.from_list("surgeon", [_share(one) for one in heat.RAMP])
         image = None
         for line, row in zip(axes, rows, strict=True):
             for place, panel in zip(line, row.panels, strict=True):
@@ -86,7 +84,8 @@ def write(figures: KernelFigures, path: Path, kind: str, *, layers: bool = False
             line[0].annotate(printable(row.title), (-0.12, 0.5), **how)
         bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
         bar.outline.set_visible(False)
-        figure.savefig(path, format=kind, dpi=_DOTS, metadata={"Date": None} if kind == "svg" else {"Software": None})
+        dots = min(_DOTS, int(_MOST_DOTS / max(inches)))
+        figure.savefig(path, format=kind, dpi=dots, metadata={"Date": None} if kind == "svg" else {"Software": None})
 
 
 def _usual(matplotlib: Any) -> dict[str, Any]:

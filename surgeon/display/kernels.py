@@ -132,9 +132,11 @@ def _spectra(network: NetworkKernels, title: str, most: int | None) -> list[Rend
         row = (one.path, words.size(one.size), *counts, f"{one.share:.1%}", f"{one.share_of_all:.1%}")
         table.add_row(*row, _sparks(one.power))
     table.caption = _more(len(network.spectra), most)
+    numbers = f"random numbers, {network.input}: give --input photo.jpg" if network.is_drawn else network.input
     says = (
-        "what octave convs send to their low streams. lost: energy above half of the highest frequency, "
-        "which half the resolution cannot hold, of what varies over the map; of all: with each channel's average"
+        f"what octave convs send to their low streams (on {numbers}). lost: energy above half of the highest "
+        "frequency, which half the resolution cannot hold, of what varies over the map; of all: with each channel's "
+        "average"
     )
     return [Line(f"{title}{says}"), table]
 

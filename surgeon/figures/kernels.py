@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,8 @@ class NetworkKernels:
         scales: |γ| and |γ|/σ of every branch, for blocks whose branches have them.
         kept: the energy that thinned-out blocks keep of the convs that they replaced, from the plans in the history.
         spectra: what octave convs send to their low streams; empty where no input is known.
+        input, is_drawn: what these were measured on, and whether that was random numbers.
+        input, is_drawn: what these were measured on, and whether that was random numbers.
         left_out: the convs and blocks that are in no matrix, and why.
     """
 
@@ -52,6 +54,8 @@ class NetworkKernels:
     scales: tuple[LayerScales, ...] = ()
     kept: tuple[KeptEnergy, ...] = ()
     spectra: tuple[Spectrum, ...] = ()
+    input: str = ""
+    is_drawn: bool = False
     left_out: tuple[tuple[str, str], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -133,19 +137,20 @@ def _of_one(
     progress(f"{name}: looking at the convs", 0)
     model = devices.on(model, devices.CPU)
     layers, generator = layers_of(model), torch.Generator().manual_seed(seed)
-    found, scales = [], []
+    found: list[LayerMagnitude] = []
+    scales: list[LayerScales] = []
     with torch.no_grad():
         for i, layer in enumerate(layers.found):
             progress(f"{name}: {layer.path}", 0.2 + 0.6 * i / len(layers.found))
             one, scale = _of_layer(layer, layers, generator if control else None)
-            found += [one] * (one is not None)
-            scales += [scale] * (scale is not None)
+            found += [] if one is None else [one]
+            scales += [] if scale is None else [scale]
     if not found:
         raise _nothing(name, layers)
     progress(f"{name}: looking at its streams", 0.8)
     averages, left_out = magnitudes.averages(found), tuple(layers.left_out.items())
-    spectra = _spectra(model, example, seed)
-    return NetworkKernels(label, name, averages, tuple(found), tuple(scales), kept_in_history(model), spectra, left_out)
+    made = NetworkKernels(label, name, averages, tuple(found), tuple(scales), kept_in_history(model), left_out=left_out)
+    return _with_spectra(made, model, example, seed)
 
 
 def _of_layer(
@@ -170,14 +175,14 @@ def _of_layer(
     return made, scales_of(layer.path, layer.kind, branches)
 
 
-def _spectra(model: nn.Module, example: Example | None, seed: int) -> tuple[Spectrum, ...]:
+def _with_spectra(made: NetworkKernels, model: nn.Module, example: Example | None, seed: int) -> NetworkKernels:
     """Measure what goes to low streams, where there are any and an input is known."""
     if not any(isinstance(module, TwoStreams) and module.low_out for module in model.modules()):
-        return ()
-    if example is not None:
-        return spectra_of(model, examples.make(example, seed=seed))
-    inputs = network_for(model, None, seed=seed).inputs
-    return () if inputs is None else spectra_of(model, inputs)
+        return made
+    inputs = network_for(model, None, seed=seed).inputs if example is None else examples.make(example, seed=seed)
+    if inputs is None:
+        return made
+    return replace(made, spectra=spectra_of(model, inputs), input=str(inputs), is_drawn=inputs.is_random)
 
 
 def _nothing(name: str, layers: Layers) -> FigureError:

@@ -102,7 +102,7 @@ def spectrum_of(high: Tensor) -> tuple[float, float, tuple[float, ...], tuple[fl
     radius = torch.sqrt(rows[:, None] ** 2 + columns[None, :] ** 2)
     ring = (radius / _RING).long()
     middles, power = [], []
-    for number in ring.unique().tolist():
+    for number in sorted(set(ring.flatten().tolist())):
         inside = (ring == number) & (radius > 0)
         if inside.any():
             middles.append((number + 0.5) * _RING)

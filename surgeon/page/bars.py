@@ -16,6 +16,8 @@ _ROW, _BAR = 34, 9  # heights of a pair with its name, and of one bar
 def pair(cost: Cost, most: int) -> Markup:
     """Draw two bars as a mark beside numbers that say the same; screen readers pass it by."""
     bars = [_bar(cost.before, most, 1, "fill-before"), _bar(cost.after, most, 8, "fill-after")]
+    if cost.before == cost.after:
+        bars = [_bar(cost.before, most, 4, "fill-before", 7)]
     return element("svg", *bars, class_="pair", width="100%", height=15, aria_hidden="true", focusable="false")
 
 
@@ -37,7 +39,6 @@ def _entry(i: int, name: str, cost: Cost, most: int, unit: str) -> list[Markup]:
     said = words.amount(cost.before, unit)
     if cost.after != cost.before:
         said += f" → {words.amount(cost.after, unit)}" + (f" (×{cost.ratio:.2f})" if cost.ratio is not None else "")
-    bars = [_bar(cost.after, most, y + 17, "fill-after", _BAR)]
     if cost.after != cost.before:
         bars = [_bar(cost.before, most, y + 17, "fill-before", 6), _bar(cost.after, most, y + 23, "fill-after", 6)]
     else:

@@ -15,6 +15,7 @@ from markupsafe import Markup
 from surgeon.page.markup import element, joined
 
 _MOST_TICKS = 8
+_STRONG = 0.69  # of the colour of heat maps: from here on, text of the other colour is easier to read
 _GAP = 16  # pixels between the bottom of a drawing and the numbers below it
 
 
@@ -49,26 +50,28 @@ class Axis:
         return cls(0.0, round(math.ceil((most or 1.0) / step) * step, 12))
 
     def at(self, number: float) -> float:
-        """Give the place of a number as a share of the axis; what lies beyond is put at its ends.
+        """Give the place of a number as a share of the axis; what lies beyond is put at its ends, NaN at the last.
 
         >>> Axis(-8, 0, log=True).at(1e-6), Axis(-8, 0, log=True).at(0.0), Axis(0, 2).at(math.inf)
         (0.25, 0.0, 1.0)
         """
-        if self.log:
-            number = math.log10(number) if number > 0 else -math.inf
         if math.isnan(number):
             return 1.0
+        if self.log:
+            number = math.log10(number) if number > 0 else -math.inf
         return min(1.0, max(0.0, (number - self.least) / (self.most - self.least)))
 
     def ticks(self) -> list[tuple[float, str]]:
         """List the places that are written beside the axis, and what is written there.
 
+        >>> [said for _, said in Axis(0.0, 1.0).ticks()]
+        ['0', '0.2', '0.4', '0.6', '0.8', '1']
         >>> Axis(-3, 0, log=True).ticks()
         [(0.0, '1e-3'), (0.3333333333333333, '0.01'), (0.6666666666666666, '0.1'), (1.0, '1')]
         """
         wide = self.most - self.least
         step = max(1.0, math.ceil(wide / _MOST_TICKS)) if self.log else _step(self.most)
-        count = round(wide // step) + 1
+        count = math.floor(wide / step + 1e-9) + 1
         numbers = [self.least + i * step for i in range(count)]
         return [((one - self.least) / wide, power(round(one)) if self.log else f"{one:.4g}") for one in numbers]
 
@@ -135,7 +138,7 @@ def upwards(axis: Axis, height: float, *, zero: bool = False) -> Markup:
 
 
 def dot(x: float, y: float, colour: str, said: str, *, mark: str = "circle", size: float = 5) -> Markup:
-    """Draw a point, with a text for those who point at it; `mark`: circle, ring, square, diamond (what is wrong)."""
+    """Draw a point with a text for those who point at it; `mark` is circle, ring, square or diamond."""
     title = element("title", said) if said else None
     if mark in ("circle", "ring"):
         style = {"class_": f"fill-{colour}"} if mark == "circle" else {"class_": f"ch-ring stroke-{colour}"}
@@ -202,12 +205,12 @@ def heat_map(title: str, matrix: Sequence[Sequence[float]], *, cell: int = 44) -
     parts = []
     for y, row in enumerate(matrix):
         for x, number in enumerate(row):
-            step = min(9, max(0, int(number * 10)))
             where = {"x": x * cell, "y": y * cell, "width": cell, "height": cell}
-            parts.append(element("rect", class_=f"heat-{step}", **where))
+            parts.append(element("rect", class_="heat", fill_opacity=f"{min(1.0, max(0.0, number)):.2f}", **where))
             if cell >= 30:
                 at = {"x": x * cell + cell / 2, "y": y * cell + cell / 2 + 4, "text_anchor": "middle"}
-                parts.append(element("text", f"{number:.2f}", class_=f"heat-on-{step}", **at))
+                on = "on-strong" if number >= _STRONG else "on-weak"
+                parts.append(element("text", f"{number:.2f}", class_=on, **at))
     says = "; ".join(" ".join(f"{number:.2f}" for number in row) for row in matrix)
     named = [element("title", title), element("desc", f"Rows from the top: {says}")]
     size = {"width": wide * cell, "height": rows * cell, "viewBox": f"0 0 {wide * cell} {rows * cell}"}

@@ -96,7 +96,8 @@ class _Reader:
     def _is_pair(self, node: fx.Node) -> bool:
         """Whether a step takes one of two streams out of a pair."""
         place, lane = self.at[node.all_input_nodes[0]]
-        return lane is None and self.steps[place].low > 0 and node.args[1] in (0, 1)
+        step = self.steps[place]
+        return lane is None and (step.low > 0 or step.kind == "octave") and node.args[1] in (0, 1)
 
     def _is_alone(self, node: fx.Node) -> bool:
         """Whether a step treats every number, or every channel, alone."""
@@ -136,7 +137,8 @@ class _Reader:
             return self._module(str(node.target), self.modules[str(node.target)], reads, high)
         name = _name_of(node)
         if node.target is streams.split:
-            low = sum(stop - start for start, stop in node.args[1])  # type: ignore[union-attr, misc, operator, str-bytes-safe]
+            ranges: Any = node.args[1]
+            low = sum(stop - start for start, stop in ranges)
             return FlowStep("split", "split", reads=reads, high=None if high is None else high - low, low=low)
         if node.target in (streams.join, streams.interleave):
             low = self.steps[reads[0]].low

@@ -49,11 +49,11 @@ def _parts(model: nn.Module) -> list[Part]:
         if isinstance(module, Block):
             inside |= {id(one) for one in module.modules()}
             own = sum(one.numel() for one in module.parameters())
-        found.append(Part(path, _kind(module), own))
+        found.append(Part(path, kind_said(module), own))
     return found
 
 
-def _kind(module: nn.Module) -> str:
+def kind_said(module: nn.Module) -> str:
     """Name the class of a module; one whose forward is a graph is named as it was."""
     origin = vars(module).get("origin")
     return origin.rpartition(".")[2] if isinstance(origin, str) else kind_of(module).__name__

@@ -32,7 +32,8 @@ class _Drawing:
         self.text = self.low + _TEXT
 
     def made(self, island: str) -> Markup:
-        longest = max((max(len(said) for said in (one.name, *_words(one))) for one in self.steps), default=0)
+        longest = max((max(len(one.name), len(_words(one))) for one in self.steps), default=0)
+        longest = max(longest, *(len(reason) + 6 for reason in self.reasons.values()), 0)
         width, height = self.text + _LETTER * longest + 8, _TOP + _ROW * len(self.steps)
         about = f"{len(self.steps)} steps from top to bottom; the table below lists them."
         head = [element("title", f"Two streams through {island or 'the network'}"), element("desc", about)]
@@ -76,10 +77,9 @@ class _Drawing:
         drawn = marks.get(step.kind, self.plain)(i, step)
         y = self.y(i)
         said = [element("text", step.name, x=self.text, y=y - 1, class_="path")]
-        if words := " · ".join(_words(step)[:1]):
-            said.append(element("text", words, x=self.text, y=y + 13, class_="muted"))
-        reason = [element("title", self.reasons[i])] if i in self.reasons else []
-        return element("g", *reason, *drawn, *said)
+        words = f"seam: {self.reasons[i]}" if i in self.reasons else _words(step)
+        said.append(element("text", words, x=self.text, y=y + 13, class_="fill-bad" if i in self.reasons else "muted"))
+        return element("g", *drawn, *said)
 
     def box(self, left: float, right: float, y: float, colour: str) -> Markup:
         size = {"x": left, "y": y - _HALF, "width": right - left, "height": 2 * _HALF, "rx": 6}
@@ -129,7 +129,7 @@ class _Drawing:
         return [self.box(self.high - 14, right + 14, self.y(i), f"plain {step.kind}")]
 
 
-def _words(step: FlowStep) -> list[str]:
+def _words(step: FlowStep) -> str:
     """Say what a step does, what follows it, and how many channels each stream has behind it."""
     said = [step.label] if step.label else []
     said += step.then
@@ -137,7 +137,7 @@ def _words(step: FlowStep) -> list[str]:
         said.append(f"{step.high or '?'} high, {step.low} low")
     elif step.high is not None and step.kind in ("conv", "octave", "join"):
         said.append(f"{step.high} channels")
-    return [" · ".join(said)] if said else []
+    return " · ".join(said)
 
 
 def _tracks(steps: Sequence[FlowStep]) -> dict[tuple[int, int], int]:

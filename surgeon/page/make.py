@@ -22,7 +22,7 @@ from surgeon.models.progress import Progress, parts, silent
 from surgeon.models.sandbox import ordinary
 from surgeon.models.wrappers import checked, not_a_model
 from surgeon.page.data import PageData
-from surgeon.page.gather import gather
+from surgeon.page.gather import gather, kind_said
 from surgeon.page.render import render
 from surgeon.recipes import recipe as recipes
 from surgeon.recipes.recipe import Recipe
@@ -99,7 +99,7 @@ def report(
         if not isinstance(one, nn.Module):
             raise not_a_model(one)
     with ordinary():
-        names = [type(one).__name__ for one in models]
+        names = [kind_said(one) for one in models]
         labels = names if other is None else [f"{name} ({side})" for name, side in zip(names, "AB", strict=True)]
         how: dict[str, Any] = {"recipe": recipe, "plan": plan, "bench": Trials() if bench else None, "seed": seed}
         return page_of(

@@ -90,7 +90,7 @@ def shown_model(data: PageData) -> Looked | None:
 def _planned(entry: Entry, plan: Plan, shown: Looked | None) -> Row:
     """Describe a conv by what a plan says; if it was carried out, by what is at its place in the model `shown`, too."""
     state = _state(entry, shown)
-    measured = shown.survey if shown is not None and state == "folded" else None
+    survey = _comparable(shown, plan) if state == "folded" else None
     return Row(
         entry.path,
         entry.conv,
@@ -98,7 +98,7 @@ def _planned(entry: Entry, plan: Plan, shown: Looked | None) -> Row:
         entry.swap,
         "; ".join(_reasons(entry, state)) + ".",
         tuple(_facts(entry, plan)),
-        _costs(entry, measured),
+        _costs(entry, state, survey),
     )
 
 
@@ -149,7 +149,13 @@ def _facts(entry: Entry, plan: Plan) -> Iterator[tuple[str, str]]:
         yield f"loses with {setting}", f"{loss:.2g}"
 
 
-def _costs(entry: Entry, survey: Survey | None) -> dict[Costs, Cost]:
+def _comparable(shown: Looked | None, plan: Plan) -> Survey | None:
+    """Give the survey of a model if it was run with the plan's input, so that their costs can be compared."""
+    survey = shown.survey if shown is not None else None
+    return survey if survey is not None and str(survey.inputs) == str(plan.inputs) else None
+
+
+def _costs(entry: Entry, state: State, survey: Survey | None) -> dict[Costs, Cost]:
     """Give what a conv costs before, and after: as the plan counts it, or as it is folded."""
     found: dict[Costs, Cost] = {}
     names: tuple[Costs, ...] = ("macs", "params", "activations")
@@ -159,6 +165,10 @@ def _costs(entry: Entry, survey: Survey | None) -> dict[Costs, Cost]:
         if change is None:
             continue
         now = getattr(site.cost, name) if site is not None else None
+        if now is None and state == "folded" and (made := entry.folded) is not None:
+            now = {"params": made.params, "macs": round(made.share * entry.macs.before) if entry.macs else None}.get(
+                name
+            )
         found[name] = Cost(change.before, change.after if now is None else now)
     return found
 
@@ -185,10 +195,20 @@ def totals(data: PageData) -> dict[Costs, Cost]:
         cost = shown.survey.cost if shown is not None and shown.survey is not None else None
         found = {name: getattr(cost, name) for name in TITLES} if cost is not None else {}
         return {name: Cost(value, value) for name, value in found.items() if value is not None}
-    now = shown.survey.cost if shown is not None and shown.survey is not None and not data.is_planned else None
+    survey = None if data.is_planned else _comparable(shown, data.plan)
+    gained = data.plan.gained if is_folded(data) else None
     made: dict[Costs, Cost] = {}
     for name in TITLES:
-        if (change := getattr(data.plan.total, name)) is not None:
-            measured = getattr(now, name) if now is not None else None
-            made[name] = Cost(change.before, change.after if measured is None else measured)
+        change = getattr(data.plan.total, name)
+        now = getattr(survey.cost, name) if survey is not None else None
+        if now is None and gained is not None:
+            now = getattr(getattr(gained, name, None), "after", None)
+        if change is not None:
+            made[name] = Cost(change.before, change.after if now is None else now)
     return made
+
+
+def is_folded(data: PageData) -> bool:
+    """Whether the model that the page shows was fused in the end."""
+    shown = shown_model(data)
+    return not data.is_planned and shown is not None and [step.operation for step in shown.history][-1:] == ["fuse"]

@@ -1,10 +1,10 @@
 """The smallest set of modules of B that has to be put right for its outputs to become the expected ones.
 
-Right modules (the replay's or, where no replay proves B, A's) are put into a copy of B, in order of execution. If all of
-them make the difference vanish, halving finds the first module up to which they have to be put in. It is needed;
-it stays in, and the same is done for those before it, until those that were found are enough:
+Right modules (the replay's or, where no replay proves B, A's) are put into a copy of B, in order. If all of them make
+the difference vanish, halving finds the first module up to which they have to be put in. It is needed; it stays in, and
+the same is done for those before it, until those that were found are enough:
 
-    k = min { k : B with modules 1…k and all found ones put right computes what is expected },   found ← found ∪ {k}
+    k = min { k : B with modules 1…k and all found ones put right computes what is expected },  found ← found ∪ {k}
 
 so that n modules of which m are wrong take about m · log₂ n runs. At the end every one that was found is left out once.
 Numbers of B that are right to rounding are made exactly those that are expected before, so that no rounding is left in
@@ -175,8 +175,13 @@ def _of_replay(models: Explained) -> list[Plan]:
     if unlike is None:
         paths = [path for path in paths if not any(True for _ in modules[path].children())]
     names = names_of(wrong)
-    swaps = [Swap(path, dict.fromkeys(names[theirs[path]], modules[path])) for path in paths]
+    swaps = [_one_for_one(path, names[theirs[path]], modules[path]) for path in paths]
     return [(wrong, right, swaps, True)]
+
+
+def _one_for_one(site: str, names: Sequence[str], module: nn.Module) -> Swap:
+    puts: dict[str, nn.Module] = dict.fromkeys(names, module)
+    return Swap(site, puts)
 
 
 def _settle_(right: nn.Module, wrong: nn.Module, own: nn.Module) -> None:

@@ -127,7 +127,8 @@ def _of_stretch(models: Explained, recorder: Recorder, stretch: Stretch, path: s
     theirs = [recorder.b.get_submodule(one) for one in stretch.in_b]
     own = [models.core_b.get_submodule(one) for one in stretch.in_b]
     calls = recorder.calls(stretch)
-    if len(ours) == len(theirs) and path in stretch.in_a and len(ours) > 1:  # the step that is named
+    idle = [[type(one) is nn.Identity for one in side] for side in (ours, theirs)]
+    if idle[0] == idle[1] and path in stretch.in_a and len(ours) > 1:  # the step that is named
         i = stretch.in_a.index(path)
         ours, theirs, own, calls = (
             ours[i : i + 1],
@@ -139,6 +140,7 @@ def _of_stretch(models: Explained, recorder: Recorder, stretch: Stretch, path: s
     expected, units = _row(ours), 1.0
     if [kind_of(one) for one in ours] != [kind_of(one) for one in theirs] and isinstance(theirs[0], nn.Conv2d):
         conv = as_one(ours, folded)
+        theirs, own = ([one for one in side if type(one) is not nn.Identity] for side in (theirs, own))
         if conv is not None and len(theirs) == 1:
             expected, origins, units = conv, ours, FEW_UNITS if models.dtype == torch.float64 else OF_A_FOLD
     others = _alike(_modules(recorder.a), expected)
@@ -153,7 +155,8 @@ def _recorded(models: Explained, model: nn.Module, paths: Sequence[str], inputs:
         module = model.get_submodule(path)
 
         def before(_: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
-            found.setdefault(path, []).append(Recording(*_copied((args, kwargs)), None))
+            given, named = _copied((args, kwargs))
+            found.setdefault(path, []).append(Recording(given, named, None))
 
         def after(_: nn.Module, args: Any, out: Any, path: str = path) -> None:
             found[path][-1].out = _copied(out)

@@ -10,7 +10,7 @@ from surgeon.page.bars import pair
 from surgeon.page.base import Section
 from surgeon.page.data import PageData
 from surgeon.page.markup import filled
-from surgeon.page.rows import MARKS, MEANINGS, TITLES, UNITS, rows, shown_model
+from surgeon.page.rows import MARKS, MEANINGS, TITLES, UNITS, Costs, rows, shown_model
 from surgeon.page.tree import tree
 
 
@@ -26,7 +26,7 @@ class Network(Section):
 
     def body(self, data: PageData) -> Markup:
         found, shown = rows(data), shown_model(data)
-        first = next((name for name in TITLES if any(name in row.costs for row in found)), "params")
+        first: Costs = next((name for name in TITLES if any(name in row.costs for row in found)), "params")
         costs = [row.costs[first] for row in found if first in row.costs]
         counts = Counter(row.state for row in found)
         return filled(

@@ -12,7 +12,7 @@ from surgeon.display import gains, words
 from surgeon.page.base import Section
 from surgeon.page.data import PageData
 from surgeon.page.markup import filled
-from surgeon.page.rows import TITLES, UNITS, Cost, Costs, Row, rows, shown_model, totals
+from surgeon.page.rows import TITLES, UNITS, Cost, Costs, Row, is_folded, rows, shown_model, totals
 from surgeon.proof.report import Report
 
 
@@ -107,14 +107,7 @@ def _changed(title: str, cost: Cost, name: Costs) -> Figure:
 
 def _once_fused(data: PageData) -> Iterator[Figure]:
     """Say what a plan leads to once blocks are folded, where that is something else than what is trained."""
-    shown = shown_model(data)
-    is_fused = (
-        not data.is_planned
-        and shown is not None
-        and shown.history[-1:] != ()
-        and (shown.history[-1].operation == "fuse")
-    )
-    if data.plan is None or is_fused or not data.plan.swaps:
+    if data.plan is None or is_folded(data) or not data.plan.swaps:
         return
     gained = data.plan.gained
     if gained.is_folded and gained.macs is not None:

@@ -12,6 +12,7 @@ from surgeon.page.base import Section
 from surgeon.page.charts import Axis
 from surgeon.page.data import PageData
 from surgeon.page.markup import element, filled, joined
+from surgeon.proof.agreement import Agreement
 from surgeon.proof.report import Asks, Check, Distance, Histogram, Report, SiteDistance
 
 _QUESTIONS: dict[Asks, str] = {
@@ -55,6 +56,7 @@ class Verify(Section):
             distances=[(one, _distance_row(one, report.dtype)) for one in report.distances],
             histograms=list(_histograms(report)),
             number=number,
+            agreement=[] if report.data is None else list(_agreement(report.data)),
             sites=_sites(report.sites),
             sites_key=_sites_key(report.sites),
             rows=[_site_row(one) for one in report.sites],
@@ -124,6 +126,22 @@ def _distance_row(one: Distance, dtype: str) -> list[tuple[str, str]]:
     decibels = f"{one.sqnr_db:.1f} dB" if math.isfinite(one.sqnr_db) else "exact" if one.own == 0 else "—"
     rows += [("signal to noise", decibels), ("cosine", f"{one.cosine:.9f}" if math.isfinite(one.cosine) else "—")]
     return rows + ([("same top-1", f"{one.top1:.1%}")] if one.top1 is not None else [])
+
+
+def _agreement(found: Agreement) -> Iterator[tuple[str, str]]:
+    """Write what both models make of images."""
+    yield found.of, str(found.items)
+    yield "same class", f"{found.agreement:.2%}"
+    if found.top5_agreement is not None:
+        yield "A’s class among B’s five", f"{found.top5_agreement:.2%}"
+    if found.kl_mean is not None:
+        yield "KL(A‖B), mean", number(found.kl_mean)
+        yield "KL(A‖B), largest", number(found.kl_max)
+    if (labelled := found.labelled) is not None:
+        yield "accuracy of A", f"{labelled.accuracy_a:.2%}"
+        yield "accuracy of B", f"{labelled.accuracy_b:.2%}"
+        yield "right in A alone, in B alone", f"{labelled.lost}, {labelled.won}"
+        yield "p (exact McNemar)", f"{labelled.p:.2g}"
 
 
 def _histograms(report: Report) -> Iterator[tuple[str, Histogram, Markup | None, list[tuple[str, int]]]]:

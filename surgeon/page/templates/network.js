@@ -44,6 +44,19 @@
       apply();
     });
   }
+  // What is pointed at, or focused, is said at the lower edge; opening a conv says it in place.
+  const peek = document.getElementById("tree-peek");
+  peek.hidden = false;
+  const tell = (event) => {
+    const conv = event.target.closest("li.conv");
+    if (!conv) return;
+    const path = document.createElement("strong");
+    path.textContent = conv.dataset.path;
+    const why = conv.querySelector(".why").textContent.slice(conv.dataset.path.length + 2);
+    peek.replaceChildren(path, why);
+  };
+  tree.addEventListener("pointerover", tell);
+  tree.addEventListener("focusin", tell);
   document.getElementById("tree-open").addEventListener("click", () => details.forEach((one) => { one.open = true; }));
   document.getElementById("tree-close").addEventListener("click", () => details.forEach((one) => { one.open = false; }));
 })();

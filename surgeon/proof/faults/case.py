@@ -24,7 +24,8 @@ from surgeon.proof.report import Guess
 from surgeon.proof.ulps import off
 
 _OF_OUTPUTS = 16.0  # half units: what rounding the weights of one module may do to its output
-_NEARER = 10.0  # times nearer to B a hypothesis must be than what was expected, or it explains nothing
+_CLEARLY = 4.0  # times nearer to B's tensors it must be
+_NEARER = 10.0  # times nearer to what B gives a hypothesis must be than what was expected, or it explains nothing
 OF_A_FOLD = 16.0  # units by which a weight may be off that somebody has folded in float32, and that came near zero
 Tensors = Mapping[str, Tensor | None]
 
@@ -78,22 +79,28 @@ class Case:
         return {
             key: (one, other)
             for key, one, other in both
-            if one.shape == other.shape and one.is_floating_point() and not self._is_near(other, one)
+            if one.shape == other.shape and one.is_floating_point() and not self._is_near(other, one, self.units)
         }
 
     def explained(self, predicted: Tensors) -> float | None:
         """Say how far B's tensors are from the expected ones if these were otherwise, as a relative L2.
 
-        None if they are further away than rounding, or if a tensor that is off was not predicted.
+        None if they are further away than rounding, or not clearly nearer than the expected ones, or if a tensor that
+        is off was not predicted. A wrong fold may have been computed in B's dtype.
         """
         if not self.off or not predicted or any(key not in predicted for key in self.off):
             return None
         worst = 0.0
         for key, tensor in predicted.items():
             mine = self.held.get(key)
-            if tensor is None or mine is None or mine.shape != tensor.shape or not self._is_near(mine, tensor):
+            if tensor is None or mine is None or mine.shape != tensor.shape:
                 return None
-            worst = max(worst, relative_l2(mine, tensor))
+            found = relative_l2(mine, tensor)
+            if not self._is_near(mine, tensor, OF_A_FOLD if self.origins else self.units):
+                return None
+            if key in self.off and found * _CLEARLY > relative_l2(mine, self.wanted[key]):
+                return None
+            worst = max(worst, found)
         return worst
 
     def changed(self, change: Callable[[Tensor], Tensor | None]) -> float | None:
@@ -101,15 +108,15 @@ class Case:
         made = {key: change(one) for key, (one, _) in self.off.items()}
         return self.explained(made) if made and all(one is not None for one in made.values()) else None
 
-    def _is_near(self, stored: Tensor, exact: Tensor) -> bool:
+    def _is_near(self, stored: Tensor, exact: Tensor, units: float) -> bool:
         """Whether a stored tensor is the expected one, rounded; one that was folded by others is near in size."""
         if off(stored, exact.to(stored.dtype) if stored.dtype == torch.float64 else exact, {stored.dtype}).ulps <= 1:
             return True
-        if self.units <= 1 or not stored.dtype.is_floating_point:
+        if units <= 1 or not stored.dtype.is_floating_point:
             return False
         far = (stored.double() - exact.double()).abs()
         size = exact.double().abs()
-        near = self.units * torch.finfo(self.dtype).eps * (size + size.mean())
+        near = units * torch.finfo(self.dtype).eps * (size + size.mean())
         return bool((far <= near).all())
 
     # ---- outputs ----------------------------------------------------------------------------------------------------
@@ -140,6 +147,13 @@ class Case:
         except RuntimeError:  # a map of another form
             return None
         return self.gives(made, cut=cut)
+
+    def behind(self, change: Callable[[Tensor], Tensor]) -> float | None:
+        """Try one change of what B gives, and say how far that is from what is expected; None if not near."""
+        mine = [None if out is None else pytree.tree_map_only(Tensor, change, out) for out in self.outs]
+        pairs = zip(mine, self.calls, strict=True)
+        found = max((far_apart(out, one.out) for out, one in pairs), default=math.inf)
+        return found if found <= self.limit and found * _NEARER <= self.apart else None
 
     def made_by(self, module: nn.Module | None) -> float | None:
         """Try a module in place of the expected one, and say how far B's outputs are from its own."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from surgeon.blocks import Foldable
+from surgeon.conv.kernels import Norm
 from surgeon.models.copies import duplicate
 from surgeon.proof.faults.base import Hypothesis, close
 from surgeon.proof.faults.case import Case, as_one
@@ -47,35 +48,48 @@ def _of_rows(case: Case) -> Iterator[Guess]:
 
 
 def _mistakes() -> Iterator[tuple[str, str, Change]]:
-    yield "scale missing", "without σ", lambda n: n.running_var.fill_(1 - n.eps)  # type: ignore[operator,union-attr]
-    yield "scale missing", "without γ", lambda n: _set(n.weight, 1.0)
-    yield "sign", "with the mean added instead of subtracted", lambda n: _set(n.running_mean, -n.running_mean)  # type: ignore[operator,arg-type]
-    yield "mean lost", "without the running mean", lambda n: _set(n.running_mean, 0.0)
-    yield "bias lost", "without β", lambda n: _set(n.bias, 0.0)
-    yield "bias lost", "without its mean and β", lambda n: (_set(n.running_mean, 0.0), _set(n.bias, 0.0))[0]
-    yield "statistics", "with the running statistics of a new norm", _fresh
+    yield "scale missing", "without σ", lambda norm: _set(norm, running_var=1 - _eps(norm))
+    yield "scale missing", "without γ", lambda norm: _set(norm, weight=1.0)
+    yield "sign", "with the mean added instead of subtracted", lambda norm: _set(norm, running_mean=-_mean(norm))
+    yield "mean lost", "without the running mean", lambda norm: _set(norm, running_mean=0.0)
+    yield "bias lost", "without β", lambda norm: _set(norm, bias=0.0)
+    yield "bias lost", "without its mean and β", lambda norm: _set(norm, running_mean=0.0, bias=0.0)
+    fresh = "with the running statistics of a new norm"
+    yield "statistics", fresh, lambda norm: _set(norm, running_mean=0.0, running_var=1.0)
     for eps in _EPS:
         words = "without eps" if eps == 0 else f"with eps = {eps:g}"
-        yield "eps", words, lambda n, eps=eps: setattr(n, "eps", eps)  # type: ignore[misc]
+        yield "eps", words, _with_eps(eps)
     yield "folded twice", "with γ/σ applied twice", _twice
 
 
-def _fresh(norm: nn.Module) -> None:
-    _set(norm.running_mean, 0.0)
-    _set(norm.running_var, 1.0)
+def _with_eps(eps: float) -> Change:
+    def change(norm: nn.Module) -> None:
+        vars(norm)["eps"] = eps
+
+    return change
 
 
 def _twice(norm: nn.Module) -> None:
     """Make a norm do what it does to its own result."""
-    if isinstance(norm.weight, Tensor) and isinstance(norm.bias, Tensor):
-        scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)  # type: ignore[operator]
-        norm.bias.copy_(norm.bias + scale * (norm.bias - norm.running_mean))  # type: ignore[operator]
-        norm.weight.mul_(scale)
+    numbers = Norm.of(norm)
+    scale = numbers.weight / torch.sqrt(numbers.var + numbers.eps)
+    bias = numbers.bias + scale * (numbers.bias - numbers.mean)
+    _set(norm, weight=numbers.weight * scale, bias=bias)
 
 
-def _set(tensor: Tensor | nn.Module, value: Tensor | float) -> None:
-    if isinstance(tensor, Tensor):
-        tensor.copy_(torch.as_tensor(value, dtype=tensor.dtype).expand_as(tensor))
+def _eps(norm: nn.Module) -> float:
+    return Norm.of(norm).eps
+
+
+def _mean(norm: nn.Module) -> Tensor:
+    return Norm.of(norm).mean
+
+
+def _set(norm: nn.Module, **values: Tensor | float) -> None:
+    for name, value in values.items():
+        tensor = getattr(norm, name)
+        if isinstance(tensor, Tensor):
+            tensor.copy_(torch.as_tensor(value, dtype=tensor.dtype).expand_as(tensor))
 
 
 def _with(case: Case, change: Change) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,7 +15,7 @@ from surgeon.proof.faults.families import family
 from surgeon.proof.recorder import leaves
 from surgeon.proof.report import Guess
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "ReLU": F.relu,
     "ReLU6": F.relu6,
     "SiLU": F.silu,
@@ -38,6 +38,9 @@ class Activations(Hypothesis):
             if (residual := case.on(function)) is not None:
                 says = f"B's result went through one more {name}: of what is expected, that gives B's {close(residual)}"
                 yield case.guess("activation added", says, residual)
+            elif (residual := case.behind(function)) is not None:
+                says = f"{name} is missing: of what B gives, it makes what is expected {close(residual)}"
+                yield case.guess("activation missing", says, residual)
 
 
 class LeftOut(Hypothesis):

@@ -1,4 +1,4 @@
-"""What B makes of its input is the expected map scaled, moved by a pixel, transposed, or with its images in another order."""
+"""The expected map, scaled, moved by a pixel, transposed, or with its images in another order, is what B gives."""
 
 from __future__ import annotations
 
@@ -59,7 +59,12 @@ def _scaled(case: Case) -> Iterator[Guess]:
 
 def _counted(case: Case) -> Iterator[Guess]:
     """Whole numbers that are all off by the same."""
-    steps = {int(one) for a, b in case.maps() if not a.is_floating_point() for one in (b.long() - a.long()).unique()}
+    steps = {
+        int(one)
+        for a, b in case.maps()
+        if not a.is_floating_point()
+        for one in (b.long() - a.long()).flatten().tolist()
+    }
     if len(steps) == 1 and 0 not in steps:
         yield case.guess("labels shifted", f"every whole number that B gives is off by {steps.pop():+d}")
 

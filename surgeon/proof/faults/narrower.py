@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from surgeon.proof.distance import relative_l2
 from surgeon.proof.faults.base import Hypothesis, close
 from surgeon.proof.faults.case import Case
-from surgeon.proof.distance import relative_l2
 from surgeon.proof.report import Guess
 
 _DTYPES = (torch.float8_e5m2, torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float32)  # coarsest first
@@ -45,6 +45,6 @@ def _went_through(dtype: torch.dtype, wanted: Tensor, held: Tensor) -> bool:
 
 
 def _has_steps(wanted: Tensor, held: Tensor) -> bool:
-    values = held.unique()
-    is_few = len(values) <= _LEVELS < held.numel() // 2 and len(wanted.unique()) > 2 * len(values)
+    values: Tensor = torch.unique(held)
+    is_few = len(values) <= _LEVELS < held.numel() // 2 and len(set(wanted.flatten().tolist())) > 2 * len(values)
     return is_few and bool(((held.double() - wanted).abs() <= 2 * (values.max() - values.min()) / len(values)).all())

@@ -21,7 +21,7 @@ class NormTensors(Hypothesis):
 
     def guess(self, case: Case) -> Iterator[Guess]:
         wanted = case.wanted
-        if not case.off or not _STATISTICS <= wanted.keys() or wanted["running_mean"].dim() != 1:
+        if not case.off or not wanted.keys() >= _STATISTICS or wanted["running_mean"].dim() != 1:
             return
         sigma = torch.sqrt(wanted["running_var"] + getattr(case.expected, "eps", 1e-5))
         zero, one = torch.zeros_like(sigma), torch.ones_like(sigma)

@@ -47,7 +47,7 @@ def _order(wanted: Tensor, held: Tensor) -> Tensor | None:
     if len(rows) < 2:
         return None
     order[rows] = rows[torch.cdist(other[rows], one[rows]).argmin(1)]
-    return order if len(order.unique()) == count else None
+    return order if len(set(order.tolist())) == count else None
 
 
 def _permuted(tensor: Tensor, axis: int, order: Tensor) -> Tensor | None:

@@ -39,10 +39,11 @@ class Turned(Hypothesis):
                     yield case.guess(kind, says, residual)
         for key, wanted in case.wanted.items():
             held = case.held.get(key)
-            if wanted.dim() == 4 and held is not None and held.shape != wanted.shape == held.mT.shape:
-                if (residual := relative_l2(held.mT, wanted)) <= case.limit:
-                    says = f"with its strip transposed, the expected {key} is B's {close(residual)}"
-                    yield case.guess("strip transposed", says, residual)
+            if wanted.dim() != 4 or held is None or not held.shape != wanted.shape == held.mT.shape:
+                continue
+            if (residual := relative_l2(held.mT, wanted)) <= case.limit:
+                says = f"with its strip transposed, the expected {key} is B's {close(residual)}"
+                yield case.guess("strip transposed", says, residual)
 
 
 def _kept(before: Tensor, after: Tensor) -> Tensor | None:
