@@ -1,7 +1,7 @@
 """Polygraphy and `verify`, on the same two ResNet-50s: what each takes, and who names a fault that was planted.
 
-A is a ResNet-50 whose norms have statistics; B is what `surgeon convert -r acnet` and `surgeon fuse` make of it, right or
-with one fault. Both are exported by surgeon. Polygraphy runs both ONNX files with onnxruntime on the CPU, every tensor
+A is a ResNet-50 whose norms have statistics; B is what `surgeon convert -r acnet` and `surgeon fuse` make of it, right
+or with one fault. Both are exported by surgeon. Polygraphy runs both ONNX files with onnxruntime on the CPU, every tensor
 marked as an output, and compares those of the same name, with its own limits (1e-5, absolute and relative) or others.
 As names of A's file and B's mean different steps where a norm lies behind a conv in A alone, A is also exported folded.
 Every way runs in a process of its own, in turns; its peak memory is given without that of one that imports the same.
@@ -125,11 +125,9 @@ def one(folder: Path, way: str, i: int) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     if way.startswith("Polygraphy"):
-        import onnx
-        import onnxruntime
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
         import polygraphy.comparator  # noqa: F401
-
-        assert onnx and onnxruntime
     else:
         import surgeon.api
         import surgeon.surgery.compare  # noqa: F401
