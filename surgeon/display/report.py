@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 
 from surgeon.display import words
+from surgeon.display.agreement import agreement_view
 from surgeon.display.sheet import Line, Sheet, cell
 
 if TYPE_CHECKING:
@@ -34,7 +35,10 @@ def report_view(report: Report, *, verdict_first: bool = False) -> RenderableTyp
         parts.append(_tensors(wrong))
     if report.first_to_diverge:
         parts.append(Line(f"first to diverge: {report.first_to_diverge}", "red"))
+    parts += [Line(f"probably, at {one.path or 'the model'} ({one.kind}): {one.says}", "red") for one in report.guesses]
+    parts += [] if report.bisected is None else [Line(f"bisected: {report.bisected.says}", "red")]
     parts += [Line(remark, "red") for remark in report.remarks]
+    parts += [] if report.data is None else [agreement_view(report.data)]
     style, said = _VERDICTS[report.verdict]
     verdict = Line(said, style)
     return Group(verdict, *parts) if verdict_first else Group(*parts, verdict)

@@ -120,10 +120,11 @@ def reach(module: nn.Module, path: str) -> str:
     written, at = "self", module
     for name in path.split("."):
         below = at._modules.get(name)
-        numbered = isinstance(at, nn.ModuleList | nn.Sequential) and is_container(at) and name.isdecimal()
+        is_one_still = at is not module and is_container(at)  # the module itself gets a class of its own
+        numbered = isinstance(at, nn.ModuleList | nn.Sequential) and is_one_still and name.isdecimal()
         if numbered and list(at._modules) == [str(i) for i in range(len(at._modules))]:
             written += f"[{int(name)}]"
-        elif isinstance(at, nn.ModuleDict) and is_container(at):
+        elif isinstance(at, nn.ModuleDict) and is_one_still:
             written += f"[{literals.string(name)}]"
         elif literals.is_name(name):
             written += f".{name}"

@@ -115,13 +115,17 @@ def rebuild(manifest: str, given: Architecture | None, stored: int = 0, *, trust
 
 def steps_between(a: nn.Module, b: nn.Module) -> tuple[Operation, ...]:
     """Find how `b` was made from `a`, if every step is known and nothing was trained in between."""
-    steps, known = history(b), history(a)
+    steps = history(b)
+    return steps_since(steps, history(a), content_hash(a) if steps else "")
+
+
+def steps_since(steps: Sequence[Operation], known: Sequence[Operation], start: str) -> tuple[Operation, ...]:
+    """Find which of B's steps were done to A, of which the history and the hash of its tensors are known."""
     shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(steps, known, strict=False)))
     if len(known) > shared:  # A went another way than B
         return ()
-    start = content_hash(a) if steps else ""
     for i, step in enumerate(steps[shared:], shared):  # an octave model has the tensors that it was made from
-        chain = steps[i:]
+        chain = tuple(steps[i:])
         if step.parent == start and all(one.result == two.parent for one, two in itertools.pairwise(chain)):
             return chain
     return ()

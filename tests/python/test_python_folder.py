@@ -49,10 +49,10 @@ save_file({str(i): t.contiguous().clone() for i, t in enumerate(out)}, sys.argv[
 """
 
 
-def written(tmp_path: Path, model: nn.Module, size: int = 32) -> str:
+def written(tmp_path: Path, model: nn.Module, size: int = 32, *, channels: int = 3) -> str:
     """Write a network, run it in a process of its own, compare in float64, and give its text."""
     model = model.eval()
-    x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(0))
     write_python(model, Inputs((x,)), tmp_path / "out", origin="a test")
     from safetensors.torch import load_file, save_file
 
@@ -125,6 +125,14 @@ def test_a_hetconv_is_two_convs(tmp_path: Path) -> None:
     text = written(tmp_path, surgeon.fuse(surgeon.convert(resnet18(), "hetconv-p4")))
     assert "class SumOfConvs(nn.Module):" in text
     assert "self.conv1 = SumOfConvs(channels, channels)" in text
+
+
+def test_a_network_that_is_a_list_of_layers_gets_a_class_of_its_own(tmp_path: Path) -> None:
+    layers = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Sequential(nn.ReLU(), nn.Conv2d(8, 4, 1)))
+    fused = surgeon.fuse(surgeon.convert(layers, "hetconv-p4", (1, 8, 16, 16)))
+    text = written(tmp_path, fused, channels=8)
+    assert "class Sequential(nn.Module):" in text
+    assert is_tidy(tmp_path / "out")
 
 
 class Pair(NamedTuple):

@@ -10,10 +10,13 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
+import torch
+
 from surgeon.proof.distance import Apart, excess, furthest
 from surgeon.proof.evidence import Evidence, Measured, Stepped
-from surgeon.proof.report import Check
+from surgeon.proof.report import Asks, Check, Unit
 
+EPS64 = torch.finfo(torch.float64).eps  # what rounding alone does where both sides are computed in float64
 ONE_UNIT = "one unit in the last place of every weight"
 
 
@@ -22,15 +25,23 @@ class Question(abc.ABC):
 
     name: ClassVar[str]  # of its checks; its file is called the same, with underscores
     place: ClassVar[int]  # questions are asked in this order
+    asks: ClassVar[Asks] = "mathematics"  # which of the three questions it is a part of
+    unit: ClassVar[Unit] = "relative L2"  # of what is measured, and of its limit
     is_for_approximate: ClassVar[bool] = False  # whether it is asked where B was not meant to compute what A does
 
     @abc.abstractmethod
     def ask(self, evidence: Evidence) -> Iterator[Check]:
         """Answer from what was measured; give nothing if it was not measured."""
 
-    def answer(self, found: float, limit: float, says: str) -> Check:
-        """Make the check, which passes if the measured value is within its limit, and the limit excludes something."""
-        return Check(self.name, found, limit, math.isfinite(limit) and found <= limit, says)
+    def answer(
+        self, found: float, limit: float, says: str, *, noise: float | None = None, unit: Unit | None = None
+    ) -> Check:
+        """Make the check, which passes if the measured value is within its limit, and the limit excludes something.
+
+        `noise` is what rounding alone does, in the same unit.
+        """
+        passed = math.isfinite(limit) and found <= limit
+        return Check(self.name, found, limit, passed, says, self.asks, unit or self.unit, noise)
 
 
 def flips_of(pairs: Sequence[tuple[Apart, Apart]], margin: float) -> Iterator[tuple[int, Apart, float]]:
