@@ -19,7 +19,7 @@ def questions() -> tuple[Question, ...]:
 
     >>> [one.name for one in questions()]
     ['mathematics', 'blocks', 'storage', 'same tensors', 'sites', 'wiring', 'rounding', 'finite', 'other inputs',
-     'stored tensors', 'structure', 'modules']
+     'stored tensors', 'structure', 'modules', 'training', 'statistics', 'gradients', 'train settings']
     """
     found: list[Question] = []
     for info in pkgutil.iter_modules(__path__):
