@@ -17,7 +17,7 @@ channel alone: what is left out are sums of zeros.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from surgeon._torch_compat import TorchDispatchMode, pytree
+from surgeon._torch_compat import TorchDispatchMode
 
 _REORDERS = ("index_select", "native_channel_shuffle", "channel_shuffle", "cat", "view", "_unsafe_view", "reshape")
 _FIRST = frozenset(  # what they do to their first argument is affine if the others are constant
@@ -106,8 +106,7 @@ class Watched(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        moving = [t for t in given if _key(t) in self._traces]
+        moving = [t for t in _tensors((args, kwargs)) if _key(t) in self._traces]
         if not moving:
             return func(*args, **kwargs)
         name = func._schema.name.removeprefix("aten::")
@@ -121,8 +120,8 @@ class Watched(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = self._lone_convolution(args) if name == "convolution" else None
         out = func(*args, **kwargs) if out is None else out
         trace = self._behind(name, args, out, trace)
-        for made in pytree.tree_leaves(out):
-            if isinstance(made, Tensor) and made.numel():
+        for made in _tensors(out):
+            if made.numel():
                 if made.dtype != torch.float64:
                     raise NotLinearError(f"{name} rounds to {made.dtype}")
                 self._note(made, trace)
@@ -134,7 +133,7 @@ class Watched(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._traces[_key(x)] = trace if known is None else known.merged(trace) if known.jump == trace.jump else trace
 
     def _moves(self, value: Any) -> bool:
-        return any(isinstance(t, Tensor) and _key(t) in self._traces for t in pytree.tree_leaves(value))
+        return any(_key(t) in self._traces for t in _tensors(value))
 
     def _is_affine(self, name: str, args: Any, moving: Sequence[Tensor]) -> bool:
         """Whether a step is affine in that of its arguments which depend on the input."""
@@ -196,11 +195,10 @@ class Watched(TorchDispatchMode):  # type: ignore[no-untyped-call]
             (side + 2 * p - d * (k - 1) - 1) // s + 1
             for side, p, d, k, s in zip(x.shape[2:], padding, dilation, weight.shape[2:], stride, strict=True)
         ]
-        taps = weight.flatten(2).transpose(0, 1)[channel]  # (channels at hand, out, taps)
-        each = columns.view(len(channel), self.lone, *columns.shape[1:]).transpose(1, 2).flatten(2)
-        made = torch.bmm(taps, each).view(len(channel), len(weight), self.lone, -1).transpose(1, 2)
-        made = made.reshape(len(x), len(weight), *size)
-        return made if bias is None else made + bias[:, None, None]
+        taps = weight.flatten(2).permute(1, 2, 0)[channel]  # (channels at hand, taps, out)
+        each = columns.view(len(channel), self.lone, *columns.shape[1:]).transpose(2, 3).flatten(1, 2)
+        made = torch.bmm(each, taps) if bias is None else torch.baddbmm(bias.view(1, 1, -1), each, taps)
+        return made.view(len(x), *size, -1).permute(0, 3, 1, 2)
 
 
 def steps_of(run: Callable[[Tensor], Any], x: Tensor, *, lone: int = 0, wraps: bool = False) -> tuple[Tensor, Trace]:
@@ -214,6 +212,17 @@ def steps_of(run: Callable[[Tensor], Any], x: Tensor, *, lone: int = 0, wraps: b
     trace = watched.trace(out)
     assert isinstance(out, Tensor)
     return out, trace
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Give the tensors in arguments or results."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _tensors(one)
+    elif isinstance(value, dict):
+        yield from _tensors([*value.values()])
 
 
 def _key(x: Tensor) -> int:

@@ -45,7 +45,7 @@ from surgeon.proof.ulps import Jitter
 LIMIT = 1e-12
 _MOVES = 3  # times that the numbers of A are moved, where they cancel
 _MARGIN = 8.0
-_AT_ONCE = 2**21  # numbers that one chunk of impulses, or what comes of it, may have
+_AT_ONCE = 2**19  # numbers that one chunk of impulses, or what comes of it, may have
 _MOST = 2**30  # numbers that all impulses and what comes of them may have
 _PROBES = (16, 32, 64, 128)
 _REFUSALS = (RuntimeError, ValueError, IndexError)
@@ -71,12 +71,18 @@ class _Filters:
     scale: Tensor
     apart: Tensor
 
-    def see(self, one: Tensor, other: Tensor, factor: float = 1.0) -> None:
-        """Take note of two results (n, out, h, w)."""
+    def see(self, apart: Tensor, size: Tensor | None) -> None:
+        """Take note of differences (n, out, h, w), which are written over, and of numbers of that size.
+
+        Raises:
+            NotLinearError: they are not all finite.
+        """
         dims = (0, 2, 3)
-        self.apart = torch.maximum(self.apart, (one - other).abs().amax(dims) / factor)
-        if factor == 1:
-            self.scale = torch.maximum(self.scale, torch.maximum(one.abs().amax(dims), other.abs().amax(dims)))
+        self.apart = torch.maximum(self.apart, apart.abs_().amax(dims))
+        if size is not None:
+            self.scale = torch.maximum(self.scale, size.abs_().amax(dims))
+        if not bool((self.apart + self.scale).isfinite().all()):
+            raise NotLinearError("not all of its numbers are finite")
 
     @property
     def worst(self) -> float:
@@ -116,8 +122,6 @@ class _Pair:
             return None
         if len(made) == 1 or made[0].shape != made[1].shape:
             raise _ApartError
-        if not all(bool(one.isfinite().all()) for one in made):
-            raise NotLinearError("not all of its numbers are finite")
         return made[0], made[1]
 
 
@@ -195,7 +199,7 @@ def _all_channels(pair: _Pair, size: _Size, groups: int) -> None:
     if pair.filters is None:
         none = offset[0].new_zeros(offset[0].shape[1])
         pair.filters = _Filters(none, none)
-    pair.filters.see(*offset)
+    pair.filters.see(offset[0] - offset[1], offset[1].clone())
     pixels, within = size[0] * size[1], pair.channels // groups
     numbers = pixels * max(zero.numel(), offset[0].numel())  # for one channel of each group
     if numbers * within > _MOST:
@@ -206,7 +210,8 @@ def _all_channels(pair: _Pair, size: _Size, groups: int) -> None:
         made = pair.both(x, pixels if groups == 1 else 0)
         if made is None:
             raise NotLinearError(f"it does not take several maps of {size[0]}x{size[1]}")
-        pair.filters.see(made[0] - offset[0], made[1] - offset[1])
+        one, other = (result - without for result, without in zip(made, offset, strict=True))
+        pair.filters.see(one.sub_(other), other)
 
 
 def impulses(pair: _Pair, size: _Size, channels: range, within: int) -> Tensor:
@@ -230,7 +235,7 @@ def _channels_at_once(pair: _Pair, size: _Size, groups: int) -> None:
         x = pair.zeros(len(chosen), size).flatten(2)
         x[torch.arange(len(chosen), device=pair.device), :, chosen] = weights
         if (made := pair.both(x.view(-1, pair.channels, *size))) is not None:
-            pair.filters.see(*made, factor=2.0 * within)
+            pair.filters.see((made[0] - made[1]) / (2 * within), None)
 
 
 def _mirrors(module: nn.Module) -> bool:
