@@ -37,7 +37,10 @@ from surgeon.proof.linearity import NotLinearError
 from surgeon.proof.operators import Agreement
 
 _LONGEST = 64  # steps that one affine part may have
-_KNOWN = ("torch.nn.", "surgeon.")
+_AFFINE = (
+    *(nn.Identity, nn.Dropout, nn.Dropout2d, nn.AvgPool2d, nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d),
+    *(nn.ReplicationPad2d, nn.CircularPad2d, nn.ChannelShuffle, nn.Sequential, nn.ModuleList, nn.ModuleDict),
+)
 _STEPS = frozenset(
     {
         *("add", "iadd", "sub", "isub", "mul", "imul", "truediv", "neg", "cat", "concat", "concatenate", "getitem"),
@@ -286,7 +289,8 @@ def _is_known(module: nn.Module) -> bool:
 def _is_known_class(module: nn.Module) -> bool:
     if isinstance(module, nn.Conv2d):
         return isinstance(convs.read(module), ConvSpec)
-    return type(module).__module__.startswith(_KNOWN) or norms.is_batch_norm(module)
+    is_ours = type(module).__module__.startswith("surgeon.") and not isinstance(module, norms.HasRest)
+    return type(module) in _AFFINE or is_ours or norms.is_batch_norm(module)
 
 
 def _channels(module: nn.Module | None) -> int | None:
