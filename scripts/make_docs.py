@@ -1,14 +1,15 @@
-"""Generate the documentation that comes from the program: docs/cli.md, and the output of the README's commands.
+"""Generate the documentation that comes from the program: docs/cli.md, docs/schemas, and what the README prints.
 
     python scripts/make_docs.py
 
-`tests/test_docs.py` fails if either is out of date.
+`tests/test_docs.py` fails if any of it is out of date.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import shlex
@@ -24,10 +25,13 @@ from surgeon.analysis import example as examples
 from surgeon.app.cli import app
 from surgeon.app.cli import main as surgeon
 from surgeon.models import notation
+from surgeon.proof import report
+from surgeon.proof.schema import json_schema
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 REFERENCE = ROOT / "docs" / "cli.md"
+SCHEMA = ROOT / "docs" / "schemas" / f"{report.SCHEMA}.schema.json"
 _BLOCK = re.compile(r"```console\n(.*?)```", re.DOTALL)
 
 
@@ -47,6 +51,11 @@ def reference() -> str:
         lines += [f"| `{', '.join(p.opts)}` | {p.help}{_default(p)} |" for p in options] + ["", command.epilog, ""]
     lines += ["## Example inputs", "", notation.__doc__ or "", examples.__doc__ or ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def schema() -> str:
+    """Write the JSON Schema of what `verify --json` prints."""
+    return json.dumps(json_schema(), indent=1, ensure_ascii=False) + "\n"
 
 
 def _paragraphs(text: str) -> Iterator[str]:
@@ -120,6 +129,7 @@ def _columns(count: str) -> Iterator[None]:
 
 def main() -> None:
     REFERENCE.write_text(reference(), encoding="utf-8")
+    SCHEMA.write_text(schema(), encoding="utf-8")
     README.write_text(with_outputs(README.read_text(encoding="utf-8")), encoding="utf-8")
 
 

@@ -39,14 +39,19 @@ if TYPE_CHECKING:
     from surgeon.blocks.hetconv import HetConv
     from surgeon.blocks.octave import OctaveConv
     from surgeon.conv.spec import ConvSpec
+    from surgeon.figures.kernels import KernelFigures, kernels
     from surgeon.fitting.in_memory import fit, fit_, images
+    from surgeon.fitting.on_data import agreement
     from surgeon.models.call import Inputs
+    from surgeon.page.make import Page, report
+    from surgeon.proof.agreement import Agreement
     from surgeon.proof.report import Check, Report
     from surgeon.recipes.recipe import Recipe
     from surgeon.surgery.advice import Advice
     from surgeon.surgery.compare import verify
     from surgeon.surgery.export import export
     from surgeon.surgery.history import Operation
+    from surgeon.surgery.outputs import compare_outputs, save_outputs
     from surgeon.surgery.plan import Plan
     from surgeon.surgery.reorder import reordered
 
@@ -55,6 +60,8 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())  # else Python wou
 _HOMES = {
     "ACBlock": "surgeon.blocks.acblock",
     "Advice": "surgeon.surgery.advice",
+    "Agreement": "surgeon.proof.agreement",
+    "agreement": "surgeon.fitting.on_data",
     **dict.fromkeys(("Block", "BlockOptions", "Deployable", "Foldable", "Trial"), "surgeon.blocks.base"),
     **dict.fromkeys(("Check", "Report"), "surgeon.proof.report"),
     "ConvSpec": "surgeon.conv.spec",
@@ -62,13 +69,16 @@ _HOMES = {
     "export": "surgeon.surgery.export",
     "HetConv": "surgeon.blocks.hetconv",
     "Inputs": "surgeon.models.call",
+    **dict.fromkeys(("Page", "report"), "surgeon.page.make"),
     "Operation": "surgeon.surgery.history",
     "OctaveConv": "surgeon.blocks.octave",
     "Plan": "surgeon.surgery.plan",
     "Recipe": "surgeon.recipes.recipe",
     "Survey": "surgeon.analysis.sites",
     "SurgeonError": "surgeon.errors",
+    **dict.fromkeys(("KernelFigures", "kernels"), "surgeon.figures.kernels"),
     **dict.fromkeys(("fit", "fit_", "images"), "surgeon.fitting.in_memory"),
+    **dict.fromkeys(("compare_outputs", "save_outputs"), "surgeon.surgery.outputs"),
     "reordered": "surgeon.surgery.reorder",
     **dict.fromkeys(("convert", "convert_", "fuse", "fuse_", "history", "load"), "surgeon.api"),
     **dict.fromkeys(("new_parameters", "plan", "recipes_for", "save", "survey"), "surgeon.api"),
@@ -78,6 +88,7 @@ _HOMES = {
 __all__ = [
     "ACBlock",
     "Advice",
+    "Agreement",
     "Block",
     "BlockOptions",
     "Check",
@@ -87,8 +98,10 @@ __all__ = [
     "Foldable",
     "HetConv",
     "Inputs",
+    "KernelFigures",
     "OctaveConv",
     "Operation",
+    "Page",
     "Plan",
     "Recipe",
     "Report",
@@ -96,6 +109,8 @@ __all__ = [
     "Survey",
     "Trial",
     "__version__",
+    "agreement",
+    "compare_outputs",
     "convert",
     "convert_",
     "errors",
@@ -106,12 +121,15 @@ __all__ = [
     "fuse_",
     "history",
     "images",
+    "kernels",
     "load",
     "new_parameters",
     "plan",
     "recipes_for",
     "reordered",
+    "report",
     "save",
+    "save_outputs",
     "survey",
     "verify",
 ]

@@ -31,6 +31,7 @@ __all__ = [
     "OpOverload",
     "TorchDispatchMode",
     "add_conv_",
+    "has_dispatch_modes",
     "has_hooks_on_all_modules",
     "has_recompile_limit",
     "is_transformed",
@@ -114,9 +115,7 @@ def add_conv_(
     """
     given = [t for t in (y, x, weight, bias) if t is not None]
     operator = getattr(getattr(torch.ops.mkldnn, "_convolution_pointwise_", None), "binary", None)
-    modes = getattr(torch.utils._python_dispatch, "_get_current_dispatch_mode_stack", None)
-    functorch = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
-    if operator is None or modes is None or functorch is None or modes() or functorch() is not None:
+    if operator is None or has_dispatch_modes():
         return False
     if not (torch.backends.mkldnn.enabled and torch.backends.mkldnn.is_available()):  # type: ignore[no-untyped-call]
         return False
@@ -129,6 +128,13 @@ def add_conv_(
         *(y, x, weight, bias, list(padding), list(stride), list(dilation), groups, "add", 1.0, None, [], ""),
     )
     return True
+
+
+def has_dispatch_modes() -> bool:
+    """Whether somebody watches or replaces operators, or a transform is at work; also where torch does not tell."""
+    modes = getattr(torch.utils._python_dispatch, "_get_current_dispatch_mode_stack", None)
+    functorch = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
+    return modes is None or functorch is None or bool(modes()) or functorch() is not None
 
 
 def packet_of(operator: Any) -> Any:

@@ -10,6 +10,7 @@
     ├── VerifyError     exit 2      outputs that cannot be compared
     ├── DataError       exit 2      images or labels that a network cannot be fitted to
     ├── FitError        exit 2      networks that cannot be fitted or trained with the images at hand
+    ├── FigureError     exit 2      networks of which there is nothing to draw, or nothing to draw it with
     └── PassError       exit 70     a bug in surgeon: names the pass and keeps the traceback
 
 A refused conv is not an exception: the plan lists it as a skip, with the reason.
@@ -122,6 +123,10 @@ class DataError(SurgeonError):
 
 class FitError(SurgeonError):
     """A network that cannot be fitted to its original, or trained against it, with the images at hand."""
+
+
+class FigureError(SurgeonError):
+    """Something that cannot be drawn: the network does not have it, or what draws it is not installed."""
 
 
 class PassError(SurgeonError):

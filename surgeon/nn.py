@@ -21,6 +21,7 @@ HOMES = {
     "FrozenNorm": "surgeon.blocks.norms",
     "FusedOctave": "surgeon.blocks.fused_octave",
     "HetConv": "surgeon.blocks.hetconv",
+    "HetInOnePass": "surgeon.blocks.het_in_one_pass",
     "NormRest": "surgeon.blocks.norms",
     "OctaveConv": "surgeon.blocks.octave",
     "OnlineACBlock": "surgeon.blocks.acblock",

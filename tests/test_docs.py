@@ -141,6 +141,10 @@ def test_the_reference_of_commands_is_fresh() -> None:
     assert make_docs.REFERENCE.read_text(encoding="utf-8") == make_docs.reference(), "run `make docs`"
 
 
+def test_the_published_schema_is_the_one_that_the_program_prints() -> None:
+    assert make_docs.SCHEMA.read_text(encoding="utf-8") == make_docs.schema(), "run `make docs`"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     text = page.read_text(encoding="utf-8")

@@ -22,8 +22,8 @@ PACKAGE = Path(surgeon.__file__).parent
 # A package imports only from packages before it. docs/architecture.md says what each is for.
 PACKAGES = (
     *("errors", "_version", "_torch_compat", "display", "nn", "conv", "one_pass", "blocks", "models", "files"),
-    *("analysis", "recipes", "octave", "channels", "proof", "surgery", "python", "fitting"),
-    *("api", "app", "cli", "__main__", "__init__"),
+    *("analysis", "recipes", "octave", "channels", "proof", "surgery", "figures", "python", "fitting"),
+    *("page", "api", "app", "cli", "__main__", "__init__"),
 )
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 
@@ -67,6 +67,7 @@ def test_every_old_address_leads_to_a_new_one() -> None:
         "PairRest",
         "PairSyncNorm",
         "DiverseBranch",
+        "HetInOnePass",
         "OnlineACBlock",
         "OnlineDiverseBranch",
         "OnlineRepVGG",

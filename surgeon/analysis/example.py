@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from surgeon._torch_compat import pytree
 from surgeon.analysis.network import Network
 from surgeon.analysis.run import Run, observe
+from surgeon.blocks.base import Operator
 from surgeon.errors import CaptureError, ModelError
 from surgeon.files import architectures, formats
 from surgeon.files.names import Trust
@@ -133,7 +134,7 @@ def _guessed(model: nn.Module, seed: int) -> Iterator[tuple[Inputs, Run]]:
                 run = observe(model, inputs)
             except CaptureError:
                 continue
-        yield Inputs(inputs.args, inputs.kwargs, is_guess=True), run
+        yield Inputs(inputs.args, inputs.kwargs, is_guess=True, is_random=True), run
 
 
 def _asks_for_values(error: BaseException | None) -> bool:
@@ -261,8 +262,8 @@ def _picture(path: Path, model: nn.Module, seed: int) -> Any:
 
     known = guess(model, seed=seed)
     like = known.tensors[0] if known is not None else None
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    channels = like.shape[-3] if like is not None and like.dim() in (3, 4) else first.in_channels if first else 3
+    first = _first_channels(model)
+    channels = like.shape[-3] if like is not None and like.dim() in (3, 4) else 3 if first is None else first
     with Image.open(path) as file:
         picture = ImageOps.exif_transpose(file).convert("L" if channels == 1 else "RGB")
     done = ["scaled to [0, 1]"]
@@ -290,11 +291,17 @@ def _normalised(image: Tensor, config: object) -> tuple[Tensor, list[str]]:
     return (image - mean_) / deviation_, [f"normalised with the mean {mean} and deviation {deviation} of {whose}"]
 
 
+def _first_channels(model: nn.Module) -> int | None:
+    """Say how many channels the first conv reads, or the block in its place."""
+    found = (m for m in model.modules() if isinstance(m, nn.Conv2d | Operator))
+    return next((m.spec.c_in if isinstance(m, Operator) else m.in_channels for m in found), None)
+
+
 def _candidates(model: nn.Module) -> Iterator[tuple[Inputs, bool]]:
     """Give calls to try, and whether to try them with real values: those listed for torchvision are known to work."""
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    first = _first_channels(model)
     for channels, *sides in filter(_is_modest, _known_sizes(model)):
-        for depth in dict.fromkeys([channels, first.in_channels if first is not None else channels]):
+        for depth in dict.fromkeys([channels, channels if first is None else first]):
             yield Inputs((Draw((1, depth, *sides)),)), False
     homes = [kind.__module__ for kind in type(model).__mro__]
     known = (call for start, call in _TORCHVISION.items() if any(home.startswith(start) for home in homes))
@@ -302,7 +309,7 @@ def _candidates(model: nn.Module) -> Iterator[tuple[Inputs, bool]]:
         yield calls.parse(call), True
     if first is not None:
         for side in (224, 299, 256, 64, 32, 28):
-            yield Inputs((Draw((1, first.in_channels, side, side)),)), False
+            yield Inputs((Draw((1, first, side, side)),)), False
 
 
 def _known_sizes(model: nn.Module) -> Iterator[tuple[int, ...]]:

@@ -186,7 +186,11 @@ def signature_of(program: Mapping[str, Any]) -> Signature:
 
 def compiled(program: Mapping[str, Any]) -> Callable[..., Any]:
     """Make a Python function `forward(self, …)` of a graph, as fx.GraphModule does."""
-    code = decode(program).python_code("self")
+    return function_of(decode(program))
+
+
+def function_of(graph: fx.Graph) -> Callable[..., Any]:
+    code = graph.python_code("self")
     space = dict(code.globals)
     exec(compile(code.src, "<surgeon graph>", "exec"), space)
     function: Callable[..., Any] = space["forward"]

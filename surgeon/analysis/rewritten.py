@@ -27,8 +27,8 @@ import torch
 from torch import fx, nn
 
 from surgeon._torch_compat import ConvNd, NormBase, reads_weights_only
+from surgeon.analysis import joined, signatures
 from surgeon.analysis import program as data
-from surgeon.analysis import signatures
 from surgeon.analysis.in_place import lost_in_place
 from surgeon.analysis.places import said
 from surgeon.analysis.program import REMEMBERS, SURROUNDINGS, Data
@@ -120,7 +120,7 @@ class Rewritten(Stored, nn.Module):
     def derive_(self) -> None:
         """Make the graph's Python, once every step in it has been checked."""
         data.check(self, self.program)
-        self.__dict__["_run"] = data.compiled(self.program)
+        self.__dict__["_run"] = joined.runner(self.program)
         become_(self, _class_of(type(self)._theirs, self.program))
         if not (type(self)._theirs or is_unpickling() or reads_weights_only()):
             self.recall_(_imported)
@@ -183,7 +183,7 @@ def rewrite_(module: nn.Module, graph: fx.Graph) -> Callable[[], None]:
         theirs, origin = type(module), f"{type(module).__module__}.{type(module).__qualname__}"
         count = sum(node.op == "placeholder" for node in graph.nodes)
         program = data.encode(graph, signatures.of_forward(theirs, count))
-    return become_(module, _class_of(theirs, program), program=program, origin=origin, _run=data.compiled(program))
+    return become_(module, _class_of(theirs, program), program=program, origin=origin, _run=joined.runner(program))
 
 
 def graph_of(module: nn.Module) -> fx.Graph | None:

@@ -8,13 +8,13 @@ from typing import Any
 
 import typer
 
-from surgeon.app import on_path, on_pairs, on_models, shelf  # isort: skip  (commands are listed in this order)
+from surgeon.app import on_path, on_pairs, on_models, on_kernels, on_pages, shelf  # isort: skip  (in this order)
 from surgeon.app.program import app
 from surgeon.app.stopping import Stopped, stoppable
 from surgeon.app.terminal import NobodyReads, complain, complain_of, notes, parsing
 from surgeon.errors import PassError, SurgeonError, printable
 
-__all__ = ["app", "main", "on_models", "on_pairs", "on_path", "shelf"]
+__all__ = ["app", "main", "on_kernels", "on_models", "on_pages", "on_pairs", "on_path", "shelf"]
 
 _UsageError: Any = typer.BadParameter.__base__  # what typer raises for arguments that it does not understand
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,11 @@ from surgeon.surgery.trials import Trials
 from surgeon.surgery.tune import Tuning
 
 _log = logging.getLogger("surgeon")
+Look = Callable[[nn.Module], object]  # what is handed the model at the end of a command, such as the maker of a page
+
+
+def unseen(model: nn.Module) -> None:
+    """Do nothing with a model."""
 
 
 def survey(name: str, given: Given, progress: Progress = silent) -> Survey:
@@ -85,6 +90,7 @@ def plan(
     images: Images | None = None,
     budget: str | None = None,
     picture: Path | None = None,
+    look: Look = unseen,
 ) -> Plan:
     """Decide what a recipe makes of a model, and with `time` how long both take; with images, what each conv loses."""
     wanted, limit = recipes.load(recipe, overrides), None if budget is None else budgets.parse(budget)
@@ -98,10 +104,12 @@ def plan(
         if picture is not None:
             drawn = tradeoff.svg(chosen)
             write_atomically(picture, lambda part: part.write_text(drawn, encoding="utf-8"), force=True)
+        look(model)
         return chosen.plan
     network = _load_and_look(name, given, parts(progress, 0, 0.3), to_plan=True)
     progress("looking at the convs and planning", 0.3)
     decided, surveyed = plan_for(network, wanted, bake=bake, seed=given.seed)
+    look(network.model)
     return gains.timed(decided, surveyed, parts(progress, 0.6, 1)) if time else decided
 
 
@@ -125,6 +133,7 @@ def convert(
     time: bool = False,
     images: Images | None = None,
     fitting: Settings | None = None,
+    look: Look = unseen,
 ) -> Converted | None:
     """Convert with a recipe (its name or path), or with a plan that was read from a file; and fit to images.
 
@@ -164,6 +173,7 @@ def convert(
                 return None
     progress(f"writing {path}", 0.9)
     _save(loaded, path, given.trust, force=force)
+    look(loaded.model)
     return Converted(decided, check, path, fitted)
 
 
@@ -208,6 +218,7 @@ def fuse(
     output: Path | None = None,
     python: Path | None = None,
     force: bool = False,
+    look: Look = unseen,
 ) -> Fused:
     """Fold the blocks of a model, and what is linear besides as far as `further` says, and write it or export it.
 
@@ -242,6 +253,7 @@ def fuse(
     else:
         progress(f"writing {path}", 0.9)
         _save(loaded, path, given.trust, force=force)
+    look(model)
     folded = tuple(block for block in done.blocks if not isinstance(model.get_submodule(block), Block))
     more = done.further
     return Fused(
@@ -258,7 +270,7 @@ def bench(names: Sequence[str], given: Given, trials: Trials, progress: Progress
     """Time models against each other on inputs of the first one's kind."""
     benching.check(trials.settings, given.device)
     models = []
-    for i, (label, name) in enumerate(zip(_labels(names), names, strict=True)):
+    for i, (label, name) in enumerate(zip(labels(names), names, strict=True)):
         progress(f"loading {name}", 0.1 * i / len(names))
         models.append((label, _load(name, given, to_time=True).model))
     inputs = _network(models[0][1], given).inputs
@@ -347,7 +359,7 @@ def _network(
     return network
 
 
-def _labels(names: Sequence[str]) -> list[str]:
+def labels(names: Sequence[str]) -> list[str]:
     """Shorten files to their own names, unless two have the same name."""
     short = [Path(name).name for name in names]
     return short if len(set(short)) == len(short) else list(names)

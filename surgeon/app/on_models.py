@@ -12,6 +12,7 @@ from surgeon.app.options import (
     CompileMode,
     Force,
     Graphs,
+    Html,
     Json,
     Model,
     Sets,
@@ -72,6 +73,7 @@ def plan(
     picture: Annotated[
         Path | None, typer.Option(metavar="FILE.svg", help="Draw cost against error: what was chosen, and what else.")
     ] = None,
+    html: Html = None,
     json: Json = False,
 ) -> None:
     """Show what a recipe would do to every conv of a model. Nothing is changed.
@@ -93,6 +95,8 @@ def plan(
             outputs.claim_plan(output, model, recipe, given, force=force)
         if picture is not None:
             outputs.claim_picture(picture, model, given, force=force)
+        outputs.claim_page(html, given, model, recipe, output, force=force)
+        looked: list[Any] = []
         decided = commands.plan(
             model,
             recipe,
@@ -104,7 +108,12 @@ def plan(
             images=images,
             budget=budget,
             picture=picture,
+            look=looked.append,
         )
+        if html is not None:
+            from surgeon.app import pages
+
+            pages.of_plan(html, model, looked, decided, given, force=force)
         if output is not None:
             outputs.write_plan(decided, output, force=force)
             if json:
@@ -140,6 +149,8 @@ def bench(
     autocast: Autocast = None,
     half: Annotated[bool, typer.Option("--half", help="Cast the models to float16.")] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="Cast the models to bfloat16.")] = False,
+    html: Html = None,
+    force: Force = False,
     json: Json = False,
 ) -> None:
     """Time models against each other in one run. They take turns, as they are and with their norms folded.
@@ -148,7 +159,7 @@ def bench(
     """
     dtype = one_dtype(half=half, bf16=bf16)
     with bar() as progress:
-        from surgeon.app import commands
+        from surgeon.app import commands, outputs
         from surgeon.display.bench import bench_data, bench_view
         from surgeon.surgery.trials import Trials
 
@@ -157,5 +168,10 @@ def bench(
         if compiled and mode is not None:
             how["modes"] = tuple(dict.fromkeys(("default", mode)))
         trials = Trials(tuple(batch or (1,)), tuple(threads or ()), rounds, channels_last, compiled, train, **how)
+        outputs.claim_page(html, given, *models, force=force)
         timings = commands.bench(models, given, trials, progress)
+        if html is not None:
+            from surgeon.app import pages
+
+            pages.of_files(html, models, given, force=force, timings=timings)
     show(bench_data(timings) if json else bench_view(timings))

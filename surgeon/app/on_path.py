@@ -11,6 +11,7 @@ from surgeon.app.options import (
     Distil,
     DynamicSize,
     Force,
+    Html,
     Json,
     Kept,
     Model,
@@ -53,6 +54,7 @@ def convert(
     distil: Distil = 0,
     state: State = None,
     cache: Kept = None,
+    html: Html = None,
     json: Json = False,
 ) -> None:
     """Swap the convs of a model as a recipe or a plan says. What was done is checked, and the result saved.
@@ -66,13 +68,15 @@ def convert(
     if plan is not None and sets:
         raise typer.BadParameter("--set changes a recipe; edit the plan file instead")
     with bar() as progress:
-        from surgeon.app import commands
+        from surgeon.app import commands, outputs
         from surgeon.display.convert import converted_data, converted_view
         from surgeon.fitting.fit import How
         from surgeon.fitting.fitted import Settings
         from surgeon.surgery import plan as plans
 
         how = plans.read(plan) if plan is not None else str(recipe)
+        outputs.claim_page(html, given, model, recipe, plan, output, force=force)
+        looked: list[Any] = []
         done = commands.convert(
             model,
             how,
@@ -85,7 +89,12 @@ def convert(
             time=time,
             images=images,
             fitting=Settings(How(seed=given.seed), distil, state, cache),
+            look=looked.append,
         )
+        if html is not None and done is not None:
+            from surgeon.app import pages
+
+            pages.write(html, [(done.path.name, looked[0])], given, force=force)
     if done is not None:
         show(converted_data(done) if json else converted_view(done))
 
@@ -171,6 +180,7 @@ def fuse(
     python: Python = None,
     output: Output = None,
     force: Force = False,
+    html: Html = None,
     json: Json = False,
 ) -> None:
     """Fold every block into one plain conv, or a few that cost less. The result is saved.
@@ -191,15 +201,22 @@ def fuse(
     with bar() as progress:
         import torch
 
-        from surgeon.app import commands
+        from surgeon.app import commands, outputs
         from surgeon.display.convert import fused_data, fused_view
         from surgeon.surgery.export import Form
         from surgeon.surgery.further import Further
         from surgeon.surgery.tune import Tuning
 
+        outputs.claim_page(html, given, model, output, force=force)
         dtype = None if cast is None else getattr(torch, cast)
         how: dict[str, Any] = {"dense": dense, "keep_norms": keep_norms, "dtype": dtype, "form": Form(size, opset)}
         how["tuning"] = Tuning(given.device, channels_last) if tuned else None
         further = Further(branches=branches or everything, norms=norms or everything, costlier=dense)
-        done = commands.fuse(model, given, progress, **how, further=further, output=output, python=python, force=force)
+        looked: list[Any] = []
+        how |= {"output": output, "python": python, "force": force, "look": looked.append}
+        done = commands.fuse(model, given, progress, **how, further=further)
+        if html is not None:
+            from surgeon.app import pages
+
+            pages.write(html, [(done.path.name, looked[0])], given, force=force)
     show(fused_data(done) if json else fused_view(done))

@@ -65,6 +65,10 @@ Device = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of tables.")]
+Html = Annotated[
+    Path | None,
+    typer.Option("--html", metavar="FILE.html", help="Also write a page to look at: one file that loads nothing."),
+]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Overwrite the output if it exists.")]
 Output = Annotated[
     Path | None,

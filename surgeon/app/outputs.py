@@ -24,6 +24,12 @@ def claim_picture(path: Path, name: str, given: Given, *, force: bool) -> None:
     claim(path, force=force, suffixes=(".svg",), origins=read_for(name, given))
 
 
+def claim_page(path: Path | None, given: Given, *read: object, force: bool) -> None:
+    """Make sure, before any work is done, that a page about it can be written, where one is asked for."""
+    if path is not None:
+        claim(path, force=force, suffixes=(".html", ".htm"), origins=read_for("", given, *read))
+
+
 def write_plan(decided: Plan, path: Path, *, force: bool) -> None:
     """Write a plan file: JSON if its name ends in .json, else YAML."""
     text = decided.dump(as_json=path.suffix == ".json")

@@ -173,6 +173,7 @@ class OnlineACBlock(Online[ACBlockOptions], ACBlock):
 
     gives_norm_back = False
     starts = (0.25, 0.25, 0.25)
+    summand_names = ("ver_weight", "hor_weight")
 
     @classmethod
     def laid_out(cls, spec: ConvSpec, placement: str = "skeleton") -> dict[str, Any]:

@@ -19,6 +19,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 from typing_extensions import TypeVar
 
+from surgeon._torch_compat import BatchNorm
+from surgeon.blocks.anatomy import BranchKernel
 from surgeon.conv.spec import ConvSpec
 from surgeon.errors import CaptureError
 from surgeon.nn import Stored
@@ -83,6 +85,10 @@ class Operator(Stored, nn.Module):
         The fields are part of the format of files: what they are called, and what they mean, stays.
         """
         return {}
+
+    def branch_kernels(self) -> Sequence[BranchKernel]:
+        """Give the kernels that its kernel is the sum of, as it is in eval mode; none where it has no such branches."""
+        return ()
 
     def _role(self) -> Role:
         return self.role() | ({_ORDER: self.permuted_as} if self.permuted_as else {})
@@ -184,6 +190,11 @@ class Block(Operator, abc.ABC, Generic[Opts]):
         """Whether the block, in eval mode, computes what the conv it replaces computed."""
 
     @classmethod
+    def keeps_training(cls, options: Opts, *, with_norm: bool) -> bool:
+        """Whether the block computes in train mode, too, what the conv computed, and the norm if it takes that over."""
+        return False
+
+    @classmethod
     def takes_norm(cls, options: Opts) -> bool:
         """Whether the block wants to take over the batch norm that follows the conv."""
         return False
@@ -258,6 +269,21 @@ class Block(Operator, abc.ABC, Generic[Opts]):
     groups = property(lambda self: self.spec.groups)
     padding_mode = property(lambda self: self.spec.padding_mode)
 
+    def draw_anew_(self, generator: torch.Generator) -> None:
+        """Draw its numbers as if it had never been trained: kernels as `nn.Conv2d` draws them, norms as new ones.
+
+        Kernels that one module holds are those of the same filters: all of them are drawn for what a filter sees.
+        """
+        with torch.no_grad():
+            for module in self.modules():
+                if isinstance(module, BatchNorm):
+                    module.reset_parameters()
+                    continue
+                own = [one for one in module.parameters(recurse=False) if one.dim() > 1]
+                fan_in = sum(one[0].numel() for one in own)
+                for one in own:
+                    one.copy_(uniform(tuple(one.shape), fan_in, generator, like=one))
+
     def with_norm(self, norm: nn.Module) -> Self | None:
         """Return a block that computes what this one and the norm behind it do in eval mode, if it can be one."""
         return None
@@ -316,6 +342,10 @@ class Deployable(Block[Opts]):
     def form_on(self, device: str) -> str:
         """Name the form in which it is deployed on a kind of device, such as `cuda`, where nothing is measured."""
         return PLAIN
+
+    def is_tried_on(self, form: str, device: str) -> bool:
+        """Whether `fuse --tune` measures a form on a kind of device; not where it is another form in disguise."""
+        return True
 
     def undeployable(self) -> str | None:
         """Say why this block has no such form; it is then left as it is."""

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from surgeon.blocks.base import PLAIN, Block, Deployable, Foldable
+from surgeon.blocks.anatomy import BranchKernel
+from surgeon.blocks.base import PLAIN, Block, Deployable, Foldable, Operator
 from surgeon.blocks.fittable import Arrangement, Fittable, View
 from surgeon.conv.least_squares import Problem
 from surgeon.conv.spec import ConvSpec
@@ -111,6 +113,27 @@ def arrangements(
     """Ask a block which choices of taps a view has, for the first `most` of them."""
     with _calling(type(block), "arrangements"):
         return list(islice(block.arrangements(view, problem, kernel, weight), most))
+
+
+def branch_kernels(block: Operator) -> Sequence[BranchKernel]:
+    """Ask a block for the kernels that its kernel is the sum of; all of them have its shape."""
+    if not isinstance(block, Block):
+        return block.branch_kernels()
+    kind = type(block)
+    with _calling(kind, "branch_kernels"):
+        made: Any = block.branch_kernels()
+    if not isinstance(made, Sequence) or not all(isinstance(one, BranchKernel) for one in made):
+        raise broken(kind, f"its branch_kernels returned {made!r:.80} instead of a list of BranchKernel")
+    for one in made:
+        if tuple(one.kernel.shape) != block.spec.weight_shape:
+            raise broken(kind, f"its branch {one.name} has the shape {tuple(one.kernel.shape)}")
+    return made
+
+
+def draw_anew_(block: Block, generator: torch.Generator) -> None:
+    """Let a block draw its numbers as if it had never been trained."""
+    with _calling(type(block), "draw_anew_"):
+        block.draw_anew_(generator)
 
 
 def take_kernel_(block: Fittable, kernel: Tensor, bias: Tensor | None) -> None:

@@ -258,6 +258,7 @@ class OnlineDiverseBranch(Online[DiverseBranchOptions], DiverseBranch):
 
     gives_norm_back = False
     starts = (0.25, 0.5, 0.25, 1.0)
+    summand_names = ("sequence", "mean", "point_weight")
 
     @classmethod
     def laid_out(cls, spec: ConvSpec, expansion: int | None = None) -> dict[str, Any]:

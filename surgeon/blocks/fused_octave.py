@@ -11,6 +11,7 @@ Chen et al. 2019, Drop an Octave, arXiv:1904.05049, section 3 and eq. 2–5.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from surgeon.blocks.octave_step import Given, OctaveStep, conv_of
 from surgeon.conv import kernels, streams
 from surgeon.conv.spec import ConvSpec
+from surgeon.conv.streams import Ranges
 from surgeon.one_pass.streams import activated
 
 if TYPE_CHECKING:
@@ -46,6 +48,14 @@ class FusedOctave(OctaveStep):
         self.low_to_high = None if shares else conv_of(block, high_out, block.low_in)
         self.low_to_low = None if shares else conv_of(block, block.low_out, block.low_in)
         self.train(block.training)
+
+    def placed(self) -> Iterator[tuple[nn.Conv2d | None, Ranges, Ranges]]:
+        high_in, high_out = streams.others(self.low_in, self.spec.c_in), streams.others(self.low_out, self.spec.c_out)
+        yield self.high_to_high, high_out, high_in
+        yield self.high_to_low, self.low_out, high_in
+        yield self.low_to_both, (*high_out, *self.low_out), self.low_in
+        yield self.low_to_high, high_out, self.low_in
+        yield self.low_to_low, self.low_out, self.low_in
 
     def step(self, given: Given, beside: Given | None, then: str) -> Given:
         assert given[0] is not None

@@ -36,6 +36,7 @@ from surgeon.blocks import base, sum_of_convs
 from surgeon.blocks import het_layouts as layouts
 from surgeon.blocks.base import Trial
 from surgeon.blocks.fittable import Arrangement, Fittable, Path, View
+from surgeon.blocks.het_in_one_pass import HetInOnePass
 from surgeon.conv import kernels
 from surgeon.conv.grouping import share_kept
 from surgeon.conv.least_squares import Problem
@@ -256,18 +257,23 @@ class HetConv(Fittable[HetConvOptions], base.Foldable[HetConvOptions], base.Depl
         The 1×1 conv sees and gives channels in the network's own order, so only the k×k conv needs them sorted.
         """
         spatial, pointwise, orders = self._convs(bias_first=False)
-        return sum_of_convs.make(spatial, self._at_the_centre(pointwise), **orders).train(self.training)
+        centre = sum_of_convs.seeing(pointwise, self.centre_shift, self.spec.padding_mode)
+        return sum_of_convs.make(spatial, centre, **orders).train(self.training)
 
     def forms(self) -> Mapping[str, Callable[[], nn.Module]]:
         """`plain`: the sum of two convs; `dense`: one conv, with all the multiply-adds of the one it stands for.
 
-        `product`: the 1×1 conv as a matrix product that adds its result to what the other conv gives.
+        `product`: the 1×1 conv as a matrix product that adds its result to what the other conv gives. `one pass`: one
+        kernel on CUDA.
         """
         found: dict[str, Callable[[], nn.Module]] = {**super().forms(), "dense": self.fold}
         centre = self.centre
         if self.centre_shift is None and centre.stride == (1, 1) and not any(centre.pads) and centre.groups == 1:
             found["product"] = self._product
-        return found
+        return found | ({HetInOnePass.form: self._in_one_pass} if HetInOnePass.fits(self.spec) else {})
+
+    def is_tried_on(self, form: str, device: str) -> bool:
+        return form != HetInOnePass.form or HetInOnePass.has_kernel_on(device)
 
     def _product(self) -> nn.Module:
         spatial, pointwise, orders = self._convs(bias_first=True)
@@ -288,18 +294,10 @@ class HetConv(Fittable[HetConvOptions], base.Foldable[HetConvOptions], base.Depl
         orders = {"channel_order": channels.clone(), "filter_place": filters.argsort()}
         return spatial, pointwise, {} if self.layout == "block" else orders
 
-    def _at_the_centre(self, conv: nn.Conv2d) -> nn.Module:
-        """Let a 1×1 conv see what the centre taps see, where its own padding cannot do that.
-
-        Kernels are odd, so both borders of an axis are alike, and an axis is either cropped or padded.
-        """
-        if self.centre_shift is None:
-            return conv
-        top, _, left, _ = self.centre_shift
-        padded = ConvSpec.of(conv).change(padding=(max(top, 0), max(left, 0)), padding_mode=self.spec.padding_mode)
-        crop = (min(left, 0), min(left, 0), min(top, 0), min(top, 0))  # last axis first
-        made = padded.build_with(conv.weight.detach(), conv.bias, like=conv.weight)
-        return nn.Sequential(nn.ZeroPad2d(crop), made)
+    def _in_one_pass(self) -> nn.Module:
+        orders = None if self.layout == "block" else tuple(self._orders()[::-1])
+        kernel = self._pointwise_kernel().requires_grad_(self.pointwise.requires_grad)
+        return HetInOnePass(self.spec, self.weight, kernel, self.bias, orders).train(self.training)
 
     def with_norm(self, norm: nn.Module) -> Self:
         block = type(self)(self.spec.change(bias=True), self.p, self.layout, like=self.weight)

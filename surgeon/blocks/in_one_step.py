@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from surgeon import _torch_compat as compat
+from surgeon.blocks.activations import is_left_alone
 from surgeon.conv.gradients import Moves
 from surgeon.one_pass import branches, where
 from surgeon.one_pass.branches import Normed
@@ -21,7 +22,7 @@ from surgeon.one_pass.normed_sum import Statistics
 
 is_scripting: Callable[[], bool] = torch.jit.is_scripting  # type: ignore[attr-defined] # TorchScript knows it
 
-_PLAIN = (Tensor, nn.Parameter)
+PLAIN = (Tensor, nn.Parameter)
 
 
 class Part(NamedTuple):
@@ -34,15 +35,15 @@ class Part(NamedTuple):
 
 def fits(parts: Sequence[Part]) -> bool:
     """Whether one step gives what calling the parts one by one gives."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_watched():
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or is_watched():
         return False
     given = [one.input for one in parts]
-    if any(type(x) not in _PLAIN or x.dim() != 4 or not x.numel() for x in given):
+    if any(type(x) not in PLAIN or x.dim() != 4 or not x.numel() for x in given):
         return False
     if not all(_is_ordinary_conv(one.conv) and _is_ordinary_norm(one.norm) for one in parts):
         return False
     tensors = [*given, *(t for one in parts for t in _tensors_of(one))]
-    if any(type(t) not in _PLAIN or t.device != given[0].device or not t.is_floating_point() for t in tensors):
+    if any(type(t) not in PLAIN or t.device != given[0].device or not t.is_floating_point() for t in tensors):
         return False
     if not any(t.requires_grad for t in tensors):
         return False
@@ -78,15 +79,14 @@ def moves_of(conv: nn.Conv2d) -> Moves:
     return Moves((sh, sw), (ph, pw), (dh, dw), conv.groups)
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Whether somebody wants to see every step."""
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     return tracing or compat.has_hooks_on_all_modules() or compat.is_transformed()
 
 
 def _is_ordinary(module: nn.Module, kind: type[nn.Conv2d] | type[nn.BatchNorm2d]) -> bool:
-    hooks = (*(module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks),)
-    return type(module) is kind and kind.forward is _FORWARD[kind] and not any(hooks) and "forward" not in vars(module)
+    return type(module) is kind and kind.forward is _FORWARD[kind] and is_left_alone(module)
 
 
 def _is_ordinary_conv(conv: nn.Module) -> bool:

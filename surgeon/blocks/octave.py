@@ -34,6 +34,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from surgeon.blocks.anatomy import BranchKernel
 from surgeon.blocks.base import PLAIN, Trial
 from surgeon.blocks.fittable import Fittable, Path, View
 from surgeon.blocks.fused_octave import FusedOctave
@@ -178,6 +179,9 @@ class OctaveConv(Fittable[OctaveConvOptions], TwoStreamBlock[OctaveConvOptions])
         weight, bias = kernels.with_norm(self.weight, self.bias, norm)
         made.spec, made.weight, made.bias = self.spec.change(bias=True), nn.Parameter(weight), nn.Parameter(bias)
         return made
+
+    def branch_kernels(self) -> list[BranchKernel]:
+        return self.by_path(self.weight)
 
     def deploy(self) -> nn.Module:
         """Return the same function in plain convs; of a conv with groups, a copy of the block."""

@@ -12,11 +12,13 @@ Chen et al. 2019, Drop an Octave, arXiv:1904.05049, section 3 and eq. 2–5.
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from surgeon.blocks.anatomy import BranchKernel
 from surgeon.blocks.two_streams import Streams, TwoStreams
 from surgeon.conv import streams
 from surgeon.conv.streams import Ranges
@@ -51,6 +53,19 @@ class OctaveStep(TwoStreams):
         split = streams.split(input, self.low_in) if self.low_in else (input, None)
         high, low = self.core(*split)
         return high if low is None else streams.join(high, low, self.low_out)
+
+    def branch_kernels(self) -> list[BranchKernel]:
+        conv = next(one for one in self.modules() if isinstance(one, nn.Conv2d))
+        kernel = torch.zeros(self.spec.weight_shape, dtype=torch.float64, device=conv.weight.device)
+        for made, filters, channels in self.placed():
+            if made is not None:
+                rows, columns = (streams.numbers(ranges, kernel.device) for ranges in (filters, channels))
+                kernel[rows[:, None], columns] += made.weight.detach().double()
+        return self.by_path(kernel)
+
+    @abc.abstractmethod
+    def placed(self) -> Iterator[tuple[nn.Conv2d | None, Ranges, Ranges]]:
+        """Give its convs, each with the filters and the channels of the octave conv that it has."""
 
     @abc.abstractmethod
     def step(self, given: Given, beside: Given | None, then: str) -> Given:

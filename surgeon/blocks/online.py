@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import abc
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, Generic, Self
 
 import torch
@@ -29,6 +30,7 @@ from torch.nn import functional as F
 from typing_extensions import TypeVar
 
 from surgeon.blocks import base
+from surgeon.blocks.anatomy import BranchKernel
 from surgeon.conv import kernels
 from surgeon.conv.scaled_sum import Window, added_up, identity_of, scaled_sum
 from surgeon.conv.spec import ConvSpec, is_channels_last
@@ -45,6 +47,7 @@ class Online(base.Foldable[Opts], Generic[Opts]):
     """
 
     DERIVED = frozenset({"windows", "pads_first", "how"})
+    summand_names: ClassVar[tuple[str, ...]] = ()  # what tables call the parts, for as many as there can be
     starts: ClassVar[tuple[float, ...]]  # the scales of `init: scratch`, for as many parts as there can be
 
     def __init__(self, spec: ConvSpec, *, like: Tensor, **layout: Any) -> None:
@@ -133,6 +136,22 @@ class Online(base.Foldable[Opts], Generic[Opts]):
 
     def fold_keeping_norm(self) -> None:
         return None
+
+    def branch_kernels(self) -> Sequence[BranchKernel]:
+        with torch.no_grad():
+            own = self._in_double()
+            names = ("conv_weight", *self.summand_names, *(f"part {i}" for i in range(len(self.windows))))
+            made = []
+            for i, gamma in enumerate(own.scale):
+                alone = torch.zeros_like(own.scale)
+                alone[i] = gamma
+                kernel = scaled_sum(alone, own.conv_weight, own.summands(), own.windows)
+                made.append(BranchKernel(names[i], kernel, gamma))
+        return made
+
+    def draw_anew_(self, generator: torch.Generator) -> None:
+        with torch.no_grad():
+            self._start_from_scratch_(None, generator)
 
     def unfoldable(self) -> str | None:
         wanted: dict[str, Shape] = {

@@ -6,22 +6,30 @@ with the norm's own tensors, cut: its channels are independent of each other. Ex
 stream is a sample of a quarter of the pixels: its mean and variance are the same, and its running variance, which torch
 corrects by n/(n−1), is that of the smaller n. What the class of a norm runs behind it (an activation) runs on each
 stream.
+
+On CUDA, a norm in train mode and what follows it on a stream, a sum and an activation, are one pass over memory
+(`one_pass.normed`): where the class of the norm runs the activation, and in rewritten graphs (`finish`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import overload
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from surgeon._torch_compat import BatchNorm, sizes
-from surgeon.blocks import norms
+from surgeon.blocks import activations, in_one_step, norms
 from surgeon.blocks.norms import FrozenNorm, HasRest
 from surgeon.conv import kernels, streams
 from surgeon.conv.streams import Pair, Ranges
 from surgeon.nn import become_
+from surgeon.one_pass import normed, where
+from surgeon.one_pass.streams import ACTIVATIONS
+
+Beside = Sequence[Tensor | None]
 
 
 class PairRest(HasRest):
@@ -65,12 +73,32 @@ class PairNorm(OfPairs, nn.BatchNorm2d):
     def forward(self, input: Tensor | Pair) -> Tensor | Pair:
         if isinstance(input, Tensor):
             return self.behind(super().forward(input))
+        if (word := self._word_behind()) and self.fits_one_pass(input, ()):
+            return self.in_one_pass(input, (None, None), (word, word))
         factor = self._factor()
         high, low = streams.others(self.low, self.num_features), self.low
         return (
             self.behind(self._normed(input[0], high, factor)),
             self.behind(self._normed(input[1], low, factor)),
         )
+
+    def fits_one_pass(self, input: Pair, beside: Beside) -> bool:
+        """Whether nobody can tell if the norm and what follows it are one step of autograd, and that step is faster."""
+        if not (self.training and torch.is_grad_enabled()) or torch.compiler.is_compiling() or in_one_step.is_watched():
+            return False
+        held = (self.weight, self.bias, self.running_mean, self.running_var)
+        given = [t for t in (*input, *beside, *held) if t is not None]
+        if any(type(t) not in in_one_step.PLAIN or not t.is_floating_point() for t in given):
+            return False
+        if any(t.device != input[0].device for t in given) or not any(t.requires_grad for t in given):
+            return False
+        return where.has_triton() and where.is_place(input[0])
+
+    def in_one_pass(self, input: Pair, beside: Beside, then: Sequence[str]) -> Pair:
+        """Norm each stream, add what is beside it, and apply an activation (`one_pass.streams.ACTIVATIONS`)."""
+        factor = self._factor()
+        high = self._normed(input[0], streams.others(self.low, self.num_features), factor, beside[0], then[0])
+        return high, self._normed(input[1], self.low, factor, beside[1], then[1])
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {_in_words(self.low)}"  # type: ignore[no-untyped-call]
@@ -84,11 +112,23 @@ class PairNorm(OfPairs, nn.BatchNorm2d):
                 factor = 1.0 / float(self.num_batches_tracked)
         return factor
 
-    def _normed(self, x: Tensor, ranges: Ranges, factor: float) -> Tensor:
+    def _word_behind(self) -> str | None:
+        """Name the activation that its class runs behind the norm, if that is all; '' for none."""
+        words = [activations.word_of(self.get_submodule(name)) for name in self.then]
+        found = [word for word in words if word != ""]
+        return "" if not found else found[0] if len(found) == 1 else None
+
+    def _normed(
+        self, x: Tensor, ranges: Ranges, factor: float, beside: Tensor | None = None, then: str | None = None
+    ) -> Tensor:
+        """Norm some of the channels; in one pass with what follows, if `then` says what that is."""
         held = (self.running_mean, self.running_var, self.weight, self.bias)
         mean, var, weight, bias = (None if t is None else streams.take(t, ranges, 0) for t in held)
         by_batch = self.training or mean is None
-        made = F.batch_norm(x, mean, var, weight, bias, by_batch, factor, self.eps)
+        if then is None:
+            made = F.batch_norm(x, mean, var, weight, bias, by_batch, factor, self.eps)
+        else:
+            made = normed.run(x, normed.Norm(weight, bias, mean, var, factor, self.eps), beside, then)
         if by_batch and len(ranges) > 1:  # those were copies
             for stored, changed in ((self.running_mean, mean), (self.running_var, var)):
                 if stored is not None and changed is not None:
@@ -160,6 +200,32 @@ class PairFrozenNorm(OfPairs, FrozenNorm):
         return f"{super().extra_repr()}, {_in_words(self.low)}"
 
 
+def finish(norm: nn.Module, input: Pair, beside: Beside, then: Sequence[nn.Module | str]) -> Pair:
+    """Call a norm with two streams, add what is beside each, and call an activation, or apply one that is named.
+
+    They are one pass where that cannot be told from calling one after the other.
+    """
+    words = [one if isinstance(one, str) else activations.word_of(one) for one in then]
+    known = [word for word in words if word is not None]
+    is_plain = type(norm) is PairNorm and PairNorm.forward is _FORWARD and activations.is_left_alone(norm)
+    if (
+        is_plain
+        and isinstance(norm, PairNorm)
+        and not norm.then
+        and len(known) == len(then)
+        and norm.fits_one_pass(input, beside)
+    ):
+        return norm.in_one_pass(input, beside, known)
+    high, low = (_followed(*one) for one in zip(norm(input), beside, then, strict=True))
+    return high, low
+
+
+def _followed(x: Tensor, beside: Tensor | None, then: nn.Module | str) -> Tensor:
+    x = x if beside is None else x + beside
+    made: Tensor = ACTIVATIONS[then](x, inplace=False) if isinstance(then, str) else then(x)
+    return made
+
+
 def pair_kind(norm: nn.Module, *, is_tried: bool = False) -> type[nn.Module] | None:
     """The class in which a norm takes two streams; None where nobody knows what its class does in train mode.
 
@@ -198,3 +264,6 @@ def _put_back_(stored: Tensor, changed: Tensor, ranges: Ranges) -> None:
     for start, stop in ranges:
         stored[start:stop].copy_(changed[at : at + stop - start])
         at += stop - start
+
+
+_FORWARD = PairNorm.forward  # as calls find it, unless somebody has replaced it

@@ -29,6 +29,7 @@ from typing_extensions import TypeVar
 
 from surgeon._torch_compat import BatchNorm
 from surgeon.blocks import base, norms
+from surgeon.blocks.anatomy import BranchKernel
 from surgeon.blocks.online import Online
 from surgeon.conv import affine, kernels
 from surgeon.conv.affine import Affine
@@ -115,6 +116,12 @@ class Parallel(base.Foldable[Opts], Generic[Opts]):
         return options.init != "scratch"
 
     @classmethod
+    def keeps_training(cls, options: Opts, *, with_norm: bool) -> bool:
+        if options.form == "online":
+            return options.init != "scratch"
+        return options.init == "takeover" and with_norm
+
+    @classmethod
     def takes_norm(cls, options: Opts) -> bool:
         return options.form == "branches"
 
@@ -170,6 +177,28 @@ class Parallel(base.Foldable[Opts], Generic[Opts]):
             made.write_(norm)
         conv.requires_grad_(self._first().weight.requires_grad)
         return conv.train(self.training), norm
+
+    def branch_kernels(self) -> Sequence[BranchKernel]:
+        branches, made = self.branches(), []
+        names = {module: name for name, module in self.named_modules()}
+        with torch.no_grad():
+            aligned = affine.aligned([one.before for one in branches], self.spec.groups)
+            for one, part in zip(branches, aligned, strict=True):
+                name = (one.convs[-1] if one.convs else names[one.norm]).partition(".")[0]
+                norm = kernels.Norm.of(one.norm).double()
+                sigma = torch.sqrt(norm.var + norm.eps)
+                kernel = part.kernel * (norm.weight / sigma)[:, None, None, None]
+                made.append(BranchKernel(name, kernel, norm.weight, sigma))
+        return made
+
+    def draw_anew_(self, generator: torch.Generator) -> None:
+        with torch.no_grad():
+            for branch in self.branches():
+                self._draw_(branch.convs, generator)
+            for norm in (self.get_submodule(name) for name, spec in self.parts() if spec is None):
+                var = kernels.Norm.of(norm).var
+                one, zero = torch.ones_like(var), torch.zeros_like(var)
+                kernels.Norm(zero, one, one, zero, 0.0).write_(norm)
 
     def unfoldable(self) -> str | None:
         for name, spec in self.parts():

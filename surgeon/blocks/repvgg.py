@@ -153,6 +153,7 @@ class OnlineRepVGG(Online[RepVGGOptions], RepVGG):
 
     gives_norm_back = False
     starts = (0.25, 1.0, 1.0)
+    summand_names = ("point_weight", "identity")
     DERIVED = Online.DERIVED | {"keeps_pixels"}
 
     def derive_(self) -> None:

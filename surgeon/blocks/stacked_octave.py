@@ -18,6 +18,7 @@ Chen et al. 2019, Drop an Octave, arXiv:1904.05049, section 3 and eq. 2–5.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from surgeon.blocks.octave_step import Given, OctaveStep, conv_of
 from surgeon.conv import streams
+from surgeon.conv.streams import Ranges
 from surgeon.one_pass.streams import activated, finish
 
 if TYPE_CHECKING:
@@ -61,6 +63,17 @@ class StackedOctave(OctaveStep):
     def reads_stack(self) -> bool:
         """Whether the high stream is made of the stack, with no resampling."""
         return self.spec.stride == (2, 2) and self.downsample == "paper"
+
+    def placed(self) -> Iterator[tuple[nn.Conv2d | None, Ranges, Ranges]]:
+        high_in, high_out = streams.others(self.low_in, self.spec.c_in), streams.others(self.low_out, self.spec.c_out)
+        everything, reads_stack = (*high_in, *self.low_in), self.reads_stack()
+        yield self.high_conv, high_out, everything if reads_stack else high_in
+        if reads_stack or not self.low_in:
+            yield self.stack_conv, self.low_out, everything
+        elif self.low_out:
+            yield self.stack_conv, (*high_out, *self.low_out), everything
+        else:
+            yield self.stack_conv, high_out, self.low_in
 
     def step(self, given: Given, beside: Given | None, then: str) -> Given:
         assert self.high_conv is not None

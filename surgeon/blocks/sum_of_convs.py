@@ -26,6 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from surgeon.blocks.anatomy import BranchKernel
+from surgeon.conv import kernels
+from surgeon.conv.affine import regrouped
+from surgeon.conv.spec import ConvSpec, Pads
+
 REDUCE = "torch.fx.graph_module.reduce_graph_module"  # what torch.save writes that a GraphModule is made by
 TRACER = "torch.fx._symbolic_trace.Tracer"  # what it holds once torch itself has opened it
 CODE = "_code"
@@ -73,6 +78,20 @@ def make(
     return fx.GraphModule(held, _graph(is_ordered=channel_order is not None, is_product=is_product))
 
 
+def seeing(conv: nn.Conv2d, shift: Pads | None, mode: str) -> nn.Module:
+    """Let a 1×1 conv see a shifted map, where its own padding cannot do that.
+
+    Kernels are odd, so both borders of an axis are alike, and an axis is either cropped or padded.
+    """
+    if shift is None:
+        return conv
+    top, _, left, _ = shift
+    padded = ConvSpec.of(conv).change(padding=(max(top, 0), max(left, 0)), padding_mode=mode)
+    crop = (min(left, 0), min(left, 0), min(top, 0), min(top, 0))  # last axis first
+    made = padded.build_with(conv.weight.detach(), conv.bias, like=conv.weight)
+    return nn.Sequential(nn.ZeroPad2d(crop), made)
+
+
 def is_ours(module: nn.Module) -> bool:
     """Whether a module is such a sum, with nothing added to it that a file may not hold."""
     if not isinstance(module, fx.GraphModule) or type(module).__mro__[1] is not fx.GraphModule:
@@ -104,14 +123,31 @@ def rebuild(body: Mapping[str, Any], imports: str) -> fx.GraphModule:
         raise ValueError("a GraphModule in it holds something else in place of modules")
     if not all(isinstance(one, nn.Parameter) and one.dim() == 2 for one in parameters.values()):
         raise ValueError("a GraphModule in it holds something else in place of a matrix")
-    if not all(map(_is_order, buffers.values())):
+    if not all(map(is_order, buffers.values())):
         raise ValueError("a GraphModule in it holds something else in place of an order of channels")
     made = make(**modules, **parameters, **buffers)
     vars(made).update((name, value) for name, value in body.items() if name in OF_MODULES)
     return made
 
 
-def _is_order(value: object) -> bool:
+def branch_kernels(module: fx.GraphModule) -> list[BranchKernel]:
+    """Give the kernels of both convs, in the order of channels and filters that the sum has."""
+    spatial, pointwise = module.get_submodule("spatial"), getattr(module, "pointwise", None)
+    assert isinstance(spatial, nn.Conv2d)
+    kernel = regrouped(spatial.weight.detach().double(), spatial.groups, 1)
+    if (order := module._buffers.get("channel_order")) is not None:
+        kernel = kernel[module.get_buffer("filter_place")][:, order.argsort()]
+    if not isinstance(pointwise, nn.Parameter):
+        conv = next(one for one in module.get_submodule("pointwise").modules() if isinstance(one, nn.Conv2d))
+        taps = conv.weight.detach().double()
+    else:
+        taps = pointwise.detach().double()[:, :, None, None]
+    kh, kw = spatial.kernel_size
+    centre = kernels.embed(taps, (kh, kw), row=kh // 2, column=kw // 2)
+    return [BranchKernel(f"{kh}x{kw}", kernel), BranchKernel("1x1", centre)]
+
+
+def is_order(value: object) -> bool:
     """Whether something is a tensor of the numbers from 0 on, each once."""
     if not isinstance(value, Tensor) or value.dtype != torch.int64 or value.dim() != 1:
         return False

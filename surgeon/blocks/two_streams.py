@@ -10,11 +10,13 @@ from __future__ import annotations
 import abc
 from typing import Annotated, Any, Literal, Self, overload
 
+import torch
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor
 from typing_extensions import TypeVar
 
 from surgeon.blocks import base
+from surgeon.blocks.anatomy import BranchKernel
 from surgeon.conv import streams
 from surgeon.conv.spec import ConvSpec
 from surgeon.conv.streams import Ranges
@@ -130,6 +132,22 @@ class TwoStreams(base.Operator):
     def extra_repr(self) -> str:
         words = [str(self.spec), f"low {in_words(self.low_in)} → {in_words(self.low_out)}"]
         return ", ".join([*words, *[f"downsample={self.downsample}"] * (self.spec.stride == (2, 2))])
+
+    def by_path(self, kernel: Tensor) -> list[BranchKernel]:
+        """Take a kernel (out, in/groups, kh, kw) apart into those of the paths between streams, zero elsewhere."""
+        spec, device = self.spec, kernel.device
+        reads, writes = torch.zeros(spec.c_in, device=device), torch.zeros(spec.c_out, device=device)
+        for stream, ranges in ((reads, self.low_in), (writes, self.low_out)):
+            for start, stop in ranges:
+                stream[start:stop] = 1
+        read = reads.view(spec.groups, -1).repeat_interleave(spec.c_out // spec.groups, 0)  # (out, in/groups)
+        made = []
+        for to_low in range(1 + bool(self.low_out)):
+            for from_low in range(1 + bool(self.low_in)):
+                mask = (writes[:, None] == to_low) & (read == from_low)
+                name = f"{'low' if from_low else 'high'} to {'low' if to_low else 'high'}"
+                made.append(BranchKernel(name, kernel.detach().double() * mask[:, :, None, None]))
+        return made
 
     def resampled(self, high: Tensor, low: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None, bool]:
         """Give h, l on its way to the high stream, l on its way to the low one; and whether the second needs up."""

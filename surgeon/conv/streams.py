@@ -93,6 +93,15 @@ def merged(ranges: Sequence[Sequence[int]]) -> Ranges:
     return tuple(found)
 
 
+def numbers(ranges: Sequence[Sequence[int]], device: torch.device | None = None) -> Tensor:
+    """List the channels in these ranges, in order.
+
+    >>> numbers(((0, 2), (5, 6)))
+    tensor([0, 1, 5])
+    """
+    return torch.cat([torch.arange(start, stop, device=device) for start, stop in ranges])
+
+
 def take(x: Tensor, ranges: Sequence[Sequence[int]], dim: int = 1) -> Tensor:
     """The channels in these ranges, in order; a view where there is one range."""
     parts = [x.narrow(dim, start, stop - start) for start, stop in ranges]

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group, RenderableType
 
 from surgeon.display import words
+from surgeon.display.kernels import kernels_view
 from surgeon.display.report import report_view
 from surgeon.display.sheet import Line
 
 if TYPE_CHECKING:
     from surgeon.app.demo.run import Demo, Snapshot
+
+_KEEP = "report.html to look at it all: surgeon demo --keep FOLDER leaves it there, with the models"
 
 
 def demo_view(demo: Demo) -> RenderableType:
@@ -29,6 +32,11 @@ def demo_view(demo: Demo) -> RenderableType:
         Line(""),
         Line("the folded network compared with the trained one:"),
         report_view(demo.report),
+        Line(""),
+        Line("where in their kernels the first network and the folded one have their large weights:"),
+        kernels_view(demo.kernels),
+        Line(""),
+        Line(f"open {demo.page or _KEEP}"),
     )
 
 
@@ -41,4 +49,4 @@ def _steps(steps: Sequence[Snapshot]) -> RenderableType:
 
 
 def demo_data(demo: Demo) -> dict[str, Any]:
-    return {**asdict(demo), "report": demo.report.to_dict()}
+    return {**asdict(demo), "report": demo.report.to_dict(), "kernels": demo.kernels.to_dict()}

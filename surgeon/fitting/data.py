@@ -123,6 +123,11 @@ class _Asked:
     def size(self) -> int:
         return BATCH if self.batch is None else self.batch
 
+    @property
+    def wants_own(self) -> bool:
+        """Whether labels are those of the source; an array of numbers is equal to no text."""
+        return isinstance(self.labels, str) and self.labels == label.OWN
+
     def found(self) -> ways.Preprocessing:
         return ways.known(self.model, self.preprocess, example=self.example)
 
@@ -226,7 +231,7 @@ def _check_counts(asked: _Asked) -> None:
 def _folder(asked: _Asked) -> Data:
     folder, done = Path(asked.source), asked.found()
     images = pictures.Pictures.below(folder, done)
-    if asked.labels == label.OWN:
+    if asked.wants_own:
         labels, classes = label.of_folders([*images.paths], folder)
         listed = ", ".join(f"{name} = {i}" for i, name in enumerate(classes[:10]))
         said = f"; classes are the sub-folders in sorted order: {listed}{', …' if len(classes) > 10 else ''}"
@@ -240,7 +245,7 @@ def _arrays(asked: _Asked, arrays: Mapping[str, stored.Array], key: str | None) 
     if not array.shape[0] or 0 in array.shape:
         raise DataError(f"{asked.source} holds no image: {array}", todo=_FOUR)
     rows = _rows(asked, array)
-    if asked.labels == label.OWN:
+    if asked.wants_own:
         others = {other: one for other, one in arrays.items() if other != name}
         labels: Tensor | None = label.beside(others, len(rows), asked.source)
     else:
@@ -343,10 +348,9 @@ def _loader(asked: _Asked, loader: Loader) -> Data:
         raise DataError(f"{loader.name} makes its own batches, which are taken as they are", todo=todo)
     loader.takes = _names_taken(asked.model)
     done = "taken as the loader gives them, as already preprocessed"
-    wants_own = isinstance(asked.labels, str) and asked.labels == label.OWN
-    stream = Stream.read(loader, limit=asked.images, wants_own=wants_own, done=done)
+    stream = Stream.read(loader, limit=asked.images, wants_own=asked.wants_own, done=done)
     count = sum(stream.counts)
-    if asked.labels is not None and not wants_own:
+    if asked.labels is not None and not asked.wants_own:
         has_limit = asked.images is not None
         stream = stream.labelled(label.given(asked.labels, count, asked.trust, at_least=has_limit))
     first = "the first " if asked.images is not None else ""

@@ -149,6 +149,11 @@ class Stream(Supply):
         if given < len(wanted):
             raise DataError(f"{self.loader.name} gives fewer batches than at its first pass", todo=_SAME)
 
+    def names(self, number: int) -> tuple[str, ...]:
+        kept = self.kept[number]
+        first = sum(count for count, _ in self.seen[:kept])
+        return tuple(f"image {first + i} (batch {kept}, row {i})" for i in range(self.seen[kept][0]))
+
     def only(self, numbers: Sequence[int]) -> Stream:
         return replace(self, kept=tuple(self.kept[i] for i in numbers))
 

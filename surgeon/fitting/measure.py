@@ -130,17 +130,18 @@ def is_scores(out: Tensor, inputs: Inputs) -> bool:
 
 def _classified(b: Tensor, a: Tensor, labels: Tensor | None) -> Worth:
     """Count classes that agree, and those that are right; a score that is NaN decides for no class."""
-    chosen_b, chosen_a = (_chosen(scores) for scores in (b, a))
+    chosen_b, chosen_a = (chosen(scores) for scores in (b, a))
     agreeing = int(((chosen_b == chosen_a) & (chosen_b >= 0)).sum())
     found = Worth(scored=chosen_a.numel(), agreeing=agreeing)
     if labels is None or labels.shape != chosen_a.shape:
         return found
     labels = labels.to(chosen_a.device)
-    right_b, right_a = (int((chosen == labels).sum()) for chosen in (chosen_b, chosen_a))
+    right_b, right_a = (int((one == labels).sum()) for one in (chosen_b, chosen_a))
     return found + Worth(labelled=labels.numel(), right=right_b, right_before=right_a)
 
 
-def _chosen(scores: Tensor) -> Tensor:
+def chosen(scores: Tensor) -> Tensor:
+    """Give the class of the highest score along axis 1; −1 where a score is NaN."""
     return scores.argmax(1).masked_fill(scores.isnan().any(1), -1)
 
 

@@ -55,6 +55,9 @@ class Pictures(Images):
         images = [self._image(self.paths[number]) for number in numbers]
         return Inputs((images,) if self.done.is_detector else (torch.stack(images),))
 
+    def name(self, number: int) -> str:
+        return str(self.paths[number])
+
     def examine(self, numbers: Sequence[int], digest: Hash) -> None:
         """Decode every picture once: one that is damaged is found before anything is computed."""
         from_first: dict[tuple[int, int], Path] = {}

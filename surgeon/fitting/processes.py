@@ -92,6 +92,15 @@ class Processes:
             dist.broadcast_object_list(held, 0)
         return held[0]
 
+    def gathered(self, value: Value) -> list[Value]:
+        """Give what every process has, in the order of their ranks."""
+        if self.count == 1:
+            return [value]
+        found: list[Any] = [None] * self.count
+        with _others():
+            dist.all_gather_object(found, value)
+        return found
+
     @contextlib.contextmanager
     def agreeing(self) -> Iterator[None]:
         """End in all processes if what is done inside fails in one of them; nothing may be added up inside.

@@ -58,6 +58,10 @@ class Images(ABC):
             DataError: one of them cannot be read or is not finite, or all of them are one colour.
         """
 
+    def name(self, number: int) -> str:
+        """Say which image this is, for people who look for it."""
+        return f"image {number}"
+
 
 class Supply(ABC):
     """Batches in a fixed order."""
@@ -78,6 +82,10 @@ class Supply(ABC):
     @abstractmethod
     def give(self, start: int) -> Iterator[Batch]:
         """Give the batches from this number on."""
+
+    @abstractmethod
+    def names(self, number: int) -> tuple[str, ...]:
+        """Say which images the batch of this number holds."""
 
     @abstractmethod
     def only(self, numbers: Sequence[int]) -> Supply:
@@ -121,6 +129,9 @@ class Picked(Supply):
         for numbers in self.batches[start:]:
             labels = None if self.labels is None else self.labels[list(numbers)]
             yield Batch(self.source.take(numbers), labels, len(numbers))
+
+    def names(self, number: int) -> tuple[str, ...]:
+        return tuple(map(self.source.name, self.batches[number]))
 
     def only(self, numbers: Sequence[int]) -> Picked:
         return replace(self, batches=tuple(self.batches[i] for i in numbers))

@@ -20,7 +20,8 @@ from surgeon.models.draw import Draw, Shape
 class Inputs:
     """The arguments for one call of a model, tensors in any nesting of lists, tuples and dicts.
 
-    `is_guess` says that the user did not give them; `written` is the text that they were drawn from.
+    `is_guess` says that the user did not give them; `written` is the text that they were drawn from; `is_random` says
+    that only shapes were given, and numbers drawn.
 
     >>> inputs = Inputs((torch.zeros(1, 3, 8, 8),), {"mask": torch.ones(1, 8, 8, dtype=torch.bool)})
     >>> str(inputs)
@@ -31,6 +32,7 @@ class Inputs:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     is_guess: bool = False
     written: str = ""
+    is_random: bool = False
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -142,8 +144,9 @@ class Inputs:
     def drawn(self, seed: int) -> Inputs:
         """Draw the tensors that are still to be drawn."""
         generator = torch.Generator().manual_seed(seed)
+        is_random = self.is_random or (self.has_tensors and not self.tensors)
         args, kwargs = pytree.tree_map_only(Draw, lambda draw: draw.tensor(generator), (self.args, dict(self.kwargs)))
-        return replace(self, args=args, kwargs=kwargs, written=self.text)
+        return replace(self, args=args, kwargs=kwargs, written=self.text, is_random=is_random)
 
     def __str__(self) -> str:
         return self.text.replace(",", "×").replace(";", "; ")

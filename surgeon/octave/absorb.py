@@ -17,6 +17,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from surgeon.analysis import rewritten
+from surgeon.blocks import activations
 from surgeon.blocks.octave_step import OctaveStep
 from surgeon.blocks.pairs import PairRest
 from surgeon.conv import streams
@@ -24,22 +25,6 @@ from surgeon.models.copies import shadow
 from surgeon.octave.layout import Step
 
 _SUMS = (operator.add, operator.iadd, torch.add, streams.add_into)
-_MODULES: Mapping[type[nn.Module], str] = {
-    nn.ReLU: "relu",
-    nn.ReLU6: "relu6",
-    nn.SiLU: "silu",
-    nn.Hardswish: "hardswish",
-}
-_FUNCTIONS: Mapping[object, str] = {
-    F.relu: "relu",
-    torch.relu: "relu",
-    F.relu_: "relu",
-    torch.relu_: "relu",
-    F.relu6: "relu6",
-    F.silu: "silu",
-    F.hardswish: "hardswish",
-}
-_METHODS: Mapping[object, str] = {"relu": "relu", "relu_": "relu"}
 
 
 def absorb_(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:
@@ -154,10 +139,10 @@ def _with_rest(
     inner = [module.get_submodule(name) for name in module.then]
     inner = [one for one in inner if type(one) is not nn.Identity]
     users = list(rest.users)
-    if len(inner) > 1 or any(type(one) not in _MODULES for one in inner) or _parts(rest) is None:
+    if len(inner) > 1 or any(type(one) not in activations.MODULES for one in inner) or _parts(rest) is None:
         return
     if inner:
-        _end_with(node, _MODULES[type(inner[0])], str(rest.target))
+        _end_with(node, activations.MODULES[type(inner[0])], str(rest.target))
     for one in users:
         one.replace_all_uses_with(parts[_place(one)])
         graph.erase_node(one)
@@ -175,8 +160,8 @@ def _activation(node: fx.Node, of: fx.Node, modules: Mapping[str, nn.Module]) ->
     if step.operand is not of or step.others or step.is_customised:
         return None
     if step.module is not None:
-        return _MODULES.get(type(step.module))
-    known = {"call_function": _FUNCTIONS, "call_method": _METHODS}.get(node.op, {})
+        return activations.MODULES.get(type(step.module))
+    known = {"call_function": activations.FUNCTIONS, "call_method": activations.METHODS}.get(node.op, {})
     return known.get(node.target)
 
 

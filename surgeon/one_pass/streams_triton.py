@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from surgeon.one_pass.activations_triton import activated
+
 _TILE = 1024  # numbers of one map that a program treats
 
 
@@ -64,21 +66,6 @@ def finish(
 
 
 @triton.jit
-def _activated(x, then: tl.constexpr):
-    """Apply an activation; NaN stays NaN."""
-    if then == "relu":
-        x = tl.where(x < 0, 0.0, x)
-    if then == "relu6":
-        x = tl.where(x < 0, 0.0, tl.where(x > 6, 6.0, x))
-    if then == "silu":
-        x = x / (1 + tl.exp(-x))
-    if then == "hardswish":
-        gate = x + 3
-        x = x * tl.where(gate < 0, 0.0, tl.where(gate > 6, 6.0, gate)) / 6
-    return x
-
-
-@triton.jit
 def _finish(
     made,
     both,
@@ -126,7 +113,7 @@ def _finish(
             value = base + tl.load(made + at, seen, 0).to(number)
             if has_beside:
                 value += tl.load(beside + at, seen, 0).to(number)
-            value = _activated(value, then)
+            value = activated(value, then)
             tl.store(high + at, value, seen)
             total += tl.where(seen, value, 0.0)
         pixels = tl.minimum(h - i, 2) * tl.minimum(w - j, 2)
@@ -139,4 +126,4 @@ def _finish(
             value += tl.load(bias + c_high + c, c < c_low, 0).to(number)
         if has_beside:
             value += tl.load(beside_low + q.to(tl.int64) * c_beside + (c_beside - c_low) + c, inside, 0).to(number)
-        tl.store(stack + q.to(tl.int64) * c_stack + c_high + c, _activated(value, then), inside)
+        tl.store(stack + q.to(tl.int64) * c_stack + c_high + c, activated(value, then), inside)

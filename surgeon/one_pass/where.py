@@ -26,4 +26,9 @@ def uses_triton(*tensors: Tensor | None) -> bool:
         return False
     if torch.compiler.is_exporting() or not has_triton():
         return False
-    return on_cpu or all(t.is_cuda and t.device == given[0].device for t in given)
+    return all(is_place(t) and t.device == given[0].device for t in given)
+
+
+def is_place(x: Tensor) -> bool:
+    """Whether kernels run where a tensor lies."""
+    return x.is_cuda or (on_cpu and x.device.type == "cpu")

@@ -13,7 +13,7 @@ from surgeon.models.call import Inputs
 from surgeon.models.copies import kind_of
 from surgeon.models.devices import dtype_of
 from surgeon.octave.absorb import undone
-from surgeon.proof import alike, in_common, pairing
+from surgeon.proof import alike, in_common, matching, pairing
 from surgeon.proof.calls import call, evaluating
 from surgeon.proof.distance import EXACT, Apart, rounded_to
 from surgeon.proof.evidence import Measured, Replay
@@ -28,7 +28,15 @@ _ARITHMETIC = 64  # units: relative L2 by which two runs may differ through thei
 class Held:
     """The models in their dtypes and in `exact`, which is float64 if A runs there; and the modules that they share."""
 
-    def __init__(self, a: nn.Module, b: nn.Module, replay: Replay | None, seed: int, exact: torch.dtype) -> None:
+    def __init__(
+        self,
+        a: nn.Module,
+        b: nn.Module,
+        replay: Replay | None,
+        seed: int,
+        exact: torch.dtype,
+        named: matching.Pairs = (),
+    ) -> None:
         cast = None if replay is None else replay.dtype
         self.dtype, self.exact, self.seed = cast or dtype_of(a), exact, seed
         self.was_cast = self.dtype != dtype_of(a)
@@ -59,7 +67,11 @@ class Held:
             self.core_a, self.core_b = (
                 pairing.unwrapped(one, two) for one, two in ((self.own_a, self.own_b), (self.own_b, self.own_a))
             )
-        self.pairing = (pairing.pair if replay is None else pairing.sites)(self.core_a, self.core_b)
+        self.matched = matching.Matched()
+        if replay is None:
+            self.pairing, self.matched = matching.matched(self.core_a, self.core_b, named)
+        else:
+            self.pairing = pairing.sites(self.core_a, self.core_b)
         others = dict(self.core_b.named_modules(remove_duplicate=False))
         self.kinds = {
             path: (kind_of(module).__name__, kind_of(others[self.pairing.there[path]]).__name__)

@@ -53,6 +53,13 @@ def pair(a: nn.Module, b: nn.Module) -> Pairing:
     return found
 
 
+def pair_below(a: nn.Module, b: nn.Module, paths: tuple[str, str]) -> Pairing:
+    """Pair a module of A with one of B, whatever their names, and the modules in them by name."""
+    found = Pairing()
+    _walk(paths, a.get_submodule(paths[0]), b.get_submodule(paths[1]), found, is_inner=False)
+    return found
+
+
 def sites(a: nn.Module, b: nn.Module) -> Pairing:
     """Pair convs and blocks alone, and the norms that one of the two models has inside its blocks."""
     others = dict(b.named_modules(remove_duplicate=False))

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from surgeon._torch_compat import pytree
 from surgeon.errors import VerifyError
 from surgeon.models.sandbox import quietly
+from surgeon.proof import kept
 from surgeon.proof.distance import apart, as_double
 from surgeon.proof.pairing import Pairing
 
@@ -30,6 +30,10 @@ class Recording:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     out: Any
+
+    def read(self) -> Recording:
+        """Give it with what lies in a file in memory."""
+        return Recording(*kept.read((self.args, self.kwargs, self.out)))
 
 
 @dataclass(slots=True)
@@ -64,7 +68,7 @@ class Recorder:
     def recording(self) -> Iterator[None]:
         """Record the arguments and results of A's modules while it runs."""
         paths = [path for path in (*self.pairing.paths, *self.pairing.moved) if path in self.names_a]
-        trail, copies = _Trail(), _Copies()
+        trail, copies = _Trail(), kept.Copies()
         self.trail = trail
 
         def keep(path: str, given: tuple[Any, Any], out: Any) -> None:
@@ -89,9 +93,13 @@ class Recorder:
             expected, done = self._ends(self.stretches[name]), self.propagated[name]
             if path != self.stretches[name].in_b[0] and done:
                 done.pop()  # of the step before, which was not the last one
-            if len(done) < len(expected) and _shapes(out) != _shapes(expected[len(done)]):
+            if len(done) == len(expected):
+                done.append(math.inf)
+                return
+            end = kept.read(expected[len(done)])
+            if _shapes(out) != _shapes(end):
                 self.first_other = self.first_other or name
-            done.append(far_apart(out, expected[len(done)]) if len(done) < len(expected) else math.inf)
+            done.append(far_apart(out, end))
 
         try:
             with _watched(self.b, [*steps, *only_b], trail, compare):
@@ -123,7 +131,8 @@ class Recorder:
     def calls(self, stretch: Stretch) -> list[Recording]:
         """List what goes into a stretch, and what A makes of it at its end."""
         starts = self.recordings[stretch.in_a[0]]
-        return [Recording(one.args, one.kwargs, out) for one, out in zip(starts, self._ends(stretch), strict=True)]
+        ends = self._ends(stretch)
+        return [Recording(one.args, one.kwargs, out).read() for one, out in zip(starts, ends, strict=True)]
 
     @contextlib.contextmanager
     def forcing(self, found: dict[str, float]) -> Iterator[None]:
@@ -134,13 +143,14 @@ class Recorder:
 
         def before(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             recorded, i = self.recordings[first[path].in_a[0]], calls[first[path].path]
-            far = far_apart((args, kwargs), (recorded[i].args, recorded[i].kwargs)) if i < len(recorded) else math.inf
+            known = kept.read((recorded[i].args, recorded[i].kwargs)) if i < len(recorded) else None
+            far = math.inf if known is None else far_apart((args, kwargs), known)
             found[first[path].path] = max(found.get(first[path].path, 0.0), far)
 
         def after(path: str, out: Any) -> Any:
             ends, i = self._ends(last[path]), calls[last[path].path]
             calls[last[path].path] += 1
-            return _as(out, _clones(ends[i])) if i < len(ends) else out
+            return _as(out, _clones(kept.read(ends[i]))) if i < len(ends) else out
 
         alone = [self.b.get_submodule(path) for path in first if path in last]
         with contextlib.ExitStack() as stack:
@@ -204,8 +214,9 @@ class Recorder:
         starts, ends = self.recordings[path], self._ends(stretch)
         if len(starts) != len(ends):
             return False
-        outs = [run([self.a.get_submodule(path)], Recording((_alone(end),), {}, None)) for end in ends]
-        return all(not far_apart(out, one.out) for out, one in zip(outs, starts, strict=True))
+        given = (Recording((_alone(kept.read(end)),), {}, None) for end in ends)
+        outs = (run([self.a.get_submodule(path)], one) for one in given)
+        return all(not far_apart(out, one.read().out) for out, one in zip(outs, starts, strict=True))
 
     def _add(self, name: str, steps: list[str]) -> None:
         self.stretches[name] = self.stretch(name, steps)
@@ -226,7 +237,8 @@ class Recorder:
             for one in self.stretches.values()
             if one is not stretch and one.in_a and self.trail.source(one.in_a[0]) == stretch.in_a[-1]
         ]
-        is_alone = len(after) == 1 and len(self.calls(after[0])) == len(self.calls(stretch))
+        counts = [len(self.recordings[one.in_a[0]]) for one in (*after, stretch)]
+        is_alone = len(after) == 1 and counts[0] == counts[1]
         return self.stretch(stretch.path, [*stretch.steps, *after[0].steps]) if is_alone else None
 
     def merge(self, stretch: Stretch) -> None:
@@ -303,26 +315,6 @@ class _Trail:
         """Name the module whose result `path` was given in every call; None if it was not always the same one."""
         found = self.sources.get(path, set())
         return next(iter(found)) if len(found) == 1 else None
-
-
-class _Copies:
-    """Copies of tensors as they are now; one that nothing has changed since is not copied again."""
-
-    def __init__(self) -> None:
-        self.known: dict[int, tuple[int, weakref.ref[Tensor], Tensor]] = {}  # by id: version, itself, the copy
-
-    def of(self, values: Any) -> Any:
-        return pytree.tree_map_only(Tensor, self._copy, values)
-
-    def _copy(self, tensor: Tensor) -> Tensor:
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided or tensor.is_quantized:
-            return tensor.clone()
-        version, itself, made = self.known.get(id(tensor), (-1, None, tensor))
-        is_known = itself is not None and itself() is tensor and version == tensor._version
-        if not (is_known and torch.equal(made, tensor)):  # `.data` can be changed without a new version
-            made = tensor.clone()
-            self.known[id(tensor)] = (tensor._version, weakref.ref(tensor), made)
-        return made
 
 
 @contextlib.contextmanager

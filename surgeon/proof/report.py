@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -9,19 +10,29 @@ from rich.console import RenderableType
 
 from surgeon.display.report import report_view
 from surgeon.display.shown import Shown
+from surgeon.proof.agreement import Agreement
 
+SCHEMA = "verify-1"  # of `Report.to_dict`; docs/schemas has it
 Verdict = Literal["equivalent", "different", "approximate"]
+Asks = Literal["mathematics", "storage", "arithmetic"]  # is it right, is what is stored that, does it round no worse
+Unit = Literal["relative L2", "ulp", "count", "times"]  # "times": of what rounding the weights explains
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was asked: what was measured, its limit, and whether it stays within that limit."""
+    """One thing that was asked: what was measured, its limit, and whether it stays within that limit.
+
+    `asks`: which of the three questions it belongs to; `noise`: what rounding alone does, where that is known.
+    """
 
     name: str
     measured: float
     limit: float
     passed: bool
     says: str
+    asks: Asks = "mathematics"
+    unit: Unit = "relative L2"
+    noise: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +58,47 @@ class SiteDistance:
 
 
 @dataclass(frozen=True, slots=True)
+class Histogram:
+    """How many numbers of the outputs are how far apart: |b − a|, in bins of equal width in log₁₀.
+
+    Bin i counts the numbers from 10^(lowest + i · width) up to the next bin. `equal`: those that do not differ;
+    `odd`: those that are NaN or Inf in A or B, and not the same in both.
+    """
+
+    lowest: float
+    width: float
+    counts: tuple[int, ...]
+    equal: int
+    odd: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorDistance:
+    """How far B, or the replay, is from A, or B from the replay, in one tensor of a step: a call, and what follows it.
+
+    `kind`: an output, a statistic after the step, or a gradient; `against`: A, or the replay with B's tensors.
+    """
+
+    kind: Literal["output", "statistic", "gradient"]
+    name: str  # A's name of it
+    against: Literal["A", "the replay"]
+    found: float
+    limit: float
+
+    @property
+    def words(self) -> str:
+        """What it is, in a sentence."""
+        if self.kind == "output":
+            return f"output {self.name}"
+        return f"the gradient of {self.name}" if self.kind == "gradient" else self.name
+
+    @property
+    def passed(self) -> bool:
+        """Whether it is within its limit, and the limit excludes something."""
+        return math.isfinite(self.limit) and self.found <= self.limit
+
+
+@dataclass(frozen=True, slots=True)
 class Distance:
     """How far the outputs of B are from those of A in their own dtype, for one input; the worst output counts."""
 
@@ -58,6 +110,33 @@ class Distance:
     sqnr_db: float
     cosine: float
     top1: float | None  # share of rows whose largest entry is the same one
+    histogram: Histogram | None = None  # of the differences in the models' own dtype, over all outputs together
+
+
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """What probably went wrong at one module, in words and with the evidence.
+
+    `residual`: relative L2 between B and what this fault would have made of it.
+    """
+
+    path: str
+    kind: str
+    says: str
+    residual: float
+
+
+@dataclass(frozen=True, slots=True)
+class Bisected:
+    """The smallest set of modules that, put right, make the difference vanish; empty if no set of modules does.
+
+    `runs`: how often a network was run to find it. `is_seen`: whether any input shows a difference in the outputs.
+    """
+
+    sites: tuple[str, ...]
+    runs: int
+    says: str
+    is_seen: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +149,11 @@ class Report(Shown):
     distances: tuple[Distance, ...]
     sites: tuple[SiteDistance, ...]
     remarks: tuple[str, ...] = ()
+    data: Agreement | None = None  # what both make of the user's images; no part of the verdict
+    guesses: tuple[Guess, ...] = ()
+    bisected: Bisected | None = None
+    mode: Literal["eval", "train"] = "eval"
+    tensors: tuple[TensorDistance, ...] = ()  # of a step, where train mode or gradients were asked for
 
     @property
     def equivalent(self) -> bool:
@@ -91,7 +175,9 @@ class Report(Shown):
     def to_dict(self) -> dict[str, Any]:
         """Give plain data; `first_to_part`, and `parts` of a site, are the old names of what diverges."""
         first = self.first_to_diverge
-        data = {"equivalent": self.equivalent, "first_to_diverge": first, "first_to_part": first} | asdict(self)
+        data: dict[str, Any] = {"schema": SCHEMA, "equivalent": self.equivalent, "first_to_diverge": first}
+        data |= {"first_to_part": first} | asdict(self)
+        data["tensors"] = tuple(asdict(one) | {"diverges": not one.passed} for one in self.tensors)
         data["sites"] = tuple(site | {"parts": site["diverges"]} for site in data["sites"])
         return data
 

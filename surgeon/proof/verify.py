@@ -13,6 +13,9 @@ For any other pair of models 1 and 2 become: in float64, as stored, the differen
 stored, at the outputs (`storage`) and at every module that both have (`same tensors`, `sites`), and the code between
 the modules must do the same (`wiring`).
 
+In train mode the same is asked of one step of both, if the caller wants that: of its outputs (`training`), of the
+statistics behind it (`statistics`, `train settings`), and in either mode of its gradients (`gradients`).
+
 Each check is a file in the folder `checks`, which states its equation. Relative L2 is ‖b − a‖ / ‖a‖ over all elements
 of an output.
 """
@@ -27,13 +30,18 @@ from torch import nn
 from surgeon.errors import VerifyError
 from surgeon.models.call import Inputs
 from surgeon.models.devices import dtype_of
+from surgeon.models.progress import Progress
+from surgeon.proof.bisect import bisect
 from surgeon.proof.checks import checks
 from surgeon.proof.distance import dtype_name
 from surgeon.proof.divergence import site_table
 from surgeon.proof.evidence import Evidence, Measured, Replay
+from surgeon.proof.guess import guesses
 from surgeon.proof.report import Report
 from surgeon.proof.runs import Models, NotInFloat64Error
+from surgeon.proof.steps import How
 from surgeon.proof.structure import changed_by_running, differences
+from surgeon.proof.training import of_steps, with_steps
 from surgeon.proof.ulps import stored_off
 
 
@@ -45,15 +53,21 @@ def verify(
     replay: Replay | None = None,
     approximate: bool = False,
     seed: int = 0,
+    named: Sequence[tuple[str, str]] = (),
+    bisecting: Progress | None = None,
+    how: How | None = None,
 ) -> Report:
     """Compare B with A on each of the inputs; neither is changed, whatever mode it is in.
 
     `approximate` says that B was not meant to compute what A does; then only its stored tensors are judged.
+    `named` are modules of A and of B that belong together though their names differ, which only counts
+    without a replay. With `bisecting`, which is told how far that is, the smallest set of modules that explains a
+    difference is looked for. `how` asks for a step in train mode, or for gradients, besides.
 
     Raises:
         VerifyError: the outputs differ in structure, shape or dtype, or a model does not run.
     """
-    models = Models(a, b, replay, seed, torch.float64)
+    models = Models(a, b, replay, seed, torch.float64, named)
     own = dtype_name(models.dtype)
     if (other := dtype_of(b)) != models.dtype:  # that of A, unless it is known that B was cast
         raise VerifyError(
@@ -63,20 +77,47 @@ def verify(
     try:
         runs = models.run(inputs)
     except NotInFloat64Error as error:
-        models = Models(a, b, replay, seed, models.dtype)
+        models = Models(a, b, replay, seed, models.dtype, named)
         runs = models.run(inputs)
         remarks.append(f"{error}, so outputs were compared in {own}")
+    except VerifyError as error:
+        raise _told(error, models, inputs[0]) from error
     evidence = _evidence(models, runs, b, replay, a)
+    how = How() if how is None else how
+    if how.is_wanted:
+        evidence = with_steps(evidence, a, b, replay, inputs, how, approximate=approximate)
     found = checks(evidence, approximate=approximate)
     passed = all(check.passed for check in found)
+    rows = site_table(evidence, models.kinds, models.sites)
+    diverging = [row.path for row in rows if row.diverges]
+    approximate = approximate or any(one.departs for one in evidence.steps)
     return Report(
         verdict="different" if not passed else "approximate" if approximate else "equivalent",
         dtype=own,
         checks=tuple(found),
         distances=tuple(run.distance for run in runs if run.distance is not None),
-        sites=site_table(evidence, models.kinds, models.sites),
-        remarks=(*remarks, *_remarks(evidence), *_alone(models, runs)),
+        sites=rows,
+        remarks=(
+            *remarks,
+            *_remarks(evidence),
+            *_alone(models, runs),
+            *_matched(models, diverging, named),
+            *of_steps(evidence),
+        ),
+        guesses=() if passed else guesses(models, inputs[0], diverging),
+        bisected=None if passed or bisecting is None else bisect(models, inputs, diverging, bisecting),
+        mode=how.mode,
+        tensors=tuple(one for step in evidence.steps for one in step.tensors),
     )
+
+
+def _told(error: VerifyError, models: Models, inputs: Inputs) -> VerifyError:
+    """Say what is probably wrong at the module from which on results have another shape."""
+    site = error.facts.get("site")
+    found = guesses(models, inputs, [site]) if site is not None else ()
+    if not found:
+        return error
+    return VerifyError(f"{error.problem}. Probably {found[0].says}", todo=error.todo, **error.facts, guess=found[0])
 
 
 def _alone(models: Models, runs: Sequence[Measured]) -> Iterator[str]:
@@ -86,6 +127,16 @@ def _alone(models: Models, runs: Sequence[Measured]) -> Iterator[str]:
         words = ("module", "has", "its") if len(alone) == 1 else ("modules", "have", "their")
         what = f"{len(alone)} {words[0]} of B with weights {words[1]} no counterpart in A: {named}"
         yield f"{what}; only outputs show {words[2]} faults"
+
+
+def _matched(models: Models, diverging: Sequence[str], named: Sequence[tuple[str, str]]) -> Iterator[str]:
+    """Say how modules of other names were matched, and which one of B is the first that diverges."""
+    if named and models.replay is not None:
+        yield "names that belong together were given, and not needed: B's history says which do"
+    yield from models.matched.says()
+    there = models.pairing.there
+    if diverging and (name := there.get(diverging[0], diverging[0])) != diverging[0]:
+        yield f"{diverging[0]} of A is {name} in B"
 
 
 def _evidence(

@@ -22,7 +22,7 @@ from surgeon.models.call import Inputs
 from surgeon.models.copies import duplicate, kind_of, shadow
 from surgeon.proof.distance import as_double
 from surgeon.proof.evidence import Replay
-from surgeon.surgery import give_back
+from surgeon.surgery import give_back, lineage
 from surgeon.surgery import manifest as manifests
 from surgeon.surgery.bake import bake_
 from surgeon.surgery.branches import fold_further_
@@ -115,13 +115,17 @@ def rebuild(manifest: str, given: Architecture | None, stored: int = 0, *, trust
 
 def steps_between(a: nn.Module, b: nn.Module) -> tuple[Operation, ...]:
     """Find how `b` was made from `a`, if every step is known and nothing was trained in between."""
-    steps, known = history(b), history(a)
+    steps = history(b)
+    return steps_since(steps, history(a), content_hash(a) if steps else "")
+
+
+def steps_since(steps: Sequence[Operation], known: Sequence[Operation], start: str) -> tuple[Operation, ...]:
+    """Find which of B's steps were done to A, of which the history and the hash of its tensors are known."""
     shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(steps, known, strict=False)))
     if len(known) > shared:  # A went another way than B
         return ()
-    start = content_hash(a) if steps else ""
     for i, step in enumerate(steps[shared:], shared):  # an octave model has the tensors that it was made from
-        chain = steps[i:]
+        chain = tuple(steps[i:])
         if step.parent == start and all(one.result == two.parent for one, two in itertools.pairwise(chain)):
             return chain
     return ()
@@ -166,7 +170,8 @@ def done_again(a: nn.Module, steps: Sequence[Operation]) -> Replay:
     exact = redo_(shadow(a, as_double), steps, like=a)
     cast = [getattr(torch, step.dtype) for step in steps if step.dtype is not None]
     rounded = exact if len(steps) == 1 else redo_rounding_(duplicate(a), steps)
-    return Replay(exact, rounded, cast[-1] if cast else None)
+    names, keeps = lineage.came_from(exact, steps), lineage.keeps_training(steps)
+    return Replay(exact, rounded, cast[-1] if cast else None, names, keeps_training=keeps)
 
 
 def as_baked(a: nn.Module, steps: Sequence[Operation]) -> tuple[nn.Module, tuple[str, ...]]:

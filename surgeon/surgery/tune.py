@@ -164,7 +164,8 @@ def _measured(
     path: str, block: Deployable[Any], called: _Called, dtype: torch.dtype | None, tuning: Tuning, clock: Clock
 ) -> TunedBlock:
     """Time all forms of a block, and a conv like the one that it stands for, and choose."""
-    forms = {name: _ready(make(), dtype, tuning) for name, make in contract.forms(block).items()}
+    tried = {n: make for n, make in contract.forms(block).items() if block.is_tried_on(n, clock.place.type)}
+    forms = {name: _ready(make(), dtype, tuning) for name, make in tried.items()}
     calls = {name: _pass(form, called.make(clock.place)) for name, form in forms.items()}
     if (original := _original(block, forms[PLAIN], called.make(clock.place))) is not None:
         calls[_ORIGINAL] = original

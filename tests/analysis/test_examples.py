@@ -661,6 +661,17 @@ def test_guessing_survives_what_a_network_says_of_itself(config: object) -> None
     assert str(guess(net)) == "1×3×224×224"
 
 
+def test_an_input_is_found_for_a_network_that_begins_with_a_block() -> None:
+    """An octave conv holds a kernel and no conv; as it is deployed, it holds convs that read some of the channels."""
+    options = surgeon.OctaveConv.Options.model_validate({"alpha_in": 0.5, "alpha_out": 0.0})
+    block = surgeon.OctaveConv.from_conv(nn.Conv2d(6, 4, 3, padding=1), options, norm=None, generator=torch.Generator())
+    for first in (block, block.deploy()):
+        found = guess(nn.Sequential(first))
+        assert found is not None
+        assert found.shapes[0][1] == 6
+        assert found.is_random
+
+
 def test_a_guess_that_fails_is_none() -> None:
     assert guess(Nested()) is None
     assert guess(nn.Identity()) is None

@@ -28,7 +28,10 @@ from surgeon.app.cli import app, main
 from surgeon.app.demo.net import SmallResNet
 from surgeon.display.report import report_view
 
-COMMANDS = ("convert", "fit", "fuse", "verify", "survey", "plan", "bench", "recipes", "blocks", "demo")
+COMMANDS = (
+    *("convert", "fit", "fuse", "verify", "survey", "plan", "bench", "kernels", "report", "recipes"),
+    *("blocks", "demo"),
+)
 
 
 class Result:
@@ -336,6 +339,10 @@ def test_the_demo_tells_each_step(run) -> None:
     assert accuracies[2] == accuracies[3]  # and so does folding
     assert min(accuracies) > 0.85
     assert demo["report"]["equivalent"]
+    page = Path(demo["page"]).read_text(encoding="utf-8")
+    assert Path(demo["page"]) == Path("kept/report.html")
+    assert "net.acnet.trained.fused.pt" in page
+    assert "✓ equivalent" in page
     trained, converted, fitted = demo["octave"]
     assert trained == demo["steps"][0]
     assert trained["accuracy"] - converted["accuracy"] > 0.15  # conversion alone loses much
@@ -354,6 +361,7 @@ def test_the_demo_tells_each_step(run) -> None:
         "net.octave.fit.pt",
         "net.octave.pt",
         "net.pt",
+        "report.html",
     ]
 
 

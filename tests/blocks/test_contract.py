@@ -15,7 +15,7 @@ import torch
 from helpers import relative, shake_
 from torch import Tensor, nn
 
-from surgeon.blocks import Block, Deployable, Foldable, Trial, registry
+from surgeon.blocks import Block, Deployable, Foldable, Trial, contract, registry
 from surgeon.blocks.base import PLAIN
 
 EXACT = 1e-12
@@ -349,3 +349,36 @@ def test_a_block_that_gives_a_norm_back_computes_the_same(kind: type[Block], tri
     assert not {id(one) for one in norm.parameters()} & {id(one) for one in block.parameters()}
     conv.weight.data.view(-1)[0] += 1e-6
     assert relative(norm(conv(x)), block(x)) > EXACT
+
+
+@every_trial
+def test_its_branches_add_up_to_the_kernel_that_it_computes_with(kind: type[Block], trial: Trial) -> None:
+    block = shake_(replaced(kind, trial, original(trial)))
+    branches = contract.branch_kernels(block)
+    if isinstance(block, Foldable) and branches:
+        assert relative(sum(one.kernel for one in branches), block.fold().weight) < EXACT
+    elif branches:
+        assert torch.equal(sum(one.kernel for one in branches), block.weight)
+    assert len({one.name for one in branches}) == len(branches)
+    for one in branches:
+        assert (one.kernel.dtype, one.kernel.requires_grad) == (torch.float64, False)
+
+
+@every_trial
+def test_drawn_anew_it_has_other_numbers_of_the_usual_size_and_new_norms(kind: type[Block], trial: Trial) -> None:
+    block = shake_(replaced(kind, trial, original(trial)))
+    shapes, kept = {name: t.shape for name, t in block.state_dict().items()}, state(block)
+    contract.draw_anew_(block, torch.Generator().manual_seed(7))
+    once = state(block)
+    assert {name: t.shape for name, t in block.state_dict().items()} == shapes
+    drawn = [name for name, own in block.named_parameters() if own.dim() > 1 and own.any() and name != "scale"]
+    assert drawn
+    assert not any(torch.equal(kept[name], once[name]) for name in drawn)  # scales start at fixed numbers
+    assert all(once[name].abs().max() <= 3 for name in drawn)
+    for name, tensor in once.items():
+        if name.endswith("running_mean"):
+            assert not tensor.any()
+        if name.endswith("running_var"):
+            assert (tensor == 1).all()
+    contract.draw_anew_(block, torch.Generator().manual_seed(7))
+    assert is_same(state(block), once)

@@ -151,7 +151,10 @@ def test_the_operators_say_their_shapes_without_running(kernels: list[str]) -> N
     running = [*(one.mean for one in statistics), *(one.var for one in statistics)]
     checks = ("test_schema", "test_faketensor")
     numbers = ([0.1] * 3, [1e-5] * 3)
-    torch.library.opcheck(normed_sum.forward_op, (maps, [*scales, *shifts], running, *numbers), test_utils=checks)
-    settled = normed_sum.forward(maps, scales, shifts, statistics)[1][0]
-    torch.library.opcheck(normed_sum.backward_op, (dy, maps, scales, settled), test_utils=checks)
+    torch.library.opcheck(
+        normed_sum.forward_op, (maps, [*scales, *shifts], running, *numbers, None, ""), test_utils=checks
+    )
+    known = normed_sum.forward(maps, scales, shifts, statistics)[1][0]
+    torch.library.opcheck(normed_sum.backward_op, (dy, maps, known, None, None, "", False), test_utils=checks)
+    torch.library.opcheck(normed_sum.backward_op, (dy, maps, known, dy, None, "silu", True), test_utils=checks)
     assert kernels

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,14 @@ from torch.nn import functional as F
 
 from surgeon import api as surgery
 from surgeon.app import commands as pipeline
-from surgeon.app import pairs
+from surgeon.app import pages, pairs
 from surgeon.app.demo import data
 from surgeon.app.demo.net import SmallResNet
 from surgeon.app.given import Given
 from surgeon.app.images import Images
 from surgeon.errors import StoreError
+from surgeon.figures import kernels as figures
+from surgeon.figures.kernels import KernelFigures
 from surgeon.models.cost import measure
 from surgeon.models.progress import Progress, parts, silent
 from surgeon.models.sandbox import random_states_kept
@@ -47,13 +50,15 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Demo:
-    """What the demo did: the network after every step of both ways, and the proof of the first way's last one."""
+    """What the demo did: the network after every step of both ways, and of the first way the proof and the kernels."""
 
     steps: tuple[Snapshot, ...]
     octave: tuple[Snapshot, ...]
     report: Report  # of the folded network against the trained one
+    kernels: KernelFigures  # of the first network and the folded one
     images: tuple[int, int]  # to train on, to test on
     seconds: float  # of training
+    page: str | None = None  # the file that shows it all, where the files are kept
 
 
 def demo(progress: Progress = silent, *, seconds: float, folder: Path | None, seed: int) -> Demo:
@@ -66,9 +71,13 @@ def demo(progress: Progress = silent, *, seconds: float, folder: Path | None, se
         surgery.save(_trained_net(), home / "net.pt")
         start = _snapshot("trained network", home / "net.pt", images)
         steps, report = _as_acblocks(home / "net.pt", images, seconds, given, parts(progress, 0, 0.6))
-        octave = _as_octaves(home / "net.pt", images, given, parts(progress, 0.6, 1))
+        octave = _as_octaves(home / "net.pt", images, given, parts(progress, 0.6, 0.95))
+        seen = figures.kernels(
+            {name: surgery.load(home / name) for name in (start.file, steps[-1].file)}, control=False
+        )
+        page = _page(home, [steps[-2].file, steps[-1].file], report, given) if folder else None
     counts = (len(images.train_y), len(images.test_y))
-    return Demo((start, *steps), (start, *octave), report, counts, seconds)
+    return Demo((start, *steps), (start, *octave), report, seen, counts, seconds, page)
 
 
 def _as_acblocks(
@@ -85,6 +94,14 @@ def _as_acblocks(
     fused = pipeline.fuse(str(trained), given, parts(progress, 0.8, 0.9), output=None, force=False).path
     steps.append(_snapshot("folded back", fused, images))
     return steps, pairs.verify(str(trained), str(fused), given, parts(progress, 0.9, 1))
+
+
+def _page(home: Path, files: Sequence[str], report: Report, given: Given) -> str:
+    """Show the trained network and the folded one on a page beside them."""
+    path = home / "report.html"
+    models = [(name, surgery.load(home / name)) for name in files]
+    pages.write(path, models, given, report=report, force=True, title="The demo of surgeon")
+    return str(path)
 
 
 def _converted(start: Path, recipe: str, given: Given, progress: Progress) -> Path:
@@ -117,7 +134,7 @@ def _made(home: Path) -> Path:
     """Make the folder that the models go into; one that holds models already is left alone."""
     try:
         home.mkdir(parents=True, exist_ok=True)
-        taken = sorted(home.glob("net.*"))
+        taken = sorted([*home.glob("net.*"), *home.glob("report.html")])
     except OSError as error:
         raise StoreError(f"cannot make the folder {home}: {error.strerror}", todo="Name another one.") from error
     if taken:

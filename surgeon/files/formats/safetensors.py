@@ -40,23 +40,11 @@ class Safetensors(Format):
         return path.suffix in self.suffixes
 
     def read(self, path: Path, trust: Trust) -> Any:
-        with _opened(path) as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-            header = dict(file.metadata() or {})
-        if (written := header.get(_HASH)) and written != _hashed(tensors, header):
-            raise ModelError(
-                f"{path} is damaged, or was changed after surgeon wrote it: its tensors or its manifest are not those "
-                "that its checksum was made of",
-                todo=f"Copy it again; who changed it on purpose has to leave out '{_HASH}' in its metadata.",
-            )
-        return tensors
+        return read_tensors(path)[0]
 
     def write(self, model: nn.Module, path: Path, manifest: str) -> None:
-        tensors, header = _untied(model.state_dict()), {"format": "pt", MANIFEST: manifest}
         try:
-            save_file(tensors, path, metadata=header | {_HASH: _hashed(tensors, header)})
-        except SafetensorError as error:
-            raise _not_written(error) from error
+            write_tensors(_untied(model.state_dict()), {MANIFEST: manifest}, path)
         except UnicodeEncodeError as error:
             raise StoreError(
                 f"the name of a tensor holds half a character: {error.object!r}",
@@ -66,6 +54,33 @@ class Safetensors(Format):
     def header(self, path: Path) -> Mapping[str, str]:
         with _opened(path) as file:
             return dict(file.metadata() or {})
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read tensors and the header of a file.
+
+    Raises:
+        ModelError: it is damaged: it cannot be read, or is not what its checksum was made of.
+    """
+    with _opened(path) as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+        header = dict(file.metadata() or {})
+    if (written := header.get(_HASH)) and written != _hashed(tensors, header):
+        raise ModelError(
+            f"{path} is damaged, or was changed after surgeon wrote it: its tensors or its manifest are not those "
+            "that its checksum was made of",
+            todo=f"Copy it again; who changed it on purpose has to leave out '{_HASH}' in its metadata.",
+        )
+    return tensors, header
+
+
+def write_tensors(tensors: dict[str, Tensor], said: Mapping[str, str], path: Path) -> None:
+    """Write tensors with memory of their own, what the header says of them, and a checksum of both."""
+    header = {"format": "pt", **said}
+    try:
+        save_file(tensors, path, metadata=header | {_HASH: _hashed(tensors, header)})
+    except SafetensorError as error:
+        raise _not_written(error) from error
 
 
 @contextmanager

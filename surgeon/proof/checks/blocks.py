@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from surgeon.proof.checks.base import Question
+from surgeon.proof.checks.base import EPS64, Question
 from surgeon.proof.distance import EXACT
 from surgeon.proof.evidence import Evidence
 from surgeon.proof.report import Check
@@ -24,4 +24,4 @@ class Blocks(Question):
         if found := [one.blocks for one in exact if one.blocks is not None]:
             distance = f"relative L2 {max(found):.1e}, at most {EXACT:.0e}"
             says = f"block by block in float64, on the inputs of A's blocks: {distance}"
-            yield self.answer(max(found), EXACT, says)
+            yield self.answer(max(found), EXACT, says, noise=EPS64)

@@ -17,6 +17,8 @@ class Finite(Question):
 
     name = "finite"
     place = 50
+    asks = "arithmetic"
+    unit = "count"
 
     def ask(self, evidence: Evidence) -> Iterator[Check]:
         if blank := sum(run.blank for run in evidence.runs):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from surgeon.proof.checks.base import ONE_UNIT, Question
+from surgeon.proof.checks.base import EPS64, ONE_UNIT, Question
 from surgeon.proof.distance import EXACT, excess
 from surgeon.proof.evidence import Evidence
 from surgeon.proof.report import Check
@@ -29,4 +29,5 @@ class Mathematics(Question):
         says = f"replayed in float64: relative L2 {found:.1e}, at most {limit:.0e}"
         if limit > EXACT:
             says += f" ({evidence.margin:g} × what {ONE_UNIT} does to A)"
-        yield self.answer(found, limit, says)
+        noise = EPS64 if limit <= EXACT else limit / evidence.margin
+        yield self.answer(found, limit, says, noise=noise)

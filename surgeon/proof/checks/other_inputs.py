@@ -14,6 +14,8 @@ class OtherInputs(Question):
 
     name = "other inputs"
     place = 55
+    asks = "arithmetic"
+    unit = "count"
 
     def ask(self, evidence: Evidence) -> Iterator[Check]:
         for run in evidence.runs:

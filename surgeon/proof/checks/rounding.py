@@ -24,6 +24,7 @@ class Rounding(Question):
 
     name = "rounding"
     place = 40
+    asks = "arithmetic"
 
     def ask(self, evidence: Evidence) -> Iterator[Check]:
         floor = _FLOOR * torch.finfo(evidence.dtype).eps
@@ -41,8 +42,8 @@ class Rounding(Question):
                     f"{output_of(run, i)}in {dtype}: B is {err_b:.1e} from itself in float64, "
                     f"at most {limit:.1e} ({evidence.margin:g} × {unit})"
                 )
-                yield self.answer(err_b, limit, says)
+                yield self.answer(err_b, limit, says, noise=limit / evidence.margin)
             for i, one, limit in flips_of(run.rounding, evidence.margin):
                 flips = f"{one.flips} of {one.count} labels, masks or NaN"
                 says = f"{output_of(run, i)}in {dtype}: {flips} are not those of B in float64, at most {limit:.0f}"
-                yield self.answer(one.flips, limit, says)
+                yield self.answer(one.flips, limit, says, unit="count")

@@ -17,6 +17,8 @@ class SameTensors(Question):
 
     name = "same tensors"
     place = 31
+    asks = "storage"
+    unit = "count"
 
     def ask(self, evidence: Evidence) -> Iterator[Check]:
         if not evidence.same:

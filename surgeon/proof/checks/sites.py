@@ -17,6 +17,7 @@ class Sites(Question):
 
     name = "sites"
     place = 32
+    unit = "times"
 
     def ask(self, evidence: Evidence) -> Iterator[Check]:
         if evidence.stored is not None:

@@ -25,13 +25,14 @@ class Storage(Question):
         for run in evidence.runs:
             limits = [(found.l2, evidence.margin * noise.l2 + evidence.arithmetic) for found, noise in run.storage]
             for i, found, limit in furthest(limits):
+                noise = run.storage[i][1].l2 + evidence.arithmetic
                 is_moved = run.storage[i][1].l2 > 0 or evidence.arithmetic < EXACT
                 why = f" ({evidence.margin:g} × what rounding the weights does)" if is_moved else ""
                 says = (
                     f"{output_of(run, i)}as stored in {dtype_name(evidence.exact)}: relative L2 {found:.1e}, "
                     f"at most {limit:.1e}{why}"
                 )
-                yield self.answer(found, limit, says)
+                yield self.answer(found, limit, says, noise=noise)
             for i, one, limit in flips_of(run.storage, evidence.margin):
                 says = f"{output_of(run, i)}{one.flips} of {one.count} labels, masks or NaN differ, at most {limit:.0f}"
-                yield self.answer(one.flips, limit, says)
+                yield self.answer(one.flips, limit, says, unit="count")

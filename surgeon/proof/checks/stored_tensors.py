@@ -17,6 +17,8 @@ class StoredTensors(Question):
 
     name = "stored tensors"
     place = 60
+    asks = "storage"
+    unit = "ulp"
     is_for_approximate = True
 
     def ask(self, evidence: Evidence) -> Iterator[Check]:
@@ -30,6 +32,6 @@ class StoredTensors(Question):
             says = f"{count} stored tensors are not the replay's, rounded once: worst {largest:.3g} ulp, at most 1"
         if wrong and largest <= 1:
             says = f"{len(wrong)} of {len(stored)} stored tensors are one unit in the last place off throughout"
-            yield self.answer(len(wrong), 0, says)
+            yield self.answer(len(wrong), 0, says, unit="count")
         else:
-            yield self.answer(largest, 1, says)
+            yield self.answer(largest, 1, says, noise=0.5)  # the replay is rounded once

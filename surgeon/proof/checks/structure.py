@@ -14,6 +14,8 @@ class Structure(Question):
 
     name = "structure"
     place = 65
+    asks = "storage"
+    unit = "count"
     is_for_approximate = True
 
     def ask(self, evidence: Evidence) -> Iterator[Check]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from surgeon.proof.checks.base import Question
+from surgeon.proof.checks.base import EPS64, Question
 from surgeon.proof.evidence import Evidence
 from surgeon.proof.report import Check
 from surgeon.proof.wiring import OUTPUT
@@ -27,4 +27,4 @@ class Wiring(Question):
         if wrong := [path for path, far in found.items() if not far <= evidence.wired]:
             what = "the output" if wrong[0] == OUTPUT else f"what reaches {wrong[0]}"
             says = f"with A's result in place of every module's, {what} is {found[wrong[0]]:.1e} from A's"
-        yield self.answer(most, evidence.wired, says)
+        yield self.answer(most, evidence.wired, says, noise=max(EPS64, evidence.arithmetic))
