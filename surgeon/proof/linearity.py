@@ -31,14 +31,24 @@ _REORDERS = ("index_select", "native_channel_shuffle", "channel_shuffle", "cat",
 _FIRST = frozenset(  # what they do to their first argument is affine if the others are constant
     {
         *("convolution", "native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm"),
-        *("miopen_batch_norm", "constant_pad_nd", "reflection_pad2d", "replication_pad2d", "avg_pool2d", "neg", "clone"),
+        *(
+            "miopen_batch_norm",
+            "constant_pad_nd",
+            "reflection_pad2d",
+            "replication_pad2d",
+            "avg_pool2d",
+            "neg",
+            "clone",
+        ),
         *("slice", "permute", "transpose", "t", "expand", "squeeze", "unsqueeze", "alias", "detach", "split", "div"),
         *("split_with_sizes", "contiguous", "_to_copy", "div_", "neg_", *_REORDERS),
     }
 )
 _SUMS = frozenset({"add", "sub", "add_", "sub_"})
 _PRODUCTS = {"mul": (0, 1), "mul_": (0, 1), "mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "addmm_": (1, 2)}
-_FRESH = frozenset({"ones_like", "full_like", "empty_like", "new_empty", "new_zeros", "zeros_like", "new_empty_strided"})
+_FRESH = frozenset(
+    {"ones_like", "full_like", "empty_like", "new_empty", "new_zeros", "zeros_like", "new_empty_strided"}
+)
 _COPIES = frozenset({"copy_"})
 _TRAINING = {"native_batch_norm": 5, "cudnn_batch_norm": 5, "miopen_batch_norm": 5}
 

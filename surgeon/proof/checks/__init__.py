@@ -18,7 +18,7 @@ def questions() -> tuple[Question, ...]:
     """Make one instance of every question in this folder, in the order of their places.
 
     >>> [one.name for one in questions()]
-    ['mathematics', 'blocks', 'storage', 'same tensors', 'sites', 'wiring', 'rounding', 'finite', 'other inputs',
+    ['mathematics', 'operators', 'blocks', 'storage', 'same tensors', 'sites', 'wiring', 'rounding', 'finite', 'other inputs',
      'stored tensors', 'structure', 'modules']
     """
     found: list[Question] = []
