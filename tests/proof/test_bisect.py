@@ -158,5 +158,3 @@ def test_the_command_shows_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "probably, at 2 (bias lost)" in shown
     assert run_surgeon("verify", *given, "--json") == 1
     assert json.loads(capsys.readouterr().out)["bisected"]["sites"] == ["2"]
-
-

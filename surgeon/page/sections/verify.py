@@ -236,9 +236,7 @@ def _tensors(tensors: Sequence[TensorDistance]) -> Markup | None:
         said = f"{one.words}: found {number(one.found)}, limit {number(one.limit)}"
         parts.append(charts.dot(x, _TALL * (1 - axis.at(one.found)), colour, said, mark=mark, size=3.5))
     wrong = sum(not one.passed for one in tensors)
-    says = (
-        f"{len(tensors)} tensors from left to right, distances on a log scale; {wrong} are beyond their limit."
-    )
+    says = f"{len(tensors)} tensors from left to right, distances on a log scale; {wrong} are beyond their limit."
     return charts.drawing("Tensors of a step", says, _TALL + 8, *parts, sides="ch-left")
 
 
