@@ -166,7 +166,9 @@ def _costs(entry: Entry, state: State, survey: Survey | None) -> dict[Costs, Cos
             continue
         now = getattr(site.cost, name) if site is not None else None
         if now is None and state == "folded" and (made := entry.folded) is not None:
-            now = {"params": made.params, "macs": round(made.share * entry.macs.before) if entry.macs else None}.get(name)
+            now = {"params": made.params, "macs": round(made.share * entry.macs.before) if entry.macs else None}.get(
+                name
+            )
         found[name] = Cost(change.before, change.after if now is None else now)
     return found
 
