@@ -236,14 +236,12 @@ def _tensors(tensors: Sequence[TensorDistance]) -> Markup | None:
         said = f"{one.words}: found {number(one.found)}, limit {number(one.limit)}"
         parts.append(charts.dot(x, _TALL * (1 - axis.at(one.found)), colour, said, mark=mark, size=3.5))
     wrong = sum(not one.passed for one in tensors)
-    says = (
-        f"{len(tensors)} tensors from left to right, distances on a log scale; {wrong} are beyond their limit."
-    )
+    says = f"{len(tensors)} tensors from left to right, distances on a log scale; {wrong} are beyond their limit."
     return charts.drawing("Tensors of a step", says, _TALL + 8, *parts, sides="ch-left")
 
 
 def _tensors_key(tensors: Sequence[TensorDistance]) -> Markup:
-    entries = [(*_KINDS[kind], kind) for kind in dict.fromkeys(one.kind for one in tensors)]
+    entries: list[tuple[str, str, str]] = [(*_KINDS[kind], kind) for kind in dict.fromkeys(one.kind for one in tensors)]
     entries += [("diamond", "bad", "beyond its limit")] * any(not one.passed for one in tensors)
     return charts.key(*entries, ("line", "ink", "limit"))
 
