@@ -76,6 +76,8 @@ def test_two_models_are_compared_and_differing_ones_are_shown_as_well(folder: Pa
         (("report", "net.pt", "-r", "acnet", "--plan", "p.yaml"), "either --recipe or --plan"),
         (("plan", "net.pt", "-r", "acnet", "--html", "taken.html"), "taken.html exists"),
         (("convert", "net.pt", "-r", "acnet", "--html", "page.txt"), "End it in .html"),
+        (("convert", "net.pt", "-r", "acnet", "--html", "taken.html"), "taken.html exists"),
+        (("fuse", "net.pt", "--html", "taken.html"), "taken.html exists"),
         (("fuse", "net.pt", "--html", "nowhere/page.html"), "there is no folder"),
         (("verify", "net.pt", "net.pt", "--html", "taken.html"), "taken.html exists"),
         (("bench", "net.pt", "--html", "taken.html"), "taken.html exists"),
