@@ -72,7 +72,9 @@ def demo(progress: Progress = silent, *, seconds: float, folder: Path | None, se
         start = _snapshot("trained network", home / "net.pt", images)
         steps, report = _as_acblocks(home / "net.pt", images, seconds, given, parts(progress, 0, 0.6))
         octave = _as_octaves(home / "net.pt", images, given, parts(progress, 0.6, 0.95))
-        seen = figures.kernels({name: surgery.load(home / name) for name in (start.file, steps[-1].file)}, control=False)
+        seen = figures.kernels(
+            {name: surgery.load(home / name) for name in (start.file, steps[-1].file)}, control=False
+        )
         page = _page(home, [steps[-2].file, steps[-1].file], report, given) if folder else None
     counts = (len(images.train_y), len(images.test_y))
     return Demo((start, *steps), (start, *octave), report, seen, counts, seconds, page)
