@@ -1,7 +1,7 @@
 """The command that compares two models. torch is imported only when needed."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -51,6 +51,14 @@ Bisect = Annotated[
     typer.Option("--bisect", help="If they differ, find the smallest set of modules that explains it, by halving."),
 ]
 
+Prove = Annotated[
+    bool,
+    typer.Option(
+        "--prove",
+        help="Also compare what was folded without running inputs: for every input of every size. Takes about as long "
+        "again.",
+    ),
+]
 SaveOutputs = Annotated[
     Path | None,
     typer.Option(
@@ -77,10 +85,11 @@ def _check_sides(b: str | None, saved: Path | None, against: Path | None, given:
     if sum(side is not None for side in (b, saved, against)) != 1:
         raise typer.BadParameter("give a second model B, or --save-outputs FILE, or --against FILE: one of the three")
     only_saving = ("--sites", "--store-inputs")
+    only_pairs = ("--map", "--bisect", "--mode", "--gradients", "--prove")
     wrong = {
         "a second model": only_saving,
-        "--save-outputs": ("--data", "--junit", "--markdown", "--html", "--map", "--bisect"),
-        "--against": ("--data", "--html", "--input", "--map", "--bisect", *only_saving),
+        "--save-outputs": ("--data", "--junit", "--markdown", "--html", *only_pairs),
+        "--against": ("--data", "--html", "--input", *only_pairs, *only_saving),
     }
     side = "a second model" if b is not None else "--save-outputs" if saved is not None else "--against"
     for name in wrong[side]:
@@ -99,6 +108,14 @@ def verify(
         str | None, typer.Argument(metavar="B", help="The model to compare with it.", show_default=False)
     ] = None,
     html: Html = None,
+    mode: Annotated[
+        Literal["eval", "train"],
+        typer.Option(help="train: also compare a step in train mode, and the statistics of norms behind it."),
+    ] = "eval",
+    gradients: Annotated[
+        bool, typer.Option("--gradients", help="Also compare the gradients of inputs and of shared parameters.")
+    ] = False,
+    prove: Prove = False,
     json: Json = False,
     schema: Schema = False,
     junit: JUnit = None,
@@ -121,7 +138,8 @@ def verify(
     Exit code: 0 equivalent, 1 different, 2 could not be compared, 3 approximate by design.
     """
     asked: dict[str, object] = {"--data": images, "--input": given.inputs, "--junit": junit, "--markdown": markdown}
-    asked |= {"--html": html, "--map": map_, "--bisect": bisect}
+    asked |= {"--html": html, "--map": map_, "--bisect": bisect, "--mode": mode == "train", "--gradients": gradients}
+    asked["--prove"] = prove
     _check_sides(b, save_outputs, against, asked | {"--sites": sites, "--store-inputs": store_inputs})
     if json and markdown == "-":
         raise typer.BadParameter("--json and --markdown - both print: give --markdown a file, or take one away")
@@ -138,6 +156,7 @@ def verify(
         reports.claim(pairs.read_for(a, b or against, given, images))
         outputs.claim_page(html, given, a, b, force=force)
         more: dict[str, Any] = {"names": dict(matching.pairs_in(map_ or ())), "bisect": bisect}
+        more |= {"mode": mode, "gradients": gradients, "prove": prove}
         found = pairs.judge(a, b or against, given, progress, images, **more)
         if html is not None and found is not None and b is not None:
             from surgeon.app import pages

@@ -190,6 +190,11 @@ class Block(Operator, abc.ABC, Generic[Opts]):
         """Whether the block, in eval mode, computes what the conv it replaces computed."""
 
     @classmethod
+    def keeps_training(cls, options: Opts, *, with_norm: bool) -> bool:
+        """Whether the block computes in train mode, too, what the conv computed, and the norm if it takes that over."""
+        return False
+
+    @classmethod
     def takes_norm(cls, options: Opts) -> bool:
         """Whether the block wants to take over the batch norm that follows the conv."""
         return False

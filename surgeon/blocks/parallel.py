@@ -116,6 +116,12 @@ class Parallel(base.Foldable[Opts], Generic[Opts]):
         return options.init != "scratch"
 
     @classmethod
+    def keeps_training(cls, options: Opts, *, with_norm: bool) -> bool:
+        if options.form == "online":
+            return options.init != "scratch"
+        return options.init == "takeover" and with_norm
+
+    @classmethod
     def takes_norm(cls, options: Opts) -> bool:
         return options.form == "branches"
 

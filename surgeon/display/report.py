@@ -13,7 +13,7 @@ from surgeon.display.agreement import agreement_view
 from surgeon.display.sheet import Line, Sheet, cell
 
 if TYPE_CHECKING:
-    from surgeon.proof.report import Report, SiteDistance
+    from surgeon.proof.report import Report, SiteDistance, TensorDistance
 
 _VERDICTS = {
     "equivalent": ("bold green", "equivalent: B computes what A computes"),
@@ -31,6 +31,8 @@ def report_view(report: Report, *, verdict_first: bool = False) -> RenderableTyp
     parts += [_distances(report)] if report.distances else []
     if rows := list(_telling(report.sites)):
         parts.append(_sites(rows, len(report.sites)))
+    if wrong := [one for one in report.tensors if not one.passed]:
+        parts.append(_tensors(wrong))
     if report.first_to_diverge:
         parts.append(Line(f"first to diverge: {report.first_to_diverge}", "red"))
     parts += [Line(f"probably, at {one.path or 'the model'} ({one.kind}): {one.says}", "red") for one in report.guesses]
@@ -50,6 +52,15 @@ def _distances(report: Report) -> Sheet:
         numbers = ["" if n is None else f"{n:.1e}" if math.isfinite(n) else "—" for n in distances]
         decibels = f"{row.sqnr_db:.1f}" if math.isfinite(row.sqnr_db) else "exact" if row.own == 0 else "—"
         table.add_row(row.input, *numbers, decibels, f"{row.cosine:.9f}" if math.isfinite(row.cosine) else "—", top1)
+    return table
+
+
+def _tensors(wrong: Sequence[TensorDistance]) -> Sheet:
+    table = words.table("tensor", "against", "relative L2", "at most", "")
+    for one in wrong[: words.MOST_ROWS]:
+        table.add_row(one.words, one.against, f"{one.found:.1e}", f"{one.limit:.0e}", cell("diverges", "red"))
+    if len(wrong) > words.MOST_ROWS:
+        table.caption = f"{words.MOST_ROWS} of {len(wrong)} tensors that diverge; --json lists all that were compared"
     return table
 
 

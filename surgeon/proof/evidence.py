@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from surgeon.proof.distance import EXACT, Apart
+from surgeon.proof.every_input import EveryInput
 from surgeon.proof.isolated import Gap
-from surgeon.proof.report import Distance
+from surgeon.proof.report import Distance, TensorDistance
 from surgeon.proof.ulps import Off
 
 
@@ -18,12 +19,16 @@ from surgeon.proof.ulps import Off
 class Replay:
     """B made anew from A: in float64 throughout, and with every tensor rounded between two operations, as in files.
 
-    `dtype` is what B was cast to, if it was; then A is compared with it in that dtype.
+    `dtype` is what B was cast to, if it was; then A is compared with it in that dtype. `came_from` gives the names of
+    A's tensors that have another one in the replay, by A's. `keeps_training`: it is meant to compute what A does in
+    train mode, too.
     """
 
     exact: nn.Module
     rounded: nn.Module
     dtype: torch.dtype | None = None
+    came_from: Mapping[str, str] = field(default_factory=dict)
+    keeps_training: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +64,21 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True)
+class Stepped:
+    """What a step of both models has shown, for one input.
+
+    `departs`: the tensor in which B's mathematics departs from A's most in train mode, where nobody has promised that
+    it does not.
+    """
+
+    label: str  # of the input
+    mode: str  # train or eval
+    tensors: tuple[TensorDistance, ...]
+    departs: TensorDistance | None = None
+    remarks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Evidence:
     """All that was measured, and the numbers from which the limits are computed."""
 
@@ -71,6 +91,14 @@ class Evidence:
     margin: float
     arithmetic: float  # relative L2 in `exact` by which two runs may differ through their order alone
     is_compiled: bool = False  # A or B is a file that holds a program
+    steps: tuple[Stepped, ...] = ()  # one for each input, if train mode or gradients are asked for
+    settings: Mapping[str, str] | None = None  # module → what its norm or dropout has that A's has not
+    every_input: EveryInput | None = None  # what was shown of the replay without running inputs, if that was asked for
+
+    @property
+    def is_for_every_input(self) -> bool:
+        """Whether the replay was shown to equal A for every input."""
+        return self.every_input is not None and self.every_input.is_whole
 
     @property
     def wired(self) -> float:

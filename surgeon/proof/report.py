@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from surgeon.proof.agreement import Agreement
 SCHEMA = "verify-1"  # of `Report.to_dict`; docs/schemas has it
 Verdict = Literal["equivalent", "different", "approximate"]
 Asks = Literal["mathematics", "storage", "arithmetic"]  # is it right, is what is stored that, does it round no worse
-Unit = Literal["relative L2", "ulp", "count", "times"]  # "times": of what rounding the weights explains
+Unit = Literal["relative L2", "relative maximum", "ulp", "count", "times"]  # "times": of what rounding explains
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,32 @@ class Histogram:
 
 
 @dataclass(frozen=True, slots=True)
+class TensorDistance:
+    """How far B, or the replay, is from A, or B from the replay, in one tensor of a step: a call, and what follows it.
+
+    `kind`: an output, a statistic after the step, or a gradient; `against`: A, or the replay with B's tensors.
+    """
+
+    kind: Literal["output", "statistic", "gradient"]
+    name: str  # A's name of it
+    against: Literal["A", "the replay"]
+    found: float
+    limit: float
+
+    @property
+    def words(self) -> str:
+        """What it is, in a sentence."""
+        if self.kind == "output":
+            return f"output {self.name}"
+        return f"the gradient of {self.name}" if self.kind == "gradient" else self.name
+
+    @property
+    def passed(self) -> bool:
+        """Whether it is within its limit, and the limit excludes something."""
+        return math.isfinite(self.limit) and self.found <= self.limit
+
+
+@dataclass(frozen=True, slots=True)
 class Distance:
     """How far the outputs of B are from those of A in their own dtype, for one input; the worst output counts."""
 
@@ -125,6 +152,9 @@ class Report(Shown):
     data: Agreement | None = None  # what both make of the user's images; no part of the verdict
     guesses: tuple[Guess, ...] = ()
     bisected: Bisected | None = None
+    mode: Literal["eval", "train"] = "eval"
+    tensors: tuple[TensorDistance, ...] = ()  # of a step, where train mode or gradients were asked for
+    for_every_input: bool = False  # it was shown for every input, and not only for those that were run
 
     @property
     def equivalent(self) -> bool:
@@ -148,6 +178,7 @@ class Report(Shown):
         first = self.first_to_diverge
         data: dict[str, Any] = {"schema": SCHEMA, "equivalent": self.equivalent, "first_to_diverge": first}
         data |= {"first_to_part": first} | asdict(self)
+        data["tensors"] = tuple(asdict(one) | {"diverges": not one.passed} for one in self.tensors)
         data["sites"] = tuple(site | {"parts": site["diverges"]} for site in data["sites"])
         return data
 

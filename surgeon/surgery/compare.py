@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -23,9 +23,10 @@ from surgeon.models.copies import duplicate, shadow
 from surgeon.models.progress import Progress, parts, silent
 from surgeon.models.sandbox import ordinary
 from surgeon.models.wrappers import checked
-from surgeon.proof import calls
+from surgeon.proof import calls, training
 from surgeon.proof import verify as equivalence
 from surgeon.proof.report import Report
+from surgeon.proof.steps import How
 from surgeon.surgery import history as histories
 from surgeon.surgery import replay
 from surgeon.surgery.look import inputs_for
@@ -39,6 +40,9 @@ def verify(
     seed: int = 0,
     names: Mapping[str, str] | None = None,
     bisect: bool = False,
+    mode: Literal["eval", "train"] = "eval",
+    gradients: bool = False,
+    prove: bool = False,
     progress: Progress = silent,
 ) -> Report:
     """Say whether `b` computes what `a` does, how far apart they are, and where they diverge.
@@ -51,6 +55,12 @@ def verify(
     those with the same tensors are found without. With `bisect`, the smallest set of modules is looked for
     that, put right, makes the difference vanish.
 
+    With `prove`, what was folded is also compared without running inputs: for every input, of every size.
+
+    With `mode="train"` one step in train mode is compared as well, with the same batch and the same random numbers:
+    its outputs, and the running statistics behind it. With `gradients` those of one scalar of the outputs are compared,
+    for inputs and for every parameter that both models have. Both are asked of copies: neither model is changed.
+
     >>> from surgeon import convert
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3))
     >>> verify(model, convert(model, "acnet"), (1, 3, 8, 8)).verdict
@@ -61,15 +71,20 @@ def verify(
     """
     with ordinary():
         first, second = (parts(progress, 0, 0.7), parts(progress, 0.7, 1)) if bisect else (progress, None)
-        return compare(a, b, example, seed, first, named=tuple((names or {}).items()), bisecting=second)
+        more: dict[str, Any] = {"named": tuple((names or {}).items()), "bisecting": second, "proving": prove}
+        return compare(a, b, example, seed, first, How(mode == "train", gradients, seed), **more)
 
 
-def compare(a: nn.Module, b: nn.Module, example: Any, seed: int, progress: Progress, **how: Any) -> Report:
+def compare(
+    a: nn.Module, b: nn.Module, example: Any, seed: int, progress: Progress, how: How | None = None, **more: Any
+) -> Report:
     """Compare two models on one example or a list of them; what a history says is done again to A first.
 
-    `how` are further arguments of `proof.verify`.
+    `how` asks for a step in train mode or for gradients, and `more` are further arguments of `proof.verify`.
     """
     checked(a), checked(b)
+    how = How(seed=seed) if how is None else how
+    training.check(a, b, how)
     if isinstance(b, Compiled) and not isinstance(a, Compiled) and (made := _made_again(a, b)) is not None:
         return _in_two_steps(a, made, b, example, seed, progress)
     if isinstance(a, Compiled) or isinstance(b, Compiled):  # which runs on the CPU
@@ -101,12 +116,14 @@ def compare(a: nn.Module, b: nn.Module, example: Any, seed: int, progress: Progr
     try:
         reference = replay.in_order_of(reference, steps, known[0])
     except CaptureError as error:
-        found = equivalence.verify(a, b, known, seed=seed, **how)
+        found = equivalence.verify(a, b, known, seed=seed, how=how, **more)
         return replace(found, remarks=(*found.remarks, f"B's history permutes channels, but {error.problem}"))
     if again is not None and (since := replay.folded_since(again.exact, b)) is not None:
-        found = equivalence.verify(a, b, known, seed=seed, **how)
+        found = equivalence.verify(a, b, known, seed=seed, how=how, **more)
         return replace(found, remarks=(*found.remarks, since))
-    found = equivalence.verify(reference, b, known, replay=again, approximate=is_approximate, seed=seed, **how)
+    found = equivalence.verify(
+        reference, b, known, replay=again, approximate=is_approximate, seed=seed, how=how, **more
+    )
     if steps and not found and histories.content_hash(b) != steps[-1].result:
         changed = f"B's tensors were changed after {steps[-1].operation} had made it"
         found = replace(found, remarks=(*found.remarks, changed))

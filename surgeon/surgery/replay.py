@@ -22,7 +22,7 @@ from surgeon.models.call import Inputs
 from surgeon.models.copies import duplicate, kind_of, shadow
 from surgeon.proof.distance import as_double
 from surgeon.proof.evidence import Replay
-from surgeon.surgery import give_back
+from surgeon.surgery import give_back, lineage
 from surgeon.surgery import manifest as manifests
 from surgeon.surgery.bake import bake_
 from surgeon.surgery.branches import fold_further_
@@ -170,7 +170,8 @@ def done_again(a: nn.Module, steps: Sequence[Operation]) -> Replay:
     exact = redo_(shadow(a, as_double), steps, like=a)
     cast = [getattr(torch, step.dtype) for step in steps if step.dtype is not None]
     rounded = exact if len(steps) == 1 else redo_rounding_(duplicate(a), steps)
-    return Replay(exact, rounded, cast[-1] if cast else None)
+    names, keeps = lineage.came_from(exact, steps), lineage.keeps_training(steps)
+    return Replay(exact, rounded, cast[-1] if cast else None, names, keeps_training=keeps)
 
 
 def as_baked(a: nn.Module, steps: Sequence[Operation]) -> tuple[nn.Module, tuple[str, ...]]:

@@ -264,7 +264,11 @@ def test_a_right_fold_is_not_explained() -> None:
         ("sign", _gamma_by_sigma, lambda n, s: n.bias + n.running_mean * s),
         ("mean lost", _gamma_by_sigma, lambda n, s: n.bias),
         ("bias lost", _gamma_by_sigma, lambda n, s: -n.running_mean * s),
-        ("folded twice", lambda n: _gamma_by_sigma(n) ** 2, lambda n, s: n.bias + (_usual(n, s**0.5) - n.running_mean) * s.abs() ** 0.5),
+        (
+            "folded twice",
+            lambda n: _gamma_by_sigma(n) ** 2,
+            lambda n, s: n.bias + (_usual(n, s**0.5) - n.running_mean) * s.abs() ** 0.5,
+        ),
         ("norm missing", torch.ones_like, None),
         ("statistics", lambda n: n.weight / (1 + n.eps) ** 0.5, lambda n, s: n.bias),
     ],

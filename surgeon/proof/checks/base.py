@@ -12,8 +12,8 @@ from typing import ClassVar
 
 import torch
 
-from surgeon.proof.distance import Apart, furthest
-from surgeon.proof.evidence import Evidence, Measured
+from surgeon.proof.distance import Apart, excess, furthest
+from surgeon.proof.evidence import Evidence, Measured, Stepped
 from surgeon.proof.report import Asks, Check, Unit
 
 EPS64 = torch.finfo(torch.float64).eps  # what rounding alone does where both sides are computed in float64
@@ -50,6 +50,21 @@ def flips_of(pairs: Sequence[tuple[Apart, Apart]], margin: float) -> Iterator[tu
     for i, flips, limit in furthest([(flips, max(limit, 0.5)) for flips, limit in limits]):  # there is no half of one
         if flips:
             yield i, pairs[i][0], limit
+
+
+def of_steps(steps: Sequence[Stepped], kind: str, what: str) -> Iterator[tuple[float, float, str]]:
+    """Give, for every step in which tensors of a kind were compared, the one furthest beyond its limit, in words."""
+    for step in steps:
+        found = [one for one in step.tensors if one.kind == kind]
+        if not found:
+            continue
+        worst = max(found, key=lambda one: excess(one.found, one.limit))
+        wrong = sum(not one.passed for one in found)
+        says = f"{step.label}: {len(found)} {what}; the furthest is {worst.words}"
+        if wrong:
+            says = f"{step.label}: {wrong} of {len(found)} {what} differ, most of all {worst.words}"
+        says += f": {worst.found:.1e} from that of {worst.against}, at most {worst.limit:.0e}"
+        yield worst.found, worst.limit, says
 
 
 def output_of(run: Measured, output: int) -> str:
