@@ -1,9 +1,11 @@
 """Polygraphy and `verify`, on the same two ResNet-50s: what each takes, and who names a fault that was planted.
 
 A is a ResNet-50 whose norms have statistics; B is what `surgeon convert -r acnet` and `surgeon fuse` make of it, right
-or with one fault. Both are exported by surgeon. Polygraphy runs both ONNX files with onnxruntime on the CPU, every tensor
-marked as an output, and compares those of the same name, with its own limits (1e-5, absolute and relative) or others.
-As names of A's file and B's mean different steps where a norm lies behind a conv in A alone, A is also exported folded.
+or with one fault. Both are exported by surgeon. Polygraphy runs both ONNX files with onnxruntime on the CPU, every
+tensor marked as an output, and compares those of the same name, with its own limits (1e-5, absolute and relative) or
+others. As names of A's file and B's mean different steps where a norm lies behind a conv in A alone, A is also exported
+with its norms folded.
+
 Every way runs in a process of its own, in turns; its peak memory is given without that of one that imports the same.
 
     pip install polygraphy
