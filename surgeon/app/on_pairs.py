@@ -51,6 +51,14 @@ Bisect = Annotated[
     typer.Option("--bisect", help="If they differ, find the smallest set of modules that explains it, by halving."),
 ]
 
+Prove = Annotated[
+    bool,
+    typer.Option(
+        "--prove",
+        help="Also compare what was folded without running inputs: for every input of every size. Takes about as long "
+        "again.",
+    ),
+]
 SaveOutputs = Annotated[
     Path | None,
     typer.Option(
@@ -77,7 +85,7 @@ def _check_sides(b: str | None, saved: Path | None, against: Path | None, given:
     if sum(side is not None for side in (b, saved, against)) != 1:
         raise typer.BadParameter("give a second model B, or --save-outputs FILE, or --against FILE: one of the three")
     only_saving = ("--sites", "--store-inputs")
-    only_pairs = ("--map", "--bisect", "--mode", "--gradients")
+    only_pairs = ("--map", "--bisect", "--mode", "--gradients", "--prove")
     wrong = {
         "a second model": only_saving,
         "--save-outputs": ("--data", "--junit", "--markdown", "--html", *only_pairs),
@@ -107,6 +115,7 @@ def verify(
     gradients: Annotated[
         bool, typer.Option("--gradients", help="Also compare the gradients of inputs and of shared parameters.")
     ] = False,
+    prove: Prove = False,
     json: Json = False,
     schema: Schema = False,
     junit: JUnit = None,
@@ -130,6 +139,7 @@ def verify(
     """
     asked: dict[str, object] = {"--data": images, "--input": given.inputs, "--junit": junit, "--markdown": markdown}
     asked |= {"--html": html, "--map": map_, "--bisect": bisect, "--mode": mode == "train", "--gradients": gradients}
+    asked["--prove"] = prove
     _check_sides(b, save_outputs, against, asked | {"--sites": sites, "--store-inputs": store_inputs})
     if json and markdown == "-":
         raise typer.BadParameter("--json and --markdown - both print: give --markdown a file, or take one away")
@@ -146,7 +156,7 @@ def verify(
         reports.claim(pairs.read_for(a, b or against, given, images))
         outputs.claim_page(html, given, a, b, force=force)
         more: dict[str, Any] = {"names": dict(matching.pairs_in(map_ or ())), "bisect": bisect}
-        more |= {"mode": mode, "gradients": gradients}
+        more |= {"mode": mode, "gradients": gradients, "prove": prove}
         found = pairs.judge(a, b or against, given, progress, images, **more)
         if html is not None and found is not None and b is not None:
             from surgeon.app import pages

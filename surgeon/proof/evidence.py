@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from surgeon.proof.distance import EXACT, Apart
+from surgeon.proof.every_input import EveryInput
 from surgeon.proof.isolated import Gap
 from surgeon.proof.report import Distance, TensorDistance
 from surgeon.proof.ulps import Off
@@ -92,6 +93,12 @@ class Evidence:
     is_compiled: bool = False  # A or B is a file that holds a program
     steps: tuple[Stepped, ...] = ()  # one for each input, if train mode or gradients are asked for
     settings: Mapping[str, str] | None = None  # module → what its norm or dropout has that A's has not
+    every_input: EveryInput | None = None  # what was shown of the replay without running inputs, if that was asked for
+
+    @property
+    def is_for_every_input(self) -> bool:
+        """Whether the replay was shown to equal A for every input."""
+        return self.every_input is not None and self.every_input.is_whole
 
     @property
     def wired(self) -> float:

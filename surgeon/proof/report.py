@@ -15,7 +15,7 @@ from surgeon.proof.agreement import Agreement
 SCHEMA = "verify-1"  # of `Report.to_dict`; docs/schemas has it
 Verdict = Literal["equivalent", "different", "approximate"]
 Asks = Literal["mathematics", "storage", "arithmetic"]  # is it right, is what is stored that, does it round no worse
-Unit = Literal["relative L2", "ulp", "count", "times"]  # "times": of what rounding the weights explains
+Unit = Literal["relative L2", "relative maximum", "ulp", "count", "times"]  # "times": of what rounding explains
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +154,7 @@ class Report(Shown):
     bisected: Bisected | None = None
     mode: Literal["eval", "train"] = "eval"
     tensors: tuple[TensorDistance, ...] = ()  # of a step, where train mode or gradients were asked for
+    for_every_input: bool = False  # it was shown for every input, and not only for those that were run
 
     @property
     def equivalent(self) -> bool:

@@ -13,6 +13,9 @@ For any other pair of models 1 and 2 become: in float64, as stored, the differen
 stored, at the outputs (`storage`) and at every module that both have (`same tensors`, `sites`), and the code between
 the modules must do the same (`wiring`).
 
+If the caller asks for a proof, the replay is also compared with A without running inputs (`operators`): the operators of
+all that was folded are recovered, and the graphs around them are the same.
+
 In train mode the same is asked of one step of both, if the caller wants that: of its outputs (`training`), of the
 statistics behind it (`statistics`, `train settings`), and in either mode of its gradients (`gradients`).
 
@@ -37,6 +40,7 @@ from surgeon.proof.distance import dtype_name
 from surgeon.proof.divergence import site_table
 from surgeon.proof.evidence import Evidence, Measured, Replay
 from surgeon.proof.guess import guesses
+from surgeon.proof.proving import of_proof, with_proof
 from surgeon.proof.report import Report
 from surgeon.proof.runs import Models, NotInFloat64Error
 from surgeon.proof.steps import How
@@ -56,13 +60,15 @@ def verify(
     named: Sequence[tuple[str, str]] = (),
     bisecting: Progress | None = None,
     how: How | None = None,
+    proving: bool = False,
 ) -> Report:
     """Compare B with A on each of the inputs; neither is changed, whatever mode it is in.
 
     `approximate` says that B was not meant to compute what A does; then only its stored tensors are judged.
     `named` are modules of A and of B that belong together though their names differ, which only counts
     without a replay. With `bisecting`, which is told how far that is, the smallest set of modules that explains a
-    difference is looked for. `how` asks for a step in train mode, or for gradients, besides.
+    difference is looked for. `how` asks for a step in train mode, or for gradients, besides. `proving` asks for a proof
+    that needs no inputs.
 
     Raises:
         VerifyError: the outputs differ in structure, shape or dtype, or a model does not run.
@@ -83,6 +89,8 @@ def verify(
     except VerifyError as error:
         raise _told(error, models, inputs[0]) from error
     evidence = _evidence(models, runs, b, replay, a)
+    if proving and not approximate:
+        evidence = with_proof(evidence, models, inputs[0])
     how = How() if how is None else how
     if how.is_wanted:
         evidence = with_steps(evidence, models, a, b, inputs, Made(replay, approximate), how)
@@ -103,11 +111,13 @@ def verify(
             *_alone(models, runs),
             *_matched(models, diverging, named),
             *of_steps(evidence),
+            *(of_proof(evidence, passed=passed) if proving else ()),
         ),
         guesses=() if passed else guesses(models, inputs[0], diverging),
         bisected=None if passed or bisecting is None else bisect(models, inputs, diverging, bisecting),
         mode=how.mode,
         tensors=tuple(one for step in evidence.steps for one in step.tensors),
+        for_every_input=passed and evidence.is_for_every_input,
     )
 
 

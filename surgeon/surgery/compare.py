@@ -42,6 +42,7 @@ def verify(
     bisect: bool = False,
     mode: Literal["eval", "train"] = "eval",
     gradients: bool = False,
+    prove: bool = False,
     progress: Progress = silent,
 ) -> Report:
     """Say whether `b` computes what `a` does, how far apart they are, and where they diverge.
@@ -53,6 +54,8 @@ def verify(
     `names` are modules of `a` and of `b` that belong together though their names differ, with all that lies in them;
     those with the same tensors are found without. With `bisect`, the smallest set of modules is looked for
     that, put right, makes the difference vanish.
+
+    With `prove`, what was folded is also compared without running inputs: for every input, of every size.
 
     With `mode="train"` one step in train mode is compared as well, with the same batch and the same random numbers:
     its outputs, and the running statistics behind it. With `gradients` those of one scalar of the outputs are compared,
@@ -68,7 +71,7 @@ def verify(
     """
     with ordinary():
         first, second = (parts(progress, 0, 0.7), parts(progress, 0.7, 1)) if bisect else (progress, None)
-        more: dict[str, Any] = {"named": tuple((names or {}).items()), "bisecting": second}
+        more: dict[str, Any] = {"named": tuple((names or {}).items()), "bisecting": second, "proving": prove}
         return compare(a, b, example, seed, first, How(mode == "train", gradients, seed), **more)
 
 
