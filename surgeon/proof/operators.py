@@ -11,9 +11,9 @@ On an axis of n pixels L[p, q], what output p has of input q, is one of these, w
     both:      the map is smaller than what p sees.
 
 For the first three to be there, n ≥ reach + s is enough, and as many rows more as are cropped or mirrored. Where the
-last output lies depends on n modulo s, so s sizes are taken on each axis, and all pairs of them: these frames hold every
-corner, every edge and the interior, at every phase of the stride. A larger map has no others. On an axis that is too
-small for `start` and `end` to be apart, a step puts the same two borders on one row: L is what both leave of the
+last output lies depends on n modulo s, so s sizes are taken on each axis, and all pairs of them: these frames hold
+every corner, every edge and the interior, at every phase of the stride. A larger map has no others. On an axis that is
+too small for `start` and `end` to be apart, a step puts the same two borders on one row: L is what both leave of the
 interior, so modules that agree on the frames agree there, too.
 
 All channels are tried in the frames, one after the other; channels of groups that do not see each other are tried at
@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -151,8 +151,8 @@ def _apart(one: nn.Module, other: nn.Module, channels: int, device: torch.device
     sizes = _sizes(traces, wraps=wraps)
     groups = math.gcd(traces[0].groups, traces[1].groups) or channels
     try:
-        for size in itertools.product(*sizes):
-            _all_channels(pair, size, groups)
+        for rows, columns in itertools.product(*sizes):
+            _all_channels(pair, (rows, columns), groups)
         assert pair.filters is not None
         for size in _beside(sizes):
             _channels_at_once(pair, size, groups)
@@ -231,7 +231,7 @@ def _channels_at_once(pair: _Pair, size: _Size, groups: int) -> None:
     place = torch.arange(pixels, device=pair.device)
     step = max(1, _AT_ONCE // (pixels * pair.channels))
     assert pair.filters is not None
-    for chosen in place.split(step):
+    for chosen in torch.split(place, step):
         x = pair.zeros(len(chosen), size).flatten(2)
         x[torch.arange(len(chosen), device=pair.device), :, chosen] = weights
         if (made := pair.both(x.view(-1, pair.channels, *size))) is not None:

@@ -18,8 +18,8 @@ def questions() -> tuple[Question, ...]:
     """Make one instance of every question in this folder, in the order of their places.
 
     >>> [one.name for one in questions()]
-    ['mathematics', 'operators', 'blocks', 'storage', 'same tensors', 'sites', 'wiring', 'rounding', 'finite', 'other inputs',
-     'stored tensors', 'structure', 'modules']
+    ['mathematics', 'operators', 'blocks', 'storage', 'same tensors', 'sites', 'wiring', 'rounding', 'finite',
+     'other inputs', 'stored tensors', 'structure', 'modules', 'training', 'statistics', 'gradients', 'train settings']
     """
     found: list[Question] = []
     for info in pkgutil.iter_modules(__path__):
