@@ -155,7 +155,7 @@ def _apart(one: nn.Module, other: nn.Module, channels: int, device: torch.device
             _all_channels(pair, (rows, columns), groups)
         assert pair.filters is not None
         for size in _beside(sizes):
-            _channels_at_once(pair, size, groups)
+            _channels_at_once(pair, size, groups, is_larger=size[0] >= sizes[0].stop)
     except _ApartError:
         return math.inf
     return pair.filters.worst
@@ -183,7 +183,7 @@ def _sizes(traces: list[Trace], *, wraps: bool) -> list[range]:
 
 
 def _beside(sizes: list[range]) -> Iterator[_Size]:
-    """Give smaller maps, on which the borders overlap, and a larger one."""
+    """Give smaller maps, on which the borders overlap, and last a larger one."""
     rows, columns = sizes
     for n in range(1, max(rows.start, columns.start)):
         yield from {(min(n, rows.start), columns.start), (rows.start, min(n, columns.start))}
@@ -224,7 +224,7 @@ def impulses(pair: _Pair, size: _Size, channels: range, within: int) -> Tensor:
     return x.view(-1, pair.channels, *size)
 
 
-def _channels_at_once(pair: _Pair, size: _Size, groups: int) -> None:
+def _channels_at_once(pair: _Pair, size: _Size, groups: int, *, is_larger: bool) -> None:
     """Compare what both make of impulses at every pixel, each of different numbers in all channels."""
     pixels, within = size[0] * size[1], pair.channels // groups
     weights = 1 + torch.arange(pair.channels, dtype=torch.float64, device=pair.device) / pair.channels
@@ -236,6 +236,8 @@ def _channels_at_once(pair: _Pair, size: _Size, groups: int) -> None:
         x[torch.arange(len(chosen), device=pair.device), :, chosen] = weights
         if (made := pair.both(x.view(-1, pair.channels, *size))) is not None:
             pair.filters.see((made[0] - made[1]) / (2 * within), None)
+        elif is_larger:
+            raise NotLinearError(f"it does not take maps of every size: {size[0]}x{size[1]} is too large")
 
 
 def _mirrors(module: nn.Module) -> bool:
