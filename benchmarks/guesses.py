@@ -182,10 +182,8 @@ def case(key: str) -> Line:
         return {"is_due": False}
     seed = seed_of(key) % 2**31
     try:
-        report = surgeon.verify(a, b, example(), seed=seed)
-        guess, bisected = next(iter(report.guesses), None), None
-        if "bisect" in KEYS_OF_VERIFY and not report.equivalent and site is not None:
-            bisected = surgeon.verify(a, b, example(), seed=seed, bisect=True).bisected
+        report = surgeon.verify(a, b, example(), seed=seed, bisect=site is not None)
+        guess, bisected = next(iter(report.guesses), None), report.bisected
     except surgeon.errors.SurgeonError as error:
         guess, bisected = error.facts.get("guess"), None
         if guess is None:
@@ -203,9 +201,6 @@ def case(key: str) -> Line:
 def are_near(path: str, site: str | None) -> bool:
     """Whether a module is the one, or lies around or in it."""
     return site is not None and (f"{path}.".startswith(f"{site}.") or f"{site}.".startswith(f"{path}."))
-
-
-KEYS_OF_VERIFY = surgeon.verify.__kwdefaults__ or {}
 
 
 def table(lines: Sequence[Line]) -> str:

@@ -13,6 +13,7 @@ from surgeon.analysis.network import Network
 from surgeon.blocks import Block, base, contract, sum_of_convs
 from surgeon.blocks.anatomy import BranchKernel
 from surgeon.blocks.base import Foldable, Operator
+from surgeon.figures import computed
 from surgeon.models.copies import duplicate
 from surgeon.surgery.bake import all_baked
 
@@ -66,7 +67,7 @@ class Layers:
 def layers_of(model: nn.Module) -> Layers:
     """Find all convs and blocks of a network whose kernels have more than one tap.
 
-    Weights that are computed at every call, as weight norm does, are those that are computed in eval mode.
+    Kernels that are computed at every call, as by weight norm or weight standardisation, are those of eval mode.
 
     >>> [layer.path for layer in layers_of(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1))).found]
     ['0']
@@ -79,8 +80,8 @@ def layers_of(model: nn.Module) -> Layers:
     for block, path in blocks.items():
         _add_block(made, path, block)
     for site, weight in _convs(network, {network.names[part][0] for part in inside}):
-        if weight is None:
-            made.left_out[site.path] = site.obstacle or f"{site.kind}: only Conv2d has such a matrix"
+        if isinstance(weight, str):
+            made.left_out[site.path] = weight
         elif weight.shape[-2:] != (1, 1):
             made.found.append(Layer(site.path, site.kind, str(site.spec), weight))
     made.found.sort(key=lambda layer: place.get(layer.path, len(place)))
@@ -115,9 +116,21 @@ def _add_block(made: Layers, path: str, block: nn.Module) -> None:
         made.left_out[path] = why
 
 
-def _convs(network: Network, inside: set[str]) -> Iterator[tuple[sites.Site, Tensor | None]]:
-    """Give every conv outside of blocks, with its weight if it is a Conv2d that has one."""
+def _convs(network: Network, inside: set[str]) -> Iterator[tuple[sites.Site, Tensor | str]]:
+    """Give every conv outside of blocks, with the kernel that it uses, or why it has no matrix."""
     surveyed = sites.survey(network)
     for site in surveyed.sites:
         if site.path not in inside:
-            yield site, surveyed.weights.get(site.path) if site.spec is not None else None
+            yield site, _kernel(network.model, site, surveyed.weights.get(site.path))
+
+
+def _kernel(model: nn.Module, site: sites.Site, weight: Tensor | None) -> Tensor | str:
+    if site.spec is None or weight is None:
+        return site.obstacle or f"{site.kind}: only Conv2d has such a matrix"
+    if weight.is_complex():
+        return "its weight is complex"
+    if site.functional is not None or weight.shape[-2:] == (1, 1):
+        return weight
+    conv = model.get_submodule(site.path)
+    found = computed.kernel_of(conv) if isinstance(conv, nn.Conv2d) else weight
+    return f"its class {site.kind} {found}" if isinstance(found, str) else found

@@ -90,16 +90,17 @@ class Trial:
         return self.known[key]
 
 
-def smallest(swaps: Sequence[Swap], trial: Trial, most: int = MOST) -> list[Swap] | None:
-    """Find a smallest set that makes the difference vanish; None if all of them do not, or more than `most` must be.
+def smallest(swaps: Sequence[Swap], trial: Trial, known: Sequence[Swap] = ()) -> list[Swap] | None:
+    """Find a smallest set that makes the difference vanish; None if all of them do not, or more than `MOST` must be.
 
-    Smallest means that none of them can be left out.
+    Smallest means that none of them can be left out. Those that are `known` to be wrong belong to it.
     """
     if not trial.vanishes(swaps):
         return None
-    found: list[Swap] = []
+    found, every = list(known), list(swaps)
+    swaps = [one for one in swaps if one not in found]
     while not trial.vanishes(found):
-        if len(found) == most:
+        if len(found) == MOST:
             return None
         low, high = 0, len(swaps)  # the first `low` are not enough, the first `high` are
         while high - low > 1:
@@ -107,10 +108,10 @@ def smallest(swaps: Sequence[Swap], trial: Trial, most: int = MOST) -> list[Swap
             low, high = (low, middle) if trial.vanishes([*swaps[:middle], *found]) else (middle, high)
         found.append(swaps[high - 1])
         swaps = swaps[: high - 1]
-    for one in list(found) if len(found) > 1 else []:
+    for one in [one for one in found if one not in known] if len(found) > 1 else []:
         rest = [other for other in found if other is not one]
         found = rest if trial.vanishes(rest) else found
-    return found[::-1]
+    return sorted(found, key=every.index)
 
 
 def bisect(
@@ -125,18 +126,22 @@ def bisect(
         drawn = [*probes(given[0], models.seed), *positive(given[0], models.seed)]
         runs, is_seen = 0, False
         for model, reference, swaps, is_exact in plans:
-            for inputs in (*given, *drawn):
+            found: list[Swap] = []
+            for inputs in (*given, *drawn):  # a module may be dead for one of them
                 trial = _trial(models, model, reference, inputs, is_exact=is_exact)
-                if trial is None or trial.vanishes([]):
+                if trial is None or trial.vanishes(found):
                     runs += 2
                     continue
                 is_seen = True
                 trial.tell = _telling(progress, len(swaps))
-                found = smallest(swaps, trial)
+                more = smallest(swaps, trial, found)
                 runs += trial.count + 1
-                if found:
-                    return _found(found, runs)
-                break
+                if more is None:
+                    found = []
+                    break
+                found = more
+            if found:
+                return _found(found, runs)
     says = "no set of modules that both have explains it: the difference lies in the code between them"
     if not is_seen:
         says = "the outputs do not differ on any input that was tried, so there is nothing to bisect"

@@ -86,9 +86,12 @@ def follow_(model: nn.Module, like: nn.Module, names: Mapping[str, str] | None =
 
 
 def copied(model: nn.Module, cast: Callable[[Tensor], Tensor]) -> nn.Module:
-    """Copy a model in its modes; what its user does to the gradient of a parameter is done to that of the copy, too."""
+    """Copy a model in its modes; what its user does to the gradient of a parameter is done to that of the copy, too.
+
+    Tensors of the copy are contiguous: in another order in memory the same seed would draw another dropout.
+    """
     known = vars(model).get(HISTORY)
-    made = shadow(model, cast, shares=() if known is None else [known])
+    made = shadow(model, lambda tensor: _in_order(cast(tensor)), shares=() if known is None else [known])
     twins = dict(made.named_parameters())
     for name, parameter in model.named_parameters():
         for hook in (parameter._backward_hooks or {}).values():
@@ -125,6 +128,7 @@ def _step(
     leaves: list[Tensor] = []
 
     def fed(tensor: Tensor) -> Tensor:
+        tensor = _in_order(tensor)
         if not (of_inputs and (tensor.is_floating_point() or tensor.is_complex())):
             return tensor
         leaves.append(tensor.requires_grad_())
@@ -154,6 +158,10 @@ def _step(
         frozen=frozenset(name for name, parameter in parameters.items() if not parameter.requires_grad),
         drawn=drawn,
     )
+
+
+def _in_order(tensor: Tensor) -> Tensor:
+    return tensor.contiguous() if tensor.layout is torch.strided else tensor
 
 
 def _backward(out: Any, seed: int) -> None:

@@ -10,6 +10,7 @@ moves that of A further, and where weights of B were rounded in another way than
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -20,10 +21,11 @@ from surgeon.errors import VerifyError
 from surgeon.files.exports.compiled import Compiled
 from surgeon.models.call import Inputs
 from surgeon.models.devices import dtype_of
-from surgeon.proof import counterparts, in_common, pairing
+from surgeon.proof import counterparts, in_common
 from surgeon.proof.counterparts import Counterparts, Kind
 from surgeon.proof.distance import EXACT, as_double, excess
 from surgeon.proof.evidence import Evidence, Replay, Stepped
+from surgeon.proof.held import Held
 from surgeon.proof.report import TensorDistance
 from surgeon.proof.steps import How, Step, copied, follow_, set_mode_, take
 from surgeon.proof.ulps import Jitter
@@ -31,10 +33,20 @@ from surgeon.proof.ulps import Jitter
 _SHAKES = 4  # times that numbers are moved
 _MARGIN = 16.0  # times what one unit in the last place of float64 does
 _HOPELESS = 30.0  # times a limit that two draws have set: no further one makes up for it
+_SETTINGS = ("momentum", "eps", "p", "affine", "track_running_stats", "drop_prob", "drop_rate")  # of norms and dropout
 _UNITS = 4  # by which numbers of one role may differ in two models
+_NO_ROUNDING = 1e6  # times a limit: where nobody has promised less, what is further apart is not moved to be explained
 _IMAGES = 3  # in a batch that surgeon makes larger: two numbers, normalised, are always −1 and 1
 
 Distances = dict[tuple[Kind, str], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """How B was made of A, if that is known; `approximate`: it was not meant to compute what A does."""
+
+    replay: Replay | None
+    approximate: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +78,22 @@ class Training:
     """The models in a mode, and what is compared there."""
 
     def __init__(
-        self, a: nn.Module, b: nn.Module, replay: Replay | None, how: How, exact: torch.dtype, margin: float
+        self,
+        a: nn.Module,
+        b: nn.Module,
+        replay: Replay | None,
+        how: How,
+        models: Held,
+        there: Mapping[str, str],
     ) -> None:
-        self.how, self.exact, self.margin, self.replay, self.own = how, exact, margin, replay, (a, b)
-        self.cast = as_double if exact == torch.float64 else torch.clone
-        self.there = {} if replay is not None else _modules_there(a, b)
+        self.how, self.replay, self.own, self.there = how, replay, (a, b), there
+        self.exact, self.margin = models.exact, models.margin
+        self.cast = as_double if self.exact == torch.float64 else torch.clone
         one, two = copied(a, self.cast), copied(b, self.cast)
         set_mode_(one, how)
         names = {other: name for name, other in self.there.items()}
         set_mode_(two, how, one, names)
-        self.a, self.b = Side(one, how, exact), Side(two, how, exact, names)
+        self.a, self.b = Side(one, how, self.exact), Side(two, how, self.exact, names)
 
     def compare(self, inputs: Sequence[Inputs], *, approximate: bool) -> tuple[Stepped, ...]:
         """Compare on every input; the replay with A only if it is meant to compute the same.
@@ -109,10 +127,12 @@ class Training:
         set_mode_(made.model, self.how)
         names = counterparts.find(self.a.model, made.model, lambda name: replay.came_from.get(name, name), torch.equal)
         truth, again = self.a.step(inputs, "A"), made.step(inputs, "the replay")
-        mathematics = list(self._judged(inputs, (self.a, truth), (made, again), names))
+        is_promised = replay.keeps_training or not self.how.is_training
+        most = math.inf if is_promised else _NO_ROUNDING
+        mathematics = list(self._judged(inputs, (self.a, truth), (made, again), names, most))
         said = tuple(dict.fromkeys((*remarks, *names.remarks(self.how), *_said(truth, again))))
         wrong = [one for one in mathematics if not one.passed]
-        if wrong and self.how.is_training and not replay.keeps_training:
+        if wrong and not is_promised:
             worst = max(wrong, key=lambda one: (one.kind == "output", excess(one.found, one.limit)))
             return Stepped(str(inputs), self.how.mode, tuple(found), worst, remarks=tuple(remarks))
         return Stepped(str(inputs), self.how.mode, (*found, *mathematics), remarks=said)
@@ -127,14 +147,19 @@ class Training:
         return Side(twin, self.how, self.exact)
 
     def _judged(
-        self, inputs: Inputs, first: tuple[Side, Step], second: tuple[Side, Step], names: Counterparts
+        self,
+        inputs: Inputs,
+        first: tuple[Side, Step],
+        second: tuple[Side, Step],
+        names: Counterparts,
+        most: float = math.inf,
     ) -> Iterator[TensorDistance]:
-        """Compare two steps, and find the limit of every tensor."""
+        """Compare two steps, and find the limit of every tensor; `most` times 1e-10 cannot be rounding."""
         (x, step_x), (_, step_y) = first, second
         is_training = self.how.is_training
         found = counterparts.distances(names, step_x, step_y, is_training=is_training)
         limits = dict.fromkeys(found, self._least)
-        if _worst(found, limits) > 1:
+        if 1 < _worst(found, limits) <= most:
             limits = self._explained(inputs, first, second, names, found)
         against = "A" if x is self.a else "the replay"
         for (kind, name), far in found.items():
@@ -213,23 +238,17 @@ def check(a: nn.Module, b: nn.Module, how: How) -> None:
 
 
 def with_steps(
-    evidence: Evidence,
-    a: nn.Module,
-    b: nn.Module,
-    replay: Replay | None,
-    inputs: Sequence[Inputs],
-    how: How,
-    *,
-    approximate: bool,
+    evidence: Evidence, models: Held, a: nn.Module, b: nn.Module, inputs: Sequence[Inputs], made: Made, how: How
 ) -> Evidence:
     """Add to what was measured in eval mode what steps of both models show.
 
     Raises:
         VerifyError: a model does not run, or its gradients cannot be computed.
     """
-    training = Training(a, b, replay, how, evidence.exact, evidence.margin)
-    steps = training.compare(inputs, approximate=approximate)
-    known = settings(a, b) if how.is_training and replay is None else None
+    there = {} if made.replay is not None else _modules_there(models)
+    training = Training(a, b, made.replay, how, models, there)
+    steps = training.compare(inputs, approximate=made.approximate)
+    known = settings(a, b, there) if how.is_training and made.replay is None else None
     return replace(evidence, steps=steps, settings=known)
 
 
@@ -243,28 +262,26 @@ def of_steps(evidence: Evidence) -> Iterator[str]:
         )
 
 
-def settings(a: nn.Module, b: nn.Module) -> dict[str, str]:
+def settings(a: nn.Module, b: nn.Module, there: Mapping[str, str]) -> dict[str, str]:
     """Say what a norm or a dropout of B has that A's of the same name and class has not: eval mode may not show it."""
-    found, names = {}, _modules_there(a, b)
-    others = dict(b.named_modules(remove_duplicate=False))
+    found, others = {}, dict(b.named_modules(remove_duplicate=False))
     for path, module in a.named_modules():
-        other = others.get(names.get(path, path))
+        other = others.get(there.get(path, path))
         if type(other) is not type(module) or isinstance(module, nn.Conv2d):
             continue
-        for name in ("momentum", "eps", "p", "affine", "track_running_stats", "drop_prob", "drop_rate"):
+        for name in _SETTINGS:
             mine, theirs = vars(module).get(name), vars(other).get(name)
             if isinstance(mine, int | float | None) and mine != theirs:
                 found[path] = f"{path or 'the model'} has {name} = {theirs!r}, not {mine!r}"
     return found
 
 
-def _modules_there(a: nn.Module, b: nn.Module) -> dict[str, str]:
+def _modules_there(models: Held) -> dict[str, str]:
     """Give B's names of A's modules; a wrapper around either is looked through."""
-    core_a, core_b = pairing.unwrapped(a, b), pairing.unwrapped(b, a)
-    sides = ((a, core_a), (b, core_b))
+    sides = ((models.own_a, models.core_a), (models.own_b, models.core_b))
     at_a, at_b = (next(path for path, one in model.named_modules() if one is core) for model, core in sides)
-    known = pairing.pair(core_a, core_b).there
-    return {_join(at_a, path): _join(at_b, known.get(path, path)) for path, _ in core_a.named_modules()}
+    known = models.pairing.there
+    return {_join(at_a, path): _join(at_b, known.get(path, path)) for path, _ in models.core_a.named_modules()}
 
 
 def _join(one: str, other: str) -> str:

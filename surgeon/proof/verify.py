@@ -45,7 +45,7 @@ from surgeon.proof.report import Report
 from surgeon.proof.runs import Models, NotInFloat64Error
 from surgeon.proof.steps import How
 from surgeon.proof.structure import changed_by_running, differences
-from surgeon.proof.training import of_steps, with_steps
+from surgeon.proof.training import Made, of_steps, with_steps
 from surgeon.proof.ulps import stored_off
 
 
@@ -93,7 +93,7 @@ def verify(
         evidence = with_proof(evidence, models, inputs[0])
     how = How() if how is None else how
     if how.is_wanted:
-        evidence = with_steps(evidence, a, b, replay, inputs, how, approximate=approximate)
+        evidence = with_steps(evidence, models, a, b, inputs, Made(replay, approximate), how)
     found = checks(evidence, approximate=approximate)
     passed = all(check.passed for check in found)
     rows = site_table(evidence, models.kinds, models.sites)

@@ -205,6 +205,34 @@ def test_weights_that_are_computed_are_those_of_eval_mode() -> None:
     assert close(found.matrix, by_hand(all_baked(net)[0].weight), 1e-6)
 
 
+class Standardised(nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kernel = self.weight - self.weight.mean((1, 2, 3), keepdim=True) * (2.0 if self.training else 1.0)
+        return nn.functional.conv2d(x, kernel, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class Twice(nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + super().forward(-x)
+
+
+def test_a_class_that_computes_its_kernel_is_shown_with_that_of_eval_mode() -> None:
+    torch.manual_seed(0)
+    conv = Standardised(3, 4, 3)
+    with torch.no_grad():
+        conv.weight.add_(1)  # which the class takes away
+    network = surgeon.kernels(nn.Sequential(conv).train()).networks[0]
+    assert close(network.layers[0].matrix, by_hand(conv.weight - conv.weight.mean((1, 2, 3), keepdim=True)), 1e-6)
+
+
+def test_convs_that_have_no_kernel_of_their_own_are_left_out() -> None:
+    net = nn.Sequential(Twice(3, 3, 3), nn.Conv2d(3, 3, 3, dtype=torch.complex64), nn.Conv2d(3, 3, 3))
+    network = surgeon.kernels(net).networks[0]
+    assert [layer.path for layer in network.layers] == ["2"]
+    assert "class Twice does something else than one convolution" in dict(network.left_out)["0"]
+    assert "complex" in dict(network.left_out)["1"]
+
+
 def test_a_functional_conv_is_one_too() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:

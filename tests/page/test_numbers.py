@@ -25,7 +25,8 @@ from surgeon.page.sections.bench import Bench
 from surgeon.page.sections.history import History
 from surgeon.page.sections.kernels import Kernels
 from surgeon.page.sections.verify import Verify, number
-from surgeon.proof.report import Check, Distance, Histogram, Report, SiteDistance
+from surgeon.proof.agreement import Agreement, Labelled
+from surgeon.proof.report import Bisected, Check, Distance, Guess, Histogram, Report, SiteDistance, TensorDistance
 from surgeon.surgery.bench import Setting, Timing
 from surgeon.surgery.history import Operation
 
@@ -115,6 +116,39 @@ def test_a_histogram_has_a_column_for_each_count_and_says_what_is_in_none() -> N
     assert float(columns[0]["height"]) < float(columns[1]["height"])
     assert "7 are equal, 2 are NaN or infinite" in read.text
     assert "1.0e-06 … 1.8e-06 1" in read.text
+
+
+def test_tensors_of_a_step_lie_beside_their_limits() -> None:
+    tensors = (
+        TensorDistance("gradient", "conv.weight", "A", 1e-12, 1e-10),
+        TensorDistance("statistic", "bn.running_var", "A", 1e-6, 1e-10),
+    )
+    report = replace(REPORT, mode="train", tensors=tensors)
+    read = Read(str(Verify().body(PageData(title="x", report=report))))
+    assert "the gradient of conv.weight: found 1.0e-12, limit 1.0e-10" in read.text
+    assert "bn.running_var: found 1.0e-06" in read.text
+    limits = [one for one in read.with_class("ch-limit") if one.get("y1") == one.get("y2")]
+    assert [float(one["y1"]) for one in limits] == pytest.approx([200 * (1 - (-10 + 13) / (-5 + 13))] * 2)
+    assert "1 are beyond their limit" in read.text
+    assert "One step of training" not in Read(str(Verify().body(PageData(title="x", report=REPORT)))).text
+
+
+def test_guesses_bisection_and_agreement_are_told() -> None:
+    guesses = (Guess("conv<1>", "bias", "its bias was lost", 1e-9), Guess("", "mode", "it is in train mode", 0.0))
+    labelled = Labelled.of(items=100, right_a=90, right_b=85, lost=6, changed_wrong=2)
+    data = Agreement(
+        *("photos", "none", 100, "images", 100, 10, 92, 99, 0, 0.92, (0.85, 0.96), 0.99, 0.01, 0.5, labelled, ()),
+    )
+    report = replace(
+        REPORT, guesses=guesses, bisected=Bisected(("conv<1>",), 7, "conv<1> alone explains it"), data=data
+    )
+    text = str(Verify().body(PageData(title="x", report=report)))
+    read = Read(text)
+    assert "conv<1>" not in text
+    for said in ("its bias was lost", "the model itself : it is in train mode", "conv<1> alone explains it"):
+        assert said in read.text
+    for said in ("92.00%", "90.00%", "85.00%", "6, 1", "0.12", "no part of the verdict"):
+        assert said in read.text
 
 
 def test_numbers_that_are_none_are_written() -> None:

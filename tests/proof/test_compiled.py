@@ -208,3 +208,12 @@ def test_a_network_that_computes_in_float32_within_float64_is_not_condemned(tmp_
     report = verified(net, tmp_path / "net.onnx")
     assert report.equivalent, report
     assert any(check.measured > 1e-9 for check in report.checks if check.name == "storage")
+
+
+def test_a_file_of_a_large_fixed_size_is_not_given_a_smaller_one(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, 4), nn.ReLU(), nn.Conv2d(4, 4, 3, 4)).eval()
+    surgeon.export(net, tmp_path / "net.onnx", (1, 3, 160, 168))
+    report = surgeon.verify(net, surgeon.load(tmp_path / "net.onnx"), (1, 3, 160, 168))
+    assert report
+    assert any("1×3×160×168 (drawn, not negative)" in check.says for check in report.checks)

@@ -51,7 +51,8 @@ class _Shown:
         self.scales_key = charts.key(*[(*_MARKS[i % len(_MARKS)], name) for i, name in enumerate(names)])
         self.scales_drawn = _scales(network.scales, names) if network.scales else None
         self.kept = [(one, _share(one)) for one in network.kept]
-        self.spectra = [(one, _spectrum(one)) for one in network.spectra]
+        powers = Axis.of_powers(power for one in network.spectra for power in one.power)
+        self.spectra = [(one, _spectrum(one, powers)) for one in network.spectra]
         self.left_out = network.left_out
 
 
@@ -118,9 +119,9 @@ def _share(one: KeptEnergy) -> Markup:
     return element("svg", *parts, width="100%", height=14, aria_hidden="true", class_="ch-share")
 
 
-def _spectrum(one: Spectrum) -> Markup:
+def _spectrum(one: Spectrum, axis: Axis) -> Markup:
     """Draw the power of each frequency; what the low stream cannot hold is on the right of the line."""
-    axis, most = Axis.of_powers(one.power), max(one.frequencies, default=1.0)
+    most = max(one.frequencies, default=1.0)
     points = [(at / most, axis.at(power)) for at, power in zip(one.frequencies, one.power, strict=True)]
     held = charts.percent(HELD / most)
     parts = [element("rect", x=held, y=0, width=charts.percent(1 - HELD / most), height=_SMALL, class_="fill-sunk")]

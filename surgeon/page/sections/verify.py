@@ -13,7 +13,7 @@ from surgeon.page.charts import Axis
 from surgeon.page.data import PageData
 from surgeon.page.markup import element, filled, joined
 from surgeon.proof.agreement import Agreement
-from surgeon.proof.report import Asks, Check, Distance, Histogram, Report, SiteDistance
+from surgeon.proof.report import Asks, Check, Distance, Histogram, Report, SiteDistance, TensorDistance
 
 _QUESTIONS: dict[Asks, str] = {
     "mathematics": "Is the mathematics right?",
@@ -26,6 +26,7 @@ _VERDICTS = {
     "approximate": ("warn", "Approximate by design: these distances do not prove that B equals A."),
 }
 _UNITS = {"ulp": "units in the last place", "times": "times what rounding the weights explains"}
+_KINDS = {"output": ("square", "before"), "statistic": ("ring", "low"), "gradient": ("circle", "after")}
 _TALL = 200  # pixels of the drawing of all sites
 
 
@@ -56,6 +57,8 @@ class Verify(Section):
             distances=[(one, _distance_row(one, report.dtype)) for one in report.distances],
             histograms=list(_histograms(report)),
             number=number,
+            tensors=_tensors(report.tensors),
+            tensors_key=_tensors_key(report.tensors),
             agreement=[] if report.data is None else list(_agreement(report.data)),
             sites=_sites(report.sites),
             sites_key=_sites_key(report.sites),
@@ -215,6 +218,32 @@ def _site(one: SiteDistance, x: float, axis: Axis) -> Markup:
         mark, colour = ("diamond", "bad") if one.diverges else ("circle", "after")
         parts.append(charts.dot(x, places[0], colour, said, mark=mark, size=4))
     return joined(parts)
+
+
+def _tensors(tensors: Sequence[TensorDistance]) -> Markup | None:
+    """Draw every tensor of a training step: what was found, and a short line for its limit."""
+    if not tensors:
+        return None
+    axis = Axis.of_powers(value for one in tensors for value in (one.found, one.limit))
+    parts = [charts.upwards(axis, _TALL, zero=True)]
+    for i, one in enumerate(tensors):
+        x, limit = (i + 0.5) / len(tensors), _TALL * (1 - axis.at(one.limit))
+        if math.isfinite(one.limit):
+            half = min(0.012, 0.4 / len(tensors))
+            ends = {"x1": charts.percent(x - half), "x2": charts.percent(x + half)}
+            parts.append(element("line", class_="ch-limit stroke-ink", y1=limit, y2=limit, **ends))
+        mark, colour = _KINDS[one.kind] if one.passed else ("diamond", "bad")
+        said = f"{one.words}: found {number(one.found)}, limit {number(one.limit)}"
+        parts.append(charts.dot(x, _TALL * (1 - axis.at(one.found)), colour, said, mark=mark, size=3.5))
+    wrong = sum(not one.passed for one in tensors)
+    says = f"{len(tensors)} tensors from left to right, distances on a log scale; {wrong} are beyond their limit."
+    return charts.drawing("Tensors of a step", says, _TALL + 8, *parts, sides="ch-left")
+
+
+def _tensors_key(tensors: Sequence[TensorDistance]) -> Markup:
+    entries = [(*_KINDS[kind], kind) for kind in dict.fromkeys(one.kind for one in tensors)]
+    entries += [("diamond", "bad", "beyond its limit")] * any(not one.passed for one in tensors)
+    return charts.key(*entries, ("line", "ink", "limit"))
 
 
 def _site_row(one: SiteDistance) -> tuple[str, str, str, str, str, bool]:

@@ -46,7 +46,7 @@
   }
   // What is pointed at, or focused, is said at the lower edge; opening a conv says it in place.
   const peek = document.getElementById("tree-peek");
-  peek.hidden = false;
+  const hide = () => { peek.hidden = true; };
   const tell = (event) => {
     const conv = event.target.closest("li.conv");
     if (!conv) return;
@@ -54,9 +54,14 @@
     path.textContent = conv.dataset.path;
     const why = conv.querySelector(".why").textContent.slice(conv.dataset.path.length + 2);
     peek.replaceChildren(path, why);
+    peek.hidden = conv.querySelector("details").open;
   };
   tree.addEventListener("pointerover", tell);
   tree.addEventListener("focusin", tell);
+  tree.addEventListener("pointerleave", hide);
+  tree.addEventListener("focusout", hide);
+  tree.addEventListener("toggle", hide, true);
+  tree.addEventListener("keydown", (event) => { if (event.key === "Escape") hide(); });
   document.getElementById("tree-open").addEventListener("click", () => details.forEach((one) => { one.open = true; }));
   document.getElementById("tree-close").addEventListener("click", () => details.forEach((one) => { one.open = false; }));
 })();

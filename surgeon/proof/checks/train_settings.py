@@ -14,6 +14,8 @@ class TrainSettings(Question):
 
     name = "train settings"
     place = 86
+    asks = "storage"
+    unit = "count"
 
     def ask(self, evidence: Evidence) -> Iterator[Check]:
         if (found := evidence.settings) is None:
