@@ -45,6 +45,7 @@ from surgeon.proof.ulps import Jitter
 LIMIT = 1e-12
 _MOVES = 3  # times that the numbers of A are moved, where they cancel
 _MARGIN = 8.0
+_HOPELESS = 30.0  # times a limit: no further move makes up for it
 _AT_ONCE = 2**19  # numbers that one chunk of impulses, or what comes of it, may have
 _MOST = 2**30  # numbers that all impulses and what comes of them may have
 _PROBES = (16, 32, 64, 128)
@@ -138,8 +139,12 @@ def compare(one: nn.Module, other: nn.Module, channels: int, device: torch.devic
     found = _apart(one, other, channels, device)
     if found <= LIMIT or math.isinf(found):
         return Agreement(found)
-    moved = [_apart(one, shadow(one, Jitter(i)).eval(), channels, device) for i in range(_MOVES)]
-    return Agreement(found, max(LIMIT, _MARGIN * max(moved)))
+    limit = LIMIT
+    for i in range(_MOVES):
+        limit = max(limit, _MARGIN * _apart(one, shadow(one, Jitter(i)).eval(), channels, device))
+        if not limit < found < _HOPELESS * limit:
+            break
+    return Agreement(found, limit)
 
 
 def _apart(one: nn.Module, other: nn.Module, channels: int, device: torch.device) -> float:
@@ -154,7 +159,7 @@ def _apart(one: nn.Module, other: nn.Module, channels: int, device: torch.device
         for rows, columns in itertools.product(*sizes):
             _all_channels(pair, (rows, columns), groups)
         assert pair.filters is not None
-        for size in _beside(sizes):
+        for size in _beside(sizes, max(*traces[0].reach, *traces[1].reach)):
             _channels_at_once(pair, size, groups, is_larger=size[0] >= sizes[0].stop)
     except _ApartError:
         return math.inf
@@ -182,10 +187,10 @@ def _sizes(traces: list[Trace], *, wraps: bool) -> list[range]:
     return found
 
 
-def _beside(sizes: list[range]) -> Iterator[_Size]:
+def _beside(sizes: list[range], reach: int) -> Iterator[_Size]:
     """Give smaller maps, on which the borders overlap, and last a larger one."""
     rows, columns = sizes
-    for n in range(1, max(rows.start, columns.start)):
+    for n in range(1, reach + 2):
         yield from {(min(n, rows.start), columns.start), (rows.start, min(n, columns.start))}
         yield min(n, rows.start), min(n, columns.start)
     yield rows.stop, columns.stop + 1

@@ -41,7 +41,7 @@ def drawn(seed: int) -> tuple[str, ConvSpec]:
         padding: Any = chance.choice(("same", (chance.randint(0, kernel[0]), chance.randint(0, kernel[1]))))
         if padding == "same" and stride != (1, 1):
             padding = (reach[0] // 2, 0)
-        if max(reach) > (6 if mode == "zeros" else 4):
+        if max(reach) > (6 if mode == "zeros" else 2):
             continue
         spec = ConvSpec(
             *(4, 4, kernel), stride=stride, padding=padding, dilation=dilation, groups=groups, padding_mode=mode
