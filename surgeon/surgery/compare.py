@@ -86,7 +86,7 @@ def compare(
     how = How(seed=seed) if how is None else how
     training.check(a, b, how)
     if isinstance(b, Compiled) and not isinstance(a, Compiled) and (made := _made_again(a, b)) is not None:
-        return _in_two_steps(a, made, b, example, seed, progress)
+        return _in_two_steps(a, made, b, example, seed, progress, proving=more.get("proving", False))
     if isinstance(a, Compiled) or isinstance(b, Compiled):  # which runs on the CPU
         a, b = devices.on(a, devices.CPU), devices.on(b, devices.CPU)
     elif (place := devices.of(a)) is not None and place.type != "meta":
@@ -153,9 +153,11 @@ def _made_again(a: nn.Module, b: Compiled) -> nn.Module | None:
     return made
 
 
-def _in_two_steps(a: nn.Module, made: nn.Module, b: Compiled, example: Any, seed: int, progress: Progress) -> Report:
+def _in_two_steps(
+    a: nn.Module, made: nn.Module, b: Compiled, example: Any, seed: int, progress: Progress, *, proving: bool
+) -> Report:
     """Compare A with what its history makes of it, and the file with that."""
-    first = compare(a, made, example, seed, parts(progress, 0, 0.5))
+    first = compare(a, made, example, seed, parts(progress, 0, 0.5), proving=proving)
     second = compare(_without_history(made), b, example, seed, parts(progress, 0.5, 1))
     verdict = second.verdict if first.verdict == "equivalent" else first.verdict
     said = "what the history in the file says was done to A again; the second half of the checks is about the file"
@@ -165,6 +167,7 @@ def _in_two_steps(a: nn.Module, made: nn.Module, b: Compiled, example: Any, seed
         checks=(*first.checks, *second.checks),
         distances=second.distances if first.verdict == "equivalent" else first.distances,
         remarks=(said, *first.remarks, *second.remarks),
+        for_every_input=False,  # the file was compared for the inputs that were run
     )
 
 
