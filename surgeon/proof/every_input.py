@@ -231,7 +231,8 @@ class _Pair:
             if modules[0] is None or modules[1] is None or not alike.is_alike([modules[0]], [modules[1]]):
                 return False
         elif one.op == "get_attr":
-            return alike.is_equal(_attribute(self.a.root, one), _attribute(self.b.root, other))
+            mine, theirs = _attribute(self.a.root, one), _attribute(self.b.root, other)
+            return mine is not None and alike.is_equal(mine, theirs)
         elif one.target != other.target:
             return False
         is_only = one.name == other.name and _is_one(one) and _is_one(other)

@@ -236,7 +236,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _key(x: Tensor) -> int:
-    return x.untyped_storage()._cdata
+    return int(x.untyped_storage()._cdata)
 
 
 def _both(value: Any) -> tuple[int, int]:

@@ -11,9 +11,9 @@ On an axis of n pixels L[p, q], what output p has of input q, is one of these, w
     both:      the map is smaller than what p sees.
 
 For the first three to be there, n ≥ reach + s is enough, and as many rows more as are cropped or mirrored. Where the
-last output lies depends on n modulo s, so s sizes are taken on each axis, and all pairs of them: these frames hold every
-corner, every edge and the interior, at every phase of the stride. A larger map has no others. On an axis that is too
-small for `start` and `end` to be apart, a step puts the same two borders on one row: L is what both leave of the
+last output lies depends on n modulo s, so s sizes are taken on each axis, and all pairs of them: these frames hold
+every corner, every edge and the interior, at every phase of the stride. A larger map has no others. On an axis that is
+too small for `start` and `end` to be apart, a step puts the same two borders on one row: L is what both leave of the
 interior, so modules that agree on the frames agree there, too.
 
 All channels are tried in the frames, one after the other; channels of groups that do not see each other are tried at
@@ -45,6 +45,7 @@ from surgeon.proof.ulps import Jitter
 LIMIT = 1e-12
 _MOVES = 3  # times that the numbers of A are moved, where they cancel
 _MARGIN = 8.0
+_HOPELESS = 30.0  # times a limit: no further move makes up for it
 _AT_ONCE = 2**19  # numbers that one chunk of impulses, or what comes of it, may have
 _MOST = 2**30  # numbers that all impulses and what comes of them may have
 _PROBES = (16, 32, 64, 128)
@@ -138,8 +139,12 @@ def compare(one: nn.Module, other: nn.Module, channels: int, device: torch.devic
     found = _apart(one, other, channels, device)
     if found <= LIMIT or math.isinf(found):
         return Agreement(found)
-    moved = [_apart(one, shadow(one, Jitter(i)).eval(), channels, device) for i in range(_MOVES)]
-    return Agreement(found, max(LIMIT, _MARGIN * max(moved)))
+    limit = LIMIT
+    for i in range(_MOVES):
+        limit = max(limit, _MARGIN * _apart(one, shadow(one, Jitter(i)).eval(), channels, device))
+        if not limit < found < _HOPELESS * limit:
+            break
+    return Agreement(found, limit)
 
 
 def _apart(one: nn.Module, other: nn.Module, channels: int, device: torch.device) -> float:
@@ -151,11 +156,11 @@ def _apart(one: nn.Module, other: nn.Module, channels: int, device: torch.device
     sizes = _sizes(traces, wraps=wraps)
     groups = math.gcd(traces[0].groups, traces[1].groups) or channels
     try:
-        for size in itertools.product(*sizes):
-            _all_channels(pair, size, groups)
+        for rows, columns in itertools.product(*sizes):
+            _all_channels(pair, (rows, columns), groups)
         assert pair.filters is not None
-        for size in _beside(sizes):
-            _channels_at_once(pair, size, groups)
+        for size in _beside(sizes, max(*traces[0].reach, *traces[1].reach)):
+            _channels_at_once(pair, size, groups, is_larger=size[0] >= sizes[0].stop)
     except _ApartError:
         return math.inf
     return pair.filters.worst
@@ -182,10 +187,10 @@ def _sizes(traces: list[Trace], *, wraps: bool) -> list[range]:
     return found
 
 
-def _beside(sizes: list[range]) -> Iterator[_Size]:
-    """Give smaller maps, on which the borders overlap, and a larger one."""
+def _beside(sizes: list[range], reach: int) -> Iterator[_Size]:
+    """Give smaller maps, on which the borders overlap, and last a larger one."""
     rows, columns = sizes
-    for n in range(1, max(rows.start, columns.start)):
+    for n in range(1, reach + 2):
         yield from {(min(n, rows.start), columns.start), (rows.start, min(n, columns.start))}
         yield min(n, rows.start), min(n, columns.start)
     yield rows.stop, columns.stop + 1
@@ -224,18 +229,20 @@ def impulses(pair: _Pair, size: _Size, channels: range, within: int) -> Tensor:
     return x.view(-1, pair.channels, *size)
 
 
-def _channels_at_once(pair: _Pair, size: _Size, groups: int) -> None:
+def _channels_at_once(pair: _Pair, size: _Size, groups: int, *, is_larger: bool) -> None:
     """Compare what both make of impulses at every pixel, each of different numbers in all channels."""
     pixels, within = size[0] * size[1], pair.channels // groups
     weights = 1 + torch.arange(pair.channels, dtype=torch.float64, device=pair.device) / pair.channels
     place = torch.arange(pixels, device=pair.device)
     step = max(1, _AT_ONCE // (pixels * pair.channels))
     assert pair.filters is not None
-    for chosen in place.split(step):
+    for chosen in torch.split(place, step):
         x = pair.zeros(len(chosen), size).flatten(2)
         x[torch.arange(len(chosen), device=pair.device), :, chosen] = weights
         if (made := pair.both(x.view(-1, pair.channels, *size))) is not None:
             pair.filters.see((made[0] - made[1]) / (2 * within), None)
+        elif is_larger:
+            raise NotLinearError(f"it does not take maps of every size: {size[0]}x{size[1]} is too large")
 
 
 def _mirrors(module: nn.Module) -> bool:

@@ -34,4 +34,4 @@ def of_proof(evidence: Evidence, *, passed: bool) -> Iterator[str]:
     elif passed:
         named = ", ".join(found.unknown[:3]) + ", …" * (len(found.unknown) > 3)
         why = f"nothing was proved of {named}" if named else "the code around them could not be followed"
-        yield f"what was folded is equal for every input where that is said; the networks for those that were run: {why}"
+        yield f"what `operators` counts is equal for every input; the networks are for those that were run: {why}"

@@ -13,8 +13,8 @@ For any other pair of models 1 and 2 become: in float64, as stored, the differen
 stored, at the outputs (`storage`) and at every module that both have (`same tensors`, `sites`), and the code between
 the modules must do the same (`wiring`).
 
-If the caller asks for a proof, the replay is also compared with A without running inputs (`operators`): the operators of
-all that was folded are recovered, and the graphs around them are the same.
+If the caller asks for a proof, the replay is also compared with A without running inputs (`operators`): the operators
+of all that was folded are recovered, and the graphs around them are the same.
 
 In train mode the same is asked of one step of both, if the caller wants that: of its outputs (`training`), of the
 statistics behind it (`statistics`, `train settings`), and in either mode of its gradients (`gradients`).

@@ -31,6 +31,8 @@ from surgeon.surgery import history as histories
 from surgeon.surgery import replay
 from surgeon.surgery.look import inputs_for
 
+_UNPROVED = "nothing was proved for every input: what a file computes cannot be followed step by step"
+
 
 def verify(
     a: nn.Module,
@@ -86,7 +88,7 @@ def compare(
     how = How(seed=seed) if how is None else how
     training.check(a, b, how)
     if isinstance(b, Compiled) and not isinstance(a, Compiled) and (made := _made_again(a, b)) is not None:
-        return _in_two_steps(a, made, b, example, seed, progress)
+        return _in_two_steps(a, made, b, example, seed, progress, proving=more.get("proving", False))
     if isinstance(a, Compiled) or isinstance(b, Compiled):  # which runs on the CPU
         a, b = devices.on(a, devices.CPU), devices.on(b, devices.CPU)
     elif (place := devices.of(a)) is not None and place.type != "meta":
@@ -153,7 +155,9 @@ def _made_again(a: nn.Module, b: Compiled) -> nn.Module | None:
     return made
 
 
-def _in_two_steps(a: nn.Module, made: nn.Module, b: Compiled, example: Any, seed: int, progress: Progress) -> Report:
+def _in_two_steps(
+    a: nn.Module, made: nn.Module, b: Compiled, example: Any, seed: int, progress: Progress, *, proving: bool
+) -> Report:
     """Compare A with what its history makes of it, and the file with that."""
     first = compare(a, made, example, seed, parts(progress, 0, 0.5))
     second = compare(_without_history(made), b, example, seed, parts(progress, 0.5, 1))
@@ -164,7 +168,7 @@ def _in_two_steps(a: nn.Module, made: nn.Module, b: Compiled, example: Any, seed
         verdict="different" if second.verdict == "different" else verdict,
         checks=(*first.checks, *second.checks),
         distances=second.distances if first.verdict == "equivalent" else first.distances,
-        remarks=(said, *first.remarks, *second.remarks),
+        remarks=(said, *first.remarks, *second.remarks, *([_UNPROVED] if proving else [])),
     )
 
 
