@@ -151,7 +151,8 @@ class Parallel(base.Foldable[Opts], Generic[Opts]):
             if options.init == "scratch":
                 block._start_from_scratch_(options.gamma or 1.0, generator)
             elif options.init == "split":
-                block._split_(conv.weight, generator)
+                exact = (1 + own.eps) ** 0.5 if norm is None and isinstance(own.eps, float) else None
+                block._split_(conv.weight, generator, exact)
             else:
                 block._take_over_(conv.weight, generator)
         block._follow_(conv, own)
@@ -231,9 +232,13 @@ class Parallel(base.Foldable[Opts], Generic[Opts]):
             self._draw_(branch.convs, generator)
             branch.norm.weight.zero_()  # type: ignore[operator] # a fresh norm has one
 
-    def _split_(self, weight: Tensor, generator: torch.Generator) -> None:
-        """Draw the other branches, the last conv of each as large as the kernel's own taps, and subtract them."""
+    def _split_(self, weight: Tensor, generator: torch.Generator, exact: float | None) -> None:
+        """Draw the other branches, the last conv of each as large as the kernel's own taps, and subtract them.
+
+        `exact` is the scale of the first norm where that is one number, which its dtype may not hold.
+        """
         own = kernels.Norm.of(self.get_submodule(self.first_norm))
+        scales = own.weight.double() if exact is None else torch.full_like(own.weight, exact, dtype=torch.float64)
         size = weight.double().square().mean().sqrt()
         convs = [self._conv(name) for branch in self.branches()[1:] for name in branch.convs]
         for conv in convs:  # what is subtracted is what was drawn, before it is rounded
@@ -250,7 +255,7 @@ class Parallel(base.Foldable[Opts], Generic[Opts]):
                 share = size / part.kernel.abs().amax()
             norm: Any = branch.norm
             norm.running_var.copy_(own.var)  # the same scale as the first, and no shift
-            norm.weight.copy_(own.weight.double() * share)
+            norm.weight.copy_(scales * share)
             norm.running_mean.copy_(part.bias)  # what norms inside a branch add
             kernel = kernel - part.kernel * share
         self._first().weight.copy_(kernel)

@@ -212,6 +212,18 @@ def test_the_function_is_kept_or_it_is_not_as_the_block_says(kind: type[Block], 
 
 
 @every_trial
+def test_it_is_kept_in_train_mode_or_not_as_the_block_says(kind: type[Block], trial: Trial) -> None:
+    """With the norm behind it, which normalises anew; of a conv alone, what the block computes."""
+    made, x = original(trial), input_of(trial)
+    expected = run(copy.deepcopy(made), x)
+    apart = relative(replaced(kind, trial, made).train()(x), expected)
+    if kind.keeps_training(trial.options, with_norm=trial.with_norm and kind.takes_norm(trial.options)):
+        assert apart <= EXACT
+    else:
+        assert apart > 1e-6
+
+
+@every_trial
 def test_random_numbers_come_from_the_generator_alone(kind: type[Block], trial: Trial) -> None:
     torch.manual_seed(1)
     one = replaced(kind, trial, original(trial))

@@ -164,3 +164,16 @@ REFUSED = {
 def test_other_convs_are_refused(name: str) -> None:
     fields, why = REFUSED[name]
     assert why in str(DiverseBranch.refusal(ConvSpec(4, 4, **fields), None, DiverseBranchOptions()))
+
+
+def test_scales_of_a_split_without_a_norm_are_rounded_once() -> None:
+    """The scale that undoes the eps of the first norm is no number of float32, and others are computed from it."""
+    for seed in range(12):
+        torch.manual_seed(seed)
+        narrow = nn.Conv2d(4, 4, 7, padding=3, groups=4)
+        options = DiverseBranchOptions(init="split")
+        one, two = (
+            DiverseBranch.from_conv(conv, options, norm=None, generator=torch.Generator().manual_seed(0))
+            for conv in (narrow, deepcopy(narrow).double())
+        )
+        assert torch.equal(one.get_parameter("dbb_avg.avgbn.weight"), two.get_parameter("dbb_avg.avgbn.weight").float())
