@@ -147,7 +147,7 @@ def test_a_right_fold_has_the_same_operator_and_one_wrong_tap_another(seed: int)
         conv.weight[-1, -1, -1, -1] += 1e-6 * conv.weight[-1].abs().max()
     wrong = compared(block, conv)
     assert not wrong.holds
-    assert wrong.found == pytest.approx(1e-6, rel=0.9)
+    assert 1e-10 < wrong.found < 1.1e-6  # of the largest number of the filter, which may be its bias
 
 
 @pytest.mark.parametrize("last", list(itertools.product((False, True), repeat=2)))
