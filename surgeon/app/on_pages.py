@@ -32,7 +32,7 @@ def report(
     ),
     force: Force = False,
 ) -> None:
-    """Make a page of what is known of a model: its convs, what becomes of them, what that costs, its history.
+    """Write a page about a model: its convs, their costs, its history.
 
     The page is one HTML file that loads nothing. With a second model it shows how far that is from the first.
     """

@@ -34,6 +34,7 @@ class HetInOnePass(base.Operator):
 
     form = "one pass"  # as a history calls it
 
+    bias: nn.Parameter | None
     channel_order: Tensor | None
     filter_order: Tensor | None
 

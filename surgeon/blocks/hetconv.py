@@ -295,8 +295,9 @@ class HetConv(Fittable[HetConvOptions], base.Foldable[HetConvOptions], base.Depl
         return spatial, pointwise, {} if self.layout == "block" else orders
 
     def _in_one_pass(self) -> nn.Module:
-        orders = None if self.layout == "block" else tuple(self._orders()[::-1])
-        kernel = self._pointwise_kernel().requires_grad_(self.pointwise.requires_grad)
+        filters, channels = self._orders()
+        orders = None if self.layout == "block" else (channels, filters)
+        kernel = self._pointwise_kernel().detach().requires_grad_(self.pointwise.requires_grad)
         return HetInOnePass(self.spec, self.weight, kernel, self.bias, orders).train(self.training)
 
     def with_norm(self, norm: nn.Module) -> Self:

@@ -5,7 +5,6 @@ Triton itself is imported by the kernels alone, when the first of them runs.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 
 import torch
@@ -14,9 +13,11 @@ from torch import Tensor
 on_cpu = False  # tests set this, under TRITON_INTERPRET=1: then kernels run on the CPU, step by step
 
 
-@functools.cache
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # no cached function: torch.compile would look into it
+
+
 def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return _HAS_TRITON
 
 
 def uses_triton(*tensors: Tensor | None) -> bool:

@@ -78,7 +78,7 @@ class _Reader:
     def _take(self, node: fx.Node) -> None:
         sources = [self.at[one] for one in node.all_input_nodes if one in self.at]
         reads = tuple(dict.fromkeys(place for place, _ in sources))
-        lanes = {lane for _, lane in sources}
+        lanes = {lane for _, lane in sources} - {None}  # a plain map may be an operand on either stream
         lane = lanes.pop() if len(lanes) == 1 else None
         if node.op == "placeholder":
             self._add(node, FlowStep(str(node.target), "input"))
@@ -91,7 +91,7 @@ class _Reader:
         elif self._is_alone(node) and len(reads) == 1:
             self._attach(node, reads[0], lane)
         else:
-            self._step(node, reads, lane)
+            self._step(node, reads, lane, tuple(dict.fromkeys(place for place, own in sources if own is not None)))
 
     def _is_pair(self, node: fx.Node) -> bool:
         """Whether a step takes one of two streams out of a pair."""
@@ -116,18 +116,18 @@ class _Reader:
         if lane != 1 or not step.then or step.then[-1] != said:
             step.then += (said,)
 
-    def _step(self, node: fx.Node, reads: tuple[int, ...], lane: int | None) -> None:
-        key = (node.op, node.target, reads)
+    def _step(self, node: fx.Node, reads: tuple[int, ...], lane: int | None, halves: tuple[int, ...]) -> None:
+        """Take a step; the one on the low stream is told by the `halves` of pairs that it reads."""
+        key = (node.op, node.target, halves)
         if lane == 1 and key in self.twins:
-            place = self.twins.pop(key)
-            self.at[node] = (place, 1)
-            self.steps[place].low = max(self.steps[one].low for one in reads)
+            self.at[node] = (self.twins.pop(key), 1)
             return
         step = self._described(node, reads)
         place = self._add(node, step)
         if lane == 0:
             self.twins[key] = place
-            step.low = max(self.steps[one].low for one in reads)
+            low = [self.steps[one].low for one in halves]
+            step.low = sum(low) if step.kind == "cat" else max(low)
         self.at[node] = (place, lane)
 
     def _described(self, node: fx.Node, reads: tuple[int, ...]) -> FlowStep:
@@ -146,7 +146,9 @@ class _Reader:
         if name in _SUMS:
             return FlowStep("sum", "sum", "+", reads, high)
         if name in ("cat", "concat", "concatenate"):
-            return FlowStep("cat", "cat", "side by side", reads, None)
+            known = [self.steps[one].high for one in reads]
+            high = None if None in known else sum(one for one in known if one is not None)
+            return FlowStep("cat", "cat", "side by side", reads, high)
         kind: Kind = "pool" if name in _POOLS else "other"
         return FlowStep(name, kind, name, reads, high if kind == "pool" else None)
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgeon.blocks import Operator
 from surgeon.errors import VerifyError
 from surgeon.models.call import Inputs
 from surgeon.models.copies import kind_of
@@ -33,7 +34,7 @@ from surgeon.proof.distance import EXACT, is_matched, pooled
 from surgeon.proof.explained import Explained
 from surgeon.proof.pairing import is_below
 from surgeon.proof.probes import positive, probes
-from surgeon.proof.recorder import Recording, Stretch, run
+from surgeon.proof.recorder import Recording, Stretch, in_form_of, run
 from surgeon.proof.report import Bisected
 from surgeon.proof.ulps import off
 
@@ -41,14 +42,20 @@ MOST = 8  # modules that are looked for; a set that is larger explains nothing t
 
 
 class _Row(nn.Module):
-    """Modules that are called one after the other, as those of a stretch are."""
+    """Modules of A that are called one after the other, as those of a stretch are, in the place of modules of B.
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    A stream that comes alone is given as B gives it: as a tensor, or in a pair.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], there: Sequence[nn.Module]) -> None:
         super().__init__()
         self.row = nn.ModuleList(modules)
+        vars(self)["there"] = list(there) if any(isinstance(one, Operator) for one in (*modules, *there)) else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return run(list(self.row), Recording(args, kwargs, None))
+        given = Recording(args, kwargs, None)
+        made, there = run(list(self.row), given), vars(self)["there"]
+        return made if there is None else in_form_of(run(there, given), made)
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +265,7 @@ def _swap(
 ) -> Swap:
     first, *others = [names[wrong.get_submodule(path)] for path in stretch.in_b]
     modules = [right.get_submodule(path) for path in stretch.in_a]
-    row = modules[0] if len(modules) == 1 else _Row(modules)
+    row = _Row(modules, [wrong.get_submodule(path) for path in stretch.in_b])
     puts: dict[str, nn.Module] = dict.fromkeys(first, row)
     for paths in others:
         puts |= dict.fromkeys(paths, nn.Identity())

@@ -128,7 +128,8 @@ def _of_stretch(models: Explained, recorder: Recorder, stretch: Stretch, path: s
     own = [models.core_b.get_submodule(one) for one in stretch.in_b]
     calls = recorder.calls(stretch)
     idle = [[type(one) is nn.Identity for one in side] for side in (ours, theirs)]
-    if idle[0] == idle[1] and path in stretch.in_a and len(ours) > 1:  # the step that is named
+    is_alone = idle[0] == idle[1] or _differs_only_in(stretch, path, ours, theirs)
+    if is_alone and path in stretch.in_a and len(ours) > 1:  # the step that is named
         i = stretch.in_a.index(path)
         ours, theirs, own, calls = (
             ours[i : i + 1],
@@ -145,6 +146,12 @@ def _of_stretch(models: Explained, recorder: Recorder, stretch: Stretch, path: s
             expected, origins, units = conv, ours, FEW_UNITS if models.dtype == torch.float64 else OF_A_FOLD
     others = _alike(_modules(recorder.a), expected)
     return Case(path, expected, _row(theirs), _row(own), origins, others, calls, models.dtype, units)
+
+
+def _differs_only_in(stretch: Stretch, path: str, ours: Sequence[nn.Module], theirs: Sequence[nn.Module]) -> bool:
+    """Whether all other steps of a stretch are of the same classes in both."""
+    kinds = zip(stretch.in_a, map(kind_of, ours), map(kind_of, theirs), strict=False)
+    return len(ours) == len(theirs) and all(one is other for step, one, other in kinds if step != path)
 
 
 def _recorded(models: Explained, model: nn.Module, paths: Sequence[str], inputs: Inputs) -> dict[str, list[Recording]]:

@@ -150,7 +150,7 @@ class Recorder:
         def after(path: str, out: Any) -> Any:
             ends, i = self._ends(last[path]), calls[last[path].path]
             calls[last[path].path] += 1
-            return _as(out, _clones(kept.read(ends[i]))) if i < len(ends) else out
+            return in_form_of(out, _clones(kept.read(ends[i]))) if i < len(ends) else out
 
         alone = [self.b.get_submodule(path) for path in first if path in last]
         with contextlib.ExitStack() as stack:
@@ -368,7 +368,7 @@ def leaves(values: Any) -> list[Any]:
     return [leaf for leaf in pytree.tree_leaves(values) if leaf is not None]
 
 
-def _as(out: Any, given: Any) -> Any:
+def in_form_of(out: Any, given: Any) -> Any:
     """Give a stream that comes alone in the form that `out` has: as a tensor, or in a pair."""
     alone = _alone(given)
     is_pair = isinstance(alone, Tensor) and isinstance(out, tuple) and len(out) == 2 and out[1] is None

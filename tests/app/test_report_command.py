@@ -67,6 +67,15 @@ def test_two_models_are_compared_and_differing_ones_are_shown_as_well(folder: Pa
     assert (folder / "v.html").exists()
 
 
+def test_a_file_that_holds_a_program_is_compared_and_not_looked_into(folder: Path) -> None:
+    pytest.importorskip("onnxscript")
+    assert run("fuse", "net.pt", "-i", SHAPE, "-o", "net.onnx") == 0
+    assert run("report", "net.onnx", "-o", "alone.html") == 0
+    assert "a file that holds a program" in (folder / "alone.html").read_text(encoding="utf-8")
+    assert run("report", "net.pt", "net.onnx", "-i", SHAPE) == 0
+    assert "✓ equivalent" in (folder / "report.html").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -76,6 +85,8 @@ def test_two_models_are_compared_and_differing_ones_are_shown_as_well(folder: Pa
         (("report", "net.pt", "-r", "acnet", "--plan", "p.yaml"), "either --recipe or --plan"),
         (("plan", "net.pt", "-r", "acnet", "--html", "taken.html"), "taken.html exists"),
         (("convert", "net.pt", "-r", "acnet", "--html", "page.txt"), "End it in .html"),
+        (("convert", "net.pt", "-r", "acnet", "--html", "taken.html"), "taken.html exists"),
+        (("fuse", "net.pt", "--html", "taken.html"), "taken.html exists"),
         (("fuse", "net.pt", "--html", "nowhere/page.html"), "there is no folder"),
         (("verify", "net.pt", "net.pt", "--html", "taken.html"), "taken.html exists"),
         (("bench", "net.pt", "--html", "taken.html"), "taken.html exists"),

@@ -77,6 +77,30 @@ def test_a_plan_is_drawn_as_the_network_would_be(converted: nn.Module, flow: Flo
     assert list(model.state_dict()) == keys  # and nothing was done to it
 
 
+class Dense(nn.Module):
+    """A conv beside what it reads, as in a DenseNet: of the map behind it, only the new channels have low ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 8, 3, padding=1)
+        self.third = nn.Conv2d(16, 8, 3, padding=1)
+        self.fourth = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x).relu()
+        x = torch.cat([x, self.second(x).relu()], 1)
+        return self.fourth(self.third(x))
+
+
+def test_maps_side_by_side_are_one_step_although_a_plain_one_is_in_the_high_stream_alone() -> None:
+    (found,) = flows_in(surgeon.convert(Dense(), "octave", SHAPE))
+    (cat,) = [step for step in found.steps if step.kind == "cat"]
+    assert [found.steps[one].name for one in cat.reads] == ["first", "second"]
+    assert (cat.high, cat.low) == (12, 4)
+    assert names(found) == ["x", "first", "second", "cat", "third", "fourth", "output"]
+
+
 def test_a_network_without_octaves_has_no_flow() -> None:
     assert flows_in(Shortcut()) == ()
     assert flows_in(surgeon.convert(Shortcut(), "acnet", SHAPE)) == ()

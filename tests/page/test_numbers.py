@@ -109,6 +109,13 @@ def test_sites_are_drawn_in_order_and_the_first_that_diverges_is_named() -> None
     assert "layer<1>" in Read(text).text
 
 
+def test_where_no_site_differs_that_is_said_and_nothing_is_drawn() -> None:
+    report = replace(REPORT, sites=(SITES[0],))
+    read = Read(str(Verify().body(PageData(title="x", report=report))))
+    assert "no difference at any site" in read.text
+    assert "Distance of every site" not in read.text
+
+
 def test_a_histogram_has_a_column_for_each_count_and_says_what_is_in_none() -> None:
     read = Read(str(Verify().body(PageData(title="x", report=REPORT))))
     columns = [one for one in read.with_class("fill-after") if one.get("height") and "%" in one["width"]]

@@ -47,6 +47,8 @@ def _sentence(data: PageData, found: tuple[Row, ...]) -> str:
     shown = shown_model(data)
     name = shown.name if shown is not None else data.title
     kind = next((one.kind for one in shown.parts if not one.path), "") if shown is not None else ""
+    if shown is not None and shown.survey is None:
+        return f"{name} is a file that holds a program: it is run, but there are no modules to look at."
     said = f"{name} is a {kind}" if kind else name
     said += f" with {words.convs(len(found))}"
     states = {row.state for row in found}

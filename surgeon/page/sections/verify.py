@@ -186,7 +186,7 @@ def _histogram(label: str, one: Histogram, axis: Axis) -> Markup:
 def _sites(sites: Sequence[SiteDistance]) -> Markup | None:
     """Draw the distance of every site in order of execution: its own, and with what came before it."""
     numbers = [value for one in sites for value in (one.isolated, one.propagated)]
-    if not any(value is not None for value in numbers):
+    if not any(numbers):  # nothing is known, or nothing differs: there are no powers of ten to draw
         return None
     axis = Axis.of_powers(numbers)
     parts = [charts.upwards(axis, _TALL, zero=True)]
@@ -241,7 +241,7 @@ def _tensors(tensors: Sequence[TensorDistance]) -> Markup | None:
 
 
 def _tensors_key(tensors: Sequence[TensorDistance]) -> Markup:
-    entries = [(*_KINDS[kind], kind) for kind in dict.fromkeys(one.kind for one in tensors)]
+    entries: list[tuple[str, str, str]] = [(*_KINDS[kind], kind) for kind in dict.fromkeys(one.kind for one in tensors)]
     entries += [("diamond", "bad", "beyond its limit")] * any(not one.passed for one in tensors)
     return charts.key(*entries, ("line", "ink", "limit"))
 

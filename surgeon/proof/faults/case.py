@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from surgeon._torch_compat import pytree
 from surgeon.conv.kernels import Norm, fold_bn
 from surgeon.conv.spec import ConvSpec
-from surgeon.proof.distance import relative_l2
+from surgeon.proof.distance import real, relative_l2
 from surgeon.proof.recorder import Recording, far_apart, leaves, run
 from surgeon.proof.report import Guess
 from surgeon.proof.ulps import off
@@ -169,11 +169,11 @@ class Case:
         return max(far_apart(one, other) for one, other in zip(mine, theirs, strict=True))
 
     def maps(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Give what is expected and what B gives, tensor by tensor, where both are of one shape."""
+        """Give what is expected and what B gives, tensor by tensor, where their shapes are the same."""
         for one, mine in zip(self.calls, self.outs, strict=True):
             for expected, found in zip(leaves(one.out), leaves(mine), strict=False):
                 if isinstance(expected, Tensor) and isinstance(found, Tensor) and expected.shape == found.shape:
-                    yield expected, found
+                    yield real(expected), real(found)
 
 
 def as_one(modules: Sequence[nn.Module], fold: Callable[[nn.Module], nn.Conv2d | None]) -> nn.Conv2d | None:

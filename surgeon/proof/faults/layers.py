@@ -88,7 +88,8 @@ class AnotherClass(Hypothesis):
 
     def guess(self, case: Case) -> Iterator[Guess]:
         one, other = kind_of(case.expected), kind_of(case.found)
-        is_folded = isinstance(case.expected, Operator) and not isinstance(case.found, Operator)
+        first = case.expected[0] if isinstance(case.expected, nn.Sequential) else case.expected
+        is_folded = isinstance(first, Operator) and not isinstance(case.found, nn.Sequential)  # and B's may be that
         if one is not other and not is_folded and not (issubclass(one, nn.Conv2d) and other is nn.Conv2d):
             says = f"B has a module of the class {other.__name__} where a {one.__name__} is expected"
             yield case.guess("another layer", says)

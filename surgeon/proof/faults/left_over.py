@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from torch import nn
+
 from surgeon.models.copies import kind_of
 from surgeon.proof.faults.base import Hypothesis
 from surgeon.proof.faults.case import Case
@@ -17,12 +19,16 @@ class LeftOver(Hypothesis):
     place = 130
 
     def guess(self, case: Case) -> Iterator[Guess]:
-        if kind_of(case.expected) is not kind_of(case.found):
+        if any(kind_of(one) is not kind_of(other) for one, other in _pairs(case)):
             return
         if extra := sorted(case.held.keys() - case.wanted.keys()):
             yield case.guess("extra tensor", f"B has {', '.join(extra[:3])}, which should not be there")
         if missing := sorted(case.wanted.keys() - case.held.keys()):
             yield case.guess("tensor missing", f"B has no {', '.join(missing[:3])}")
+
+
+def _pairs(case: Case) -> list[tuple[nn.Module, nn.Module]]:
+    return list(zip(case.expected.modules(), case.found.modules(), strict=False))
 
 
 class OneSided(Hypothesis):
