@@ -82,7 +82,7 @@ def with_polygraphy(folder: Path, i: int, suffix: str) -> dict[str, Any]:
     G_LOGGER.module_severity = G_LOGGER.CRITICAL
 
     def runner(name: str) -> Any:
-        model = ModifyOutputs(OnnxFromPath(str(folder / f"{name}.onnx")), outputs=constants.MARK_ALL)
+        model = ModifyOutputs(OnnxFromPath(str(folder / f"{name}{suffix}")), outputs=constants.MARK_ALL)
         return OnnxrtRunner(SessionFromOnnx(BytesFromOnnx(model)), name=name)
 
     started = time.perf_counter()
