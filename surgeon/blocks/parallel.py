@@ -152,7 +152,7 @@ class Parallel(base.Foldable[Opts], Generic[Opts]):
                 block._start_from_scratch_(options.gamma or 1.0, generator)
             elif options.init == "split":
                 exact = (1 + own.eps) ** 0.5 if norm is None and isinstance(own.eps, float) else None
-                block._split_(conv.weight, generator, exact)
+                block._split_branches_(conv.weight, generator, exact)
             else:
                 block._take_over_(conv.weight, generator)
         block._follow_(conv, own)
@@ -232,7 +232,7 @@ class Parallel(base.Foldable[Opts], Generic[Opts]):
             self._draw_(branch.convs, generator)
             branch.norm.weight.zero_()  # type: ignore[operator] # a fresh norm has one
 
-    def _split_(self, weight: Tensor, generator: torch.Generator, exact: float | None) -> None:
+    def _split_branches_(self, weight: Tensor, generator: torch.Generator, exact: float | None) -> None:
         """Draw the other branches, the last conv of each as large as the kernel's own taps, and subtract them.
 
         `exact` is the scale of the first norm where that is one number, which its dtype may not hold.
