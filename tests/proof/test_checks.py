@@ -190,8 +190,23 @@ def _modules(is_faulty: bool) -> surgeon.Report:
     return surgeon.verify(converted, fused, SHAPE)
 
 
+def _operators(is_faulty: bool) -> surgeon.Report:
+    """What reads a channel that no input makes anything but zero is folded wrongly."""
+    net = shake_(_Net(), 0, gently=True)
+    with torch.no_grad():
+        net.body[1].bias[0] = -1e6
+    exact = surgeon.fuse(copy.deepcopy(net).double(), norms=True)
+    if is_faulty:
+        with torch.no_grad():
+            exact.get_parameter("body.3.weight")[:, 0] *= 2
+    replay = Replay(exact, exact)
+    b = copy.deepcopy(exact).float()
+    return verify(net, b, [examples.make(SHAPE)], replay=replay, proving=True)
+
+
 FAULTS: dict[str, Maker] = {
     "mathematics": _mathematics,
+    "operators": _operators,
     "blocks": _blocks,
     "storage": _storage,
     "same tensors": _same_tensors,
