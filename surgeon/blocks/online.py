@@ -95,7 +95,7 @@ class Online(base.Foldable[Opts], Generic[Opts]):
             if options.init == "scratch":
                 block._start_from_scratch_(options.gamma, generator)
             elif options.init == "split":
-                block._split_(conv.weight, generator)
+                block._split_kernels_(conv.weight, generator)
             else:
                 block._draw_parts_(1.0, generator)
                 block.conv_weight = conv.weight
@@ -196,7 +196,7 @@ class Online(base.Foldable[Opts], Generic[Opts]):
         if self.bias is not None:
             self.bias.zero_()
 
-    def _split_(self, weight: Tensor, generator: torch.Generator) -> None:
+    def _split_kernels_(self, weight: Tensor, generator: torch.Generator) -> None:
         """Draw the parts, each as large as the kernel's own taps, and subtract them; all is rounded last."""
         size = weight.double().square().mean().sqrt()
         for name, own in list(self.named_parameters()):

@@ -49,7 +49,7 @@ _HOPELESS = 30.0  # times a limit: no further move makes up for it
 _AT_ONCE = 2**19  # numbers that one chunk of impulses, or what comes of it, may have
 _MOST = 2**30  # numbers that all impulses and what comes of them may have
 _PROBES = (16, 32, 64, 128)
-_REFUSALS = (RuntimeError, ValueError, IndexError)
+_REFUSALS = (RuntimeError, ValueError, IndexError, TypeError, AttributeError, AssertionError)  # of a user's code, too
 _Size = tuple[int, int]
 
 

@@ -208,6 +208,7 @@ def _modules(is_faulty: bool) -> surgeon.Report:
     return surgeon.verify(converted, fused, SHAPE)
 
 
+<<<<<<< HEAD
 class _LouderInTraining(nn.ReLU):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * (1 + 1e-6 * self.training)
@@ -258,6 +259,20 @@ def _train_settings(is_faulty: bool) -> surgeon.Report:
     other = copy.deepcopy(net)
     other.body[3].unused.momentum += 1e-6 * is_faulty
     return surgeon.verify(net, other, SHAPE, mode="train")
+=======
+def _operators(is_faulty: bool) -> surgeon.Report:
+    """What reads a channel that no input makes anything but zero is folded wrongly."""
+    net = shake_(_Net(), 0, gently=True)
+    with torch.no_grad():
+        net.body[1].bias[0] = -1e6
+    exact = surgeon.fuse(copy.deepcopy(net).double(), norms=True)
+    if is_faulty:
+        with torch.no_grad():
+            exact.get_parameter("body.3.weight")[:, 0] *= 2
+    replay = Replay(exact, exact)
+    b = copy.deepcopy(exact).float()
+    return verify(net, b, [examples.make(SHAPE)], replay=replay, proving=True)
+>>>>>>> V2
 
 
 FAULTS: dict[str, Maker] = {

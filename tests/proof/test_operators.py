@@ -135,6 +135,7 @@ def compared(one: nn.Module, other: nn.Module, channels: int = 4) -> operators.A
     return operators.compare(one, other, channels, CPU)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("seed", range(208))
 def test_a_right_fold_has_the_same_operator_and_one_wrong_tap_another(seed: int) -> None:
     what, spec = drawn(seed)
