@@ -55,8 +55,8 @@ Prove = Annotated[
     bool,
     typer.Option(
         "--prove",
-        help="Also compare what was folded without running inputs: for every input of every size. Takes about as long "
-        "again.",
+        help="Also compare what was folded without running inputs: for every input of every size. Takes several times "
+        "as long.",
     ),
 ]
 SaveOutputs = Annotated[

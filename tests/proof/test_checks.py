@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import shake_
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import surgeon
@@ -68,26 +69,43 @@ def _mathematics(is_faulty: bool) -> surgeon.Report:
     return _replayed(1.0, 1, 1 + 1e-9 * is_faulty, torch.float32)  # the norm is no block
 
 
+def _operators(is_faulty: bool) -> surgeon.Report:
+    """Fold a block wrongly in the taps of a channel that is always zero, so that no input shows it."""
+    net = shake_(_Net(), 0, gently=True)
+    with torch.no_grad():
+        net.body[1].bias[5] = -1e6
+    converted = surgeon.convert(net, "acnet", SHAPE)
+    wrong = surgeon.fuse(copy.deepcopy(converted).double())
+    with torch.no_grad():
+        wrong.body[3].weight[:, 5] *= 1 + 0.01 * is_faulty
+    b = copy.deepcopy(wrong).float()
+    return verify(converted, b, [examples.make(SHAPE)], replay=Replay(wrong, wrong), proving=True)
+
+
 def _blocks(is_faulty: bool) -> surgeon.Report:
     return _replayed(1e18, 0, 1 + 1e-9 * is_faulty, torch.float64)
 
 
-class _Renamed(nn.Module):
-    """The same network under names of its own."""
+class _WithoutModules(nn.Module):
+    """The same network, of whose layers only the tensors are left."""
 
     def __init__(self, net: _Net) -> None:
         super().__init__()
-        self.layers = net.body
+        (self.w1, self.b1), (self.w2, self.b2) = ((net.body[i].weight, net.body[i].bias) for i in (0, 3))
+        self.norm = {name: tensor for name, tensor in net.body[1].state_dict().items() if tensor.dim()}
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
+        held = {name: tensor.to(x.dtype) for name, tensor in self.norm.items()}
+        means = (held["running_mean"], held["running_var"])
+        y = functional.batch_norm(functional.conv2d(x, self.w1, self.b1), *means, held["weight"], held["bias"])
+        return functional.conv2d(y.relu(), self.w2, self.b2)
 
 
 def _storage(is_faulty: bool) -> surgeon.Report:
     net = shake_(_Net(), 0, gently=True).double()
-    other = _Renamed(copy.deepcopy(net))
+    other = _WithoutModules(copy.deepcopy(net))
     with torch.no_grad():
-        other.layers[0].weight *= 1 + 1e-9 * is_faulty
+        other.w1 *= 1 + 1e-9 * is_faulty
     return surgeon.verify(net, other, SHAPE)
 
 
@@ -190,18 +208,56 @@ def _modules(is_faulty: bool) -> surgeon.Report:
     return surgeon.verify(converted, fused, SHAPE)
 
 
-def _operators(is_faulty: bool) -> surgeon.Report:
-    """What reads a channel that no input makes anything but zero is folded wrongly."""
+class _LouderInTraining(nn.ReLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1 + 1e-6 * self.training)
+
+
+class _Drifting(nn.BatchNorm2d):
+    """Notes a mean that is a millionth off."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if self.training:
+            self.running_mean.mul_(1 + 1e-6)
+        return y
+
+
+class _Steeper(nn.ReLU):
+    """A gradient that is a millionth off."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y + 1e-6 * (y - y.detach())
+
+
+def _other_class(layer: int, kind: type[nn.Module], **how: object) -> surgeon.Report:
+    """Compare a network with one in which the class of a layer is another."""
     net = shake_(_Net(), 0, gently=True)
-    with torch.no_grad():
-        net.body[1].bias[0] = -1e6
-    exact = surgeon.fuse(copy.deepcopy(net).double(), norms=True)
-    if is_faulty:
-        with torch.no_grad():
-            exact.get_parameter("body.3.weight")[:, 0] *= 2
-    replay = Replay(exact, exact)
-    b = copy.deepcopy(exact).float()
-    return verify(net, b, [examples.make(SHAPE)], replay=replay, proving=True)
+    other = copy.deepcopy(net)
+    other.body[layer].__class__ = kind
+    return surgeon.verify(net, other, (4, *SHAPE[1:]), **how)
+
+
+def _training(is_faulty: bool) -> surgeon.Report:
+    return _other_class(2, _LouderInTraining if is_faulty else nn.ReLU, mode="train")
+
+
+def _statistics(is_faulty: bool) -> surgeon.Report:
+    return _other_class(1, _Drifting if is_faulty else nn.BatchNorm2d, mode="train")
+
+
+def _gradients(is_faulty: bool) -> surgeon.Report:
+    return _other_class(2, _Steeper if is_faulty else nn.ReLU, gradients=True)
+
+
+def _train_settings(is_faulty: bool) -> surgeon.Report:
+    """Give a norm that the batch at hand does not reach another momentum."""
+    net = shake_(_Net(), 0, gently=True)
+    net.body[3].unused = nn.BatchNorm2d(4)
+    other = copy.deepcopy(net)
+    other.body[3].unused.momentum += 1e-6 * is_faulty
+    return surgeon.verify(net, other, SHAPE, mode="train")
 
 
 FAULTS: dict[str, Maker] = {
@@ -218,6 +274,10 @@ FAULTS: dict[str, Maker] = {
     "stored tensors": _stored_tensors,
     "structure": _structure,
     "modules": _modules,
+    "training": _training,
+    "statistics": _statistics,
+    "gradients": _gradients,
+    "train settings": _train_settings,
 }
 
 
@@ -261,7 +321,7 @@ def test_every_question_has_a_file_of_its_name_and_a_place_of_its_own() -> None:
 
 def test_of_an_approximate_model_only_what_is_stored_and_how_it_is_built_is_asked() -> None:
     assert [one.name for one in checks.questions() if one.is_for_approximate] == [
-        *("stored tensors", "structure", "modules")
+        *("stored tensors", "structure", "modules", "training", "statistics", "gradients")
     ]
 
 
