@@ -166,9 +166,10 @@ def _costs(entry: Entry, state: State, survey: Survey | None) -> dict[Costs, Cos
             continue
         now = getattr(site.cost, name) if site is not None else None
         if now is None and state == "folded" and (made := entry.folded) is not None:
-            now = {"params": made.params, "macs": round(made.share * entry.macs.before) if entry.macs else None}.get(
-                name
-            )
+            macs = round(made.share * entry.macs.before) if entry.macs else None
+            now = {"params": made.params, "macs": macs}.get(name)
+            if now is None:  # how large maps are once folded was not counted
+                continue
         found[name] = Cost(change.before, change.after if now is None else now)
     return found
 
@@ -203,8 +204,9 @@ def totals(data: PageData) -> dict[Costs, Cost]:
         now = getattr(survey.cost, name) if survey is not None else None
         if now is None and gained is not None:
             now = getattr(getattr(gained, name, None), "after", None)
-        if change is not None:
-            made[name] = Cost(change.before, change.after if now is None else now)
+        if change is None or (now is None and gained is not None):  # how large maps are once folded was not counted
+            continue
+        made[name] = Cost(change.before, change.after if now is None else now)
     return made
 
 

@@ -163,6 +163,7 @@ def test_another_input_than_the_plans_does_not_look_like_a_cost_of_folding() -> 
     assert (costs["macs"].before, costs["macs"].after) == (55296, 55296)
     assert costs["params"].after == 3 * 8 * 9 + 8
     assert totals(made.data)["macs"].ratio == 1
+    assert "activations" not in costs.keys() | totals(made.data).keys()  # nobody has counted them
 
 
 def test_a_rewritten_network_is_called_by_the_class_that_it_had(octave: surgeon.Page) -> None:
