@@ -73,21 +73,7 @@ def verify(
     Raises:
         VerifyError: the outputs differ in structure, shape or dtype, or a model does not run.
     """
-    models = Models(a, b, replay, seed, torch.float64, named)
-    own = dtype_name(models.dtype)
-    if (other := dtype_of(b)) != models.dtype:  # that of A, unless it is known that B was cast
-        raise VerifyError(
-            f"A is stored in {own} and B in {dtype_name(other)}", todo="Save both in the same dtype to compare them."
-        )
-    remarks = []
-    try:
-        runs = models.run(inputs)
-    except NotInFloat64Error as error:
-        models = Models(a, b, replay, seed, models.dtype, named)
-        runs = models.run(inputs)
-        remarks.append(f"{error}, so outputs were compared in {own}")
-    except VerifyError as error:
-        raise _told(error, models, inputs[0]) from error
+    models, runs, remarks = _measured(a, b, inputs, replay, seed, named)
     evidence = _evidence(models, runs, b, replay, a)
     if proving and not approximate:
         evidence = with_proof(evidence, models, inputs[0])
@@ -99,26 +85,45 @@ def verify(
     rows = site_table(evidence, models.kinds, models.sites)
     diverging = [row.path for row in rows if row.diverges]
     approximate = approximate or any(one.departs for one in evidence.steps)
+    said = [*remarks, *_remarks(evidence), *_alone(models, runs), *_matched(models, diverging, named)]
+    said += [*of_steps(evidence), *(of_proof(evidence, passed=passed) if proving else ())]
     return Report(
         verdict="different" if not passed else "approximate" if approximate else "equivalent",
-        dtype=own,
+        dtype=dtype_name(models.dtype),
         checks=tuple(found),
         distances=tuple(run.distance for run in runs if run.distance is not None),
         sites=rows,
-        remarks=(
-            *remarks,
-            *_remarks(evidence),
-            *_alone(models, runs),
-            *_matched(models, diverging, named),
-            *of_steps(evidence),
-            *(of_proof(evidence, passed=passed) if proving else ()),
-        ),
+        remarks=tuple(said),
         guesses=() if passed else guesses(models, inputs[0], diverging),
         bisected=None if passed or bisecting is None else bisect(models, inputs, diverging, bisecting),
         mode=how.mode,
         tensors=tuple(one for step in evidence.steps for one in step.tensors),
         for_every_input=passed and evidence.is_for_every_input,
     )
+
+
+def _measured(
+    a: nn.Module,
+    b: nn.Module,
+    inputs: Sequence[Inputs],
+    replay: Replay | None,
+    seed: int,
+    named: Sequence[tuple[str, str]],
+) -> tuple[Models, tuple[Measured, ...], list[str]]:
+    """Run the models in float64, or in their own dtype where they do not run in it; what is to be said of that."""
+    models = Models(a, b, replay, seed, torch.float64, named)
+    own = dtype_name(models.dtype)
+    if (other := dtype_of(b)) != models.dtype:  # that of A, unless it is known that B was cast
+        raise VerifyError(
+            f"A is stored in {own} and B in {dtype_name(other)}", todo="Save both in the same dtype to compare them."
+        )
+    try:
+        return models, models.run(inputs), []
+    except NotInFloat64Error as error:
+        models = Models(a, b, replay, seed, models.dtype, named)
+        return models, models.run(inputs), [f"{error}, so outputs were compared in {own}"]
+    except VerifyError as error:
+        raise _told(error, models, inputs[0]) from error
 
 
 def _told(error: VerifyError, models: Models, inputs: Inputs) -> VerifyError:

@@ -88,27 +88,11 @@ def compare(
     how = How(seed=seed) if how is None else how
     training.check(a, b, how)
     if isinstance(b, Compiled) and not isinstance(a, Compiled) and (made := _made_again(a, b)) is not None:
-        return _in_two_steps(a, made, b, example, seed, progress, proving=more.get("proving", False))
-    if isinstance(a, Compiled) or isinstance(b, Compiled):  # which runs on the CPU
-        a, b = devices.on(a, devices.CPU), devices.on(b, devices.CPU)
-    elif (place := devices.of(a)) is not None and place.type != "meta":
-        b = devices.on(b, place)
-    if empty := [name for name, model in (("A", a), ("B", b)) if any(p.is_meta for p in model.parameters())]:
-        raise VerifyError(
-            f"{' and '.join(empty)}: parameters are on the meta device, and hold no numbers",
-            todo="Load its weights first.",
-        )
+        return _in_two_steps(a, made, b, example, seed, progress, **more)
+    a, b = _in_one_place(a, b)
     progress("looking for an input", 0)
-    is_list = isinstance(example, list) and not all(isinstance(side, int) for side in example)
-    given: Any = example if is_list else [example]
     steps = replay.steps_between(a, b)
-    if isinstance(a, Compiled) or isinstance(b, Compiled):
-        inputs = [_for_file(a, b, one, seed) for one in given]
-    else:
-        inputs = [inputs_for(b if one is None and steps else a, one, seed=seed) for one in given]
-    known = [one for one in inputs if one is not None]
-    if not known:
-        raise CaptureError("no input is known that the model accepts", todo=examples.PASS_ONE)
+    known = _known(a, b, example, seed, is_made=bool(steps))
     a, b = _alike(a, b, known[0], seed)
     progress("repeating the operations in float64", 0.1)
     again = replay.done_again(a, steps) if replay.can_be_done(steps) else None
@@ -136,6 +120,37 @@ def compare(
     return found
 
 
+def _in_one_place(a: nn.Module, b: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Give both on the device of A; on the CPU if one is a program in a file, which runs there."""
+    if isinstance(a, Compiled) or isinstance(b, Compiled):
+        a, b = devices.on(a, devices.CPU), devices.on(b, devices.CPU)
+    elif (place := devices.of(a)) is not None and place.type != "meta":
+        b = devices.on(b, place)
+    if empty := [name for name, model in (("A", a), ("B", b)) if any(p.is_meta for p in model.parameters())]:
+        raise VerifyError(
+            f"{' and '.join(empty)}: parameters are on the meta device, and hold no numbers",
+            todo="Load its weights first.",
+        )
+    return a, b
+
+
+def _known(a: nn.Module, b: nn.Module, example: Any, seed: int, *, is_made: bool) -> list[Inputs]:
+    """Give the inputs to compare on: one example or a list of them, or what is known where there is none.
+
+    If B was made from A (`is_made`), its history says which input it was made with.
+    """
+    is_list = isinstance(example, list) and not all(isinstance(side, int) for side in example)
+    given: Any = example if is_list else [example]
+    if isinstance(a, Compiled) or isinstance(b, Compiled):
+        inputs = [_for_file(a, b, one, seed) for one in given]
+    else:
+        inputs = [inputs_for(b if one is None and is_made else a, one, seed=seed) for one in given]
+    known = [one for one in inputs if one is not None]
+    if not known:
+        raise CaptureError("no input is known that the model accepts", todo=examples.PASS_ONE)
+    return known
+
+
 def _made_again(a: nn.Module, b: Compiled) -> nn.Module | None:
     """Make of A what the history in a file says that the file was exported from; None if it says nothing about A."""
     named = nn.Module()
@@ -156,10 +171,18 @@ def _made_again(a: nn.Module, b: Compiled) -> nn.Module | None:
 
 
 def _in_two_steps(
-    a: nn.Module, made: nn.Module, b: Compiled, example: Any, seed: int, progress: Progress, *, proving: bool
+    a: nn.Module,
+    made: nn.Module,
+    b: Compiled,
+    example: Any,
+    seed: int,
+    progress: Progress,
+    *,
+    proving: bool = False,
+    **more: Any,
 ) -> Report:
-    """Compare A with what its history makes of it, and the file with that."""
-    first = compare(a, made, example, seed, parts(progress, 0, 0.5))
+    """Compare A with what its history makes of it, and the file with that; only the former has modules to look at."""
+    first = compare(a, made, example, seed, parts(progress, 0, 0.5), **more)
     second = compare(_without_history(made), b, example, seed, parts(progress, 0.5, 1))
     verdict = second.verdict if first.verdict == "equivalent" else first.verdict
     said = "what the history in the file says was done to A again; the second half of the checks is about the file"
