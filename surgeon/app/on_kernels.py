@@ -36,7 +36,7 @@ def kernels(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Show which taps of their kernels are large, as the ACNet paper does.
+    """Show which taps of kernels are large, as the ACNet paper does.
 
     For each shape of kernels: the magnitudes summed over filters and channels, divided by the largest sum, and averaged
     over convs. Blocks are shown as they are folded. Also shown: how much each branch counts, the energy that HetConvs

@@ -42,7 +42,7 @@ class Panels:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         for number, line in enumerate(self._arranged(options.max_width)):
             if number:
-                yield Text()
+                yield cell("")
             yield from _beside(line, options.max_width)
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
@@ -114,7 +114,7 @@ def _beside(panels: Sequence[Panel], width: int) -> Iterator[Text]:
 
 
 def _row(rows: Rows, i: int, width: int) -> Text:
-    text = Text()
+    text = cell("")
     if i < len(rows):
         wide = _cell_width(len(rows[i]), width)
         for value in rows[i]:
@@ -136,7 +136,8 @@ def _style(value: float) -> Style:
 
 
 def _joined(texts: Sequence[Text], wide: Sequence[int]) -> Text:
-    line = Text(no_wrap=True, overflow="ignore")
+    line = cell("")
+    line.no_wrap, line.overflow = True, "ignore"
     for i, (text, columns) in enumerate(zip(texts, wide, strict=True)):
         is_last = i == len(texts) - 1
         line.append_text(text)

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
-from rich.text import Text
 
 from surgeon.display import words
 from surgeon.display.heat import Panel, Panels
@@ -25,15 +24,15 @@ def kernels_view(figures: KernelFigures, *, layers: bool = False) -> RenderableT
     """Show matrices side by side, and what else is known; with `layers` of every conv as well."""
     parts: list[RenderableType] = []
     for shape in shapes(figures):
-        parts += [*_averages(figures, shape), Text()]
+        parts += [*_averages(figures, shape), Line("")]
     if layers:
         parts += _layers(figures)
     for network in figures.networks:
         title = f"{network.label} " if len(figures.networks) > 1 else ""
         most = None if layers else words.MOST_ROWS
         for table in (_scales(network, title, most), _kept(network, title, most), _spectra(network, title, most)):
-            parts += [*table, Text()] if table else []
-        parts += [*_left_out(network, title), Text()] if network.left_out else []
+            parts += [*table, Line("")] if table else []
+        parts += [*_left_out(network, title), Line("")] if network.left_out else []
     return Group(*parts[:-1])
 
 
@@ -75,7 +74,7 @@ def _averages(figures: KernelFigures, shape: tuple[int, int]) -> Iterator[Render
         return
     yield Panels(trained)
     if drawn:
-        yield Text()
+        yield Line("")
         yield Panels(drawn)
 
 
@@ -95,7 +94,7 @@ def _layers(figures: KernelFigures) -> Iterator[RenderableType]:
                 panels.append(Panel(f"{network.label} {UNTRAINED}", layer.untrained))
             panels += [Panel(f"{network.label} {one.name} ×{one.share:.2f}", one.matrix) for one in layer.branches]
         yield Panels(panels)
-        yield Text()
+        yield Line("")
 
 
 def _scales(network: NetworkKernels, title: str, most: int | None) -> list[RenderableType]:

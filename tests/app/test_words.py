@@ -92,7 +92,7 @@ def test_no_summary_is_cut(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     monkeypatch.setenv("COLUMNS", "80")
     assert run_surgeon("--help") == 0
     (commands,) = re.findall(r"Commands:\n(.*?)\n\n", capsys.readouterr().out, re.DOTALL)
-    assert len(commands.splitlines()) == 10
+    assert len(commands.splitlines()) == 12
     assert "..." not in commands
 
 
