@@ -48,7 +48,8 @@ def reference() -> str:
             lines += ["| argument | meaning |", "|---|---|"]
             lines += [f"| `{p.metavar or p.name.upper()}` | {p.help or ''} |" for p in arguments] + [""]
         lines += ["| option | meaning |", "|---|---|"]
-        lines += [f"| `{', '.join(p.opts)}` | {p.help}{_default(p)} |" for p in options] + ["", command.epilog, ""]
+        lines += [f"| `{', '.join((*p.opts, *p.secondary_opts))}` | {p.help}{_default(p)} |" for p in options]
+        lines += ["", command.epilog, ""]
     lines += ["## Example inputs", "", notation.__doc__ or "", examples.__doc__ or ""]
     return "\n".join(lines).rstrip() + "\n"
 

@@ -20,7 +20,7 @@ def report(
     given: "Given",
     other: Annotated[
         str | None,
-        typer.Argument(metavar="[B]", help="A model to compare with it, as verify does.", show_default=False),
+        typer.Argument(metavar="B", help="A model to compare with it, as verify does.", show_default=False),
     ] = None,
     recipe: Annotated[
         str | None, typer.Option("--recipe", "-r", help="Show what this recipe would make of it; nothing is changed.")

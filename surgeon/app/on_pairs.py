@@ -1,5 +1,6 @@
 """The command that compares two models. torch is imported only when needed."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -176,5 +177,8 @@ def _save(a: str, path: Path, given: "Given", *, json: bool, sites: bool, store_
         from surgeon.app import pairs
 
         pairs.save_outputs(a, path, given, progress, sites=sites, store_inputs=store_inputs, force=force)
-    said = f"written: {path}; where B is, compare it: surgeon verify B --against {path.name}"
-    show({"path": str(path)} if json else said)
+    if json:
+        show({"path": str(path)})
+        return
+    show(f"written: {path}; where B is, compare it:")
+    show(f"  surgeon verify B --against {shlex.quote(path.name)}")

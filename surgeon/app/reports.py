@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from surgeon.files.atomic import claim, write_atomically
 from surgeon.proof.report import Report
 
 STDOUT = "-"
+_log = logging.getLogger("surgeon")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,3 +51,4 @@ class Reports:
     def _write(self, path: Path, text: str) -> None:
         whole = text.encode("utf-8", "backslashreplace")
         write_atomically(path, lambda part: part.write_bytes(whole), force=self.force)
+        _log.info(f"written: {path}")

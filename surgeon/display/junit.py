@@ -30,7 +30,7 @@ def junit(report: Report, a: str, b: str, seconds: float) -> str:
     for name, value in (("A", a), ("B", b), ("verdict", report.verdict), ("dtype", report.dtype)):
         Xml.SubElement(properties, "property", {"name": name, "value": _text(value)})
     suite.extend(cases)
-    Xml.SubElement(suite, "system-out").text = _text("\n".join(report.remarks))
+    Xml.SubElement(suite, "system-out").text = _text("\n".join((*report.why(), *report.remarks)))
     Xml.indent(root)
     return '<?xml version="1.0" encoding="utf-8"?>\n' + Xml.tostring(root, encoding="unicode") + "\n"
 

@@ -40,8 +40,8 @@ def markdown(report: Report, a: str, b: str) -> str:
     if report.data is not None:
         blocks.append("\n".join(f"- {text(line)}" for line in agreement_lines(report.data)))
         blocks += [_worst(report)] if report.data.worst else []
-    if report.remarks:
-        blocks.append("\n".join(f"- {text(remark)}" for remark in report.remarks))
+    if remarks := (*report.why(), *report.remarks):
+        blocks.append("\n".join(f"- {text(remark)}" for remark in remarks))
     return "\n\n".join(blocks) + "\n"
 
 

@@ -35,9 +35,7 @@ def report_view(report: Report, *, verdict_first: bool = False) -> RenderableTyp
         parts.append(_tensors(wrong))
     if report.first_to_diverge:
         parts.append(Line(f"first to diverge: {report.first_to_diverge}", "red"))
-    parts += [Line(f"probably, at {one.path or 'the model'} ({one.kind}): {one.says}", "red") for one in report.guesses]
-    parts += [] if report.bisected is None else [Line(f"bisected: {report.bisected.says}", "red")]
-    parts += [Line(remark, "red") for remark in report.remarks]
+    parts += [Line(said, "red") for said in (*report.why(), *report.remarks)]
     parts += [] if report.data is None else [agreement_view(report.data)]
     style, said = _VERDICTS[report.verdict]
     verdict = Line(said, style)
@@ -83,5 +81,6 @@ def _sites(rows: Sequence[SiteDistance], count: int) -> Sheet:
         table.add_row(site.path, site.kind_a, site.kind_b, *distances, ulps, mark)
     if len(shown) < len(rows):
         kind = "sites that diverge" if diverging else "changed sites"
-        table.caption = f"{len(shown)} of {len(chosen)} {kind}; --json lists all {count} sites"
+        which = f"these are the {kind}" if shown == chosen else f"these are {len(shown)} of {len(chosen)} {kind}"
+        table.caption = f"{which}; --json lists all {count} sites"
     return table

@@ -46,7 +46,7 @@ def claim(path: Path, *, force: bool, suffixes: Sequence[str], origins: Sequence
     if path.is_dir():
         raise StoreError(f"{path} is a directory", todo="Name a file: -o model.acnet.pt.")
     if path.suffix not in suffixes:
-        raise StoreError(f"cannot tell from {path.name!r} what to write", todo=f"End it in {', '.join(suffixes)}.")
+        raise StoreError(f"cannot tell from {path.name!r} what to write", todo=f"End it in {_either(suffixes)}.")
     if is_there and not force:
         raise StoreError(f"{path} exists", todo="Give another name with -o, or --force to overwrite it.")
     place = _place(path, force=force)
@@ -93,6 +93,11 @@ def remove_parts() -> None:
     """Remove what this process is writing; for whoever ends it by force."""
     for room in list(_open):
         _remove(room)
+
+
+def _either(suffixes: Sequence[str]) -> str:
+    """List endings as a choice: .a, .b or .c."""
+    return " or ".join(part for part in (", ".join(suffixes[:-1]), suffixes[-1]) if part)
 
 
 def _is_there(path: Path) -> bool:

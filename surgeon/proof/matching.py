@@ -80,10 +80,10 @@ def matched(a: nn.Module, b: nn.Module, named: Pairs = ()) -> tuple[Pairing, Mat
     """Pair the modules of two models by name, as they are given, and by what they hold.
 
     Raises:
-        VerifyError: a name that was given is in neither of them, or is given twice.
+        VerifyError: a name that was given is not in its model, or is given twice.
     """
     found, how = pairing.pair(a, b), Matched()
-    _check(a, b, named)
+    check_names(a, b, named)
     for one, other in named:
         _give(a, b, (one, other), found, how)
     ours, theirs = (_holders(model) for model in (a, b))
@@ -103,7 +103,12 @@ def matched(a: nn.Module, b: nn.Module, named: Pairs = ()) -> tuple[Pairing, Mat
     return found, how
 
 
-def _check(a: nn.Module, b: nn.Module, named: Pairs) -> None:
+def check_names(a: nn.Module, b: nn.Module, named: Pairs) -> None:
+    """Make sure that each model has the modules that were given, and each of them once.
+
+    Raises:
+        VerifyError: a name is not in its model, or is given twice.
+    """
     for side, model, paths in (("A", a, [one for one, _ in named]), ("B", b, [other for _, other in named])):
         known = [path for path, _ in model.named_modules(remove_duplicate=False)]
         for path in paths:

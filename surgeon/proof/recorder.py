@@ -93,7 +93,7 @@ class Recorder:
             expected, done = self._ends(self.stretches[name]), self.propagated[name]
             if path != self.stretches[name].in_b[0] and done:
                 done.pop()  # of the step before, which was not the last one
-            if len(done) == len(expected):
+            if len(done) >= len(expected):
                 done.append(math.inf)
                 return
             end = kept.read(expected[len(done)])

@@ -35,6 +35,7 @@ _MOST_DRAWN = 2**24  # numbers: a file asks for no more; a larger input is kept
 _DTYPES = {
     str(one).removeprefix("torch."): one for one in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 }
+_MAKE = "Make one: surgeon verify A --save-outputs FILE.safetensors"
 _AGAIN = "Save it again: surgeon verify A --save-outputs FILE"
 
 Hash = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -202,7 +203,9 @@ def read(path: Path) -> Reference:
         ModelError: it is damaged. StoreError: it is another one, or a later release has written it.
     """
     if not path.is_file():
-        raise StoreError(f"there is no file of outputs {path}", todo="Make one: surgeon verify A --save-outputs FILE")
+        raise StoreError(f"there is no file of outputs {path}", todo=_MAKE)
+    if path.suffix != ".safetensors":
+        raise StoreError(f"{path} is no file of outputs, which end in .safetensors", todo=_MAKE)
     tensors, header = read_tensors(path)
     if _KEY not in header:
         raise StoreError(f"{path} holds no outputs that `verify --save-outputs` wrote", todo=_AGAIN)

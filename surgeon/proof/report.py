@@ -173,6 +173,11 @@ class Report(Shown):
     def __bool__(self) -> bool:
         return self.equivalent
 
+    def why(self) -> tuple[str, ...]:
+        """What probably went wrong, and the modules that explain it, in sentences; nothing decides by them."""
+        guessed = (f"probably, at {one.path or 'the model'} ({one.kind}): {one.says}" for one in self.guesses)
+        return (*guessed, *([] if self.bisected is None else [f"bisected: {self.bisected.says}"]))
+
     def to_dict(self) -> dict[str, Any]:
         """Give plain data; `first_to_part`, and `parts` of a site, are the old names of what diverges."""
         first = self.first_to_diverge

@@ -257,8 +257,8 @@ def of_steps(evidence: Evidence) -> Iterator[str]:
     yield from dict.fromkeys(said for step in evidence.steps for said in step.remarks)
     if found := next((step.departs for step in evidence.steps if step.departs is not None), None):
         yield (
-            "in train mode B is what was made of A, which keeps the function in eval mode only: "
-            f"{found.words} is {found.found:.1e} from A's"
+            "what was made of A keeps the function in eval mode only, and B is that: "
+            f"in train mode {found.words} is {found.found:.1e} from A's"
         )
 
 

@@ -40,6 +40,7 @@ from surgeon.proof.distance import dtype_name
 from surgeon.proof.divergence import site_table
 from surgeon.proof.evidence import Evidence, Measured, Replay
 from surgeon.proof.guess import guesses
+from surgeon.proof.matching import check_names
 from surgeon.proof.proving import of_proof, with_proof
 from surgeon.proof.report import Report
 from surgeon.proof.runs import Models, NotInFloat64Error
@@ -111,6 +112,7 @@ def _measured(
     named: Sequence[tuple[str, str]],
 ) -> tuple[Models, tuple[Measured, ...], list[str]]:
     """Run the models in float64, or in their own dtype where they do not run in it; what is to be said of that."""
+    check_names(a, b, named)
     models = Models(a, b, replay, seed, torch.float64, named)
     own = dtype_name(models.dtype)
     if (other := dtype_of(b)) != models.dtype:  # that of A, unless it is known that B was cast

@@ -363,6 +363,7 @@ def test_the_demo_tells_each_step(run) -> None:
         "net.pt",
         "report.html",
     ]
+    assert len({path.stat().st_mode for path in Path("kept").iterdir()}) == 1  # all that the umask gives
 
 
 def test_fuse_counts_what_is_folded_and_says_what_stays_a_block(

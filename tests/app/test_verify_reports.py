@@ -20,7 +20,7 @@ import surgeon
 from surgeon.app.terminal import _finite
 from surgeon.display.junit import junit
 from surgeon.display.markdown import markdown
-from surgeon.proof.report import Check, Report, SiteDistance
+from surgeon.proof.report import Bisected, Check, Guess, Report, SiteDistance
 from surgeon.proof.schema import json_schema
 
 
@@ -118,6 +118,16 @@ def test_junit_has_a_case_for_every_check_and_every_site_that_diverges() -> None
     assert failed[0].find("failure").attrib["message"] == "found 3, at most 2"
     assert failed[1].attrib["name"] == _EVIL.replace("\x1b", "\\x1b")
     assert {one.tag for one in suite} == {"properties", "testcase", "system-out"}
+
+
+def test_guesses_and_the_smallest_set_are_told_in_every_report() -> None:
+    guess = Guess("conv", "bias lost", f"the bias of {_EVIL} is zero", 0.0)
+    report = replace(_report(), guesses=(guess,), bisected=Bisected(("conv",), 2, "with conv put right, all is right"))
+    (suite,) = Xml.fromstring(junit(report, "a", "b", 0.0).encode("utf-8", "backslashreplace"))
+    for said in (suite.findtext("system-out") or "", markdown(report, "a", "b")):
+        assert "probably, at conv (bias lost): the bias of a" in said
+        assert "bisected: with conv put right, all is right" in said
+    assert "<b>" not in markdown(report, "a", "b")
 
 
 def test_junit_fails_where_only_the_verdict_does() -> None:

@@ -200,7 +200,7 @@ def test_matrices_are_drawn_with_their_numbers_and_branches_as_strong_as_they_ar
     assert [drawn[0], drawn[1], *drawn[3:]] == [whole] * 4
     assert drawn[2] == pytest.approx(halved, abs=0.011)
     assert "0.25 0.50 0.25 / 0.50 1.00 0.50 / 0.25 0.50 0.00" in read.text
-    assert "weights as they are drawn at first" in read.text
+    assert "untrained: weights as they are drawn at first" in read.text
     assert "conv<1>" in read.text
 
 

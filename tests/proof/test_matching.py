@@ -190,7 +190,10 @@ def test_a_name_given_twice_is_refused() -> None:
 def test_names_are_not_needed_where_a_history_says_them() -> None:
     torch.manual_seed(0)
     a = surgeon.convert(nn.Sequential(nn.Conv2d(3, 8, 3)), "acnet", SMALL)
-    report: Report = surgeon.verify(a, surgeon.fuse(a, SMALL), SMALL, names={"0": "0"})
+    b = surgeon.fuse(a, SMALL)
+    with pytest.raises(VerifyError, match="A has no module stem"):
+        surgeon.verify(a, b, SMALL, names={"stem": "0"})
+    report: Report = surgeon.verify(a, b, SMALL, names={"0": "0"})
     assert report.equivalent
     assert any("not needed" in one for one in report.remarks)
 

@@ -340,6 +340,23 @@ class TestStructure:
         report = surgeon.verify(net, b, SHAPE)
         assert (report.verdict, report.first_to_diverge) == ("different", path)
 
+    def test_a_module_may_be_called_more_often_than_in_a(self) -> None:
+        class Repeats(nn.Module):
+            def __init__(self, times: int) -> None:
+                super().__init__()
+                self.conv, self.relu, self.times = nn.Conv2d(3, 4, 3), nn.ReLU(), times
+
+            def forward(self, x: Tensor) -> Tensor:
+                x = self.conv(x)
+                for _ in range(self.times):
+                    x = self.relu(x)
+                return x
+
+        a, b = Repeats(1), Repeats(4)
+        b.load_state_dict(a.state_dict())
+        report = surgeon.verify(a, b, SHAPE)
+        assert report.distances[0].float64 == 0
+
     def test_what_a_run_changes_is_no_structure(self) -> None:
         class Remembers(nn.ReLU):
             calls, last = 0, None

@@ -341,7 +341,7 @@ def test_the_command_writes_and_compares(tmp_path: Path, monkeypatch: Any, capsy
         (("net.pt", "--save-outputs", "x.pt"), "End it in .safetensors"),
         (("net.pt", "--save-outputs", "ref.safetensors"), "ref.safetensors exists"),
         (("net.pt", "--against", "none.safetensors"), "there is no file of outputs"),
-        (("net.pt", "--against", "net.pt"), "net.pt"),
+        (("net.pt", "--against", "net.pt"), "net.pt is no file of outputs, which end in .safetensors. Make one"),
     ):
         capsys.readouterr()
         assert run_surgeon("verify", *options, *_ALLOW) == 2, options

@@ -27,6 +27,7 @@ from surgeon.app.images import Images
 from surgeon.errors import StoreError
 from surgeon.figures import kernels as figures
 from surgeon.figures.kernels import KernelFigures
+from surgeon.files.atomic import write_atomically
 from surgeon.models.cost import measure
 from surgeon.models.progress import Progress, parts, silent
 from surgeon.models.sandbox import random_states_kept
@@ -114,7 +115,7 @@ def _converted(start: Path, recipe: str, given: Given, progress: Progress) -> Pa
 def _as_octaves(start: Path, images: data.Images, given: Given, progress: Progress) -> list[Snapshot]:
     """Convert to blocks that cost less and compute something else, and fit them; labels are not used."""
     source = start.with_name("net.images.safetensors")
-    save_file({"images": images.train_x}, source)
+    write_atomically(source, lambda part: save_file({"images": images.train_x}, part), force=True)
     converted = _converted(start, "octave", given, parts(progress, 0, 0.3))
     steps = [_snapshot("converted to octaves", converted, images)]
     shown = parts(progress, 0.3, 1)

@@ -67,7 +67,9 @@ def _averages(networks: Sequence[NetworkKernels]) -> Iterator[tuple[str, list[tu
                     count = f"{one.layers} layer{'s' * (one.layers > 1)}"
                     maps.append(_map(f"{network.label} {network.name}, {count}", one.matrix))
                     if one.untrained is not None:
-                        maps.append(_map(f"{network.label} with weights as they are drawn at first", one.untrained))
+                        maps.append(
+                            _map(f"{network.label} untrained: weights as they are drawn at first", one.untrained)
+                        )
         yield f"{shape[0]}×{shape[1]}", maps
 
 

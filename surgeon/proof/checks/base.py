@@ -52,7 +52,7 @@ def flips_of(pairs: Sequence[tuple[Apart, Apart]], margin: float) -> Iterator[tu
             yield i, pairs[i][0], limit
 
 
-def of_steps(steps: Sequence[Stepped], kind: str, what: str) -> Iterator[tuple[float, float, str]]:
+def of_steps(steps: Sequence[Stepped], kind: str, where: str = "") -> Iterator[tuple[float, float, str]]:
     """Give, for every step in which tensors of a kind were compared, the one furthest beyond its limit, in words."""
     for step in steps:
         found = [one for one in step.tensors if one.kind == kind]
@@ -60,9 +60,12 @@ def of_steps(steps: Sequence[Stepped], kind: str, what: str) -> Iterator[tuple[f
             continue
         worst = max(found, key=lambda one: excess(one.found, one.limit))
         wrong = sum(not one.passed for one in found)
-        says = f"{step.label}: {len(found)} {what}; the furthest is {worst.words}"
+        what = f"{len(found)} {kind}{'s' * (len(found) > 1)}{where}"
+        says = f"{step.label}: {worst.words}{where}"
+        if len(found) > 1:
+            says = f"{step.label}: {what}; the furthest is {worst.words}"
         if wrong:
-            says = f"{step.label}: {wrong} of {len(found)} {what} differ, most of all {worst.words}"
+            says = f"{step.label}: {wrong} of {what} {'differ' if wrong > 1 else 'differs'}, most of all {worst.words}"
         says += f": {worst.found:.1e} from that of {worst.against}, at most {worst.limit:.0e}"
         yield worst.found, worst.limit, says
 

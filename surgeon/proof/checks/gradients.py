@@ -20,5 +20,5 @@ class Gradients(Question):
     is_for_approximate = True  # then B is compared with the replay alone
 
     def ask(self, evidence: Evidence) -> Iterator[Check]:
-        for found, limit, says in of_steps(evidence.steps, "gradient", "gradients"):
+        for found, limit, says in of_steps(evidence.steps, "gradient"):
             yield self.answer(found, limit, says)

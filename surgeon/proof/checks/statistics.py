@@ -18,5 +18,5 @@ class Statistics(Question):
 
     def ask(self, evidence: Evidence) -> Iterator[Check]:
         steps = [step for step in evidence.steps if step.mode == "train"]
-        for found, limit, says in of_steps(steps, "statistic", "statistics after a step"):
+        for found, limit, says in of_steps(steps, "statistic", " after a step"):
             yield self.answer(found, limit, says)

@@ -21,5 +21,5 @@ class Outputs(Question):
 
     def ask(self, evidence: Evidence) -> Iterator[Check]:
         steps = [step for step in evidence.steps if step.mode == "train"]
-        for found, limit, says in of_steps(steps, "output", "outputs in train mode"):
+        for found, limit, says in of_steps(steps, "output", " in train mode"):
             yield self.answer(found, limit, says)
