@@ -42,9 +42,9 @@ def _sites(count: int, *, diverging: int = 0) -> list[SiteDistance]:
 @pytest.mark.parametrize(
     ("sites", "says"),
     [
-        (_sites(16), "12 of 16 changed sites; --json lists all 20 sites"),
-        (_sites(16, diverging=14), "12 of 14 sites that diverge; --json lists all 20 sites"),
-        (_sites(16, diverging=2), "2 of 2 sites that diverge; --json lists all 20 sites"),
+        (_sites(16), "these are 12 of 16 changed sites; --json lists all 20 sites"),
+        (_sites(16, diverging=14), "these are 12 of 14 sites that diverge; --json lists all 20 sites"),
+        (_sites(16, diverging=2), "these are the sites that diverge; --json lists all 20 sites"),
         (_sites(3), ""),
     ],
 )
