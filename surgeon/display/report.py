@@ -82,5 +82,6 @@ def _sites(rows: Sequence[SiteDistance], count: int) -> Sheet:
     if len(shown) < len(rows):
         kind = "sites that diverge" if diverging else "changed sites"
         which = f"these are the {kind}" if shown == chosen else f"these are {len(shown)} of {len(chosen)} {kind}"
+        which = "this is the only site that diverges" if len(chosen) == 1 else which
         table.caption = f"{which}; --json lists all {count} sites"
     return table

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from surgeon.blocks.base import Foldable
 from surgeon.models.copies import kind_of
 from surgeon.proof.distance import EXACT, relative_l2
 from surgeon.proof.reference import Site, sketch
@@ -48,8 +49,8 @@ def _watching(model: nn.Module, paths: Collection[str]) -> Iterator[dict[str, Te
 
 
 def kept(held: dict[str, Tensor], i: int, model: nn.Module, moved: Sequence[nn.Module], run: Run) -> list[Site]:
-    """Run a model, and copies whose weights were moved; keep what modules with own tensors give for input `i`."""
-    paths = [path for path, module in model.named_modules() if path and _own(module)]
+    """Run a model, and copies with moved weights; keep what blocks and modules with own tensors give for input `i`."""
+    paths = [path for path, module in model.named_modules() if path and (_own(module) or isinstance(module, Foldable))]
     rows = []
     for one in (model, *moved):
         with _watching(one, paths) as seen:
@@ -76,19 +77,23 @@ def compared(
 ) -> list[SiteDistance]:
     """Compare what the modules of another model give; if it is wrong, the first one that has moved diverges.
 
-    Judged are modules of the same class with tensors of the same names and shapes, and those that are an Identity where
-    a norm was: the one before has taken it in, is called diverging in its place, and is not judged by itself.
+    Judged are modules of the same class with tensors of the same names and shapes, blocks of branches beside the conv
+    that they were folded to, if B has no norm of its own behind it, and those that are an Identity where a norm was:
+    the one before has taken it in, is called diverging in its place, and is not judged by itself.
     """
     with _watching(model, {site.path for site in sites}) as seen:
         run()
     modules = dict(model.named_modules())
     known = [(site, modules[site.path], out) for site, out in zip(sites, kept, strict=True) if site.path in modules]
+    paths = {site.path for site in sites}
+    norms_are_folded = not any(path and path not in paths and _own(module) for path, module in modules.items())
     takes_in = [j > 0 and isinstance(module, nn.Identity) for j, (_, module, _) in enumerate(known)]
     rows: list[SiteDistance] = []
     for j, (site, module, out) in enumerate(known):
         here = seen.get(site.path)
         far = None if here is None or len(here) != len(out) else relative_l2(here, out)
         is_same = _kind(module) == site.kind and _own(module) == site.tensors
+        is_same |= norms_are_folded and not site.tensors and type(module) is nn.Conv2d
         is_judged = takes_in[j] or (is_same and not any(takes_in[j + 1 : j + 2]))
         moved = is_wrong and is_judged and far is not None and not far <= margin * site.noise + EXACT
         if moved and takes_in[j]:

@@ -45,6 +45,7 @@ def _sites(count: int, *, diverging: int = 0) -> list[SiteDistance]:
         (_sites(16), "these are 12 of 16 changed sites; --json lists all 20 sites"),
         (_sites(16, diverging=14), "these are 12 of 14 sites that diverge; --json lists all 20 sites"),
         (_sites(16, diverging=2), "these are the sites that diverge; --json lists all 20 sites"),
+        (_sites(16, diverging=1), "this is the only site that diverges; --json lists all 20 sites"),
         (_sites(3), ""),
     ],
 )

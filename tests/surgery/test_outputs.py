@@ -115,6 +115,18 @@ def test_the_first_module_that_differs_is_named_also_where_its_norm_was_folded(
     assert sum(site.diverges for site in report.sites) == 1
 
 
+def test_a_conv_that_a_block_was_folded_to_is_compared_with_the_block(tmp_path: Path) -> None:
+    net = surgeon.convert(_net(), "acnet", (1, 3, 9, 9))
+    surgeon.save_outputs(net, tmp_path / "ref.safetensors", (2, 3, 9, 9), sites=True)
+    fused = surgeon.fuse(net)
+    assert surgeon.compare_outputs(fused, tmp_path / "ref.safetensors").first_to_diverge is None
+    report = surgeon.compare_outputs(_scaled_(fused, "conv1", 1.01), tmp_path / "ref.safetensors")
+    assert (report.verdict, report.first_to_diverge) == ("different", "conv1")
+    again = surgeon.fuse(net, keep_norms=True)  # here the norm is beside the conv, which gives something else
+    report = surgeon.compare_outputs(_scaled_(again, "head", 1.01), tmp_path / "ref.safetensors")
+    assert (report.verdict, report.first_to_diverge) == ("different", "head")
+
+
 def test_what_is_approximate_by_design_is_not_called_equivalent(kept: Path) -> None:
     report = surgeon.compare_outputs(surgeon.convert(_net(), HETCONV, (1, 3, 9, 9)), kept)
     assert report.verdict == "approximate"
