@@ -94,9 +94,15 @@ def of_folders(paths: list[Path], root: Path) -> tuple[Tensor, tuple[str, ...]]:
 
 def _read(path: Path, trust: Trust) -> Tensor:
     if path.suffix.lower() not in _SUFFIXES:
-        raise DataError(f"--labels {path} is not a file of labels", todo=f"Give own, or a {', '.join(_SUFFIXES)}.")
+        raise DataError(
+            f"--labels {path} is not a file of labels",
+            todo=f"Give the word own, for those of the source, or one of {', '.join(_SUFFIXES)}.",
+        )
     if not path.is_file():
-        raise DataError(f"there is no file of labels {path}", todo=f"Give own, or a {', '.join(_SUFFIXES)}.")
+        raise DataError(
+            f"there is no file of labels {path}",
+            todo=f"Give the word own, for those of the source, or one of {', '.join(_SUFFIXES)}.",
+        )
     if path.suffix.lower() == ".txt":
         return _text(path)
     found = stored.arrays(path, trust)
