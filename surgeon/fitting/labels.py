@@ -16,6 +16,7 @@ from surgeon.fitting import stored
 NAMES = ("labels", "label", "targets", "target", "classes", "y")
 OWN = "own"
 _SUFFIXES = (".txt", *stored.SUFFIXES)
+_WHAT = f"Give the word own, for those of the source, or a file: {', '.join(_SUFFIXES)}."
 _TODO = "Give one whole number, 0 or more, for each image in the order of the source."
 
 
@@ -96,12 +97,12 @@ def _read(path: Path, trust: Trust) -> Tensor:
     if path.suffix.lower() not in _SUFFIXES:
         raise DataError(
             f"--labels {path} is not a file of labels",
-            todo=f"Give the word own, for those of the source, or one of {', '.join(_SUFFIXES)}.",
+            todo=_WHAT,
         )
     if not path.is_file():
         raise DataError(
             f"there is no file of labels {path}",
-            todo=f"Give the word own, for those of the source, or one of {', '.join(_SUFFIXES)}.",
+            todo=_WHAT,
         )
     if path.suffix.lower() == ".txt":
         return _text(path)
