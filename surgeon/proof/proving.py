@@ -32,8 +32,9 @@ def of_proof(evidence: Evidence, *, passed: bool) -> Iterator[str]:
             "of known classes in code that can be traced"
         )
     elif found.is_whole and passed:
+        where = "in eval mode " * any(step.mode == "train" for step in evidence.steps)
         yield (
-            "A and B are equal for every input, not only for those that were run: what was folded has the same "
+            f"{where}A and B are equal for every input, not only for those that were run: what was folded has the same "
             "operators, and all else is the same steps with the same numbers; B is that, rounded once"
         )
     elif passed:

@@ -128,3 +128,11 @@ def test_where_the_code_of_b_cannot_be_compared_to_the_end_nothing_is_said_of_ev
     assert report
     assert not report.for_every_input
     assert any("cannot be compared with the replay's to the end" in remark for remark in report.remarks)
+
+
+def test_where_train_mode_departs_equal_for_every_input_is_said_of_eval_mode_alone() -> None:
+    a, b = pair()
+    report = surgeon.verify(a, b, (2, 3, 8, 8), mode="train", prove=True)
+    assert report.verdict == "approximate"
+    assert not report.for_every_input
+    assert any(remark.startswith("in eval mode A and B are equal for every input") for remark in report.remarks)
