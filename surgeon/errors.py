@@ -41,8 +41,9 @@ def printable(text: str, *, keep: str = "") -> str:
 
 
 def _steers(letter: str) -> bool:
-    """Whether a character is a control, a format (such as one that turns the direction) or half of a character."""
-    return unicodedata.category(letter) in ("Cc", "Cf", "Cs", "Zl", "Zp") and letter not in _JOINERS
+    """Whether a character is a control, a format (such as one that turns the direction), half of one, or none."""
+    is_none = ord(letter) & 0xFFFE == 0xFFFE or "\ufdd0" <= letter <= "\ufdef"  # XML cannot hold the first two
+    return is_none or (unicodedata.category(letter) in ("Cc", "Cf", "Cs", "Zl", "Zp") and letter not in _JOINERS)
 
 
 def _escaped(letter: str) -> str:

@@ -95,6 +95,34 @@ def _traced(
     return graphs[0]
 
 
+class _Placeholder(fx.Proxy):
+    """Stands for a value, and notes what only a value can answer: code may catch that it is none, and go on.
+
+    Nothing is noted of an index, since torch itself asks for it, and goes on rightly.
+    """
+
+    tracer: _Tracer
+
+    def __len__(self) -> int:
+        self.tracer.asked = "how many parts something has"
+        return super().__len__()
+
+    def __int__(self) -> int:
+        raise self._asked()
+
+    def __float__(self) -> float:
+        raise self._asked()
+
+    def __hash__(self) -> int:  # of a size, say, that is looked up in a dict
+        if is_users(sys._getframe(1).f_code.co_filename):
+            self.tracer.asked = "whether a mapping or a set holds something"
+        return id(self)
+
+    def _asked(self) -> TypeError:
+        self.tracer.asked = "which number something is"
+        return TypeError("which number it is, is not known while a graph is made")
+
+
 class _Tracer(fx.Tracer):
     """Stops at convs and norms, whatever their subclass, and at surgeon's blocks; sees its own thread only.
 
@@ -108,6 +136,18 @@ class _Tracer(fx.Tracer):
         self.guard, self.thread = guard, threading.get_ident()
         self.given = given
         self.outside = _surroundings()
+        self.asked: str | None = None  # what was asked of a placeholder that only a value can answer
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Placeholder(node, self)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        self.asked = "whether something is true"
+        return super().to_bool(obj)
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        self.asked = "how many parts something has"
+        return super().iter(obj)
 
     def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
         function, placeholders = super().create_args_for_root(*args, **kwargs)
@@ -171,7 +211,7 @@ def _surroundings() -> dict[str, Any]:
 
 def _answer(ask: Callable[[Any, Any], bool], value: Any, kinds: Any) -> bool:
     """Answer `isinstance(x, Tensor)`, which a user's forward may ask of a placeholder, as for its value."""
-    tracer = value.tracer if type(value) is fx.Proxy else None
+    tracer = value.tracer if type(value) is _Placeholder else None
     if type(tracer) is _Tracer and _is_users_question(sys._getframe(2)):
         return ask(_stand_in(value.node, tracer.given, value), kinds)
     return ask(value, kinds)
@@ -242,6 +282,8 @@ def _trace_once(
     ):
         tracer = _Tracer(given, guard, stops_early=stops_early)
         graph = tracer.trace(in_mode(module, training), concrete_args=dict(constants))
+        if tracer.asked is not None:
+            raise fx.proxy.TraceError(f"its forward asks {tracer.asked}, and goes on where nobody can tell")
     if changed:
         _output_of(graph).meta[REMEMBERS] = changed[0]
     return graph
@@ -302,7 +344,7 @@ def _is_called_by_a_graph(value: object) -> bool:
 def _as_step(function: FunctionType) -> Callable[..., Any]:
     @functools.wraps(function)
     def step(*args: Any, **kwargs: Any) -> Any:
-        given = next((one for one in pytree.tree_leaves((args, kwargs)) if type(one) is fx.Proxy), None)
+        given = next((one for one in pytree.tree_leaves((args, kwargs)) if type(one) in (fx.Proxy, _Placeholder)), None)
         if given is None:
             return function(*args, **kwargs)
         return given.tracer.create_proxy("call_function", function, args, kwargs)

@@ -75,6 +75,5 @@ def _unique(cases: Iterator[Xml.Element]) -> Iterator[Xml.Element]:
 
 
 def _text(said: str) -> str:
-    """Escape controls and half characters, which XML has not; and its two code points that are no characters."""
-    shown = printable(said, keep="\n")
-    return shown.replace("\ufffe", "\\ufffe").replace("\uffff", "\\uffff")
+    """Escape controls, half characters and what is no character, which XML has not."""
+    return printable(said, keep="\n")

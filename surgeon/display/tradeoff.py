@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
+from surgeon.errors import printable
+
 if TYPE_CHECKING:
     from surgeon.fitting.budget import Chosen, Point
 
@@ -76,7 +78,7 @@ class _Frame:
 
     def dot(self, point: Point) -> str:
         colour, radius, what = _MARKS[point.kind]
-        words = escape(point.words or what, quote=True)
+        words = escape(printable(point.words or what), quote=True)
         said = f"<title>{words}: ×{point.macs:.3f}, error {point.error:.3g}</title>"
         place = f"cx='{self.x(point.macs):.1f}' cy='{self.y(point.error):.1f}' r='{radius}'"
         return f"<circle {place} fill='{colour}' fill-opacity='0.9'>{said}</circle>"

@@ -55,12 +55,13 @@ class EveryInput:
     """What was shown for every input: by the name of its first module, how each part that is folded agrees with A's.
 
     `unknown` are modules that A and the replay do not have alike, and of which nothing was shown. `is_whole`: the
-    networks are equal for every input, so that none is needed.
+    networks are equal for every input, so that none is needed; else `in_the_way` says why, where nothing is unknown.
     """
 
     parts: Mapping[str, Agreement]
     unknown: tuple[str, ...]
     is_whole: bool
+    in_the_way: str = "the code around them could not be followed"
 
 
 def prove(a: nn.Module, replay: nn.Module, unlike: Sequence[str] | None, inputs: Inputs) -> EveryInput | None:

@@ -10,12 +10,17 @@ from surgeon.proof.every_input import prove
 from surgeon.proof.evidence import Evidence
 from surgeon.proof.runs import Models
 
+_NOT_CERTAIN = "B's code cannot be compared with the replay's to the end (a hook, say, or an object of its own)"
+
 
 def with_proof(evidence: Evidence, models: Models, inputs: Inputs) -> Evidence:
     """Compare A and the replay without running inputs; `inputs` say how A is called."""
     if models.replay is None or not models.is_double:
         return evidence
-    return replace(evidence, every_input=prove(models.double_a, models.replay, models.unlike, inputs))
+    found = prove(models.double_a, models.replay, models.unlike, inputs)
+    if found is not None and found.is_whole and not models.is_built_alike:
+        found = replace(found, is_whole=False, in_the_way=_NOT_CERTAIN)
+    return replace(evidence, every_input=found)
 
 
 def of_proof(evidence: Evidence, *, passed: bool) -> Iterator[str]:
@@ -27,11 +32,12 @@ def of_proof(evidence: Evidence, *, passed: bool) -> Iterator[str]:
             "of known classes in code that can be traced"
         )
     elif found.is_whole and passed:
+        where = "in eval mode " * any(step.mode == "train" for step in evidence.steps)
         yield (
-            "A and B are equal for every input, not only for those that were run: what was folded has the same "
+            f"{where}A and B are equal for every input, not only for those that were run: what was folded has the same "
             "operators, and all else is the same steps with the same numbers; B is that, rounded once"
         )
     elif passed:
         named = ", ".join(found.unknown[:3]) + ", …" * (len(found.unknown) > 3)
-        why = f"nothing was proved of {named}" if named else "the code around them could not be followed"
+        why = f"nothing was proved of {named}" if named else found.in_the_way
         yield f"what `operators` counts is equal for every input; the networks are for those that were run: {why}"

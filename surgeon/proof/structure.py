@@ -6,10 +6,13 @@ fixed size, an eps of 2e-5. What was replayed is at hand, so it is compared name
 
 from __future__ import annotations
 
+import functools
 import math
+import types
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 from torch import Tensor, fx, nn
 
 from surgeon.analysis.rewritten import Rewritten
@@ -17,7 +20,7 @@ from surgeon.conv.spec import ConvSpec
 from surgeon.models.copies import kind_of
 from surgeon.proof.ulps import off
 
-_DEPTH = 4  # levels of an attribute's own attributes that are compared
+_DEPTH = 4  # levels of an attribute's own attributes that are compared; lists and mappings are no level
 _TORCHS = frozenset(vars(nn.Module()))
 _HOOKS = (
     *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
@@ -61,9 +64,12 @@ def _of_module(expected: nn.Module, module: nn.Module, skipped: Collection[str])
         yield f"is a {kind_of(module).__name__}, not a {kind_of(expected).__name__}"
         return
     for name in _HOOKS:
-        mine, other = ([_name_of(hook) for hook in getattr(one, name, {}).values()] for one in (module, expected))
-        if mine != other:
-            yield f"has {len(mine)} {name.strip('_').replace('_', ' ')}, not {len(other)}"
+        mine, other = ([*getattr(one, name, {}).values()] for one in (module, expected))
+        said = name.strip("_").replace("_", " ")
+        if [*map(_name_of, mine)] != [*map(_name_of, other)]:
+            yield f"has {len(mine)} {said}, not {len(other)}" if len(mine) != len(other) else f"has other {said}"
+        elif not all(_does_the_same(*both, _DEPTH) for both in zip(mine, other, strict=True)):
+            yield f"has {said} that do something else"
     ours, theirs = _settings(module), _settings(expected)
     if isinstance(module, Rewritten) and not all("signature" in one.get("program", {}) for one in (ours, theirs)):
         ours, theirs = _without_signature(ours), _without_signature(theirs)  # the file is of an earlier version
@@ -75,7 +81,7 @@ def _of_module(expected: nn.Module, module: nn.Module, skipped: Collection[str])
         elif not _same(ours[name], value, _DEPTH):
             yield f"has {name} = {_brief(ours[name])}, not {_brief(value)}"
     for name in ours.keys() - theirs.keys():
-        if hasattr(type(module), name):  # as an attribute of the instance it stands in front of the class's own
+        if hasattr(type(module), name) or any(name in held for held in _registers(module)):  # it hides that
             yield f"has a {name} of its own"
     yield from _constants(expected, module)
 
@@ -105,9 +111,13 @@ def _without_signature(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**settings, "program": program}
 
 
-def _same(one: Any, other: Any, depth: int) -> bool:
-    """Whether two values are the same, as far as can be told; one of them is a copy."""
-    if one is other or depth == 0:
+def _registers(module: nn.Module) -> tuple[Mapping[str, Any], ...]:
+    return module._modules, module._parameters, module._buffers
+
+
+def _same(one: Any, other: Any, depth: int, above: frozenset[int] = frozenset()) -> bool:
+    """Whether two values are the same, as far as can be told; one of them is a copy. `above` are those they lie in."""
+    if one is other or depth == 0 or id(one) in above:
         return True
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.shape != other.shape or off(one, other, {one.dtype}).ulps <= 1  # one of another size is a cache
@@ -119,20 +129,55 @@ def _same(one: Any, other: Any, depth: int) -> bool:
         return one == other or (math.isnan(one) and math.isnan(other))
     if isinstance(one, str | bytes | int | complex | bool):
         return bool(one == other)
+    if isinstance(one, np.ndarray):
+        if one.dtype != other.dtype or one.shape != other.shape:
+            return False
+        return one.dtype == object or one.tobytes() == other.tobytes()
+    above |= {id(one)}
     if isinstance(one, Mapping):
-        return list(one) == list(other) and all(_same(one[key], other[key], depth - 1) for key in one)
+        return list(one) == list(other) and all(_same(one[key], other[key], depth, above) for key in one)
     if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(_same(a, b, depth - 1) for a, b in zip(one, other, strict=True))
+        return len(one) == len(other) and all(_same(a, b, depth, above) for a, b in zip(one, other, strict=True))
     if isinstance(one, set | frozenset):
         return sorted(map(repr, one)) == sorted(map(repr, other))
-    if hasattr(one, "__func__") or hasattr(one, "__qualname__"):
-        return _name_of(one) == _name_of(other)
+    if isinstance(one, functools.partial) or hasattr(one, "__func__") or hasattr(one, "__qualname__"):
+        return _name_of(one) == _name_of(other) and _does_the_same(one, other, depth, above)
     if "__eq__" in {name for kind in type(one).__mro__[:-1] for name in vars(kind)}:
         try:
             return bool(one == other)
-        except (RuntimeError, ValueError, TypeError):  # arrays, say, of which every number is compared
+        except (RuntimeError, ValueError, TypeError):  # what holds arrays, say
             return repr(one) == repr(other)
-    return _same(getattr(one, "__dict__", None), getattr(other, "__dict__", None), depth - 1)
+    return _same(_held_by(one), _held_by(other), depth - 1, above)
+
+
+def _does_the_same(one: Any, other: Any, depth: int, above: frozenset[int] = frozenset()) -> bool:
+    """Whether two callables of one name do the same: a closure and a partial have the name of any other like it."""
+    if isinstance(one, functools.partial) and isinstance(other, functools.partial):
+        parts = ([part.func, part.args, part.keywords] for part in (one, other))
+    elif isinstance(one, types.MethodType) and isinstance(other, types.MethodType):
+        parts = ([part.__func__, part.__self__] for part in (one, other))
+    elif isinstance(one, types.FunctionType) and isinstance(other, types.FunctionType):
+        if one.__code__ != other.__code__:
+            return False
+        parts = ([part.__defaults__, part.__kwdefaults__, _closure(part)] for part in (one, other))
+    elif type(one) is type(other) and not isinstance(one, type):
+        parts = (_held_by(part) for part in (one, other))
+    else:
+        return True
+    return _same(*parts, depth, above)
+
+
+def _closure(function: types.FunctionType) -> list[Any]:
+    """List what the variables of a closure hold; one may have no value yet."""
+    return [[cell.cell_contents] for cell in function.__closure__ or () if cell != types.CellType()]
+
+
+def _held_by(thing: Any) -> dict[str, Any]:
+    """Give the attributes of an object, those in slots too."""
+    slots = [kind.__dict__.get("__slots__", ()) for kind in type(thing).__mro__]
+    names = [name for one in slots for name in ((one,) if isinstance(one, str) else one)]
+    held = {name: getattr(thing, name) for name in names if not name.startswith("__") and hasattr(thing, name)}
+    return held | getattr(thing, "__dict__", {})
 
 
 def _name_of(function: Any) -> str:

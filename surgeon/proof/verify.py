@@ -99,7 +99,7 @@ def verify(
         bisected=None if passed or bisecting is None else bisect(models, inputs, diverging, bisecting),
         mode=how.mode,
         tensors=tuple(one for step in evidence.steps for one in step.tensors),
-        for_every_input=passed and evidence.is_for_every_input,
+        for_every_input=passed and not approximate and evidence.is_for_every_input,
     )
 
 

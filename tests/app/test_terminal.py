@@ -235,6 +235,7 @@ def test_a_file_that_is_printed_stays_exact_in_a_file_and_is_safe_on_a_terminal(
 def test_what_is_printable_stays_as_it_is() -> None:
     assert printable("Grüße, 日本語, می‌خواهم 👩‍🔬") == "Grüße, 日本語, می‌خواهم 👩‍🔬"
     assert printable("\U000e0041\u200b\u2028\x7f\t") == r"\U000e0041\u200b\u2028\x7f\t"
+    assert printable("\ufffe\ufdd0\U0001ffff") == r"\ufffe\ufdd0\U0001ffff"  # these are no characters
     assert str(StoreError("a\n", todo="b\x1b")) == r"a\n. b\x1b"
 
 

@@ -23,7 +23,7 @@ def test_every_network_is_a_dot_that_says_what_it_is() -> None:
     page = drawn(
         ("predicted", 0.7, 0.2, ""),
         ("predicted", 1.0, 0.0, ""),
-        ("alone", 0.9, 0.1, "a <conv> & more, p: 2"),
+        ("alone", 0.9, 0.1, "a <conv> & \ufffe\x1b more, p: 2"),
         ("uniform", 0.7, 0.18, ""),
         ("chosen", 0.7, 0.12, ""),
     )
@@ -31,7 +31,7 @@ def test_every_network_is_a_dot_that_says_what_it_is() -> None:
         dot.findtext(f"{SVG}title"): dot for dot in page.iter(f"{SVG}circle") if dot.find(f"{SVG}title") is not None
     }
     assert list(titled) == [
-        "a <conv> & more, p: 2: ×0.900, error 0.1",
+        r"a <conv> & \ufffe\x1b more, p: 2: ×0.900, error 0.1",
         "one setting for all sites that save most, measured: ×0.700, error 0.18",
         "the plan, measured: ×0.700, error 0.12",
     ]
