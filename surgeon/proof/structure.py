@@ -10,6 +10,7 @@ import functools
 import math
 import types
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -132,7 +133,7 @@ def _same(one: Any, other: Any, depth: int, above: frozenset[int] = frozenset())
     if isinstance(one, np.ndarray):
         if one.dtype != other.dtype or one.shape != other.shape:
             return False
-        return one.dtype == object or one.tobytes() == other.tobytes()
+        return bool(one.dtype == object) or one.tobytes() == other.tobytes()
     above |= {id(one)}
     if isinstance(one, Mapping):
         return list(one) == list(other) and all(_same(one[key], other[key], depth, above) for key in one)
@@ -152,19 +153,28 @@ def _same(one: Any, other: Any, depth: int, above: frozenset[int] = frozenset())
 
 def _does_the_same(one: Any, other: Any, depth: int, above: frozenset[int] = frozenset()) -> bool:
     """Whether two callables of one name do the same: a closure and a partial have the name of any other like it."""
-    if isinstance(one, functools.partial) and isinstance(other, functools.partial):
-        parts = ([part.func, part.args, part.keywords] for part in (one, other))
-    elif isinstance(one, types.MethodType) and isinstance(other, types.MethodType):
-        parts = ([part.__func__, part.__self__] for part in (one, other))
-    elif isinstance(one, types.FunctionType) and isinstance(other, types.FunctionType):
-        if one.__code__ != other.__code__:
-            return False
-        parts = ([part.__defaults__, part.__kwdefaults__, _closure(part)] for part in (one, other))
-    elif type(one) is type(other) and not isinstance(one, type):
-        parts = (_held_by(part) for part in (one, other))
-    else:
-        return True
-    return _same(*parts, depth, above)
+    return type(one) is type(other) and _same(_parts(one), _parts(other), depth, above)
+
+
+def _parts(function: Any) -> Any:
+    """Give what a callable is made of, besides its name."""
+    match function:
+        case functools.partial():
+            return [function.func, function.args, function.keywords]
+        case types.MethodType():
+            return [function.__func__, function.__self__]
+        case types.FunctionType():
+            return [_Code(function.__code__), function.__defaults__, function.__kwdefaults__, _closure(function)]
+        case type():
+            return None
+    return _held_by(function)
+
+
+@dataclass(frozen=True)
+class _Code:
+    """Code, which Python compares to the end."""
+
+    code: types.CodeType
 
 
 def _closure(function: types.FunctionType) -> list[Any]:
