@@ -108,8 +108,9 @@ def _settings(module: nn.Module) -> Mapping[str, Any]:
 
 
 def _without_signature(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Leave out what a file of an earlier version does not know, and what is made of the program and holds it."""
     program = {key: value for key, value in settings["program"].items() if key != "signature"}
-    return {**settings, "program": program}
+    return {name: value for name, value in settings.items() if name not in Rewritten.DERIVED} | {"program": program}
 
 
 def _registers(module: nn.Module) -> tuple[Mapping[str, Any], ...]:
