@@ -30,6 +30,10 @@ _STYLE: dict[str, Any] = {
     "savefig.facecolor": "auto",
     "savefig.transparent": False,
 }
+_SAYS_NOTHING: dict[str, dict[str, None]] = {  # of who drew it and when: the same kernels give the same bytes
+    "png": {"Software": None},
+    "svg": dict.fromkeys(("Creator", "Date", "Format", "Type")),
+}
 _SIDE = 1.9  # inches of a panel
 _DOTS = 150  # for each inch
 _MOST_DOTS = 2**15  # of a side; Agg draws twice that
@@ -85,7 +89,7 @@ def write(figures: KernelFigures, path: Path, kind: str, *, layers: bool = False
         bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
         bar.outline.set_visible(False)
         dots = min(_DOTS, int(_MOST_DOTS / max(inches)))
-        figure.savefig(path, format=kind, dpi=dots, metadata={"Date": None} if kind == "svg" else {"Software": None})
+        figure.savefig(path, format=kind, dpi=dots, metadata=_SAYS_NOTHING[kind])
 
 
 def _usual(matplotlib: Any) -> dict[str, Any]:

@@ -36,6 +36,25 @@ def has_kernel(x: Tensor, weight: Tensor, pointwise: Tensor, *others: Tensor | N
     return known and alike and pointwise.is_contiguous() and pointwise.shape == (weight.shape[0], x.shape[1])
 
 
+def _empty(
+    x: Tensor,
+    weight: Tensor,
+    pointwise: Tensor,
+    bias: Tensor | None,
+    channel_order: Tensor | None,
+    filter_order: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> Tensor:
+    """Make the memory of a result, in channels_last."""
+    kernel = weight.shape[2:]
+    height, width = (
+        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
+    )
+    return x.new_empty((x.shape[0], weight.shape[0], height, width)).to(memory_format=torch.channels_last)
+
+
 def _convolve(
     x: Tensor,
     weight: Tensor,
@@ -49,7 +68,9 @@ def _convolve(
 ) -> Tensor:
     from surgeon.one_pass import het_triton
 
-    return het_triton.convolve(x, weight, pointwise, bias, channel_order, filter_order, stride, padding, dilation)
+    y = _empty(x, weight, pointwise, bias, channel_order, filter_order, stride, padding, dilation)
+    het_triton.convolve_(y, x, weight, pointwise, bias, channel_order, filter_order, stride, padding, dilation)
+    return y
 
 
 # torch.compile looks into this one, and compiles the kernel together with what is around it.
@@ -61,22 +82,4 @@ convolve_op: Any = torch.library.triton_op(
     "int[] stride, int[] padding, int[] dilation) -> Tensor",
 )
 
-
-@convolve_op.register_fake  # type: ignore[untyped-decorator]
-def _shape(
-    x: Tensor,
-    weight: Tensor,
-    pointwise: Tensor,
-    bias: Tensor | None,
-    channel_order: Tensor | None,
-    filter_order: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-) -> Tensor:
-    kernel = weight.shape[2:]
-    height, width = (
-        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
-    )
-    made = x.new_empty((x.shape[0], weight.shape[0], height, width))
-    return made.to(memory_format=torch.channels_last)
+convolve_op.register_fake(_empty)

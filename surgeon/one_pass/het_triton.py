@@ -1,4 +1,4 @@
-"""The kernel of `het.convolve`: one program for some output pixels and some filters of a group.
+"""The kernel of `het.convolve_op`: one program for some output pixels and some filters of a group.
 
 In channels_last a row of memory holds the channels of one pixel. A program reads, for every tap off the centre, the
 channels of its group at the pixels that the tap sees, and, for the centre, all channels; it multiplies each tile with
@@ -17,7 +17,8 @@ from torch import Tensor
 _ROWS, _WIDE, _DEEP = 64, 64, 32  # pixels, filters and channels of a tile, at most; a product needs 16 of each
 
 
-def convolve(
+def convolve_(
+    y: Tensor,
     x: Tensor,
     weight: Tensor,
     pointwise: Tensor,
@@ -27,15 +28,10 @@ def convolve(
     stride: list[int],
     padding: list[int],
     dilation: list[int],
-) -> Tensor:
+) -> None:
+    """Write the result into `y`, which is in channels_last."""
     n, c_in, h, w = x.shape
     c_out, per_in, kh, kw = weight.shape
-    y = torch.empty(
-        (n, c_out, *(_size(*one) for one in zip((h, w), (kh, kw), stride, padding, dilation, strict=True))),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last,
-    )
     groups = c_in // per_in
     per_out = c_out // groups
     wide = min(_WIDE, max(16, triton.next_power_of_2(per_out)))
@@ -59,11 +55,6 @@ def convolve(
         wide=wide,
         deep=deep,
     )
-    return y
-
-
-def _size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
 def _rounds_as_convs_do() -> bool:

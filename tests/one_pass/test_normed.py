@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from surgeon.one_pass import normed, where
+from surgeon.one_pass import normed
 from surgeon.one_pass.normed import Norm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -19,26 +18,6 @@ LIMITS = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 1.2e-2, tor
 
 every_activation = pytest.mark.parametrize("then", THEN)
 with_and_without = pytest.mark.parametrize("has_beside", [True, False])
-
-
-@pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Let the kernels run, on the CPU by Triton's interpreter, in many small slices, and note which do."""
-    pytest.importorskip("triton")
-    from surgeon.one_pass import normed_sum_triton
-
-    calls: list[str] = []
-
-    def noted(name: str) -> None:
-        own = getattr(normed_sum_triton, name)
-        monkeypatch.setattr(normed_sum_triton, name, lambda *args: (calls.append(name), own(*args))[1])
-
-    noted("forward")
-    noted("backward")
-    monkeypatch.setattr(normed_sum_triton, "_TILE", 64)
-    monkeypatch.setattr(normed_sum_triton, "_AT_ONCE", 4)
-    monkeypatch.setattr(where, "on_cpu", True)
-    return calls
 
 
 class Case(NamedTuple):

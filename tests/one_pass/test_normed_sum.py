@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from surgeon.one_pass import normed_sum, where
+from surgeon.one_pass import normed_sum
 from surgeon.one_pass.normed_sum import Statistics
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -18,26 +16,6 @@ LIMITS = {torch.float32: 4e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.
 
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 every_format = pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
-
-
-@pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Let the kernels run, on the CPU by Triton's interpreter, in many small slices, and note which do."""
-    pytest.importorskip("triton")
-    from surgeon.one_pass import normed_sum_triton
-
-    calls: list[str] = []
-
-    def noted(name: str) -> None:
-        own = getattr(normed_sum_triton, name)
-        monkeypatch.setattr(normed_sum_triton, name, lambda *args: (calls.append(name), own(*args))[1])
-
-    noted("forward")
-    noted("backward")
-    monkeypatch.setattr(normed_sum_triton, "_TILE", 64)
-    monkeypatch.setattr(normed_sum_triton, "_AT_ONCE", 4)
-    monkeypatch.setattr(where, "on_cpu", True)
-    return calls
 
 
 def given(
