@@ -42,20 +42,20 @@ def claim(path: Path, *, force: bool, suffixes: Sequence[str], origins: Sequence
     """
     is_there = _is_there(path)
     if any(_is_same(path, origin) for origin in origins):
-        raise StoreError(f"{path} is among the files that this is made from", todo="Give another name with -o.")
+        raise StoreError(f"{path} is among the files that this is made from", todo="Give another name.")
     if path.is_dir():
         raise StoreError(f"{path} is a directory", todo="Name a file: -o model.acnet.pt.")
     if path.suffix not in suffixes:
         raise StoreError(f"cannot tell from {path.name!r} what to write", todo=f"End it in {_either(suffixes)}.")
     if is_there and not force:
-        raise StoreError(f"{path} exists", todo="Give another name with -o, or --force to overwrite it.")
+        raise StoreError(f"{path} exists", todo="Give another name, or --force to overwrite it.")
     place = _place(path, force=force)
     if place.exists() and not place.is_file():
-        raise StoreError(f"{path} is not a regular file", todo="Give another name with -o.")
+        raise StoreError(f"{path} is not a regular file", todo="Give another name.")
     if not place.parent.is_dir():
-        raise StoreError(f"there is no folder {place.parent}", todo="Make it first, or name another one with -o.")
+        raise StoreError(f"there is no folder {place.parent}", todo="Make it first, or name another one.")
     if not os.access(place.parent, os.W_OK | os.X_OK):
-        raise StoreError(f"files may not be made in the folder {place.parent}", todo="Name another one with -o.")
+        raise StoreError(f"files may not be made in the folder {place.parent}", todo="Name another one.")
     return path
 
 
@@ -81,7 +81,7 @@ def write_atomically(path: Path, write: Callable[[Path], object], *, force: bool
         _sync(place.parent)
     except FileExistsError as error:
         raise StoreError(
-            f"{path} exists by now: another program has written it", todo="Give another name with -o, or --force."
+            f"{path} exists by now: another program has written it", todo="Give another name, or --force."
         ) from error
     except (OSError, RuntimeError) as error:  # torch says RuntimeError when the disk is full
         if isinstance(interrupt := error.__context__, KeyboardInterrupt):  # and when it is interrupted
